@@ -1,0 +1,66 @@
+# Every target sets up what it needs in $(VENV); `make help` lists them.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PACKAGES := hf_megatron,hf_megatron_conversion
+
+.DEFAULT_GOAL := help
+.PHONY: help install format lint typecheck test test-all test-gpu bench build check quickstart clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Set up .venv with the package, editable, and all tools
+
+# torch goes first and alone: it is the one package with builds of very different sizes, and a resolver that meets it
+# among other requirements may fetch several before it settles.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; choose one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable . --group dev
+	@touch $@
+
+format: install ## Reformat the code and mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+lint: install ## Style, spelling, metadata and the directions of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/codespell
+	$(BIN)/validate-pyproject pyproject.toml
+	$(BIN)/lint-imports
+
+typecheck: install ## mypy --strict
+	$(BIN)/mypy
+
+test: install ## The tests that run in minutes on a CPU
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: install ## All tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: install ## The tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+bench: install ## Every benchmark; figures go to benchmarks/results
+	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+build: install ## Source distribution and wheel, checked and tried in a fresh environment
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/check-wheel-contents --toplevel $(PACKAGES) dist
+	.ci/try-wheel dist/*.whl $(BIN)/python
+
+check: lint typecheck test ## What CI runs before the build
+
+quickstart: install ## Train, convert and check a small GPT-2 on two CPU ranks, without a download
+	$(BIN)/hf-megatron quickstart
+
+clean: ## Remove what builds and tools leave behind, but not .venv
+	rm -rf build dist *.egg-info conversion/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,47 @@
+"""The formats, by name. A new one is a module beside this file, a class with the interface of ``base.Format`` in it,
+and one line here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hf_megatron_conversion.formats.base import Format, Model
+
+__all__ = ["FormatName", "format_named", "read_model"]
+
+FormatName = Literal["hub", "tp"]
+
+# In the order in which a directory is asked whether it is one of them; the last one takes, and refuses, all others.
+_CLASSES: dict[FormatName, tuple[str, str]] = {
+    "tp": ("hf_megatron_conversion.formats.tp", "TpFormat"),
+    "hub": ("hf_megatron_conversion.formats.hub", "HubFormat"),
+}
+assert set(_CLASSES) == set(get_args(FormatName))
+
+
+def format_named(name: FormatName) -> Format:
+    """The format of this name; its module is imported only now."""
+    module, class_name = _CLASSES[name]
+    result: Format = getattr(import_module(module), class_name)()
+    return result
+
+
+def read_model(directory: Path, config: Mapping[str, Any] | None = None) -> Model:
+    """Open a checkpoint of any format; headers only, no weights.
+
+    Args:
+        directory: Where it lies.
+        config: Takes the place of the directory's config.json.
+
+    Raises:
+        CheckpointError: The directory is no checkpoint, or not a complete one.
+        UnsupportedError: A model that is not offered here.
+    """
+    formats = (format_named(name) for name in _CLASSES)
+    return next(found for found in formats if found.recognises(directory)).read(directory, config)

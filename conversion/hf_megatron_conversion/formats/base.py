@@ -1,0 +1,155 @@
+"""What a format is: it reads a directory into a ``Model``, and lays out the weight files of a ``Target``.
+
+Between the two stand nothing but the tensors of the model under their canonical names (those of the stock model's
+state dict), each readable by slices. Formats therefore know nothing of each other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from hf_megatron.checkpoint import canonicalise, open_checkpoint, require_complete
+from hf_megatron.checkpoint.safetensors_header import read_header
+from hf_megatron.errors import CheckpointFormatError
+from hf_megatron.partition import ModelClass, PartitionTable, table_for
+
+from hf_megatron_conversion.files import OutputFile
+from hf_megatron_conversion.formats import FormatName
+from hf_megatron_conversion.tensors import Readable
+
+__all__ = ["Format", "Model", "ModelType", "Target", "load_config", "model_class_of", "read_transformers_directory"]
+
+ModelType = Literal["stock", "megatron"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A checkpoint, opened: what model it is, and its tensors, none of which has been read.
+
+    Attributes:
+        directory: Where it lies.
+        format: Its format.
+        config: Its config.json.
+        table: How its architecture is cut.
+        model_class: Its class.
+        tensors: Exactly the tensors of the class, under their canonical names, in the models' order.
+        tp_size: Number of pieces its word embedding is cut into.
+        files: Its weight files.
+        dropped: Names of stored tensors that the model does not need.
+        is_canonical: Whether the weight files hold exactly ``tensors`` under these names, as this package would write
+            them, so that they may be taken over as they are.
+        checkpoint_version: Of formats that have one.
+    """
+
+    directory: Path
+    format: FormatName
+    config: Mapping[str, Any]
+    table: PartitionTable
+    model_class: ModelClass
+    tensors: Mapping[str, Readable]
+    tp_size: int
+    files: Sequence[Path]
+    dropped: Sequence[str] = ()
+    is_canonical: bool = False
+    checkpoint_version: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is to be written.
+
+    Attributes:
+        model: The source.
+        tensors: The tensors to be written, cast if need be.
+        tp_size: The degree, which fits the model; 1 for a format that is not cut.
+        max_shard_size: Largest size of a weight file that was asked for (``"5GB"``, or bytes), or None.
+    """
+
+    model: Model
+    tensors: Mapping[str, Readable]
+    tp_size: int
+    max_shard_size: str | int | None = None
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether any tensor changes its dtype."""
+        return any(tensor is not self.model.tensors[name] for name, tensor in self.tensors.items())
+
+
+class Format(Protocol):
+    """A checkpoint format.
+
+    Attributes:
+        name: On the command line.
+        default_model_type: Whose ``model_type`` a directory of this format carries unless asked otherwise.
+        is_cut: Whether it is written for a tensor-parallel degree.
+    """
+
+    name: FormatName
+    default_model_type: ModelType
+    is_cut: bool
+
+    def recognises(self, directory: Path) -> bool:
+        """Whether the directory is of this format, by the names of its files."""
+
+    def read(self, directory: Path, config: Mapping[str, Any] | None) -> Model:
+        """Open a directory of this format."""
+
+    def weight_files(self, target: Target) -> Sequence[OutputFile]:
+        """Lay out the weight files (and their index)."""
+
+
+def load_config(file: Path) -> dict[str, Any]:
+    """Read a config.json.
+
+    Raises:
+        CheckpointFormatError: It is not there or not a JSON object.
+    """
+    try:
+        config = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointFormatError(f"{file} does not exist; a checkpoint needs a config.json.") from None
+    except ValueError as error:
+        raise CheckpointFormatError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointFormatError(f"{file} is not a JSON object.")
+    return config
+
+
+def model_class_of(config: Mapping[str, Any], table: PartitionTable) -> ModelClass:
+    """The class that ``architectures`` in config.json names; the architecture's first one if it names none."""
+    architectures = config.get("architectures") or [None]
+    return table.model_class(architectures[0])
+
+
+def read_transformers_directory(directory: Path, config: Mapping[str, Any] | None) -> Model:
+    """Open a directory in one of the two formats that are transformers' own."""
+    checkpoint = open_checkpoint(directory, config)
+    table = table_for(checkpoint.config)
+    model_class = model_class_of(checkpoint.config, table)
+    canonical = canonicalise(checkpoint.tensors, table, checkpoint.config, model_class)
+    require_complete(canonical)
+    embedding = table.word_embedding
+    if model_class.has_prefix:
+        embedding = f"{table.base_prefix}.{embedding}"
+    return Model(
+        directory=directory,
+        format=checkpoint.format,
+        config=checkpoint.config,
+        table=table,
+        model_class=model_class,
+        tensors=canonical.tensors,
+        tp_size=len({piece.box.offset[0] for piece in canonical.tensors[embedding].pieces}),
+        files=checkpoint.files,
+        dropped=canonical.dropped,
+        is_canonical=set(canonical.tensors) == set(checkpoint.tensors) and _loads_in_transformers(checkpoint.files),
+    )
+
+
+def _loads_in_transformers(files: Sequence[Path]) -> bool:
+    """Whether all are safetensors files that say, as transformers asks for, that they hold torch tensors."""
+    return all(file.suffix == ".safetensors" and read_header(file).metadata.get("format") == "pt" for file in files)

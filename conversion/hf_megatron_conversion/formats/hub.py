@@ -1,0 +1,83 @@
+"""``hub``: the directory of a stock model, as ``save_pretrained`` writes it and the Hub keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from hf_megatron.checkpoint.safetensors_header import itemsize
+from hf_megatron.errors import UnsupportedError
+from hf_megatron.partition import Box
+
+from hf_megatron_conversion.files import CopiedFile, OutputFile, Part, SafetensorsFile, TextFile
+from hf_megatron_conversion.formats import FormatName
+from hf_megatron_conversion.formats.base import Model, ModelType, Target, read_transformers_directory
+from hf_megatron_conversion.tensors import Readable
+
+__all__ = ["HubFormat"]
+
+_INDEX = "model.safetensors.index.json"
+# save_pretrained's own default in transformers 5.23.
+_MAX_SHARD_SIZE = "50GB"
+
+
+class HubFormat:
+    """Whole tensors in ``model.safetensors``, or in several such files and an index."""
+
+    name: FormatName = "hub"
+    default_model_type: ModelType = "stock"
+    is_cut = False
+
+    def recognises(self, directory: Path) -> bool:
+        """Always: what is no other format is read as this one, whose reader says what is wrong."""
+        return True
+
+    def read(self, directory: Path, config: Mapping[str, Any] | None) -> Model:
+        """Open the directory, whichever of the many spellings it is in."""
+        return read_transformers_directory(directory, config)
+
+    def weight_files(self, target: Target) -> Sequence[OutputFile]:
+        """One file, or several and their index, cut where ``save_pretrained`` would cut them."""
+        model = target.model
+        if model.format == self.name and model.is_canonical and not target.is_cast and target.max_shard_size is None:
+            index = model.directory / _INDEX
+            return [CopiedFile.of(path) for path in (*model.files, index) if path.exists()]
+        weight_map, total_size = _split(target.tensors, target.max_shard_size or _MAX_SHARD_SIZE)
+        names = sorted(set(weight_map.values()))
+        files: list[OutputFile] = [
+            SafetensorsFile(
+                name,
+                [
+                    Part(tensor_name, tensor, Box.whole(tensor.shape))
+                    for tensor_name, tensor in target.tensors.items()
+                    if weight_map[tensor_name] == name
+                ],
+                {"format": "pt"},
+            )
+            for name in names
+        ]
+        if len(names) > 1:
+            parameters = sum(prod(tensor.shape) for tensor in target.tensors.values())
+            metadata = {"total_parameters": parameters, "total_size": total_size}
+            files.append(TextFile.json(_INDEX, {"metadata": metadata, "weight_map": weight_map}))
+        return files
+
+
+def _split(tensors: Mapping[str, Readable], max_shard_size: str | int) -> tuple[dict[str, str], int]:
+    """File name of each tensor, and the bytes of all of them."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    if isinstance(max_shard_size, str) and max_shard_size.isdecimal():
+        max_shard_size = int(max_shard_size)
+    try:
+        split = split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda tensor: prod(tensor.shape) * itemsize(tensor.dtype),
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise UnsupportedError(f"max_shard_size={max_shard_size!r} is not a size such as 500MB or 5GB: {error}") from error
+    return split.tensor_to_filename, split.metadata["total_size"]

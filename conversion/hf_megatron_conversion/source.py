@@ -1,0 +1,53 @@
+"""Where a checkpoint comes from: a directory, or a repository on the Hub that is downloaded to the local cache."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from hf_megatron.errors import CheckpointFormatError
+
+__all__ = ["source_directory"]
+
+_logger = logging.getLogger(__name__)
+
+_SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+_WEIGHTS = ["model*.safetensors", "shard-*.safetensors"]
+_PICKLED_WEIGHTS = ["pytorch_model*.bin"]
+
+
+def source_directory(source: str | Path) -> Path:
+    """The directory of a checkpoint. A local directory wins over a repository of the same name.
+
+    Raises:
+        CheckpointFormatError: There is neither a directory nor a repository of this name (or no way to reach it).
+    """
+    directory = Path(source)
+    if directory.is_dir():
+        return directory
+    name = str(source)
+    if directory.exists():
+        raise CheckpointFormatError(f"{name} is a file; give the directory that holds the checkpoint.")
+    if isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise CheckpointFormatError(f"The directory {name} does not exist.")
+    return _download(name)
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+
+    try:
+        directory = fetch(_SIDE_FILES + _WEIGHTS)
+        if not any(directory.glob("*.safetensors")):
+            _logger.info("%s has no safetensors files; fetching its pickled weights.", repository)
+            directory = fetch(_SIDE_FILES + _PICKLED_WEIGHTS)
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointFormatError(
+            f"There is no directory {repository}, and it cannot be fetched from the Hub either: {reason}"
+        ) from error
+    return directory

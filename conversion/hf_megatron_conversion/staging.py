@@ -1,0 +1,166 @@
+"""A destination that is complete or not there.
+
+Everything is written into a hidden directory beside the destination, which is renamed when it is complete and on disk.
+A process that is killed leaves at most that directory; the next conversion to the same destination removes it. A lock,
+which the kernel drops with the process, tells an abandoned one from one that is being written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from hf_megatron.errors import DestinationError
+
+__all__ = ["Staging", "check_destination"]
+
+
+def check_destination(destination: Path, source: Path, *, overwrite: bool) -> Path:
+    """Refuse a destination that must not be written; writes nothing.
+
+    Returns:
+        The destination with symbolic links resolved.
+
+    Raises:
+        DestinationError: It exists and ``overwrite`` was not asked for, it overlaps the source, or replacing it would
+            delete more than a checkpoint.
+    """
+    destination, source = destination.resolve(), source.resolve()
+    if destination == source or destination in source.parents or source in destination.parents:
+        raise DestinationError(
+            f"The destination {destination} and the source {source} overlap; a failed conversion could destroy the source."
+        )
+    if not destination.exists():
+        return destination
+    if not overwrite:
+        raise DestinationError(f"The destination {destination} exists; choose another or ask to overwrite it.")
+    if not destination.is_dir():
+        raise DestinationError(f"The destination {destination} is not a directory; remove it first.")
+    kept = [path.name for path in destination.iterdir() if path.is_dir()]
+    if kept:
+        raise DestinationError(
+            f"The destination {destination} holds directories ({', '.join(sorted(kept)[:5])}), which no checkpoint written "
+            "here does; it will not be overwritten. Remove it yourself if nothing in it is needed."
+        )
+    return destination
+
+
+class Staging:
+    """The hidden directory in which a destination comes to be. Leaving the context without ``publish`` removes it.
+
+    Attributes:
+        directory: Where to write.
+    """
+
+    def __init__(self, destination: Path, num_bytes: int) -> None:
+        """Prepare to write.
+
+        Args:
+            destination: As ``check_destination`` returned it; it is replaced if it exists when ``publish`` is called.
+            num_bytes: What will be written, at most; refused beforehand if there is less space.
+        """
+        self._destination = destination
+        self._num_bytes = num_bytes
+        self._old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
+        self._new_parents: list[Path] = []
+        self._lock: int | None = None
+        self.directory = destination.with_name(f".{destination.name}.tmp-{os.getpid()}")
+
+    def __enter__(self) -> Staging:
+        """Clear away what killed processes left, check the space, and create the directory.
+
+        Raises:
+            DestinationError: There is too little space.
+        """
+        parent = self._destination.parent
+        self._new_parents = [path for path in (parent, *parent.parents) if not path.exists()]
+        parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._recover()
+            free = shutil.disk_usage(parent).free
+            if free < self._num_bytes:
+                raise DestinationError(
+                    f"{parent} has {free:,} bytes of free space, {self._num_bytes:,} are needed; nothing was written."
+                )
+            self.directory.mkdir()
+            self._lock = _lock(self.directory)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def publish(self) -> None:
+        """Put the directory in the destination's place. What was there before is removed afterwards.
+
+        Raises:
+            DestinationError: The destination came to be in the meantime.
+        """
+        _sync(self.directory)
+        replaced = self._destination.exists()
+        if replaced:
+            self._destination.rename(self._old)
+        try:
+            self.directory.rename(self._destination)
+        except OSError as error:
+            if replaced:
+                self._old.rename(self._destination)
+            raise DestinationError(f"{self._destination} cannot be put in place: {error.strerror}.") from error
+        _sync(self._destination.parent)
+        self._new_parents.clear()
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Remove the directory, if it was not published, and the parents that were created for it."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        for parent in self._new_parents:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _recover(self) -> None:
+        """Remove, or put back, what processes left that were killed while they wrote to the same destination."""
+        parent, name = self._destination.parent, self._destination.name
+        for path in parent.glob(f".{_escaped(name)}.old-*"):
+            if self._destination.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                # Killed between the two renames of publish.
+                path.rename(self._destination)
+        for path in parent.glob(f".{_escaped(name)}.tmp-*"):
+            lock = _lock(path)
+            if lock is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """An open descriptor that holds the directory's lock until it is closed or the process ends; None if it is held."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sync(directory: Path) -> None:
+    """Have the kernel write the directory's entries to disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _escaped(name: str) -> str:
+    from glob import escape
+
+    return escape(name)

@@ -1,0 +1,51 @@
+"""Megatron-LM's tensor parallelism for Hugging Face transformers.
+
+Importing the package registers its models with transformers' Auto classes.
+
+Source: Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
+arXiv:1909.08053.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MegatronGPT2Config",
+    "MegatronGPT2ForQuestionAnswering",
+    "MegatronGPT2ForSequenceClassification",
+    "MegatronGPT2ForTokenClassification",
+    "MegatronGPT2LMHeadModel",
+    "MegatronGPT2Model",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
+    from hf_megatron.models.gpt2.modeling_gpt2 import (
+        MegatronGPT2ForQuestionAnswering,
+        MegatronGPT2ForSequenceClassification,
+        MegatronGPT2ForTokenClassification,
+        MegatronGPT2LMHeadModel,
+        MegatronGPT2Model,
+    )
+
+# The command line needs the partition table in a fraction of the seconds that transformers takes to import; it sets
+# this variable while it imports the package, and the commands that run models register themselves.
+if os.environ.get("HF_MEGATRON_REGISTER", "1") != "0":
+    from hf_megatron.models.registration import register
+
+    register()
+
+
+def __getattr__(name: str) -> Any:
+    """Import the model classes when they are asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hf_megatron.models.gpt2 import configuration_gpt2, modeling_gpt2
+
+    module = configuration_gpt2 if name.endswith("Config") else modeling_gpt2
+    return getattr(module, name)

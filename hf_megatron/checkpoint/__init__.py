@@ -1,0 +1,47 @@
+"""Reading checkpoints: which format a directory is in, its tensors by slices, and their names as the models have them.
+
+Nothing here writes, knows a process group or imports transformers, and torch is imported only to return a tensor.
+"""
+
+from __future__ import annotations
+
+from hf_megatron.checkpoint.directory import Checkpoint, open_checkpoint, open_files
+from hf_megatron.checkpoint.lazy import LazyTensor, Piece
+from hf_megatron.checkpoint.safetensors_header import (
+    DTYPES,
+    Header,
+    StoredTensor,
+    itemsize,
+    read_header,
+    torch_dtype,
+)
+from hf_megatron.checkpoint.sharded import SHARDING_INFO
+from hf_megatron.checkpoint.spelling import (
+    Canonical,
+    canonicalise,
+    listed,
+    model_class_of,
+    require_complete,
+    respelled,
+)
+
+__all__ = [
+    "DTYPES",
+    "SHARDING_INFO",
+    "Canonical",
+    "Checkpoint",
+    "Header",
+    "LazyTensor",
+    "Piece",
+    "StoredTensor",
+    "canonicalise",
+    "itemsize",
+    "listed",
+    "model_class_of",
+    "open_checkpoint",
+    "open_files",
+    "read_header",
+    "require_complete",
+    "respelled",
+    "torch_dtype",
+]

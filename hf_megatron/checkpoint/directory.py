@@ -1,0 +1,179 @@
+"""Which checkpoint lies in a directory, and the tensors in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_megatron.checkpoint.lazy import LazyTensor, Piece
+from hf_megatron.checkpoint.pickled import open_pickle
+from hf_megatron.checkpoint.safetensors_header import read_header
+from hf_megatron.checkpoint.sharded import SHARDING_INFO, is_shard, open_shards
+from hf_megatron.checkpoint.spelling import listed, respelled
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron.partition import Box, table_for
+
+__all__ = ["Checkpoint", "open_checkpoint", "open_files"]
+
+# In the order in which transformers prefers them where a directory holds several.
+_HUB_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint directory; only headers have been read.
+
+    Attributes:
+        directory: Where it lies.
+        format: ``"hub"``, stored as stock transformers stores a model, or ``"tp"``, one file per rank.
+        config: config.json as read.
+        tensors: The full tensors under their stored names.
+        files: The weight files, in order.
+    """
+
+    directory: Path
+    format: Literal["hub", "tp"]
+    config: dict[str, Any]
+    tensors: dict[str, LazyTensor]
+    files: tuple[Path, ...]
+
+    @property
+    def tp_size(self) -> int:
+        """Number of pieces the word embedding is cut into along the vocabulary; 1 in a Hub directory.        """
+        if self.format == "hub":
+            return 1
+        table = table_for(self.config)
+        for name, tensor in self.tensors.items():
+            if respelled(name, {table.word_embedding: None}, table.base_prefix):
+                return len({piece.box.offset[0] for piece in tensor.pieces})
+        raise AssertionError("open_shards refuses a directory without a word embedding")
+
+
+def open_checkpoint(directory: Path, config: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Open a Hub or ``tp`` directory and check that its files are whole and belong together.
+
+    Args:
+        directory: A local directory.
+        config: Used instead of the directory's config.json, which then need not exist.
+
+    Raises:
+        CheckpointFormatError: Not a directory, no config.json, no weights, weights of both formats, a file that is not
+            what its name says, or an unsafe pickle.
+        CheckpointIncompleteError: A file is truncated or missing, or the shards of a ``tp`` directory do not tile the
+            tensors of its model.
+        UnsupportedError: A ``tp`` directory of an architecture or class that is not offered here.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointFormatError(f"{directory} is not a directory.")
+    config = _read_json(directory / "config.json") if config is None else dict(config)
+    shards = tuple(sorted(path for path in directory.iterdir() if is_shard(path)))
+    hub = [name for name in _HUB_NAMES if (directory / name).exists()]
+    if shards and hub:
+        raise CheckpointFormatError(
+            f"{directory} holds both the shards of a distributed checkpoint ({shards[0].name}, {len(shards)} in all) "
+            f"and {hub[0]}; which of them is the model? Move one of the two away."
+        )
+    if shards:
+        return Checkpoint(directory, "tp", config, open_shards(shards, config), shards)
+    if not hub:
+        raise CheckpointFormatError(
+            f"{directory} holds no weights: none of {', '.join(_HUB_NAMES)} or shard-*-model-*-of-*.safetensors."
+        )
+    index = directory / hub[0]
+    files = (index,) if index.suffix != ".json" else _indexed_files(index)
+    tensors = open_files(files)
+    if index.suffix == ".json":
+        _check_index(index, tensors)
+    return Checkpoint(directory, "hub", config, tensors, files)
+
+
+def open_files(files: Sequence[Path]) -> dict[str, LazyTensor]:
+    """The tensors of whole-tensor weight files (``.safetensors`` or ``.bin``), by name.
+
+    Raises:
+        CheckpointFormatError: A file is of no known kind or a rank's shard, a pickle is unsafe, or two files hold a
+            tensor of the same name.
+        CheckpointIncompleteError: A file is truncated.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    for file in map(Path, files):
+        for name, tensor in _open_file(file).items():
+            if name in tensors:
+                raise CheckpointFormatError(f"{name} is stored in both {tensors[name].pieces[0].path} and {file}.")
+            tensors[name] = tensor
+    return tensors
+
+
+def _open_file(path: Path) -> dict[str, LazyTensor]:
+    if path.suffix == ".bin":
+        return open_pickle(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointFormatError(f"{path} is neither a .safetensors nor a .bin file.")
+    header = read_header(path)
+    if SHARDING_INFO in header.metadata:
+        raise CheckpointFormatError(
+            f"{path} is one rank's part of a distributed checkpoint; open the directory with all of them instead."
+        )
+    return {
+        name: LazyTensor(
+            name,
+            stored.dtype,
+            stored.shape,
+            (Piece(path, Box.whole(stored.shape), stored.data_start, stored.data_stop),),
+        )
+        for name, stored in header.tensors.items()
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointFormatError(f"{path.parent} holds no {path.name}.")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointFormatError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointFormatError(f"{path} holds a {type(content).__name__} where an object is expected.")
+    return content
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the index says."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointFormatError(f"{index} has no weight_map.")
+    for file in weight_map.values():
+        # A name with a directory in it would make us read outside of the checkpoint.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointFormatError(f"{index} names {file!r}, which is not a file name.")
+    return weight_map
+
+
+def _indexed_files(index: Path) -> tuple[Path, ...]:
+    files = [index.parent / name for name in sorted(set(_weight_map(index).values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointIncompleteError(
+            f"{index} names {len(files)} files, of which {len(missing)} are missing: {listed(missing)}. Fetch them."
+        )
+    return tuple(files)
+
+
+def _check_index(index: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    weight_map = _weight_map(index)
+    lost = [
+        f"{name} ({file})"
+        for name, file in weight_map.items()
+        if name not in tensors or tensors[name].pieces[0].path.name != file
+    ]
+    if lost:
+        raise CheckpointIncompleteError(f"{index} names tensors that their files do not hold: {listed(lost)}.")

@@ -1,0 +1,131 @@
+"""What a safetensors file holds, from its header alone, checked against the size of the file.
+
+A file is eight bytes (little-endian length of the header), the header (JSON), then the tensors' bytes, row-major. No
+torch is needed until a dtype is asked for as torch knows it.
+
+Source: the format section of https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DTYPES", "Header", "StoredTensor", "itemsize", "read_header", "torch_dtype"]
+
+# Spelling in the file -> (bytes per element, name in torch).
+DTYPES: dict[str, tuple[int, str]] = {
+    "F64": (8, "float64"),
+    "F32": (4, "float32"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "I64": (8, "int64"),
+    "I32": (4, "int32"),
+    "I16": (2, "int16"),
+    "I8": (1, "int8"),
+    "U64": (8, "uint64"),
+    "U32": (4, "uint32"),
+    "U16": (2, "uint16"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+}
+
+_LENGTH_BYTES = 8
+# The format's own limit; without one, eight bytes of garbage would make us allocate up to 2**64 bytes.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file: dtype, shape, and the half-open byte range of its data, counted from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_start: int
+    data_stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Header of one file: its tensors by name, in the order of the header, and its free-form metadata."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes per element of a dtype in safetensors' spelling."""
+    return DTYPES[dtype][0]
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype of one in safetensors' spelling: ``"BF16"`` -> ``torch.bfloat16``."""
+    import torch
+
+    result = getattr(torch, DTYPES[dtype][1])
+    assert isinstance(result, torch.dtype)
+    return result
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file; no tensor data is read.
+
+    Raises:
+        CheckpointIncompleteError: The file is shorter or longer than its header says.
+        CheckpointFormatError: This is not a safetensors file, or it uses a dtype unknown here.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(_LENGTH_BYTES)
+        if len(prefix) < _LENGTH_BYTES:
+            raise CheckpointIncompleteError(f"{path} is truncated: it holds {size} bytes, not even a header.")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > _MAX_HEADER_BYTES:
+            raise CheckpointFormatError(f"{path} is not a safetensors file: its header would be {length} bytes long.")
+        raw = file.read(length)
+    start = _LENGTH_BYTES + length
+    if len(raw) < length:
+        raise CheckpointIncompleteError(
+            f"{path} is truncated: its header ends at byte {start}, the file has {size} bytes. Fetch it again."
+        )
+    metadata, tensors = _parse(path, raw, start)
+    stop = max((tensor.data_stop for tensor in tensors.values()), default=start)
+    if stop != size:
+        word = "truncated" if size < stop else "too long"
+        raise CheckpointIncompleteError(
+            f"{path} is {word}: its header describes {stop} bytes, the file has {size}. Fetch it again."
+        )
+    return Header(path, tensors, metadata)
+
+
+def _parse(path: Path, raw: bytes, start: int) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+    try:
+        entries = json.loads(raw)
+        metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
+        tensors = {name: _tensor(entry, start) for name, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointFormatError(f"{path} is not a safetensors file: {error or type(error).__name__}.") from error
+    return metadata, tensors
+
+
+def _tensor(entry: dict[str, Any], start: int) -> StoredTensor:
+    dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, first, last)):
+        raise ValueError(f"shape {entry['shape']} or data_offsets {entry['data_offsets']} are not sizes")
+    if last - first != prod(shape) * itemsize(dtype):
+        raise ValueError(f"a {dtype} tensor of shape {list(shape)} does not fill bytes {first} to {last}")
+    return StoredTensor(dtype, shape, start + first, start + last)

@@ -1,0 +1,118 @@
+"""The pieces of a ``tp`` directory: transformers' distributed checkpoint, one safetensors file per rank.
+
+Each file holds its rank's part of every tensor as one box, and says in its metadata where the boxes start. How large
+the full tensors are is stored nowhere, so a deleted file looks like a smaller model and a file left over from another
+save like one more piece. Both are found here, by asking the partition table how large each tensor has to be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_megatron.checkpoint.lazy import LazyTensor, Piece
+from hf_megatron.checkpoint.safetensors_header import Header, read_header
+from hf_megatron.checkpoint.spelling import listed, model_class_of, respelled
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron.partition import Box, table_for, tiling_error
+
+__all__ = ["SHARDING_INFO", "is_shard", "open_shards"]
+
+SHARDING_INFO = "DCP_SHARDING_INFO"
+_SHARD_NAME = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+Shape = tuple[int, ...]
+
+
+def is_shard(path: Path) -> bool:
+    """Whether this is the name of a rank's file in a distributed checkpoint."""
+    return _SHARD_NAME.fullmatch(path.name) is not None
+
+
+def open_shards(files: Sequence[Path], config: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    """The full tensors behind the files of a ``tp`` directory, saved on any mesh.
+
+    Args:
+        files: All shard files of the directory.
+        config: config.json of the directory; its model says how large every tensor has to be.
+
+    Raises:
+        CheckpointFormatError: A file does not say where its tensors start.
+        CheckpointIncompleteError: The pieces do not tile every tensor of the model exactly once; all tensors
+            concerned are listed.
+    """
+    stored: dict[str, list[tuple[str, Piece]]] = {}
+    for path in files:
+        header = read_header(path)
+        for name, offset in _offsets(header).items():
+            tensor = header.tensors[name]
+            piece = Piece(path, Box(offset, tensor.shape), tensor.data_start, tensor.data_stop)
+            stored.setdefault(name, []).append((tensor.dtype, piece))
+    problems = _missing(stored, config)
+    tensors = {}
+    shapes = _known_shapes(config)
+    prefix = table_for(config).base_prefix
+    for name, pieces in stored.items():
+        boxes = [piece.box for _, piece in pieces]
+        known = respelled(name, shapes, prefix)
+        # Of a name unknown to the table at least gaps and overlaps are noticed.
+        shape = shapes[known] if known is not None else _extent(boxes)
+        dtypes = sorted({dtype for dtype, _ in pieces})
+        error = tiling_error(shape, boxes)
+        if error is None and len(dtypes) > 1:
+            error = f"is stored as {' and '.join(dtypes)}"
+        if error is not None:
+            problems.append(f"{name} {error}")
+        # Where a dimension does not fill all ranks, the last ones store empty boxes.
+        held = sorted((piece for _, piece in pieces if piece.box.numel), key=lambda piece: piece.box.offset)
+        tensors[name] = LazyTensor(name, dtypes[0], shape, tuple(held))
+    if problems:
+        raise CheckpointIncompleteError(
+            f"The {len(files)} shards in {files[0].parent} are not one complete checkpoint of the model in its "
+            "config.json; a shard was lost, or some are left over from another save. Save or copy it again into an "
+            f"empty directory. Tensors concerned:\n  {listed(problems, separator=chr(10) + '  ')}"
+        )
+    return tensors
+
+
+def _offsets(header: Header) -> dict[str, Shape]:
+    """Where each tensor of a file starts in the full tensor."""
+    try:
+        info = json.loads(header.metadata[SHARDING_INFO])
+        offsets = {name: tuple(int(start) for start in info[name]["saved_offsets"]) for name in header.tensors}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointFormatError(
+            f"{header.path} is named like a shard of a distributed checkpoint, but its {SHARDING_INFO} does not say "
+            "where each of its tensors starts."
+        ) from error
+    for name, offset in offsets.items():
+        shape = header.tensors[name].shape
+        if len(offset) != len(shape) or any(start < 0 for start in offset):
+            raise CheckpointFormatError(
+                f"{header.path}: {name} of shape {list(shape)} cannot start at {list(offset)} of the full tensor."
+            )
+    return offsets
+
+
+def _known_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Shapes of all tensors of all classes: a directory may hold more than the class it names, such as a tied head."""
+    table = table_for(config)
+    untied = {**config, "tie_word_embeddings": False}
+    classes = [table.tensors(untied, model_class) for model_class in table.classes]
+    return {tensor.name: tensor.shape for tensors in classes for tensor in tensors.values()}
+
+
+def _missing(stored: Mapping[str, object], config: Mapping[str, Any]) -> list[str]:
+    table = table_for(config)
+    required = table.tensors(config, model_class_of(table, config))
+    present = {respelled(name, required, table.base_prefix) for name in stored}
+    return [f"{name} is missing" for name in required if name not in present]
+
+
+def _extent(boxes: Sequence[Box]) -> Shape:
+    """The smallest shape that holds all boxes."""
+    stops = [[start + size for start, size in zip(box.offset, box.shape, strict=True)] for box in boxes]
+    return tuple(max(column) for column in zip(*stops, strict=False))

@@ -1,0 +1,168 @@
+"""The many spellings of a stock directory's tensor names, brought to the names of one model class.
+
+Directories on the Hub carry the base model's prefix or not, buffers that models no longer have, ``gamma`` and ``beta``
+for a norm's parameters, or a second copy of a tied head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from hf_megatron.checkpoint.lazy import LazyTensor
+from hf_megatron.checkpoint.safetensors_header import itemsize
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron.partition import Box, ModelClass, PartitionTable
+
+__all__ = ["Canonical", "canonicalise", "listed", "model_class_of", "require_complete", "respelled"]
+
+Shape = tuple[int, ...]
+
+_MAX_LISTED = 20
+_COMPARED_BYTES = 16 * 2**20
+_OLD_SUFFIXES = {".gamma": ".weight", ".beta": ".bias"}
+
+
+@dataclass(frozen=True, slots=True)
+class Canonical:
+    """Stored tensors under the names of a model class's state dict, and what did not fit.
+
+    Attributes:
+        tensors: Every stored tensor that the model class has, by the model's name, shapes not necessarily right.
+        dropped: Obsolete buffers and an equal copy of the tied head, as stored.
+        unknown: Stored tensors that the model class does not have, as stored; another class's head is among them.
+        missing: Names of the model class that are not stored.
+        mismatched: Name, stored shape, expected shape.
+    """
+
+    tensors: dict[str, LazyTensor]
+    dropped: tuple[str, ...]
+    unknown: tuple[str, ...]
+    missing: tuple[str, ...]
+    mismatched: tuple[tuple[str, Shape, Shape], ...]
+
+
+def model_class_of(table: PartitionTable, config: Mapping[str, Any]) -> ModelClass:
+    """The class that a config.json names, or the table's first one where it names none.
+
+    Raises:
+        UnsupportedError: The architecture has no such class here.
+    """
+    architectures = config.get("architectures") or [None]
+    return table.model_class(architectures[0])
+
+
+def respelled(name: str, known: Mapping[str, object], base_prefix: str) -> str | None:
+    """The name in ``known`` that ``name`` is a spelling of, or None."""
+    spellings = [name]
+    spellings += [name.removesuffix(old) + new for old, new in _OLD_SUFFIXES.items() if name.endswith(old)]
+    prefix = f"{base_prefix}."
+    for spelling in spellings:
+        for candidate in (spelling, prefix + spelling, spelling.removeprefix(prefix)):
+            if candidate in known:
+                return candidate
+    return None
+
+
+def canonicalise(
+    tensors: Mapping[str, LazyTensor], table: PartitionTable, config: Mapping[str, Any], model_class: ModelClass
+) -> Canonical:
+    """Bring stored tensors to the names of ``model_class`` under ``config``.
+
+    Reads no data, unless a copy of a tied head has to be compared with the word embedding.
+
+    Raises:
+        CheckpointFormatError: A tensor is stored under two spellings, or the copy of a tied head differs from the
+            word embedding.
+    """
+    expected = table.tensors(config, model_class)
+    found: dict[str, LazyTensor] = {}
+    dropped: list[str] = []
+    unknown: list[str] = []
+    head: LazyTensor | None = None
+    for stored, tensor in tensors.items():
+        name = respelled(stored, expected, table.base_prefix)
+        if name is not None and name in found:
+            raise CheckpointFormatError(f"{name} is stored twice, as {found[name].name} and as {stored}; remove one.")
+        if name is not None:
+            found[name] = tensor
+        elif table.is_obsolete(stored):
+            dropped.append(stored)
+        elif stored == model_class.tied_head:
+            head = tensor
+        else:
+            unknown.append(stored)
+    if head is not None:
+        embedding = respelled(table.word_embedding, expected, table.base_prefix)
+        assert embedding is not None, f"{model_class.stock} has no {table.word_embedding}"
+        # One tensor under two names is stored once, and nothing prescribes under which of the two.
+        if embedding not in found:
+            found[embedding] = head
+        else:
+            _require_same(head, found[embedding])
+            dropped.append(head.name)
+    return Canonical(
+        tensors={name: found[name] for name in expected if name in found},
+        dropped=tuple(dropped),
+        unknown=tuple(unknown),
+        missing=tuple(name for name in expected if name not in found),
+        mismatched=tuple(
+            (name, found[name].shape, tensor.shape)
+            for name, tensor in expected.items()
+            if name in found and found[name].shape != tensor.shape
+        ),
+    )
+
+
+def require_complete(canonical: Canonical) -> None:
+    """Refuse a checkpoint that is not exactly one model, naming everything that is wrong with it at once.
+
+    Raises:
+        CheckpointIncompleteError: Something is missing (and possibly more is wrong).
+        CheckpointFormatError: Something is unknown or has another shape than the configuration gives it.
+    """
+    problems = []
+    if canonical.missing:
+        problems.append(f"missing: {listed(canonical.missing)}")
+    if canonical.unknown:
+        problems.append(f"unknown: {listed(canonical.unknown)}")
+    if canonical.mismatched:
+        shapes = [
+            f"{name} is {list(stored)}, expected {list(expected)}" for name, stored, expected in canonical.mismatched
+        ]
+        problems.append(f"wrong shape: {listed(shapes)}")
+    if problems:
+        error = CheckpointIncompleteError if canonical.missing else CheckpointFormatError
+        raise error(
+            "The stored tensors are not those of the model in config.json (check its architectures and sizes).\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+    """The items in one line, cut short after a readable number of them."""
+    shown = separator.join(items[:_MAX_LISTED])
+    return shown if len(items) <= _MAX_LISTED else f"{shown}{separator}and {len(items) - _MAX_LISTED} more"
+
+
+def _require_same(head: LazyTensor, embedding: LazyTensor) -> None:
+    if head.dtype != embedding.dtype or head.shape != embedding.shape or not _same_bytes(head, embedding):
+        raise CheckpointFormatError(
+            f"{head.name} and {embedding.name} are stored with different values, but config.json ties them. Set "
+            '"tie_word_embeddings": false there if the head is meant to be its own, or remove '
+            f"{head.name} from the checkpoint."
+        )
+
+
+def _same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors of one dtype and shape are bit-equal, read a bounded number of rows at a time."""
+    import torch
+
+    rows = max(_COMPARED_BYTES // max(prod(a.shape[1:]) * itemsize(a.dtype), 1), 1)
+    for start in range(0, a.shape[0], rows):
+        box = Box.whole(a.shape).narrowed(0, start, min(start + rows, a.shape[0]))
+        if not torch.equal(a.read(box).view(torch.uint8), b.read(box).view(torch.uint8)):
+            return False
+    return True

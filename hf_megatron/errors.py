@@ -1,0 +1,57 @@
+"""The exceptions this package raises for its users' mistakes.
+
+    HfMegatronError(Exception)
+    |-- PartitionError(ValueError)            a size or name does not fit the parallel layout
+    |-- UnsupportedError(ValueError)          a feature that the parallel models do not have
+    |-- ParallelStateError(RuntimeError)      process group, world size, use outside of a group
+    `-- CheckpointError(ValueError)           a checkpoint that cannot be used or written
+        |-- CheckpointFormatError             not a format or spelling we know
+        |-- CheckpointIncompleteError         a file, a shard or a part of a tensor is missing or extra
+        `-- DestinationError                  where we were asked to write is taken or unsafe
+
+Every message gives the numbers and the remedy. Each class also derives from the builtin that fits, so that
+``except ValueError`` in existing code keeps working.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointFormatError",
+    "CheckpointIncompleteError",
+    "DestinationError",
+    "HfMegatronError",
+    "ParallelStateError",
+    "PartitionError",
+    "UnsupportedError",
+]
+
+
+class HfMegatronError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class PartitionError(HfMegatronError, ValueError):
+    """A size does not divide, a degree leaves a rank without rows, or a tensor is not in the partition table."""
+
+
+class UnsupportedError(HfMegatronError, ValueError):
+    """The configuration asks for something the tensor-parallel models do not implement."""
+
+
+class ParallelStateError(HfMegatronError, RuntimeError):
+    """The process group does not fit what was asked for."""
+
+
+class CheckpointError(HfMegatronError, ValueError):
+    """A checkpoint cannot be read or written."""
+
+
+class CheckpointFormatError(CheckpointError):
+    """The directory is in no known format, or holds names or shapes that its architecture does not have."""
+
+
+class CheckpointIncompleteError(CheckpointError):
+    """Parts of the checkpoint are missing, or parts of another one lie among them."""
+
+
+class DestinationError(CheckpointError):
+    """The destination exists, overlaps the source or cannot be written."""

@@ -1,0 +1,1 @@
+"""The model classes, and their registration with transformers' Auto classes."""

@@ -1,0 +1,1 @@
+"""Tensor-parallel GPT-2."""

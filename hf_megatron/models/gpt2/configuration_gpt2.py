@@ -1,0 +1,47 @@
+"""Configuration of the tensor-parallel GPT-2."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+from transformers import GPT2Config
+
+from hf_megatron.partition import GPT2
+from hf_megatron.tensor_parallel import tp_plan_of
+
+__all__ = ["MegatronGPT2Config"]
+
+
+class MegatronGPT2Config(GPT2Config):
+    """Everything the stock GPT2Config can say, except cross-attention, under a ``model_type`` of its own.
+
+    A stock GPT-2's config.json can be read as it is: ``MegatronGPT2Config.from_pretrained("openai-community/gpt2")``.
+
+    Raises:
+        UnsupportedError: ``add_cross_attention=True``, or a hidden size that the heads do not divide.
+    """
+
+    model_type = GPT2.model_type
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = tp_plan_of(GPT2, modules=("h.*.attn",))
+    # Each block is gathered for its own computation; embeddings and the last norm stay with the root.
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {"h.*": "free_full_weight"}
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        GPT2.sizes(self._named_sizes())
+
+    def _named_sizes(self) -> dict[str, Any]:
+        names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "add_cross_attention")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a config.json, ours or stock GPT-2's, as one of ours."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config.get("model_type") == GPT2.stock_model_type:
+            # Else the instance would call itself "gpt2", after a warning that the type is the wrong one.
+            config = {**config, "model_type": GPT2.model_type}
+        return config, kwargs

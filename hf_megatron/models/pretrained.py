@@ -1,0 +1,322 @@
+"""What our models add to ``PreTrainedModel``: sharded building, loading and saving.
+
+Everything private of transformers' loader that this package relies on is in this module and in ``initialization``:
+``_load_pretrained_model``, ``_load_and_finalize_distributed_pretrained_model``, ``_from_config``, ``_init_weights``
+and ``DtensorShardOperation``. ``tests/models/test_transformers_interfaces.py`` says what breaks when one changes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from hf_megatron.checkpoint import LazyTensor, canonicalise, open_checkpoint, open_files
+from hf_megatron.errors import CheckpointFormatError, ParallelStateError, UnsupportedError
+from hf_megatron.models.initialization import fill_normal, initialization_seed, local_seed, seed_of_first_rank
+from hf_megatron.models.saving import rewrite_config, swap_into_place
+from hf_megatron.partition import ModelClass, PartitionTable
+from hf_megatron.tensor_parallel import SINGLE, TensorParallelGroup, synchronize_random_state
+
+__all__ = ["MegatronModelMixin"]
+
+logger = logging.get_logger(__name__)
+
+
+class MegatronModelMixin:
+    """Base of our model classes, beside the stock ``PreTrainedModel`` they derive from.
+
+    Attributes:
+        partition_table: How the architecture's tensors are cut.
+        tp_group: The tensor-parallel group; one rank unless the model was loaded or built on several.
+    """
+
+    partition_table: ClassVar[PartitionTable]
+    tp_group: TensorParallelGroup = SINGLE
+    _initialization_seed: int | None = None
+
+    # ------------------------------------------------------------------ building
+
+    def _init_pretrained(self, config: PreTrainedConfig) -> None:
+        """``PreTrainedModel.__init__`` without the modules of the stock class we derive from."""
+        distributed_config = getattr(config, "distributed_config", None)
+        if distributed_config is not None:
+            self.partition_table.check_degree(config.to_dict(), distributed_config.tp_size)
+        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PreTrainedConfig,
+        *,
+        distributed_config: DistributedConfig | dict[str, Any] | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Build a model with fresh weights, cut over the ranks from the start.
+
+        The full weights are the same, bit for bit, for every layout with the same seed.
+
+        Args:
+            config: The model's configuration.
+            distributed_config: The layout; one process if None. Every rank must make this call.
+            seed: What to draw the weights from; rank 0's ``torch.initial_seed()`` if None.
+            **kwargs: ``dtype`` and ``attn_implementation``, as for ``AutoModel.from_config``.
+
+        Returns:
+            The model in training mode, as stock ``from_config`` gives it.
+
+        Raises:
+            PartitionError: The configuration cannot be cut for this degree.
+            ParallelStateError: The layout does not fit the number of processes.
+        """
+        return cls._from_config(config, distributed_config=distributed_config, seed=seed, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Self:
+        distributed_config = kwargs.pop("distributed_config", None)
+        with initialization_seed(kwargs.pop("seed", None)):
+            if distributed_config is None:
+                return super()._from_config(config, **kwargs)  # type: ignore[misc,no-any-return]
+            dtype = kwargs.pop("dtype", None) or config.dtype or torch.get_default_dtype()
+            with _quiet_loading():  # an empty checkpoint is what we mean, not a corrupt one
+                model: Self = cls.from_pretrained(  # type: ignore[attr-defined]
+                    None, config=config, state_dict={}, dtype=dtype, distributed_config=distributed_config, **kwargs
+                )
+        model.config.name_or_path = ""  # type: ignore[attr-defined]
+        return model.train()  # type: ignore[attr-defined,no-any-return]
+
+    @classmethod
+    def prepare_distribute_model(
+        cls, distributed_config: DistributedConfig | dict[str, Any] | None, device_map: Any = None
+    ) -> Any:
+        """Create the process group and the mesh; refuse what these models do not do before anything is read."""
+        if isinstance(distributed_config, dict):
+            distributed_config = DistributedConfig.from_dict(distributed_config)
+        if distributed_config is not None:
+            _check_distributed_config(distributed_config)
+        return super().prepare_distribute_model(distributed_config, device_map)  # type: ignore[misc]
+
+    @classmethod
+    def maybe_distribute_model(
+        cls, model: Any, distributed_config: DistributedConfig | None, mesh_manager: Any
+    ) -> Any:
+        """Cut the parameters; put the ranks' random streams and the seed for new weights in step."""
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
+        if mesh_manager is None:
+            return model
+        mesh = mesh_manager.get_mesh("tp")
+        device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+        group, seed = TensorParallelGroup.from_mesh(mesh), seed_of_first_rank(device)
+        synchronize_random_state(group, device)
+        for module in model.modules():
+            if isinstance(module, MegatronModelMixin):
+                module.tp_group, module._initialization_seed = group, seed
+        return model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        names = self.__dict__.setdefault("_module_names", {})
+        if module not in names:
+            names.update({child: name for name, child in self.named_modules()})  # type: ignore[attr-defined]
+        seed = local_seed() if self._initialization_seed is None else self._initialization_seed
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if getattr(parameter, "_is_hf_initialized", False):
+                continue
+            name = f"{names[module]}.{parameter_name}"
+            if isinstance(module, nn.LayerNorm) and parameter_name == "weight":
+                parameter.fill_(1.0)
+            elif parameter_name == "bias":
+                parameter.zero_()
+            else:
+                fill_normal(parameter, self._initial_std(name), seed, name)
+
+    def _initial_std(self, name: str) -> float:
+        """Standard deviation of the initial weights of the parameter ``name``, relative to this model."""
+        return float(self.config.initializer_range)  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------ loading
+
+    def _partition_class(self) -> ModelClass:
+        """This model's row of the table; a subclass of one of our classes is treated as that class."""
+        for python_class in type(self).__mro__:
+            for model_class in self.partition_table.classes:
+                if python_class.__name__ == model_class.ours:
+                    return model_class
+        raise UnsupportedError(f"{type(self).__name__} does not derive from a class of this package.")
+
+    def _canonical(self, stored: Mapping[str, LazyTensor], *, ignore_mismatched_sizes: bool) -> dict[str, LazyTensor]:
+        """The stored tensors under this model's names, whatever the spelling they were stored in."""
+        config = self.config.to_dict()  # type: ignore[attr-defined]
+        canonical = canonicalise(stored, self.partition_table, config, self._partition_class())
+        if canonical.dropped:
+            logger.warning_once(f"Not used by this model, and dropped: {', '.join(canonical.dropped)}.")
+        if canonical.mismatched and not ignore_mismatched_sizes:
+            # Reported here because a rank would otherwise read its slice of the wrong shape.
+            shapes = "; ".join(f"{n} is {list(s)}, expected {list(e)}" for n, s, e in canonical.mismatched)
+            raise CheckpointFormatError(
+                f"{len(canonical.mismatched)} tensors do not have the shape the configuration asks for: {shapes}. "
+                "Correct config.json, or pass ignore_mismatched_sizes=True to draw them anew."
+            )
+        return {**canonical.tensors, **{name: stored[name] for name in canonical.unknown}}
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any,
+        state_dict: Mapping[str, Any] | None,
+        checkpoint_files: Sequence[str] | None,
+        load_config: LoadStateDictConfig,
+        expected_keys: list[str] | None = None,
+    ) -> Any:
+        is_on_disk = load_config.device_map is not None and "disk" in load_config.device_map.values()
+        if state_dict is None and checkpoint_files is not None and not is_on_disk:
+            state_dict = model._canonical(
+                open_files([Path(file) for file in checkpoint_files]),
+                ignore_mismatched_sizes=load_config.ignore_mismatched_sizes,
+            )
+            checkpoint_files = None
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    def _load_and_finalize_distributed_pretrained_model(
+        self, distributed_checkpoint_dir: str | os.PathLike[str], device_map: Any, device_mesh: Any
+    ) -> Any:
+        # Stock loads such a directory through torch's distributed checkpoints, which do not notice a missing shard,
+        # know one spelling and one head only, and make every rank look at every file.
+        checkpoint = open_checkpoint(Path(distributed_checkpoint_dir))
+        load_config = LoadStateDictConfig(
+            pretrained_model_name_or_path=str(distributed_checkpoint_dir),
+            device_map=device_map,
+            device_mesh=device_mesh,
+            dtype=self.dtype,  # type: ignore[attr-defined]
+        )
+        state_dict = self._canonical(checkpoint.tensors, ignore_mismatched_sizes=False)
+        loading_info, _ = self._load_pretrained_model(self, state_dict, None, load_config)
+        return self._finalize_model_loading(self, load_config, loading_info)  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------ saving
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, stock: bool = False, **kwargs: Any
+    ) -> None:
+        """Save as stock ``save_pretrained`` does; every rank must call it.
+
+        Args:
+            save_directory: Where to save.
+            *args: As for the stock method.
+            stock: Write the stock ``model_type`` and class into ``config.json``, so that the directory loads in
+                transformers without this package. The tensors are the same either way.
+            **kwargs: As for the stock method; ``distributed_checkpoint=True`` writes a ``tp`` directory, in which each
+                rank saves its own shards.
+
+        Raises:
+            UnsupportedError: ``stock`` together with ``distributed_checkpoint``, which no stock GPT-2 can load.
+        """
+        distributed = bool(kwargs.get("distributed_checkpoint"))
+        if distributed and stock:
+            raise UnsupportedError(
+                "stock=True with distributed_checkpoint=True: stock models cannot load a sharded directory of this "
+                "architecture. Save without distributed_checkpoint, or convert with `hf-megatron convert --to hub`."
+            )
+        directory = Path(save_directory)
+        target = directory.with_name(f".{directory.name}.saving") if distributed else directory
+        if distributed and _is_first_rank():
+            shutil.rmtree(target, ignore_errors=True)
+        _barrier()
+        super().save_pretrained(target, *args, **kwargs)  # type: ignore[misc]
+        if _is_first_rank() and kwargs.get("is_main_process", True):
+            if (target / "config.json").is_file():
+                rewrite_config(target, self.partition_table, self._partition_class().ours, stock=stock)
+            if distributed:
+                swap_into_place(target, directory)
+        _barrier()
+
+    def gather_sharded_state_dict_for_save(
+        self,
+        model_to_save: nn.Module,
+        state_dict: dict[str, Any],
+        distributed_config: DistributedConfig | None,
+        *,
+        save_on_this_rank: bool = True,
+    ) -> dict[str, Any]:
+        """Gather one tensor at a time, and keep it only where it is written."""
+        if distributed_config is None or distributed_config.dp_size > 1 or distributed_config.tp_size == 1:
+            gathered: dict[str, Any] = super().gather_sharded_state_dict_for_save(  # type: ignore[misc]
+                model_to_save, state_dict, distributed_config, save_on_this_rank=save_on_this_rank
+            )
+            return gathered
+        gathered = {}
+        for name, value in state_dict.items():
+            full = value.full_tensor() if isinstance(value, DTensor) else value
+            if save_on_this_rank:
+                gathered[name] = full.detach().cpu().contiguous() if isinstance(full, torch.Tensor) else full
+        return gathered
+
+    # ------------------------------------------------------------------ changing and using
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the vocabulary, as the stock method does, in one process.
+
+        Raises:
+            UnsupportedError: The embedding is cut over several ranks; their shards would have to move.
+        """
+        if isinstance(self.get_input_embeddings().weight, DTensor):  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                f"resize_token_embeddings needs the whole vocabulary, which is cut over {self.tp_group.size} ranks. "
+                "Load in one process, resize, save_pretrained, then load that directory with distributed_config."
+            )
+        resized: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        return resized
+
+
+def _check_distributed_config(config: DistributedConfig) -> None:
+    if config.enable_sequence_parallel:
+        raise UnsupportedError("enable_sequence_parallel=True is not supported; leave it False.")
+    if config.pp_size > 1 or config.ep_size > 1:
+        raise UnsupportedError(
+            f"pp_size={config.pp_size} and ep_size={config.ep_size}: these models have no pipeline stages and no "
+            "experts. Use tp_size, fsdp_size and dp_replicate_size."
+        )
+    if isinstance(config.tp_plan, dict):
+        raise UnsupportedError("tp_plan: these models bring their own plan. Leave tp_plan out, or 'auto'.")
+    needed = config.tp_size * config.dp_size
+    if needed == 1:
+        return
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if needed != world_size:
+        raise ParallelStateError(
+            f"tp_size={config.tp_size} x fsdp_size={config.fsdp_size} x dp_replicate_size={config.dp_replicate_size} "
+            f"needs {needed} processes, but there are {world_size}. Start with `torchrun --nproc-per-node {needed}`, "
+            f"or choose sizes whose product is {world_size}."
+        )
+
+
+def _is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Silence the report on missing weights."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

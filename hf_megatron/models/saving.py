@@ -1,0 +1,57 @@
+"""What ``save_pretrained`` does here beyond transformers: the stock config, and distributed saves that replace whole.
+
+A distributed save writes one file per rank. Written into a directory that holds another one, the old files would stay
+among the new; so it goes to a fresh directory beside the destination, which takes its place when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from hf_megatron.partition import PartitionTable
+
+__all__ = ["rewrite_config", "swap_into_place"]
+
+_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+
+
+def rewrite_config(directory: Path, table: PartitionTable, class_name: str, *, stock: bool) -> None:
+    """Make ``config.json`` name the stock classes, or ours; everything else in it stays.
+
+    Args:
+        directory: Where ``config.json`` lies.
+        table: The architecture's partition table, which knows both names.
+        class_name: The saved model's class, stock's name or ours.
+        stock: Whether to write transformers' ``model_type`` and class, so that the directory loads without this
+            package.
+    """
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    model_class = table.model_class(class_name)
+    config["model_type"] = table.stock_model_type if stock else table.model_type
+    config["architectures"] = [model_class.stock if stock else model_class.ours]
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def swap_into_place(fresh: Path, destination: Path) -> None:
+    """Put a complete checkpoint directory where ``destination`` is, keeping the other files that lie there.
+
+    Files of the old checkpoint's weights go, everything else (tokenizer, trainer state) moves over unless the new
+    directory has its own. Until the new directory is in place the old one is not touched.
+    """
+    if not destination.exists():
+        fresh.rename(destination)
+        return
+    old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
+    destination.rename(old)
+    fresh.rename(destination)
+    for entry in old.iterdir():
+        is_weights = entry.is_file() and entry.name.endswith(_WEIGHT_SUFFIXES)
+        if not is_weights and not (destination / entry.name).exists():
+            entry.rename(destination / entry.name)
+    shutil.rmtree(old)

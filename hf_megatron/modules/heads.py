@@ -1,0 +1,110 @@
+"""The language-modeling head, cut along the vocabulary, and its loss.
+
+Shapes: B batch, S sequence, H hidden, V vocabulary, V_p this rank's part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_megatron.partition import Spec, VocabSplit
+from hf_megatron.tensor_parallel import (
+    ParallelModule,
+    TensorParallelGroup,
+    copy_to_tensor_parallel_region,
+    gather_from_tensor_parallel_region,
+    local,
+    vocab_parallel_cross_entropy,
+)
+
+__all__ = ["VocabParallelHead", "causal_lm_loss"]
+
+
+class VocabParallelHead(ParallelModule):
+    """Projection onto the vocabulary. A tied head has no weight of its own: it uses the embedding's shard.
+
+    A second parameter for the same weight would be gathered and saved twice, and trains silently wrong under FSDP2 when
+    the rows do not divide (two FSDP parameters for one tensor).
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, *, is_tied: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = hidden_size, vocab_size
+        self.bias = None
+        self.register_parameter("weight", None if is_tied else nn.Parameter(torch.empty(vocab_size, hidden_size)))
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=0.02)
+
+    def partition_specs(self) -> Mapping[str, Spec]:
+        return {"weight": VocabSplit()}
+
+    def forward(self, hidden_states: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """This rank's logits.
+
+        Args:
+            hidden_states: [..., H], replicated.
+            embedding: The word embedding's parameter [V, H], split on dim 0; used if the head is tied.
+
+        Returns:
+            [..., V_p], split on the last dim.
+
+        Collective: all-reduce over tp, backward, of the hidden states' gradient.
+        """
+        (hidden_states,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)
+        return F.linear(hidden_states, local(embedding if self.weight is None else self.weight))
+
+    def gather(self, logits: torch.Tensor) -> torch.Tensor:
+        """[..., V_p] split on the last dim to [..., V] replicated.
+
+        Collective: all-gather over tp, forward.
+        """
+        return gather_from_tensor_parallel_region(self.tp_group, logits, dim=-1, size=self.out_features)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, is_tied={self.weight is None}"
+        return ", ".join(part for part in (sizes, super().extra_repr()) if part)
+
+
+def causal_lm_loss(
+    group: TensorParallelGroup,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    vocab_size: int,
+    shift_labels: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | float | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Loss of predicting each next token, as transformers defines it.
+
+    Args:
+        group: The tensor-parallel group.
+        logits: [B, S, V_p], split on the last dim.
+        labels: [B, S], replicated; shifted here.
+        vocab_size: V.
+        shift_labels: [B, S], labels that are shifted already and take the place of ``labels``.
+        num_items_in_batch: What to divide the sum by; the number of predicted tokens if None.
+        ignore_index: Label of positions that do not count.
+        label_smoothing: Share of the target distribution that is spread over the vocabulary.
+
+    Returns:
+        A scalar, replicated; float32, or float64 for float64 logits.
+
+    Collective: two all-reduces over tp, forward, see :func:`vocab_parallel_cross_entropy`.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return vocab_parallel_cross_entropy(
+        group,
+        logits.reshape(-1, logits.shape[-1]),
+        shift_labels.reshape(-1).to(logits.device),
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        num_items_in_batch=num_items_in_batch,
+    )

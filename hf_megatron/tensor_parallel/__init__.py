@@ -1,0 +1,49 @@
+"""Tensor parallelism: the region functions, the layers, the loss, and dropout that does not depend on the degree."""
+
+from hf_megatron.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from hf_megatron.tensor_parallel.group import SINGLE, TensorParallelGroup, local
+from hf_megatron.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    ParallelModule,
+    ReplicatedEmbedding,
+    ReplicatedLayerNorm,
+    ReplicatedLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from hf_megatron.tensor_parallel.mappings import (
+    copy_to_tensor_parallel_region,
+    gather_from_tensor_parallel_region,
+    reduce_from_tensor_parallel_region,
+    scatter_to_tensor_parallel_region,
+)
+from hf_megatron.tensor_parallel.random import (
+    attention_dropout,
+    broadcast_from_first_rank,
+    synchronize_random_state,
+)
+from hf_megatron.tensor_parallel.style import STYLE_NAME, parallelize_module, tp_plan_of
+
+__all__ = [
+    "SINGLE",
+    "STYLE_NAME",
+    "ColumnParallelLinear",
+    "ParallelModule",
+    "ReplicatedEmbedding",
+    "ReplicatedLayerNorm",
+    "ReplicatedLinear",
+    "RowParallelLinear",
+    "TensorParallelGroup",
+    "VocabParallelEmbedding",
+    "attention_dropout",
+    "broadcast_from_first_rank",
+    "copy_to_tensor_parallel_region",
+    "gather_from_tensor_parallel_region",
+    "local",
+    "parallelize_module",
+    "reduce_from_tensor_parallel_region",
+    "scatter_to_tensor_parallel_region",
+    "synchronize_random_state",
+    "tp_plan_of",
+    "vocab_parallel_cross_entropy",
+]

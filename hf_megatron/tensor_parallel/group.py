@@ -1,0 +1,47 @@
+"""Who takes part in tensor parallelism: a handle on the process group that every parallel module keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+__all__ = ["SINGLE", "TensorParallelGroup", "local"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParallelGroup:
+    """The tensor-parallel group of this process.
+
+    Attributes:
+        process_group: The group to communicate over; None when there is only one rank.
+        size: Number of ranks, the paper's degree of model parallelism.
+        rank: This process's place among them.
+    """
+
+    process_group: dist.ProcessGroup | None
+    size: int
+    rank: int
+
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh) -> TensorParallelGroup:
+        """The group of a one-dimensional device mesh."""
+        if mesh.size() == 1:
+            return SINGLE
+        return cls(mesh.get_group(), mesh.size(), mesh.get_local_rank())
+
+
+SINGLE = TensorParallelGroup(None, 1, 0)
+"""One process that holds everything; with it no layer communicates."""
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter, as a plain tensor; gradients flow back into the parameter.
+
+    The gradient of the local part becomes the gradient of the DTensor with the parameter's own placement. For a
+    replicated parameter that is right only if the gradient is already the same on every rank.
+    """
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

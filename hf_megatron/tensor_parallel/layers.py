@@ -1,0 +1,265 @@
+"""Linear layers and embeddings that are cut over the ranks of a tensor-parallel group.
+
+Every parameter keeps its full, unsharded shape and name: on one rank it is an ordinary tensor, on several a DTensor
+whose placement says how it is cut. The forward pass runs on this rank's part, with the communication written out.
+
+Shapes: B batch, S sequence, H hidden, P ranks; ``in`` and ``out`` are full sizes, ``out_p`` is this rank's part.
+
+Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_megatron.partition import Replicated, Spec, Split, VocabSplit, chunk_range
+from hf_megatron.tensor_parallel.group import SINGLE, TensorParallelGroup, local
+from hf_megatron.tensor_parallel.mappings import (
+    copy_to_tensor_parallel_region,
+    reduce_from_tensor_parallel_region,
+)
+
+__all__ = [
+    "ColumnParallelLinear",
+    "ParallelModule",
+    "ReplicatedEmbedding",
+    "ReplicatedLayerNorm",
+    "ReplicatedLinear",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+]
+
+WeightLayout = Literal["out_in", "in_out"]
+
+
+class ParallelModule(nn.Module):
+    """A module that knows its tensor-parallel group and how its own parameters are cut.
+
+    Attributes:
+        tp_group: The group; one rank until :meth:`set_tensor_parallel` is called.
+    """
+
+    tp_group: TensorParallelGroup = SINGLE
+
+    def partition_specs(self) -> Mapping[str, Spec]:
+        """The cut of each own parameter; parameters that are not named are replicated."""
+        return {}
+
+    def set_tensor_parallel(self, group: TensorParallelGroup) -> None:
+        """Take part in ``group`` from now on. The parameters are cut separately, see ``style``."""
+        self.tp_group = group
+
+    def extra_repr(self) -> str:
+        """What the base class says, and the place in the group."""
+        place = f"tp_size={self.tp_group.size}, tp_rank={self.tp_group.rank}" if self.tp_group.size > 1 else ""
+        return ", ".join(part for part in (super().extra_repr(), place) if part)
+
+
+class _ParallelLinear(ParallelModule):
+    """What the two linear layers share: the parameters and the local matrix product."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        weight_layout: WeightLayout,
+        specs: Mapping[str, Spec],
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_layout = weight_layout
+        shape = (in_features, out_features) if weight_layout == "in_out" else (out_features, in_features)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        self._specs = dict(specs)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights from N(0, 0.02), bias zero, as in GPT-2 and BERT; models draw theirs anew."""
+        nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def partition_specs(self) -> Mapping[str, Spec]:
+        return self._specs
+
+    def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x @ A + bias`` with local tensors; ``A`` is [in, out] or stored transposed."""
+        if self.weight_layout == "out_in":
+            return F.linear(x, weight, bias)
+        flat = x.reshape(-1, x.shape[-1])
+        product = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        return product.view(*x.shape[:-1], weight.shape[1])
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return ", ".join(part for part in (sizes, super().extra_repr()) if part)
+
+
+class ColumnParallelLinear(_ParallelLinear):
+    """``Y = X A + b`` with the columns of ``A`` cut: ``A = [A_1, ..., A_P]``, so rank i computes ``Y_i = X A_i + b_i``.
+
+    Args:
+        in_features: Size of X's last dimension.
+        out_features: Size of Y's last dimension over all ranks.
+        bias: Whether there is a ``b``.
+        weight_layout: ``"out_in"`` stores ``A`` transposed, as ``nn.Linear`` does; ``"in_out"`` as it is, as GPT-2's
+            Conv1D does.
+        specs: The cut of ``weight`` and ``bias``; both along ``out`` by default.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        weight_layout: WeightLayout = "out_in",
+        specs: Mapping[str, Spec] | None = None,
+    ) -> None:
+        default = {"weight": Split(1 if weight_layout == "in_out" else 0), "bias": Split(0)}
+        super().__init__(in_features, out_features, bias=bias, weight_layout=weight_layout, specs=specs or default)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply by this rank's columns.
+
+        Args:
+            x: [..., in], replicated.
+
+        Returns:
+            [..., out_p], split on the last dim.
+
+        Collective: all-reduce over tp, backward, of x's gradient; a bias that is held whole sends its gradient along.
+        """
+        group, weight = self.tp_group, local(self.weight)
+        bias = None if self.bias is None else local(self.bias)
+        bias_spec = self._specs.get("bias")
+        if bias is not None and isinstance(bias_spec, Replicated) and bias_spec.used is not None and group.size > 1:
+            x, bias = copy_to_tensor_parallel_region(group, x, bias)
+            bias = bias_spec.used.shard(bias, group.size, group.rank)
+        else:
+            (x,) = copy_to_tensor_parallel_region(group, x)
+        return self._multiply(x, weight, bias)
+
+
+class RowParallelLinear(_ParallelLinear):
+    """``Y = X A + b`` with the rows of ``A`` and the columns of ``X`` cut: ``Y = sum_i X_i A_i + b``.
+
+    The bias is replicated and added once, after the sum.
+
+    Args:
+        in_features: Size of X's last dimension over all ranks.
+        out_features: Size of Y's last dimension.
+        bias: Whether there is a ``b``.
+        weight_layout: As in :class:`ColumnParallelLinear`.
+        specs: The cut of ``weight`` and ``bias``; by default ``weight`` along ``in`` and ``bias`` replicated.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        weight_layout: WeightLayout = "out_in",
+        specs: Mapping[str, Spec] | None = None,
+    ) -> None:
+        default = {"weight": Split(0 if weight_layout == "in_out" else 1), "bias": Replicated()}
+        super().__init__(in_features, out_features, bias=bias, weight_layout=weight_layout, specs=specs or default)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply by this rank's rows and sum over the ranks.
+
+        Args:
+            x: [..., in_p], split on the last dim.
+
+        Returns:
+            [..., out], replicated.
+
+        Collective: all-reduce over tp, forward, of the output.
+        """
+        weight = local(self.weight)
+        bias = None if self.bias is None else local(self.bias)
+        if self.tp_group.size == 1:
+            return self._multiply(x, weight, bias)
+        product = reduce_from_tensor_parallel_region(self.tp_group, self._multiply(x, weight, None))
+        return product if bias is None else product + bias
+
+
+class VocabParallelEmbedding(ParallelModule, nn.Embedding):
+    """Embedding whose rows, the vocabulary, are cut: each rank looks up its own tokens, and the sum is everybody's.
+
+    ``num_embeddings`` and ``padding_idx`` are global. No rank but the one that holds the padding row may freeze a row
+    for it, and a token of another rank must not reach the padding row's gradient.
+    """
+
+    def partition_specs(self) -> Mapping[str, Spec]:
+        return {"weight": VocabSplit()}
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Look up the embeddings.
+
+        Args:
+            input_ids: [B, S] global token ids, replicated.
+
+        Returns:
+            [B, S, H], replicated.
+
+        Collective: all-reduce over tp, forward, of the output.
+        """
+        group, weight = self.tp_group, local(self.weight)
+        if group.size == 1:
+            return F.embedding(input_ids, weight, self.padding_idx)
+        start, stop = chunk_range(self.num_embeddings, group.size, group.rank)
+        self._check_range(input_ids)
+        is_mine = (input_ids >= start) & (input_ids < stop)
+        padding = self.padding_idx
+        local_padding = padding - start if padding is not None and start <= padding < stop else None
+        embedded = F.embedding(torch.where(is_mine, input_ids - start, 0), weight, local_padding)
+        # Row 0 stood in for the tokens of other ranks; zeroing the output keeps their gradients out of it.
+        return reduce_from_tensor_parallel_region(group, embedded * is_mine[..., None].to(embedded.dtype))
+
+    def _check_range(self, input_ids: torch.Tensor) -> None:
+        # An id outside of the vocabulary belongs to no shard and would silently embed as zero; one rank raises.
+        if input_ids.is_cuda or torch.compiler.is_compiling():
+            in_range = ((input_ids >= 0) & (input_ids < self.num_embeddings)).all()
+            torch._assert_async(in_range, "a token id is outside of the vocabulary")
+        elif input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.num_embeddings:
+            raise IndexError(
+                f"token ids from {int(input_ids.min())} to {int(input_ids.max())} were given, but the embedding has "
+                f"{self.num_embeddings} rows; check that the tokenizer belongs to this model."
+            )
+
+
+class ReplicatedLinear(ParallelModule, nn.Linear):
+    """``nn.Linear`` that every rank holds whole, for small heads. Input and output are replicated."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., out], both replicated, without communication."""
+        return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
+
+
+class ReplicatedEmbedding(ParallelModule, nn.Embedding):
+    """``nn.Embedding`` that every rank holds whole, for positions and token types."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[...] ids to [..., H], both replicated, without communication."""
+        return F.embedding(input_ids, local(self.weight), self.padding_idx)
+
+
+class ReplicatedLayerNorm(ParallelModule, nn.LayerNorm):
+    """``nn.LayerNorm`` that every rank holds whole. Input and output are replicated."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., H] to [..., H], both replicated, without communication."""
+        bias = cast("torch.Tensor | None", self.bias)
+        return F.layer_norm(
+            x, self.normalized_shape, local(self.weight), None if bias is None else local(bias), self.eps
+        )

@@ -1,0 +1,107 @@
+"""Randomness that does not depend on the tensor-parallel degree.
+
+There is one random stream: torch's default generator of the CPU, in the same state on all ranks of a tensor-parallel
+group. Outside of the parallel region activations are replicated, so ordinary dropout draws the same mask on every
+rank. Inside, each rank holds other heads: there one seed is drawn from the stream per call, and every *global* head
+gets its own sub-seed from it. So a head sees the same mask on whichever rank it lies, at any degree.
+
+The default generator is what Trainer saves, what ``torch.utils.checkpoint`` replays and what ``torch.manual_seed``
+sets, so resuming, recomputation and reproducibility need nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from hf_megatron.tensor_parallel.group import TensorParallelGroup
+
+__all__ = ["attention_dropout", "broadcast_from_first_rank", "private_cuda_stream", "synchronize_random_state"]
+
+# Sub-seeds are seed + head, and must not exceed what a torch.Generator accepts.
+_MAX_SEED = 2**62
+
+
+def attention_dropout(probabilities: torch.Tensor, p: float, first_head: int) -> torch.Tensor:
+    """Dropout on attention probabilities with one mask per global head.
+
+    Args:
+        probabilities: [B, N_p, S_q, S_k], split on dim 1 by heads.
+        p: Probability of dropping an element.
+        first_head: Global index of this rank's first head.
+
+    Returns:
+        Like ``probabilities``, with dropped elements zero and the others scaled by ``1 / (1 - p)``.
+    """
+    if p == 0.0:
+        return probabilities
+    if p == 1.0:
+        return probabilities * 0.0
+    seed = torch.randint(_MAX_SEED, ())
+    keep: torch.Tensor = _attention_keep_mask(probabilities.detach(), seed, p, first_head)
+    return probabilities * keep * (1.0 / (1.0 - p))
+
+
+@torch.library.custom_op("hf_megatron::attention_keep_mask", mutates_args=())
+def _attention_keep_mask(like: torch.Tensor, seed: torch.Tensor, p: float, first_head: int) -> torch.Tensor:
+    """Which elements to keep: bool, shaped like ``like`` [B, N_p, ...]. An op, so that torch.compile leaves it whole."""
+    mask = torch.empty(like.shape, dtype=torch.bool, device=like.device)
+    generator = torch.Generator(device=like.device)
+    for head in range(like.shape[1]):
+        generator.manual_seed(int(seed) + first_head + head)
+        mask[:, head] = torch.empty_like(mask[:, head]).bernoulli_(1.0 - p, generator=generator)
+    return mask
+
+
+@_attention_keep_mask.register_fake
+def _(like: torch.Tensor, seed: torch.Tensor, p: float, first_head: int) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=torch.bool, device=like.device)
+
+
+def synchronize_random_state(group: TensorParallelGroup, device: torch.device) -> None:
+    """Put the default generators of all ranks of the group into the state of its first rank.
+
+    Args:
+        group: The tensor-parallel group.
+        device: Where the model lies; an accelerator's generator is synchronised beside the CPU's.
+
+    Collective: broadcast over tp of the generator states, some kilobytes.
+    """
+    if group.size == 1:
+        return
+    torch.set_rng_state(broadcast_from_first_rank(group, torch.get_rng_state(), device))
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(broadcast_from_first_rank(group, torch.cuda.get_rng_state(device), device), device)
+
+
+def broadcast_from_first_rank(group: TensorParallelGroup, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The first rank's value of a CPU tensor, on the CPU of every rank.
+
+    Collective: broadcast over tp, on ``device`` because the backend may not serve the CPU.
+    """
+    if group.size == 1:
+        return tensor
+    assert group.process_group is not None
+    value = tensor.to(device, copy=True)
+    dist.broadcast(value, dist.get_global_rank(group.process_group, 0), group=group.process_group)
+    return value.cpu()
+
+
+@contextmanager
+def private_cuda_stream(device: torch.device, first_head: int) -> Iterator[None]:
+    """Let a fused GPU kernel draw its dropout from a stream of this rank's own, and leave the shared one as it was.
+
+    The kernel takes its random numbers from the device's default generator, which is the same on all ranks of the
+    group; seeded alike, all ranks would drop the same positions in different heads. Here the masks do depend on the
+    degree: a kernel draws for all of its heads at once.
+    """
+    generator = torch.cuda.default_generators[device.index]
+    state = generator.get_state()
+    generator.manual_seed(int(torch.randint(_MAX_SEED, ())) + first_head)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
