@@ -6,6 +6,7 @@
     |-- ParallelStateError(RuntimeError)      process group, world size, use outside of a group
     `-- CheckpointError(ValueError)           a checkpoint that cannot be used or written
         |-- CheckpointFormatError             not a format or spelling we know
+        |   `-- CheckpointShapeError(RuntimeError)  a tensor does not have the shape its configuration gives it
         |-- CheckpointIncompleteError         a file, a shard or a part of a tensor is missing or extra
         `-- DestinationError                  where we were asked to write is taken or unsafe
 
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointFormatError",
     "CheckpointIncompleteError",
+    "CheckpointShapeError",
     "DestinationError",
     "HfMegatronError",
     "ParallelStateError",
@@ -47,6 +49,10 @@ class CheckpointError(HfMegatronError, ValueError):
 
 class CheckpointFormatError(CheckpointError):
     """The directory is in no known format, or holds names or shapes that its architecture does not have."""
+
+
+class CheckpointShapeError(CheckpointFormatError, RuntimeError):
+    """Tensors do not have the shapes the configuration gives them; transformers has a RuntimeError for it."""
 
 
 class CheckpointIncompleteError(CheckpointError):

@@ -12,9 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from hf_megatron.checkpoint.safetensors_header import itemsize
+from hf_megatron.checkpoint import itemsize
 from hf_megatron.partition import Box
-
 from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
 
 __all__ = ["CopiedFile", "OutputFile", "Part", "SafetensorsFile", "TextFile"]
@@ -93,9 +92,9 @@ class SafetensorsFile:
         advance(len(self._header))
         for part in self._ordered:
             for box in bounded(part.box, part.tensor.dtype):
-                data = raw_bytes(part.tensor.read(box))
-                stream.write(data)
-                advance(len(data))
+                data = raw_bytes(part.tensor.read(box)).numpy()
+                stream.write(data.data)
+                advance(data.nbytes)
 
 
 @dataclass(frozen=True, slots=True)

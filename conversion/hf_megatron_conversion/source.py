@@ -16,8 +16,12 @@ _WEIGHTS = ["model*.safetensors", "shard-*.safetensors"]
 _PICKLED_WEIGHTS = ["pytorch_model*.bin"]
 
 
-def source_directory(source: str | Path) -> Path:
+def source_directory(source: str | Path, *, config_only: bool = False) -> Path:
     """The directory of a checkpoint. A local directory wins over a repository of the same name.
+
+    Args:
+        source: The directory, or the id of a repository on the Hub.
+        config_only: Of a repository, fetch config.json and nothing else.
 
     Raises:
         CheckpointFormatError: There is neither a directory nor a repository of this name (or no way to reach it).
@@ -30,10 +34,10 @@ def source_directory(source: str | Path) -> Path:
         raise CheckpointFormatError(f"{name} is a file; give the directory that holds the checkpoint.")
     if isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointFormatError(f"The directory {name} does not exist.")
-    return _download(name)
+    return _download(name, config_only)
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -41,6 +45,8 @@ def _download(repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=patterns))
 
     try:
+        if config_only:
+            return fetch(["config.json"])
         directory = fetch(_SIDE_FILES + _WEIGHTS)
         if not any(directory.glob("*.safetensors")):
             _logger.info("%s has no safetensors files; fetching its pickled weights.", repository)

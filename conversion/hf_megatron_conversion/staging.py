@@ -10,40 +10,47 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from glob import escape
 from pathlib import Path
 from types import TracebackType
 
 from hf_megatron.errors import DestinationError
 
-__all__ = ["Staging", "check_destination"]
+__all__ = ["Staging", "check_destination", "check_overlap"]
 
 
-def check_destination(destination: Path, source: Path, *, overwrite: bool) -> Path:
+def check_overlap(destination: Path, source: Path) -> None:
+    """Raise DestinationError if one of the two directories is the other one or lies in it."""
+    destination, source = destination.resolve(), source.resolve()
+    if destination == source or destination in source.parents or source in destination.parents:
+        raise DestinationError(
+            f"The destination {destination} and the source {source} overlap, which could destroy the source; choose a "
+            "destination outside of it."
+        )
+
+
+def check_destination(destination: Path, *, overwrite: bool) -> Path:
     """Refuse a destination that must not be written; writes nothing.
 
     Returns:
         The destination with symbolic links resolved.
 
     Raises:
-        DestinationError: It exists and ``overwrite`` was not asked for, it overlaps the source, or replacing it would
-            delete more than a checkpoint.
+        DestinationError: It exists and ``overwrite`` was not asked for, or replacing it would delete more than a
+            checkpoint.
     """
-    destination, source = destination.resolve(), source.resolve()
-    if destination == source or destination in source.parents or source in destination.parents:
-        raise DestinationError(
-            f"The destination {destination} and the source {source} overlap; a failed conversion could destroy the source."
-        )
+    destination = destination.resolve()
     if not destination.exists():
         return destination
     if not overwrite:
-        raise DestinationError(f"The destination {destination} exists; choose another or ask to overwrite it.")
+        raise DestinationError(f"The destination {destination} exists; choose another, or overwrite it (--overwrite).")
     if not destination.is_dir():
         raise DestinationError(f"The destination {destination} is not a directory; remove it first.")
     kept = [path.name for path in destination.iterdir() if path.is_dir()]
     if kept:
         raise DestinationError(
-            f"The destination {destination} holds directories ({', '.join(sorted(kept)[:5])}), which no checkpoint written "
-            "here does; it will not be overwritten. Remove it yourself if nothing in it is needed."
+            f"The destination {destination} holds directories ({', '.join(sorted(kept)[:5])}), which no checkpoint "
+            "written here does, and will not be overwritten. Remove it yourself if nothing in it is needed."
         )
     return destination
 
@@ -55,14 +62,16 @@ class Staging:
         directory: Where to write.
     """
 
-    def __init__(self, destination: Path, num_bytes: int) -> None:
+    def __init__(self, destination: Path, num_bytes: int, *, overwrite: bool) -> None:
         """Prepare to write.
 
         Args:
-            destination: As ``check_destination`` returned it; it is replaced if it exists when ``publish`` is called.
+            destination: As ``check_destination`` returned it.
             num_bytes: What will be written, at most; refused beforehand if there is less space.
+            overwrite: Whether to replace what is there when ``publish`` is called.
         """
         self._destination = destination
+        self._overwrite = overwrite
         self._num_bytes = num_bytes
         self._old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
         self._new_parents: list[Path] = []
@@ -73,7 +82,7 @@ class Staging:
         """Clear away what killed processes left, check the space, and create the directory.
 
         Raises:
-            DestinationError: There is too little space.
+            DestinationError: There is too little space, or another process is writing the same destination.
         """
         parent = self._destination.parent
         self._new_parents = [path for path in (parent, *parent.parents) if not path.exists()]
@@ -100,6 +109,8 @@ class Staging:
         """
         _sync(self.directory)
         replaced = self._destination.exists()
+        if replaced and not self._overwrite:
+            raise DestinationError(f"{self._destination} came to exist in the meantime; it was left as it is.")
         if replaced:
             self._destination.rename(self._old)
         try:
@@ -126,18 +137,19 @@ class Staging:
 
     def _recover(self) -> None:
         """Remove, or put back, what processes left that were killed while they wrote to the same destination."""
-        parent, name = self._destination.parent, self._destination.name
-        for path in parent.glob(f".{_escaped(name)}.old-*"):
+        parent, name = self._destination.parent, escape(self._destination.name)
+        for path in parent.glob(f".{name}.tmp-*"):
+            lock = _lock(path)
+            if lock is None:
+                raise DestinationError(f"Another process is writing {self._destination} (in {path}).")
+            shutil.rmtree(path)
+            os.close(lock)
+        for path in parent.glob(f".{name}.old-*"):
             if self._destination.exists():
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(path)
             else:
                 # Killed between the two renames of publish.
                 path.rename(self._destination)
-        for path in parent.glob(f".{_escaped(name)}.tmp-*"):
-            lock = _lock(path)
-            if lock is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(lock)
 
 
 def _lock(directory: Path) -> int | None:
@@ -158,9 +170,3 @@ def _sync(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _escaped(name: str) -> str:
-    from glob import escape
-
-    return escape(name)

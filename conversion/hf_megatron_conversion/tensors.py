@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
-from hf_megatron.checkpoint.safetensors_header import DTYPES, itemsize, torch_dtype
+from hf_megatron.checkpoint import DTYPES, itemsize, torch_dtype
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import Box
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Cast", "Readable", "bounded", "cast", "dtype_code", "raw_bytes"]
 
 # A tensor is read and written this many bytes at a time, so that the size of the model does not matter.
-_SLICE_BYTES = 32 * 2**20
+_SLICE_BYTES = 16 * 2**20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -101,8 +101,8 @@ def bounded(box: Box, dtype: str) -> Iterator[Box]:
         yield box.narrowed(0, start, min(start + rows, last))
 
 
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, row-major, without a copy."""
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous CPU tensor, row-major, as a [nbytes] view of type uint8."""
     import torch
 
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8)

@@ -47,7 +47,7 @@ class Checkpoint:
 
     @property
     def tp_size(self) -> int:
-        """Number of pieces the word embedding is cut into along the vocabulary; 1 in a Hub directory.        """
+        """Number of pieces the word embedding is cut into along the vocabulary; 1 in a Hub directory."""
         if self.format == "hub":
             return 1
         table = table_for(self.config)
@@ -153,8 +153,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointFormatError(f"{index} has no weight_map.")
     for file in weight_map.values():
         # A name with a directory in it would make us read outside of the checkpoint.
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointFormatError(f"{index} names {file!r}, which is not a file name.")
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith((".safetensors", ".bin")):
+            raise CheckpointFormatError(f"{index} names {file!r}, which is not the name of a weight file.")
     return weight_map
 
 

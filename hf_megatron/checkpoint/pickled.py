@@ -39,27 +39,33 @@ def _load(path: Path) -> object:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip and _is_torchscript(path):
+            raise CheckpointFormatError(f"{path} is a TorchScript program, not a dictionary of tensors.")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except CheckpointFormatError:
+        raise
     except pickle.UnpicklingError as error:
-        # torch's own text goes on to tell how to switch the check off, so it is not chained.
-        raise CheckpointFormatError(
-            f"{path} is refused: {_reason(path, error)}. Loading it could run code. Convert it to safetensors "
-            "where its source is trusted."
-        ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        if "TorchScript" in str(error):
-            raise CheckpointFormatError(f"{path} is a TorchScript program, not a dictionary of tensors.") from None
-        raise CheckpointIncompleteError(f"{path} cannot be read; is it truncated? {error}") from error
+        # The text of torch goes on to tell how to switch the check off, so it is not chained.
+        raise CheckpointFormatError(_refusal(path, str(error))) from None
+    except Exception as error:
+        # On damaged bytes the readers raise what they run into: IndexError, BadZipFile, UnicodeDecodeError, ...
+        raise CheckpointIncompleteError(f"{path} cannot be read; is it truncated? {error!r}") from error
 
 
-def _reason(path: Path, error: pickle.UnpicklingError) -> str:
-    import torch
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
-    if zipfile.is_zipfile(path):
-        unsafe = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    else:
-        unsafe = re.findall(r"GLOBAL (\S+) was not", str(error))
-    return f"its pickle asks for {', '.join(unsafe)}" if unsafe else "its pickle holds more than tensors"
+
+def _refusal(path: Path, reason: str) -> str:
+    names = re.findall(r"GLOBAL ([\w.]+)", reason)
+    if not names:
+        return f"{path} is not a pickle of tensors; it may be truncated, or a Git LFS pointer that was never fetched."
+    return (
+        f"{path} is refused: its pickle asks for {names[0]}, and loading it could run any code. Convert it to "
+        "safetensors where its source is trusted."
+    )
 
 
 def _lazy(path: Path, name: object, value: object) -> LazyTensor:

@@ -93,7 +93,10 @@ def read_header(path: Path) -> Header:
             raise CheckpointIncompleteError(f"{path} is truncated: it holds {size} bytes, not even a header.")
         (length,) = struct.unpack("<Q", prefix)
         if length > _MAX_HEADER_BYTES:
-            raise CheckpointFormatError(f"{path} is not a safetensors file: its header would be {length} bytes long.")
+            raise CheckpointFormatError(
+                f"{path} is not a safetensors file: its header would be {length} bytes long (a Git LFS pointer that "
+                "was never fetched?)."
+            )
         raw = file.read(length)
     start = _LENGTH_BYTES + length
     if len(raw) < length:

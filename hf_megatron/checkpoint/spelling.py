@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from hf_megatron.checkpoint.lazy import LazyTensor
-from hf_megatron.checkpoint.safetensors_header import itemsize
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
-from hf_megatron.partition import Box, ModelClass, PartitionTable
+from hf_megatron.partition import ModelClass, PartitionTable
 
 __all__ = ["Canonical", "canonicalise", "listed", "model_class_of", "require_complete", "respelled"]
 
@@ -97,12 +95,12 @@ def canonicalise(
     if head is not None:
         embedding = respelled(table.word_embedding, expected, table.base_prefix)
         assert embedding is not None, f"{model_class.stock} has no {table.word_embedding}"
-        # One tensor under two names is stored once, and nothing prescribes under which of the two.
-        if embedding not in found:
-            found[embedding] = head
-        else:
+        if embedding in found:
             _require_same(head, found[embedding])
             dropped.append(head.name)
+        else:
+            # One tensor under two names is stored once, and nothing says under which of the two.
+            found[embedding] = head
     return Canonical(
         tensors={name: found[name] for name in expected if name in found},
         dropped=tuple(dropped),
@@ -148,21 +146,22 @@ def listed(items: Sequence[str], separator: str = ", ") -> str:
 
 
 def _require_same(head: LazyTensor, embedding: LazyTensor) -> None:
-    if head.dtype != embedding.dtype or head.shape != embedding.shape or not _same_bytes(head, embedding):
-        raise CheckpointFormatError(
-            f"{head.name} and {embedding.name} are stored with different values, but config.json ties them. Set "
-            '"tie_word_embeddings": false there if the head is meant to be its own, or remove '
-            f"{head.name} from the checkpoint."
-        )
+    if head.dtype == embedding.dtype and head.shape == embedding.shape != () and _same_bytes(head, embedding):
+        return
+    raise CheckpointFormatError(
+        f"{head.name} and {embedding.name} are stored with different values, but config.json ties them. Set "
+        '"tie_word_embeddings": false there if the head is meant to be its own, or remove '
+        f"{head.name} from the checkpoint."
+    )
 
 
 def _same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
-    """Whether two tensors of one dtype and shape are bit-equal, read a bounded number of rows at a time."""
+    """Whether two tensors of one dtype and shape are bit-equal, read in blocks of rows of bounded size."""
     import torch
 
-    rows = max(_COMPARED_BYTES // max(prod(a.shape[1:]) * itemsize(a.dtype), 1), 1)
+    rows = max(_COMPARED_BYTES * a.shape[0] // max(a.nbytes, 1), 1)
     for start in range(0, a.shape[0], rows):
-        box = Box.whole(a.shape).narrowed(0, start, min(start + rows, a.shape[0]))
-        if not torch.equal(a.read(box).view(torch.uint8), b.read(box).view(torch.uint8)):
+        part = slice(start, start + rows)
+        if not torch.equal(a[part].view(torch.uint8), b[part].view(torch.uint8)):
             return False
     return True

@@ -1,14 +1,16 @@
 """What our models add to ``PreTrainedModel``: sharded building, loading and saving.
 
 Everything private of transformers' loader that this package relies on is in this module and in ``initialization``:
-``_load_pretrained_model``, ``_load_and_finalize_distributed_pretrained_model``, ``_from_config``, ``_init_weights``
-and ``DtensorShardOperation``. ``tests/models/test_transformers_interfaces.py`` says what breaks when one changes.
+``_load_pretrained_model``, ``_load_and_finalize_distributed_pretrained_model``, ``_from_config``, ``_init_weights``,
+``_save_model_checkpoint_distributed`` and ``DtensorShardOperation``. ``tests/models/test_transformers_interfaces.py``
+says what breaks when one changes.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.distributed.checkpoint import _save_model_checkpoint_distributed
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
@@ -54,7 +57,7 @@ class MegatronModelMixin:
         distributed_config = getattr(config, "distributed_config", None)
         if distributed_config is not None:
             self.partition_table.check_degree(config.to_dict(), distributed_config.tp_size)
-        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
+        PreTrainedModel.__init__(self, config)
 
     @classmethod
     def from_config(
@@ -110,15 +113,15 @@ class MegatronModelMixin:
         return super().prepare_distribute_model(distributed_config, device_map)  # type: ignore[misc]
 
     @classmethod
-    def maybe_distribute_model(
-        cls, model: Any, distributed_config: DistributedConfig | None, mesh_manager: Any
-    ) -> Any:
+    def maybe_distribute_model(cls, model: Any, distributed_config: DistributedConfig | None, mesh_manager: Any) -> Any:
         """Cut the parameters; put the ranks' random streams and the seed for new weights in step."""
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
         if mesh_manager is None:
             return model
         mesh = mesh_manager.get_mesh("tp")
-        device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+        device = torch.device(mesh.device_type)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
         group, seed = TensorParallelGroup.from_mesh(mesh), seed_of_first_rank(device)
         synchronize_random_state(group, device)
         for module in model.modules():
@@ -241,6 +244,17 @@ class MegatronModelMixin:
             if distributed:
                 swap_into_place(target, directory)
         _barrier()
+
+    def save_distributed_checkpoint(
+        self, model_to_save: nn.Module, save_directory: str | os.PathLike[str], **kwargs: Any
+    ) -> None:
+        """Save this rank's shards; a model that lies whole in one process is saved as the one shard it is."""
+        if any(isinstance(parameter, DTensor) for parameter in model_to_save.parameters()):
+            super().save_distributed_checkpoint(model_to_save, save_directory, **kwargs)  # type: ignore[misc]
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            _save_model_checkpoint_distributed(model_to_save, save_directory)
 
     def gather_sharded_state_dict_for_save(
         self,

@@ -7,6 +7,7 @@ Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3 and figure 3b.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -112,24 +113,11 @@ class ParallelAttention(ParallelModule):
             # has no fused kernel with dropout anyway, so nothing is lost by drawing per head.
             return self._explicit(query, key, value, mask, dropout)
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
-        if not dropout:
-            return self._call(kernel, query, key, value, mask, 0.0, **kwargs)
-        with private_cuda_stream(query.device, self.first_head):
-            return self._call(kernel, query, key, value, mask, dropout, **kwargs)
-
-    def _call(
-        self,
-        kernel: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        dropout: float,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        output: tuple[torch.Tensor, torch.Tensor | None] = kernel(
-            self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        stream = private_cuda_stream(query.device, self.first_head) if dropout else nullcontext()
+        with stream:
+            output: tuple[torch.Tensor, torch.Tensor | None] = kernel(
+                self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
         return output
 
     def _explicit(

@@ -31,6 +31,8 @@ class VocabParallelHead(ParallelModule):
     the rows do not divide (two FSDP parameters for one tensor).
     """
 
+    weight: nn.Parameter | None
+
     def __init__(self, hidden_size: int, vocab_size: int, *, is_tied: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = hidden_size, vocab_size

@@ -89,7 +89,7 @@ class Spec(ABC):
     def merge(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         """The full tensor from all ranks' shards, in rank order; the inverse of :meth:`split`."""
 
-    def check(self, name: str, shape: Shape, tp_size: int) -> None:
+    def check(self, name: str, shape: Shape, tp_size: int) -> None:  # noqa: B027 (whole tensors fit any degree)
         """Raise PartitionError if the tensor called ``name`` cannot be cut for ``tp_size`` ranks."""
 
     def shard_shape(self, shape: Shape, tp_size: int, tp_rank: int) -> Shape:
@@ -190,9 +190,7 @@ class FusedSplit(Spec):
             return (whole,)
         block = shape[self.dim] // self.num_blocks
         start, stop = chunk_range(block, tp_size, tp_rank)
-        return tuple(
-            whole.narrowed(self.dim, i * block + start, i * block + stop) for i in range(self.num_blocks)
-        )
+        return tuple(whole.narrowed(self.dim, i * block + start, i * block + stop) for i in range(self.num_blocks))
 
     def stored_boxes(self, shape: Shape, tp_size: int) -> tuple[Box, ...]:
         """One contiguous chunk per rank, as transformers' distributed checkpoints store it."""

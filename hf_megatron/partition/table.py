@@ -130,14 +130,12 @@ class PartitionTable:
         raise UnsupportedError(f"{name} is not one of the {self.architecture} classes offered here: {known}.")
 
     def tensors(self, config: Config, model_class: ModelClass) -> dict[str, Tensor]:
-        """Every tensor in the state dict of ``model_class`` under ``config``, by name, in the models' order."""
+        """Every tensor in the state dict of ``model_class`` under ``config``, by name, rule by rule."""
         sizes = self.sizes(config)
         prefix = f"{self.base_prefix}." if model_class.has_prefix else ""
         rules = [(prefix + rule.name, rule) for rule in self.body]
         rules += [(rule.name, rule) for rule in self._head_rules(config, model_class)]
-        return {
-            tensor.name: tensor for name, rule in rules for tensor in _instances(name, rule, sizes)
-        }
+        return {tensor.name: tensor for name, rule in rules for tensor in _instances(name, rule, sizes)}
 
     def _head_rules(self, config: Config, model_class: ModelClass) -> Iterator[TensorRule]:
         is_tied = bool(config.get("tie_word_embeddings", True))

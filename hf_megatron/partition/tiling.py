@@ -28,7 +28,8 @@ def tiling_error(shape: Shape, boxes: Sequence[Box]) -> str | None:
     for box in boxes:
         if len(box.shape) != len(shape):
             return f"is stored with {len(box.shape)} dimensions where {len(shape)} are expected"
-        if any(start + size > limit for start, size, limit in zip(box.offset, box.shape, shape, strict=True)):
+        sides = zip(box.offset, box.shape, shape, strict=True)
+        if any(start < 0 or start + size > limit for start, size, limit in sides):
             return f"has a piece of shape {list(box.shape)} at {list(box.offset)}, outside of its shape {list(shape)}"
     for i, box in enumerate(boxes):
         for other in boxes[i + 1 :]:

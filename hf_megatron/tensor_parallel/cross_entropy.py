@@ -97,7 +97,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
         is_mine = (target >= start) & (target < stop)
         mine = torch.where(is_mine, target - start, 0)[:, None]  # [T, 1]
-        predicted = shifted.gather(1, mine)[:, 0] * is_mine
+        # Not a product with is_mine: the logit that stands in for another rank's target may be -inf.
+        predicted = torch.where(is_mine, shifted.gather(1, mine)[:, 0], 0.0)
         sums = [predicted, shifted.sum(1)] if label_smoothing else [predicted]
         exponentials = shifted.exp_()
         totals = torch.stack([exponentials.sum(1), *sums])  # [2 or 3, T], partial sums
@@ -117,7 +118,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None, None, None]:
         softmax, mine, is_mine, is_counted = ctx.saved_tensors
-        scale = (gradient * is_counted)[:, None]  # [T, 1]
+        # Not a product with is_counted: where no position counts, the mean is 0/0 and its gradient not finite.
+        scale = torch.where(is_counted, gradient, 0.0)[:, None]  # [T, 1]
         on_target = (ctx.label_smoothing - 1) * is_mine[:, None].to(softmax.dtype)
         grad = softmax.scatter_add(1, mine, on_target)
         if ctx.label_smoothing:

@@ -63,6 +63,9 @@ class ParallelModule(nn.Module):
 class _ParallelLinear(ParallelModule):
     """What the two linear layers share: the parameters and the local matrix product."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -224,7 +227,7 @@ class VocabParallelEmbedding(ParallelModule, nn.Embedding):
         local_padding = padding - start if padding is not None and start <= padding < stop else None
         embedded = F.embedding(torch.where(is_mine, input_ids - start, 0), weight, local_padding)
         # Row 0 stood in for the tokens of other ranks; zeroing the output keeps their gradients out of it.
-        return reduce_from_tensor_parallel_region(group, embedded * is_mine[..., None].to(embedded.dtype))
+        return reduce_from_tensor_parallel_region(group, embedded.masked_fill(~is_mine[..., None], 0.0))
 
     def _check_range(self, input_ids: torch.Tensor) -> None:
         # An id outside of the vocabulary belongs to no shard and would silently embed as zero; one rank raises.

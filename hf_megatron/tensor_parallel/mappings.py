@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 
+# torch 2.13 renamed it and warns about the old name.
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
+
 def copy_to_tensor_parallel_region(group: TensorParallelGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Enter the parallel region: the paper's ``f``.
 
@@ -118,8 +122,13 @@ def _all_reduced(group: TensorParallelGroup, tensors: list[torch.Tensor]) -> lis
         return [total]
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat, group=group.process_group)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    totals = [
+        part.view(tensor.shape)
+        for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
+    ]
+    # Views keep the whole buffer alive, and a parameter keeps its gradient: a bias would hold on to activations.
+    largest = max(totals, key=torch.Tensor.numel)
+    return [total if total is largest else total.clone() for total in totals]
 
 
 def _gathered(group: TensorParallelGroup, shard: torch.Tensor, dim: int, size: int) -> torch.Tensor:
@@ -129,7 +138,7 @@ def _gathered(group: TensorParallelGroup, shard: torch.Tensor, dim: int, size: i
     padded = rows.new_zeros((largest, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     gathered = padded.new_empty((group.size * largest, *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, padded, group=group.process_group)
+    _all_gather(gathered, padded, group=group.process_group)
     # torch.chunk fills every rank but the last ones, so the padding is at the end of all.
     return gathered[:size].movedim(0, dim)
 

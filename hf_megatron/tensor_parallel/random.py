@@ -47,7 +47,7 @@ def attention_dropout(probabilities: torch.Tensor, p: float, first_head: int) ->
 
 @torch.library.custom_op("hf_megatron::attention_keep_mask", mutates_args=())
 def _attention_keep_mask(like: torch.Tensor, seed: torch.Tensor, p: float, first_head: int) -> torch.Tensor:
-    """Which elements to keep: bool, shaped like ``like`` [B, N_p, ...]. An op, so that torch.compile leaves it whole."""
+    """Which elements to keep: bool, like ``like`` [B, N_p, ...]. An op, so that torch.compile does not look inside."""
     mask = torch.empty(like.shape, dtype=torch.bool, device=like.device)
     generator = torch.Generator(device=like.device)
     for head in range(like.shape[1]):

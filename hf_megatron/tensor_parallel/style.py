@@ -36,7 +36,7 @@ def placement_of(spec: Spec) -> Placement:
     raise AssertionError(f"no placement for {spec}")
 
 
-class MegatronStyle(TensorParallelLayer):  # type: ignore[misc]
+class MegatronStyle(TensorParallelLayer):
     """The style behind every entry of our plans."""
 
     def shard_param(self, module: ParallelModule, param: str, mesh: DeviceMesh) -> None:
@@ -45,7 +45,9 @@ class MegatronStyle(TensorParallelLayer):  # type: ignore[misc]
         if full is None:
             return
         spec = module.partition_specs().get(param, Replicated())
-        part = spec.shard(full.detach(), mesh.size(), mesh.get_local_rank()).clone(memory_format=torch.contiguous_format)
+        part = spec.shard(full.detach(), mesh.size(), mesh.get_local_rank()).clone(
+            memory_format=torch.contiguous_format
+        )
         sharded = DTensor.from_local(
             part, mesh, [placement_of(spec)], run_check=False, shape=full.shape, stride=full.stride()
         )

@@ -1,5 +1,6 @@
-"""The formats, by name. A new one is a module beside this file, a class with the interface of ``base.Format`` in it,
-and one line here.
+"""The formats, by name.
+
+A new one is a module beside this file, with a class in it that has the interface of ``base.Format``, and a line here.
 """
 
 from __future__ import annotations

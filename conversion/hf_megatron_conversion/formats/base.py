@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from hf_megatron.checkpoint import canonicalise, open_checkpoint, require_complete
-from hf_megatron.checkpoint.safetensors_header import read_header
+from hf_megatron.checkpoint import canonicalise, model_class_of, open_checkpoint, read_header, require_complete
 from hf_megatron.errors import CheckpointFormatError
 from hf_megatron.partition import ModelClass, PartitionTable, table_for
-
 from hf_megatron_conversion.files import OutputFile
 from hf_megatron_conversion.formats import FormatName
 from hf_megatron_conversion.tensors import Readable
 
-__all__ = ["Format", "Model", "ModelType", "Target", "load_config", "model_class_of", "read_transformers_directory"]
+__all__ = ["Format", "Model", "ModelType", "Target", "load_config", "read_transformers_directory"]
 
 ModelType = Literal["stock", "megatron"]
 
@@ -36,7 +34,7 @@ class Model:
         config: Its config.json.
         table: How its architecture is cut.
         model_class: Its class.
-        tensors: Exactly the tensors of the class, under their canonical names, in the models' order.
+        tensors: Exactly the tensors of the class, under their canonical names.
         tp_size: Number of pieces its word embedding is cut into.
         files: Its weight files.
         dropped: Names of stored tensors that the model does not need.
@@ -120,22 +118,13 @@ def load_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def model_class_of(config: Mapping[str, Any], table: PartitionTable) -> ModelClass:
-    """The class that ``architectures`` in config.json names; the architecture's first one if it names none."""
-    architectures = config.get("architectures") or [None]
-    return table.model_class(architectures[0])
-
-
 def read_transformers_directory(directory: Path, config: Mapping[str, Any] | None) -> Model:
     """Open a directory in one of the two formats that are transformers' own."""
     checkpoint = open_checkpoint(directory, config)
     table = table_for(checkpoint.config)
-    model_class = model_class_of(checkpoint.config, table)
+    model_class = model_class_of(table, checkpoint.config)
     canonical = canonicalise(checkpoint.tensors, table, checkpoint.config, model_class)
     require_complete(canonical)
-    embedding = table.word_embedding
-    if model_class.has_prefix:
-        embedding = f"{table.base_prefix}.{embedding}"
     return Model(
         directory=directory,
         format=checkpoint.format,
@@ -143,7 +132,7 @@ def read_transformers_directory(directory: Path, config: Mapping[str, Any] | Non
         table=table,
         model_class=model_class,
         tensors=canonical.tensors,
-        tp_size=len({piece.box.offset[0] for piece in canonical.tensors[embedding].pieces}),
+        tp_size=checkpoint.tp_size,
         files=checkpoint.files,
         dropped=canonical.dropped,
         is_canonical=set(canonical.tensors) == set(checkpoint.tensors) and _loads_in_transformers(checkpoint.files),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from hf_megatron.checkpoint.safetensors_header import itemsize
+from hf_megatron.checkpoint import itemsize
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import Box
-
 from hf_megatron_conversion.files import CopiedFile, OutputFile, Part, SafetensorsFile, TextFile
 from hf_megatron_conversion.formats import FormatName
 from hf_megatron_conversion.formats.base import Model, ModelType, Target, read_transformers_directory
@@ -73,11 +74,22 @@ def _split(tensors: Mapping[str, Readable], max_shard_size: str | int) -> tuple[
         max_shard_size = int(max_shard_size)
     try:
         split = split_state_dict_into_shards_factory(
-            dict(tensors),
+            {name: tensors[name] for name in _layer_by_layer(tensors)},
             get_storage_size=lambda tensor: prod(tensor.shape) * itemsize(tensor.dtype),
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
-        raise UnsupportedError(f"max_shard_size={max_shard_size!r} is not a size such as 500MB or 5GB: {error}") from error
+        raise UnsupportedError(f"max_shard_size={max_shard_size!r} is not a size such as 500MB or 5GB.") from error
     return split.tensor_to_filename, split.metadata["total_size"]
+
+
+def _layer_by_layer(names: Iterable[str]) -> Iterator[str]:
+    """The names in the order of the stock state dict; the table has them rule by rule."""
+
+    def layer(name: str) -> int:
+        number = re.search(r"\.(\d+)\.", name)
+        return -1 if number is None else int(number[1])
+
+    for _, group in groupby(names, key=lambda name: layer(name) >= 0):
+        yield from sorted(group, key=layer)

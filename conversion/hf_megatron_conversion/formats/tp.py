@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_megatron.checkpoint import LazyTensor
-from hf_megatron.checkpoint.sharded import SHARDING_INFO, is_shard
+from hf_megatron.checkpoint import SHARDING_INFO, LazyTensor
+from hf_megatron.checkpoint.sharded import is_shard
 from hf_megatron.errors import UnsupportedError
-
 from hf_megatron_conversion.files import CopiedFile, OutputFile, Part, SafetensorsFile
 from hf_megatron_conversion.formats import FormatName
 from hf_megatron_conversion.formats.base import Model, ModelType, Target, read_transformers_directory

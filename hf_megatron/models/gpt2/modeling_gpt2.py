@@ -117,9 +117,7 @@ class MegatronGPT2MLP(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         inner = config.n_inner if config.n_inner is not None else 4 * hidden
-        self.c_fc = ColumnParallelLinear(
-            hidden, inner, weight_layout="in_out", specs=GPT2.module_specs("h.*.mlp.c_fc")
-        )
+        self.c_fc = ColumnParallelLinear(hidden, inner, weight_layout="in_out", specs=GPT2.module_specs("h.*.mlp.c_fc"))
         self.c_proj = RowParallelLinear(
             inner, hidden, weight_layout="in_out", specs=GPT2.module_specs("h.*.mlp.c_proj")
         )
@@ -135,7 +133,7 @@ class MegatronGPT2MLP(nn.Module):
         return output
 
 
-class MegatronGPT2Block(GPT2Block):  # type: ignore[misc]
+class MegatronGPT2Block(GPT2Block):
     """One layer; its input and output [B, S, H] are replicated, and so are norms, residuals and their dropout."""
 
     def __init__(self, config: MegatronGPT2Config, layer_idx: int) -> None:
@@ -146,7 +144,7 @@ class MegatronGPT2Block(GPT2Block):  # type: ignore[misc]
         self.mlp = MegatronGPT2MLP(config)
 
 
-class MegatronGPT2PreTrainedModel(MegatronModelMixin, GPT2PreTrainedModel):  # type: ignore[misc]
+class MegatronGPT2PreTrainedModel(MegatronModelMixin, GPT2PreTrainedModel):
     """Base of the GPT-2 classes."""
 
     config_class = MegatronGPT2Config
@@ -163,7 +161,7 @@ class MegatronGPT2PreTrainedModel(MegatronModelMixin, GPT2PreTrainedModel):  # t
         return std / sqrt(2 * self.config.num_hidden_layers) if name.endswith("c_proj.weight") else std
 
 
-class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):  # type: ignore[misc]
+class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
     """The bare transformer: hidden states out, no head."""
 
     def __init__(self, config: MegatronGPT2Config) -> None:
@@ -190,7 +188,7 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):  # type: ignore
         return outputs
 
 
-class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):  # type: ignore[misc]
+class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
     """GPT-2 with the language-modeling head, whose logits stay cut along the vocabulary in training."""
 
     _tp_plan = {"lm_head": STYLE_NAME}  # noqa: RUF012
@@ -206,7 +204,7 @@ class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):  # 
         """The head if it has a weight of its own."""
         return None if self.lm_head.weight is None else self.lm_head
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     @wraps(GPT2LMHeadModel.forward)
     def forward(
         self,
@@ -268,9 +266,7 @@ class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):  # 
         return super().generate(*args, **kwargs)
 
 
-class MegatronGPT2ForSequenceClassification(  # type: ignore[misc]
-    MegatronGPT2PreTrainedModel, GPT2ForSequenceClassification
-):
+class MegatronGPT2ForSequenceClassification(MegatronGPT2PreTrainedModel, GPT2ForSequenceClassification):
     """GPT-2 that classifies a sequence by its last token; the head is replicated."""
 
     _tp_plan = {"score": STYLE_NAME}  # noqa: RUF012
@@ -283,9 +279,7 @@ class MegatronGPT2ForSequenceClassification(  # type: ignore[misc]
         self.post_init()
 
 
-class MegatronGPT2ForTokenClassification(  # type: ignore[misc]
-    MegatronGPT2PreTrainedModel, GPT2ForTokenClassification
-):
+class MegatronGPT2ForTokenClassification(MegatronGPT2PreTrainedModel, GPT2ForTokenClassification):
     """GPT-2 that classifies every token; the head is replicated."""
 
     _tp_plan = {"classifier": STYLE_NAME}  # noqa: RUF012
@@ -301,9 +295,7 @@ class MegatronGPT2ForTokenClassification(  # type: ignore[misc]
         self.post_init()
 
 
-class MegatronGPT2ForQuestionAnswering(  # type: ignore[misc]
-    MegatronGPT2PreTrainedModel, GPT2ForQuestionAnswering
-):
+class MegatronGPT2ForQuestionAnswering(MegatronGPT2PreTrainedModel, GPT2ForQuestionAnswering):
     """GPT-2 that marks the start and the end of an answer; the head is replicated."""
 
     _tp_plan = {"qa_outputs": STYLE_NAME}  # noqa: RUF012

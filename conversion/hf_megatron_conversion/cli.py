@@ -1,0 +1,221 @@
+"""The command ``hf-megatron``.
+
+Nothing heavy is imported before the subcommand is known: ``--help`` and shell completion need neither torch nor
+transformers, and ``inspect`` needs neither either.
+
+Exit codes: 0 done; 1 a check did not hold; 2 usage error, or input refused.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from hf_megatron_conversion.console import (
+    human_bytes,
+    messages_to_stderr,
+    print_error,
+    print_json,
+    print_message,
+    print_table,
+    progress_bar,
+)
+from hf_megatron_conversion.formats import FormatName
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hf-megatron",
+    help="Tensor-parallel GPT-2 the Megatron way: convert checkpoints, look into them, compare them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+_DONE, _CHECK_FAILED, _REFUSED = 0, 1, 2
+_REGISTER = "HF_MEGATRON_REGISTER"
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object to stdout.")]
+
+
+@app.command()
+def quickstart(
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree.")] = 2,
+    output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Where to leave the model.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the directory of an earlier quickstart.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Train a small GPT-2 at TP=N on the CPU, convert it, check it in stock transformers, and let it write."""
+    library = _import_library("hf_megatron_conversion.quickstart")
+    result = library.quickstart(tp_size=tp, output=output, overwrite=overwrite, say=print_message)
+    return _finish("Quickstart", result, as_json, code=_DONE if result["passed"] else _CHECK_FAILED)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A directory, or a repository on the Hub.")],
+    as_json: JsonOption = False,
+) -> int:
+    """Say what a checkpoint is, and check that it is complete. Reads no weights."""
+    result = vars(_import_library("hf_megatron_conversion.inspection").inspect(path))
+    shown = {**result, "bytes": human_bytes(result["bytes"])}
+    return _finish(path, result, as_json, shown=shown)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A directory, or a repository on the Hub.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write.")],
+    to: Annotated[FormatName, typer.Option("--to", help="Format to write.")],
+    tp: Annotated[int | None, typer.Option("--tp", help="Tensor-parallel degree to write.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Cast to float32, bfloat16, float16 or float64; kept by default.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max-shard-size", help="Largest weight file of a hub directory, such as 5GB.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A config.json that takes the place of the source's.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Directory of a tokenizer that takes the place of the source's.")
+    ] = None,
+    model_type: Annotated[
+        Literal["stock", "megatron"] | None,
+        typer.Option("--model-type", help="Whose classes AutoModel gives: stock (default for hub) or megatron."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing destination.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the result back and compare every tensor with the source.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Change the format or the tensor-parallel degree of a checkpoint, bit for bit.
+
+    The destination appears complete or not at all.
+    """
+    library = _import_library("hf_megatron_conversion.converter")
+    with progress_bar() as progress:
+        conversion = library.convert(
+            source,
+            destination,
+            to=to,
+            tp_size=tp,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            config=config,
+            tokenizer=tokenizer,
+            model_type=model_type,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            verify=verify,
+            progress=progress,
+        )
+    result = vars(conversion)
+    files = [f"{name}: {human_bytes(size)}" for name, size in conversion.files.items()]
+    shown = {
+        **result,
+        "bytes_written": human_bytes(conversion.bytes_written),
+        "peak_rss_bytes": human_bytes(conversion.peak_rss_bytes),
+        "files": files,
+    }
+    title = "Would be converted (dry run)" if dry_run else "Converted"
+    code = _DONE
+    if conversion.verified is False:
+        title, code = "The result differs from the source; nothing was left at the destination", _CHECK_FAILED
+    return _finish(title, result, as_json, shown=shown, code=code)
+
+
+@app.command()
+def verify(
+    a: Annotated[str, typer.Argument(metavar="A", help="A directory, or a repository on the Hub.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What to compare it with.")],
+    logits: Annotated[bool, typer.Option("--logits", help="Also run both models on the CPU.")] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Compare two checkpoints tensor by tensor, across formats and degrees. Exit code 1 if they differ."""
+    library = _import_library("hf_megatron_conversion.comparison")
+    with progress_bar() as progress:
+        verification = library.verify(a, b, logits=logits, progress=progress)
+    result = {**vars(verification), "mismatched": verification.mismatched}
+    shown = {**result, "differences": [f"{name}: {reason}" for name, reason in verification.differences.items()]}
+    del shown["mismatched"]
+    title = "The same model" if verification.equal else "Not the same model"
+    return _finish(title, result, as_json, shown=shown, code=_DONE if verification.equal else _CHECK_FAILED)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    messages_to_stderr()
+    signal.signal(signal.SIGTERM, _terminate)
+    as_json = "--json" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        print_error("Interrupted; nothing was left behind.", "KeyboardInterrupt", as_json=as_json)
+        code = 130
+    except Exception as error:
+        if os.environ.get("HF_MEGATRON_DEBUG"):
+            raise
+        code = _report(error, as_json)
+    sys.exit(code)
+
+
+def _report(error: Exception, as_json: bool) -> int:
+    """Say what went wrong, in one message."""
+    kind = type(error).__name__
+    if hasattr(error, "format_message") and hasattr(error, "show"):
+        # A usage error of typer's, which shows the usage line with its message.
+        error.show()
+        if as_json:
+            print_json({"error": error.format_message(), "error_type": kind})
+        return _REFUSED
+    message = str(error)
+    if not isinstance(error, (OSError, _import_library("hf_megatron.errors").HfMegatronError)):
+        message = f"{kind}: {error}\nThis is a defect of hf-megatron; HF_MEGATRON_DEBUG=1 shows where."
+    print_error(message, kind, as_json=as_json)
+    return _REFUSED
+
+
+def _import_library(module: str) -> Any:
+    """Import a module, and hf_megatron before it without its models.
+
+    On import hf_megatron registers its classes with transformers, which takes seconds; most of what is here works on
+    files, and what needs the classes imports them itself.
+    """
+    before = os.environ.get(_REGISTER)
+    os.environ[_REGISTER] = "0"
+    try:
+        import_module("hf_megatron")
+    finally:
+        # Child processes must not inherit it.
+        if before is None:
+            del os.environ[_REGISTER]
+        else:
+            os.environ[_REGISTER] = before
+    return import_module(module)
+
+
+def _finish(
+    title: str, result: dict[str, Any], as_json: bool, *, shown: dict[str, Any] | None = None, code: int = _DONE
+) -> int:
+    """Print a result, as JSON or for people, and return the exit code."""
+    if as_json:
+        print_json(result)
+    else:
+        print_table(title, result if shown is None else shown)
+    return code
+
+
+def _terminate(signum: int, frame: object) -> None:
+    # Lets a conversion clean up, which the default action does not.
+    raise KeyboardInterrupt

@@ -1,0 +1,166 @@
+"""Are two checkpoints the same model? Tensor by tensor, across formats and degrees, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_megatron.checkpoint import DTYPES, itemsize
+from hf_megatron.partition import Box
+from hf_megatron_conversion.formats import read_model
+from hf_megatron_conversion.formats.base import Model
+from hf_megatron_conversion.progress import Progress, Silent
+from hf_megatron_conversion.source import source_directory
+from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Verification", "compare", "verify"]
+
+# Entries of config.json that change what the model computes and that the tensors' names and shapes do not show.
+_FUNCTIONAL = (
+    "activation_function",
+    "hidden_act",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "layernorm_placement",
+    "reorder_and_upcast_attn",
+    "scale_attn_by_inverse_layer_idx",
+    "scale_attn_weights",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """How two checkpoints compare.
+
+    Attributes:
+        equal: Whether they are the same model: the same tensors bit for bit, and no entry of config.json that would
+            make it compute something else.
+        compared: Number of tensors that both have.
+        differences: What differs, by tensor name (or ``config.json: entry``), in words.
+        max_abs_diff: Largest difference of two values, over the tensors that both have in the same shape; None if it
+            is not finite.
+        max_logit_diff: Largest difference of the two models' outputs in float32; None if that was not asked for or is
+            not finite.
+    """
+
+    equal: bool
+    compared: int
+    differences: Mapping[str, str]
+    max_abs_diff: float | None
+    max_logit_diff: float | None
+
+    @property
+    def mismatched(self) -> tuple[str, ...]:
+        """Names of what differs."""
+        return tuple(self.differences)
+
+
+def verify(a: str | Path, b: str | Path, *, logits: bool = False, progress: Progress | None = None) -> Verification:
+    """Compare two checkpoints of any formats and degrees.
+
+    Args:
+        a: A directory, or the id of a repository on the Hub.
+        b: The other one.
+        logits: Also run both, as the stock class on the CPU in float32, on the same token ids. This holds one whole
+            model in memory at a time.
+        progress: Told how far it is.
+
+    Raises:
+        CheckpointError: One of them is no checkpoint, or incomplete.
+        UnsupportedError: A model that is not offered here.
+    """
+    model_a, model_b = (read_model(source_directory(path)) for path in (a, b))
+    differences = _config_differences(model_a, model_b)
+    found, largest = compare(model_a.tensors, model_b.tensors, progress or Silent())
+    differences.update(found)
+    logit_diff = None
+    if logits:
+        from hf_megatron_conversion.logits import logit_difference
+
+        logit_diff, reason = logit_difference(model_a, model_b)
+        if reason is not None:
+            differences["logits"] = reason
+    return Verification(
+        equal=not differences,
+        compared=len(model_a.tensors.keys() & model_b.tensors.keys()),
+        differences=differences,
+        max_abs_diff=_finite(largest),
+        max_logit_diff=_finite(logit_diff),
+    )
+
+
+def compare(a: Mapping[str, Readable], b: Mapping[str, Readable], progress: Progress) -> tuple[dict[str, str], float]:
+    """Compare tensors by name.
+
+    Returns:
+        What differs, by name, in words; and the largest difference of two values, infinite where only one of the two
+        is a finite number.
+    """
+    progress.begin("Comparing", sum(math.prod(tensor.shape) * itemsize(tensor.dtype) for tensor in a.values()))
+    differences, largest = {}, 0.0
+    for name in [*a, *(name for name in b if name not in a)]:
+        if name not in a or name not in b:
+            differences[name] = f"only in the {'first' if name in a else 'second'} checkpoint"
+        elif a[name].shape != b[name].shape:
+            differences[name] = f"shape {list(a[name].shape)} is not {list(b[name].shape)}"
+        else:
+            count, difference = _compare_values(a[name], b[name], progress)
+            largest = max(largest, difference)
+            if a[name].dtype != b[name].dtype:
+                dtypes = " is not ".join(DTYPES[tensor.dtype][1] for tensor in (a[name], b[name]))
+                differences[name] = f"dtype {dtypes} (values differ by at most {difference:g})"
+            elif count:
+                size = math.prod(a[name].shape)
+                differences[name] = f"{count} of {size} values differ, by at most {difference:g}"
+    return differences, largest
+
+
+def _compare_values(a: Readable, b: Readable, progress: Progress) -> tuple[int, float]:
+    """Number of values that are not the same bits, and the largest difference."""
+    import torch
+
+    count, largest = 0, 0.0
+    for box in bounded(Box.whole(a.shape), a.dtype):
+        part_a, part_b = a.read(box), b.read(box)
+        progress.advance(part_a.nbytes)
+        if a.dtype != b.dtype or not torch.equal(raw_bytes(part_a), raw_bytes(part_b)):
+            differing, difference = _difference(part_a, part_b)
+            count, largest = count + differing, max(largest, difference)
+    return count, largest
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float]:
+    import torch
+
+    wide_a, wide_b = a.double(), b.double()
+    # Infinities of one sign and two NaNs are no difference in value, but subtracting them would give NaN.
+    alike = (wide_a == wide_b) | (torch.isnan(wide_a) & torch.isnan(wide_b))
+    difference = (wide_a - wide_b).abs().masked_fill(alike, 0.0).nan_to_num(nan=math.inf)
+    if a.dtype == b.dtype:
+        differing = (raw_bytes(a) != raw_bytes(b)).reshape(-1, a.element_size()).any(dim=1)
+        return int(differing.sum()), difference.max().item()
+    return int((~alike).sum()), difference.max().item()
+
+
+def _config_differences(a: Model, b: Model) -> dict[str, str]:
+    """Entries of config.json that make two models of the same tensors different functions."""
+    entries: dict[str, tuple[object, object]] = {"architectures": (a.model_class.stock, b.model_class.stock)}
+    heads = "num_attention_heads"
+    entries[heads] = (a.table.sizes(a.config)[heads], b.table.sizes(b.config)[heads])
+    # An entry that only one of them spells out is its default, which the other leaves unsaid.
+    entries |= {name: (a.config[name], b.config[name]) for name in _FUNCTIONAL if name in a.config and name in b.config}
+    return {
+        f"config.json: {name}": f"{values[0]!r} is not {values[1]!r}"
+        for name, values in sorted(entries.items())
+        if values[0] != values[1]
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,43 @@
+"""Write a plan's files, one after the other, and make sure that they are on disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from hf_megatron.errors import DestinationError
+from hf_megatron_conversion.files import OutputFile
+from hf_megatron_conversion.plan import Plan
+from hf_megatron_conversion.progress import Progress
+
+__all__ = ["execute"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def execute(plan: Plan, directory: Path, progress: Progress) -> None:
+    """Write the plan's files into ``directory``, in the plan's order; no file is read back.
+
+    Raises:
+        DestinationError: The disk is full, or the directory cannot be written.
+    """
+    progress.begin("Writing", plan.nbytes)
+    for file in plan.files:
+        try:
+            _write(file, directory / file.path, progress)
+        except OSError as error:
+            reason = "no space is left for it" if error.errno in _FULL else error.strerror
+            raise DestinationError(
+                f"{file.path} of {file.nbytes:,} bytes cannot be written: {reason}. The conversion needs "
+                f"{plan.nbytes:,} bytes in all; nothing was left behind."
+            ) from error
+
+
+def _write(file: OutputFile, path: Path, progress: Progress) -> None:
+    with path.open("xb") as stream:
+        file.write(stream, progress.advance)
+        stream.flush()
+        os.fsync(stream.fileno())
+        size = os.fstat(stream.fileno()).st_size
+    assert size == file.nbytes, f"{file.path}: {file.nbytes} bytes were planned, {size} written"

@@ -1,0 +1,78 @@
+"""Say what a checkpoint is, from its configuration and the headers of its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from hf_megatron.checkpoint import itemsize
+from hf_megatron_conversion.card import dtype_names
+from hf_megatron_conversion.formats import FormatName, read_model
+from hf_megatron_conversion.source import source_directory
+
+__all__ = ["Inspection", "inspect"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a checkpoint is.
+
+    Attributes:
+        format: The directory's format.
+        architecture: ``gpt2`` or ``bert``.
+        model_class: The stock library's name of the class.
+        model_type: In config.json.
+        layernorm_placement: ``pre`` if the norms stand before attention and MLP, ``post`` if after.
+        tp_size: Number of pieces the word embedding is cut into.
+        num_parameters: Elements of all tensors, a tied head counted once.
+        num_tensors: Number of tensors, without those that the model does not need.
+        dtype: As torch calls it; if there are several, separated by commas, the most frequent first.
+        bytes: Bytes of all tensors.
+        vocab_size: Rows of the word embedding.
+        checkpoint_version: Of a Megatron-LM checkpoint; None for the others.
+        dropped: Stored tensors that the model does not need.
+    """
+
+    format: FormatName
+    architecture: str
+    model_class: str
+    model_type: str
+    layernorm_placement: str
+    tp_size: int
+    num_parameters: int
+    num_tensors: int
+    dtype: str
+    bytes: int
+    vocab_size: int
+    checkpoint_version: str | None
+    dropped: tuple[str, ...]
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Open a checkpoint, check that it is complete, and describe it; no weights are read.
+
+    Args:
+        path: A directory, or the id of a repository on the Hub.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or incomplete.
+        UnsupportedError: A model that is not offered here.
+    """
+    model = read_model(source_directory(path))
+    sizes = {name: prod(tensor.shape) for name, tensor in model.tensors.items()}
+    return Inspection(
+        format=model.format,
+        architecture=model.table.architecture,
+        model_class=model.model_class.stock,
+        model_type=str(model.config["model_type"]),
+        layernorm_placement="pre",
+        tp_size=model.tp_size,
+        num_parameters=sum(sizes.values()),
+        num_tensors=len(sizes),
+        dtype=dtype_names(model.tensors),
+        bytes=sum(size * itemsize(model.tensors[name].dtype) for name, size in sizes.items()),
+        vocab_size=model.table.sizes(model.config)["vocab_size"],
+        checkpoint_version=model.checkpoint_version,
+        dropped=tuple(model.dropped),
+    )

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hf_megatron.checkpoint import DTYPES, itemsize, read_header, torch_dtype
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5)}, path, metadata={"format": "pt"})
+    return path
+
+
+def write_raw(path: Path, header: object, num_data_bytes: int) -> Path:
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(num_data_bytes))
+    return path
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_agrees_with_safetensors_on_every_dtype(tmp_path: Path, dtype: str) -> None:
+    """Catches a wrong size or a wrong torch dtype in the table of spellings."""
+    path = tmp_path / "one.safetensors"
+    tensor = torch.zeros(2, 3).to(torch_dtype(dtype))
+    save_file({"x": tensor, "scalar": torch.tensor(1.0)}, path)
+    stored = read_header(path).tensors["x"]
+    with safe_open(path, framework="pt") as f:
+        assert stored.dtype == f.get_slice("x").get_dtype() == dtype
+    assert stored.shape == (2, 3)
+    assert stored.data_stop - stored.data_start == tensor.nbytes == 6 * itemsize(dtype)
+
+
+def test_metadata_is_no_tensor(file: Path) -> None:
+    """Catches ``__metadata__`` listed among the tensors."""
+    header = read_header(file)
+    assert set(header.tensors) == {"a", "b"}
+    assert header.metadata == {"format": "pt"}
+
+
+def test_a_file_truncated_anywhere_is_refused(file: Path) -> None:
+    """Catches a truncated download that opens, and then gives zeros, garbage or a late error for its last tensors."""
+    whole = file.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    for size in (0, 5, 8, 8 + length // 2, 8 + length, len(whole) - 40, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(CheckpointIncompleteError, match=r"truncated.*\b" + str(size)):
+            read_header(file)
+
+
+def test_a_file_that_is_too_long_is_refused(file: Path) -> None:
+    """Catches two files run together: the header describes the first one only."""
+    file.write_bytes(file.read_bytes() * 2)
+    with pytest.raises(CheckpointIncompleteError, match="too long"):
+        read_header(file)
+
+
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
+    """Catches an attempt to allocate the 2e18 bytes that the first bytes of a text file stand for."""
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointFormatError, match="Git LFS"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (["not", "an", "object"], "not a safetensors file"),
+        ({"x": {"dtype": "F32", "shape": [2]}}, "data_offsets"),
+        ({"x": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}, "dtype 'F99'"),
+        ({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "does not fill bytes 0 to 8"),
+        ({"x": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}, "are not sizes"),
+        ({"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, "are not sizes"),
+        ({"x": "y"}, "not a safetensors file"),
+    ],
+)
+def test_malformed_headers_are_refused(tmp_path: Path, header: object, message: str) -> None:
+    """Catches a header that makes a later read leave the tensor's own bytes, and raw KeyErrors for users."""
+    with pytest.raises(CheckpointFormatError, match=message):
+        read_header(write_raw(tmp_path / "model.safetensors", header, 8))
+
+
+def test_deeply_nested_headers_are_refused(tmp_path: Path) -> None:
+    """Catches a RecursionError from the JSON parser that escapes as such."""
+    path = tmp_path / "model.safetensors"
+    raw = b"[" * 200_000
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw)
+    with pytest.raises(CheckpointFormatError, match="not a safetensors file"):
+        read_header(path)

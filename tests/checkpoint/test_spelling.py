@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_megatron.checkpoint import (
+    Canonical,
+    canonicalise,
+    model_class_of,
+    open_checkpoint,
+    require_complete,
+)
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, UnsupportedError
+from hf_megatron.partition import GPT2
+from tests.checkpoint.directories import CONFIG, Tensors, class_named, model_tensors, write_hub
+
+PREFIX = "transformer."
+UNTIED = {**CONFIG, "tie_word_embeddings": False}
+CLASSES = [model_class.stock for model_class in GPT2.classes]
+
+
+def config_of(name: str) -> dict[str, Any]:
+    return {**CONFIG, "architectures": [name]}
+
+
+def canonical(directory: Path, tensors: Tensors, config: dict[str, Any] = CONFIG) -> Canonical:
+    checkpoint = open_checkpoint(write_hub(directory, tensors, config))
+    return canonicalise(checkpoint.tensors, GPT2, config, model_class_of(GPT2, config))
+
+
+def assert_is(result: Canonical, tensors: Tensors) -> None:
+    """The result is complete and holds exactly these tensors under the model's names."""
+    require_complete(result)
+    assert list(result.tensors) == list(tensors)
+    assert all(torch.equal(result.tensors[name].read(), tensor) for name, tensor in tensors.items())
+
+
+def without_prefix(tensors: Tensors) -> Tensors:
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def with_prefix(tensors: Tensors) -> Tensors:
+    return {PREFIX + name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def half_with_prefix(tensors: Tensors) -> Tensors:
+    return {name if ".1." in name else name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def gamma_and_beta(tensors: Tensors) -> Tensors:
+    def old(name: str) -> str:
+        if ".ln_" not in name:
+            return name
+        return name.replace(".weight", ".gamma").replace(".bias", ".beta")
+
+    renamed = {old(name): tensor for name, tensor in tensors.items()}
+    assert sum(name.endswith((".gamma", ".beta")) for name in renamed) == 10
+    return renamed
+
+
+@pytest.mark.parametrize("respell", [without_prefix, with_prefix, half_with_prefix, gamma_and_beta])
+def test_spellings_of_a_language_model(tmp_path: Path, respell: Callable[[Tensors], Tensors]) -> None:
+    """Catches a stock directory refused, or loaded with random weights, for the way its names are spelled."""
+    tensors = model_tensors()
+    result = canonical(tmp_path, respell(tensors))
+    assert_is(result, tensors)
+    assert result.dropped == ()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("spelling", ["prefix", "no prefix", "old"])
+def test_spellings_of_every_class(tmp_path: Path, name: str, spelling: str) -> None:
+    """Catches a prefix put before a head's own parameters, or kept before the base model's."""
+    config = config_of(name)
+    tensors = model_tensors(config)
+    head = {rule.name for rule in class_named(name).head}
+    body = {key: tensor for key, tensor in tensors.items() if key not in head}
+    respell = {"prefix": with_prefix, "no prefix": without_prefix, "old": lambda t: gamma_and_beta(with_prefix(t))}
+    stored = {**respell[spelling](body), **{key: tensor for key, tensor in tensors.items() if key in head}}
+    assert_is(canonical(tmp_path, stored, config), tensors)
+
+
+@pytest.mark.parametrize("respell", [with_prefix, without_prefix])
+def test_obsolete_buffers_are_dropped_by_name(tmp_path: Path, respell: Callable[[Tensors], Tensors]) -> None:
+    """Catches the causal mask of old checkpoints refused as unknown, or ``attn.bias`` taken for a parameter."""
+    tensors = model_tensors()
+    stored = respell(tensors)
+    buffers: Tensors = {}
+    for layer in range(2):
+        buffers[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 16, 16, dtype=torch.uint8)
+        buffers[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    buffers = respell(buffers)
+    result = canonical(tmp_path, {**stored, **buffers})
+    assert_is(result, tensors)
+    assert set(result.dropped) == set(buffers)
+
+
+def test_an_equal_copy_of_the_tied_head_is_dropped(tmp_path: Path) -> None:
+    """Catches the copy that transformers' own sharded save leaves behind refused as unknown."""
+    tensors = model_tensors()
+    result = canonical(tmp_path, {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()})
+    assert_is(result, tensors)
+    assert result.dropped == ("lm_head.weight",)
+
+
+@pytest.mark.parametrize("element", [0, 600, -1])
+def test_a_different_tied_head_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, element: int) -> None:
+    """Catches a comparison of the first block only, and an untied model quietly loaded as a tied one."""
+    monkeypatch.setattr("hf_megatron.checkpoint.spelling._COMPARED_BYTES", 1000)
+    tensors = model_tensors()
+    head = tensors["transformer.wte.weight"].clone()
+    head.view(-1)[element] += 1
+    with pytest.raises(CheckpointFormatError, match=r"lm_head\.weight and transformer\.wte\.weight.*different") as e:
+        canonical(tmp_path, {**tensors, "lm_head.weight": head})
+    assert '"tie_word_embeddings": false' in str(e.value)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.double(), lambda t: t[1:].clone(), lambda t: torch.tensor(1.0)])
+def test_a_tied_head_of_other_shape_or_dtype_is_refused(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Catches a comparison that broadcasts or casts."""
+    tensors = model_tensors()
+    head = change(tensors["transformer.wte.weight"])
+    with pytest.raises(CheckpointFormatError, match="tie_word_embeddings"):
+        canonical(tmp_path, {**tensors, "lm_head.weight": head})
+
+
+def test_the_comparison_with_the_tied_head_reads_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches two whole embeddings in memory at once, where everything else is bounded; and NaN not equal to NaN."""
+    monkeypatch.setattr("hf_megatron.checkpoint.spelling._COMPARED_BYTES", 1000)
+    tensors = model_tensors()
+    tensors["transformer.wte.weight"][5, 5] = float("nan")
+    result = canonical(tmp_path, {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()})
+    assert result.dropped == ("lm_head.weight",)
+
+
+def test_the_head_stands_in_for_a_missing_tied_embedding(tmp_path: Path) -> None:
+    """Catches a checkpoint refused because safetensors kept the head's name for the shared tensor."""
+    tensors = model_tensors()
+    stored = dict(tensors)
+    stored["lm_head.weight"] = stored.pop("transformer.wte.weight")
+    assert_is(canonical(tmp_path, stored), tensors)
+
+
+def test_an_untied_head_is_a_tensor_of_its_own(tmp_path: Path) -> None:
+    """Catches the head of an untied model dropped, or not missed where it is missing."""
+    tensors = model_tensors(UNTIED)
+    assert "lm_head.weight" in tensors
+    assert_is(canonical(tmp_path, tensors, UNTIED), tensors)
+    del tensors["lm_head.weight"]
+    assert canonical(tmp_path, tensors, UNTIED).missing == ("lm_head.weight",)
+
+
+def test_the_head_of_another_class_is_unknown(tmp_path: Path) -> None:
+    """Catches a language model read as a classifier without a word about the two heads."""
+    tensors = model_tensors()
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    result = canonical(tmp_path, tensors, config_of("GPT2ForSequenceClassification"))
+    assert (result.unknown, result.missing) == (("lm_head.weight",), ("score.weight",))
+
+
+def test_a_tensor_under_two_spellings_is_refused(tmp_path: Path) -> None:
+    """Catches the order of the names deciding which of two values a parameter gets."""
+    tensors = model_tensors()
+    with pytest.raises(CheckpointFormatError, match=r"twice, as ln_f\.beta and as transformer\.ln_f\.bias"):
+        canonical(tmp_path, {**tensors, "ln_f.beta": torch.zeros(8)})
+
+
+def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
+    """Catches a report that stops at the first problem, so that users fix one name per attempt."""
+    tensors = model_tensors()
+    del tensors["transformer.wpe.weight"], tensors["transformer.h.1.ln_2.bias"]
+    tensors["transformer.h.0.attn.rotary.freqs"] = torch.zeros(2)
+    tensors["h.2.ln_1.weight"] = torch.zeros(8)
+    tensors["transformer.wte.weight"] = torch.zeros(130, 8)
+    result = canonical(tmp_path, tensors)
+    with pytest.raises(CheckpointIncompleteError) as error:
+        require_complete(result)
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "missing: transformer.wpe.weight, transformer.h.1.ln_2.bias",
+        "unknown: h.2.ln_1.weight, transformer.h.0.attn.rotary.freqs",
+        "wrong shape: transformer.wte.weight is [130, 8], expected [131, 8]",
+    ]
+
+
+def test_what_is_only_too_much_is_no_incomplete_checkpoint(tmp_path: Path) -> None:
+    """Catches the wrong exception for a checkpoint that holds more than the model."""
+    with pytest.raises(CheckpointFormatError, match="unknown: extra"):
+        require_complete(canonical(tmp_path, {**model_tensors(), "extra": torch.zeros(1)}))
+
+
+def test_long_lists_are_cut_short(tmp_path: Path) -> None:
+    """Catches a message of a thousand lines for a checkpoint of another model."""
+    config = {**CONFIG, "n_layer": 48}
+    result = canonical(tmp_path, model_tensors(), config)
+    with pytest.raises(CheckpointIncompleteError, match=r"and 532 more$"):
+        require_complete(result)
+    assert len(result.missing) == 46 * 12
+
+
+def test_the_class_of_a_directory() -> None:
+    """Catches a class guessed where config.json names one, ours or the stock one."""
+    assert model_class_of(GPT2, {}).stock == "GPT2LMHeadModel"
+    assert model_class_of(GPT2, {"architectures": None}).stock == "GPT2LMHeadModel"
+    for model_class in GPT2.classes:
+        assert model_class_of(GPT2, {"architectures": [model_class.stock]}) is model_class
+        assert model_class_of(GPT2, {"architectures": [model_class.ours]}) is model_class
+    with pytest.raises(UnsupportedError, match="GPT2DoubleHeadsModel"):
+        model_class_of(GPT2, {"architectures": ["GPT2DoubleHeadsModel"]})

@@ -1,0 +1,46 @@
+"""What a user can rely on importing."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+
+import pytest
+
+import hf_megatron
+from tests.repository import ROOT
+
+PUBLIC = [
+    "MegatronGPT2Config",
+    "MegatronGPT2ForQuestionAnswering",
+    "MegatronGPT2ForSequenceClassification",
+    "MegatronGPT2ForTokenClassification",
+    "MegatronGPT2LMHeadModel",
+    "MegatronGPT2Model",
+    "__version__",
+]
+
+
+def test_public_names() -> None:
+    """Catches a public name added, lost or renamed by accident. Changing this list is changing the contract."""
+    assert sorted(hf_megatron.__all__) == PUBLIC
+    assert set(PUBLIC) <= set(dir(hf_megatron))
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name != "__version__"])
+def test_public_names_are_classes_of_their_own_name(name: str) -> None:
+    """Catches an exported name that does not resolve, or resolves to something else."""
+    assert getattr(hf_megatron, name).__name__ == name
+
+
+def test_version_is_the_one_of_the_metadata() -> None:
+    """Catches a release whose code and metadata disagree."""
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert hf_megatron.__version__ == metadata["version"]
+
+
+def test_the_command_exists() -> None:
+    """Catches a console script that points at nothing."""
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, function = metadata["scripts"]["hf-megatron"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))

@@ -1,0 +1,171 @@
+"""One tensor: what its shards are, and that they make up the tensor again."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_megatron.errors import PartitionError
+from hf_megatron.partition import Box, FusedSplit, Replicated, Spec, Split, VocabSplit, chunk_range, tiling_error
+from tests.partition.cuts import Shape, cuts, times_covered, unhurried
+
+
+def _numbered(shape: Shape) -> torch.Tensor:
+    """Every element different, so that no two orders of them look alike."""
+    return torch.arange(torch.Size(shape).numel()).view(shape)
+
+
+def _chunks(tensor: torch.Tensor, num_chunks: int, dim: int) -> list[torch.Tensor]:
+    """``torch.chunk``, with empty chunks where it returns too few."""
+    chunks = list(tensor.chunk(num_chunks, dim))
+    return chunks + [tensor.narrow(dim, 0, 0)] * (num_chunks - len(chunks))
+
+
+def _reference(spec: Spec, tensor: torch.Tensor, tp_size: int) -> list[torch.Tensor]:
+    """What each rank should hold, in torch's words."""
+    match spec:
+        case FusedSplit(dim=dim, num_blocks=num_blocks):
+            cut_blocks = [_chunks(block, tp_size, dim) for block in tensor.chunk(num_blocks, dim)]
+            return [torch.cat(parts, dim) for parts in zip(*cut_blocks, strict=True)]
+        case Split(dim=dim):
+            return _chunks(tensor, tp_size, dim)
+    return [tensor] * tp_size
+
+
+@unhurried
+@given(cuts())
+def test_shards_are_what_torch_chunk_gives(cut: tuple[Spec, Shape, int]) -> None:
+    """Catches uneven sizes that are spread otherwise, mixed-up blocks, and a wrong order of ranks."""
+    spec, shape, tp_size = cut
+    tensor = _numbered(shape)
+    shards = spec.split(tensor, tp_size)
+    references = _reference(spec, tensor, tp_size)
+    assert len(shards) == tp_size
+    for rank, (shard, reference) in enumerate(zip(shards, references, strict=True)):
+        assert torch.equal(shard, reference)
+        assert spec.shard_shape(shape, tp_size, rank) == tuple(reference.shape)
+
+
+@unhurried
+@given(cuts())
+def test_merge_undoes_split(cut: tuple[Spec, Shape, int]) -> None:
+    """Catches a merge that puts shards or blocks together in another order than split took them apart."""
+    spec, shape, tp_size = cut
+    tensor = _numbered(shape)
+    assert torch.equal(spec.merge(spec.split(tensor, tp_size)), tensor)
+
+
+@pytest.mark.parametrize("spec", [Replicated(), Split(0), Split(1), VocabSplit(), FusedSplit(0, 2), FusedSplit(1, 3)])
+def test_every_bit_survives(spec: Spec) -> None:
+    """Catches arithmetic on the way: every pattern of 16 bits, NaNs and subnormal numbers too, comes back."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(256, 256)[:, :255].contiguous()
+    merged = spec.merge(spec.split(bits.view(torch.bfloat16), 4))
+    assert torch.equal(merged.view(torch.int16), bits)
+
+
+@unhurried
+@given(cuts())
+def test_ranks_together_hold_everything_once(cut: tuple[Spec, Shape, int]) -> None:
+    """Catches elements that no rank or two ranks hold, and a replicated tensor that is not whole."""
+    spec, shape, tp_size = cut
+    boxes = [box for rank in range(tp_size) for box in spec.boxes(shape, tp_size, rank)]
+    copies = tp_size if isinstance(spec, Replicated) else 1
+    assert bool((times_covered(shape, boxes) == copies).all())
+
+
+@unhurried
+@given(cuts())
+def test_stored_boxes_tile_the_shape(cut: tuple[Spec, Shape, int]) -> None:
+    """Catches a directory that lacks elements or holds them twice, and empty boxes in it."""
+    spec, shape, tp_size = cut
+    boxes = spec.stored_boxes(shape, tp_size)
+    assert bool((times_covered(shape, boxes) == 1).all())
+    assert tiling_error(shape, boxes) is None
+    assert all(box.numel for box in boxes)
+
+
+def test_a_fused_tensor_is_stored_as_one_box_per_rank() -> None:
+    """Catches the cut at run time, which is several boxes per rank, getting into the directory."""
+    assert FusedSplit(1, 3).stored_boxes((2, 12), 2) == (Box((0, 0), (2, 6)), Box((0, 6), (2, 6)))
+    assert FusedSplit(1, 3).boxes((2, 12), 2, 1) == (Box((0, 2), (2, 2)), Box((0, 6), (2, 2)), Box((0, 10), (2, 2)))
+
+
+@pytest.mark.parametrize("spec", [Replicated(), Split(0), Split(1), VocabSplit()])
+def test_a_shard_of_one_box_is_a_view(spec: Spec) -> None:
+    """Catches copies, which would double the memory of whoever splits a large tensor."""
+    tensor = _numbered((7, 6))
+    for shard in spec.split(tensor, 3):
+        assert shard.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+
+
+@unhurried
+@given(st.integers(0, 100), st.integers(1, 20))
+def test_chunk_ranges_follow_each_other(size: int, num_chunks: int) -> None:
+    """Catches gaps, overlaps, and chunks past the end that are not empty."""
+    ranges = [chunk_range(size, num_chunks, index) for index in range(num_chunks)]
+    edges = [0, *(stop for _, stop in ranges)]
+    assert [start for start, _ in ranges] == edges[:-1]
+    assert edges[-1] == size
+
+
+def test_gpt2_vocabulary_over_four_ranks() -> None:
+    """Catches padding: the last rank holds fewer rows, and there are none that belong to no token."""
+    shards = [VocabSplit().shard_shape((50257, 768), 4, rank) for rank in range(4)]
+    assert shards == [(12565, 768), (12565, 768), (12565, 768), (12562, 768)]
+
+
+@unhurried
+@given(st.data())
+def test_intersection_is_what_both_cover(data: st.DataObject) -> None:
+    """Catches an intersection that is too large, too small, or an empty box where there is none."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), max_size=3)))
+
+    def box() -> Box:
+        ends = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
+        return Box(tuple(a for a, _ in ends), tuple(b - a for a, b in ends))
+
+    first, second = box(), box()
+    both = times_covered(shape, [first]) * times_covered(shape, [second])
+    common = first.intersection(second)
+    assert torch.equal(both, times_covered(shape, [] if common is None else [common]))
+    assert common is None or common.numel > 0
+    assert common == second.intersection(first)
+
+
+def test_narrowed_speaks_of_the_full_tensor() -> None:
+    """Catches coordinates relative to the box."""
+    box = Box((2, 4), (6, 8)).narrowed(1, 5, 7)
+    assert box == Box((2, 5), (6, 2))
+    assert box.slices == (slice(2, 8), slice(5, 7))
+    assert box.numel == 12
+
+
+@pytest.mark.parametrize("spec", [Split(0), VocabSplit()])
+def test_a_rank_without_rows_is_refused(spec: Spec) -> None:
+    """Catches an empty shard, on which a maximum over the vocabulary fails far from the cause."""
+    message = (
+        "wte.weight has 5 entries along dim 0; cut over tp_size=4 ranks the last rank would hold none. "
+        "Choose a tp_size of 3, or another that leaves every rank at least one."
+    )
+    with pytest.raises(PartitionError, match=re.escape(message)):
+        spec.check("wte.weight", (5, 2), 4)
+    for tp_size in (1, 2, 3, 5):
+        spec.check("wte.weight", (5, 2), tp_size)
+
+
+def test_unequal_blocks_are_refused() -> None:
+    """Catches a fused tensor whose last entries would belong to no block."""
+    with pytest.raises(PartitionError, match="c_attn has 10 entries along dim 1, which is not 3 blocks of equal size"):
+        FusedSplit(1, 3).check("c_attn", (4, 10), 2)
+    with pytest.raises(PartitionError, match="c_attn has 5 entries along dim 1; cut over tp_size=4"):
+        FusedSplit(1, 3).check("c_attn", (4, 15), 4)
+    FusedSplit(1, 3).check("c_attn", (4, 15), 3)
+
+
+def test_a_replicated_tensor_fits_every_degree() -> None:
+    """Catches a refusal of small tensors that nobody cuts."""
+    Replicated().check("bias", (1,), 8)

@@ -1,0 +1,33 @@
+"""Stands in for a module that the source distribution leaves out: how the tests of tensor parallelism start ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch.distributed as dist
+
+from tests.distributed import RankPool
+
+
+def run_distributed(world_size: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator: the function, called with each rank's number first, runs on that many ranks."""
+
+    def on_ranks(function: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args: _run(world_size, function, args)
+
+    return on_ranks
+
+
+def _run(world_size: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    _pool(world_size).run(_call_with_rank, function, args, timeout=120.0)
+
+
+def _call_with_rank(function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    function(dist.get_rank(), *args)
+
+
+@cache
+def _pool(world_size: int) -> RankPool:
+    return RankPool(world_size)
