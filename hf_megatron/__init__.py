@@ -14,6 +14,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "MegatronBertConfig",
+    "MegatronBertForMaskedLM",
+    "MegatronBertForMultipleChoice",
+    "MegatronBertForPreTraining",
+    "MegatronBertForQuestionAnswering",
+    "MegatronBertForSequenceClassification",
+    "MegatronBertForTokenClassification",
+    "MegatronBertModel",
     "MegatronGPT2Config",
     "MegatronGPT2ForQuestionAnswering",
     "MegatronGPT2ForSequenceClassification",
@@ -24,6 +32,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from hf_megatron.models.bert.configuration_bert import MegatronBertConfig
+    from hf_megatron.models.bert.modeling_bert import MegatronBertModel
+    from hf_megatron.models.bert.modeling_bert_heads import (
+        MegatronBertForMaskedLM,
+        MegatronBertForMultipleChoice,
+        MegatronBertForPreTraining,
+        MegatronBertForQuestionAnswering,
+        MegatronBertForSequenceClassification,
+        MegatronBertForTokenClassification,
+    )
     from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
     from hf_megatron.models.gpt2.modeling_gpt2 import (
         MegatronGPT2ForQuestionAnswering,
@@ -41,11 +59,14 @@ if os.environ.get("HF_MEGATRON_REGISTER", "1") != "0":
     register()
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Import the model classes when they are asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hf_megatron.models.gpt2 import configuration_gpt2, modeling_gpt2
+    from hf_megatron import models
 
-    module = configuration_gpt2 if name.endswith("Config") else modeling_gpt2
-    return getattr(module, name)
+    return getattr(models, name)

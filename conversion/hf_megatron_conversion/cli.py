@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +29,7 @@ from hf_megatron_conversion.console import (
 )
 from hf_megatron_conversion.formats import FormatName
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     name="hf-megatron",
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 
 _DONE, _CHECK_FAILED, _REFUSED = 0, 1, 2
+_INTERRUPTED = 130  # as a shell reports it
 _REGISTER = "HF_MEGATRON_REGISTER"
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object to stdout.")]
@@ -154,20 +156,26 @@ def verify(
 
 
 def main() -> None:
-    """Run the command line and exit."""
+    """Run the command line of this process, and exit."""
     messages_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
-    as_json = "--json" in sys.argv
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code."""
+    as_json = "--json" in arguments
     try:
-        code = app(standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        print_error("Interrupted; nothing was left behind.", "KeyboardInterrupt", as_json=as_json)
-        code = 130
+        code = int(app(list(arguments), standalone_mode=False))
+    except typer.Abort:
+        code = _INTERRUPTED
     except Exception as error:
         if os.environ.get("HF_MEGATRON_DEBUG"):
             raise
-        code = _report(error, as_json)
-    sys.exit(code)
+        return _report(error, as_json)
+    if code == _INTERRUPTED:
+        print_error("Interrupted.", "KeyboardInterrupt", as_json=as_json)
+    return code
 
 
 def _report(error: Exception, as_json: bool) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_megatron.errors import DestinationError
 from hf_megatron.partition import table_for
 from hf_megatron_conversion.comparison import compare
 from hf_megatron_conversion.execute import execute
@@ -113,9 +114,9 @@ def convert(
         verify=verify,
     )
     target = check_destination(Path(destination), overwrite=overwrite)
-    check_overlap(target, Path(source))
-    config_file = source_directory(source, config_only=True) / "config.json" if config is None else Path(config)
-    source_config = load_config(config_file)
+    directory = source_directory(source, config_only=True)
+    check_overlap(target, directory)
+    source_config = load_config(directory / "config.json" if config is None else Path(config))
     check_options(options, source_config, table_for(source_config))
     directory = source_directory(source)
     model = read_model(directory, source_config)
@@ -140,15 +141,19 @@ def convert(
 
 
 def _write(plan: Plan, destination: Path, overwrite: bool, verify: bool, progress: Progress) -> bool | None:
-    with Staging(destination, plan.nbytes, overwrite=overwrite) as staging:
-        execute(plan, staging.directory, progress)
-        if verify:
-            differences, _ = compare(plan.tensors, read_model(staging.directory).tensors, progress)
-            for name, reason in differences.items():
-                _logger.error("%s: %s", name, reason)
-            if differences:
-                return False
-        staging.publish()
+    """Write and publish; returns whether the result equals the source, or None if that is not asked for."""
+    try:
+        with Staging(destination, plan.nbytes, overwrite=overwrite) as staging:
+            execute(plan, staging.directory, progress)
+            if verify:
+                differences, _ = compare(plan.tensors, read_model(staging.directory).tensors, progress)
+                for name, reason in differences.items():
+                    _logger.error("%s: %s", name, reason)
+                if differences:
+                    return False
+            staging.publish()
+    except OSError as error:
+        raise DestinationError(f"{destination} cannot be written: {error}. Nothing was left behind.") from error
     return True if verify else None
 
 

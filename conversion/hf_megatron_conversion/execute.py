@@ -20,17 +20,19 @@ def execute(plan: Plan, directory: Path, progress: Progress) -> None:
     """Write the plan's files into ``directory``, in the plan's order; no file is read back.
 
     Raises:
-        DestinationError: The disk is full, or the directory cannot be written.
+        DestinationError: The disk is full.
+        OSError: A file cannot be written for another reason.
     """
     progress.begin("Writing", plan.nbytes)
     for file in plan.files:
         try:
             _write(file, directory / file.path, progress)
         except OSError as error:
-            reason = "no space is left for it" if error.errno in _FULL else error.strerror
+            if error.errno not in _FULL:
+                raise
             raise DestinationError(
-                f"{file.path} of {file.nbytes:,} bytes cannot be written: {reason}. The conversion needs "
-                f"{plan.nbytes:,} bytes in all; nothing was left behind."
+                f"There is no space left to write {file.path} of {file.nbytes:,} bytes ({error.strerror}); "
+                f"{plan.nbytes:,} bytes are needed in all. Nothing was left behind."
             ) from error
 
 

@@ -43,7 +43,7 @@ def check_destination(destination: Path, *, overwrite: bool) -> Path:
     if not destination.exists():
         return destination
     if not overwrite:
-        raise DestinationError(f"The destination {destination} exists; choose another, or overwrite it (--overwrite).")
+        raise _exists(destination)
     if not destination.is_dir():
         raise DestinationError(f"The destination {destination} is not a directory; remove it first.")
     kept = [path.name for path in destination.iterdir() if path.is_dir()]
@@ -82,13 +82,16 @@ class Staging:
         """Clear away what killed processes left, check the space, and create the directory.
 
         Raises:
-            DestinationError: There is too little space, or another process is writing the same destination.
+            DestinationError: There is too little space, another process is writing the same destination, or it exists
+                and is not to be replaced.
         """
         parent = self._destination.parent
         self._new_parents = [path for path in (parent, *parent.parents) if not path.exists()]
         parent.mkdir(parents=True, exist_ok=True)
         try:
             self._recover()
+            if self._destination.exists() and not self._overwrite:
+                raise _exists(self._destination)
             free = shutil.disk_usage(parent).free
             if free < self._num_bytes:
                 raise DestinationError(
@@ -108,17 +111,16 @@ class Staging:
             DestinationError: The destination came to be in the meantime.
         """
         _sync(self.directory)
-        replaced = self._destination.exists()
-        if replaced and not self._overwrite:
-            raise DestinationError(f"{self._destination} came to exist in the meantime; it was left as it is.")
-        if replaced:
-            self._destination.rename(self._old)
+        if self._destination.exists() and not self._overwrite:
+            raise _exists(self._destination)
         try:
+            if self._destination.exists():
+                self._destination.rename(self._old)
             self.directory.rename(self._destination)
-        except OSError as error:
-            if replaced:
+        except BaseException:
+            if self._old.exists() and not self._destination.exists():
                 self._old.rename(self._destination)
-            raise DestinationError(f"{self._destination} cannot be put in place: {error.strerror}.") from error
+            raise
         _sync(self._destination.parent)
         self._new_parents.clear()
         shutil.rmtree(self._old, ignore_errors=True)
@@ -127,13 +129,13 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Remove the directory, if it was not published, and the parents that were created for it."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if self._lock is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
         for parent in self._new_parents:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def _recover(self) -> None:
         """Remove, or put back, what processes left that were killed while they wrote to the same destination."""
@@ -150,6 +152,10 @@ class Staging:
             else:
                 # Killed between the two renames of publish.
                 path.rename(self._destination)
+
+
+def _exists(destination: Path) -> DestinationError:
+    return DestinationError(f"The destination {destination} exists; choose another, or overwrite it (--overwrite).")
 
 
 def _lock(directory: Path) -> int | None:

@@ -88,11 +88,7 @@ def open_checkpoint(directory: Path, config: Mapping[str, Any] | None = None) ->
         raise CheckpointFormatError(
             f"{directory} holds no weights: none of {', '.join(_HUB_NAMES)} or shard-*-model-*-of-*.safetensors."
         )
-    index = directory / hub[0]
-    files = (index,) if index.suffix != ".json" else _indexed_files(index)
-    tensors = open_files(files)
-    if index.suffix == ".json":
-        _check_index(index, tensors)
+    tensors, files = _open_hub(directory / hub[0])
     return Checkpoint(directory, "hub", config, tensors, files)
 
 
@@ -108,9 +104,36 @@ def open_files(files: Sequence[Path]) -> dict[str, LazyTensor]:
     for file in map(Path, files):
         for name, tensor in _open_file(file).items():
             if name in tensors:
-                raise CheckpointFormatError(f"{name} is stored in both {tensors[name].pieces[0].path} and {file}.")
+                raise CheckpointFormatError(
+                    f"{name} is stored in both {tensors[name].pieces[0].path} and {file}; remove one of the two."
+                )
             tensors[name] = tensor
     return tensors
+
+
+def _open_hub(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
+    """Tensors and files behind a weight file or the index of several."""
+    if path.suffix != ".json":
+        return open_files([path]), (path,)
+    weight_map = _weight_map(path)
+    files = tuple(path.parent / name for name in sorted(set(weight_map.values())))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointIncompleteError(
+            f"{path} names {len(files)} files, of which {len(missing)} are missing: {listed(missing)}. Fetch them."
+        )
+    tensors = open_files(files)
+    lost = [
+        f"{name} ({file})"
+        for name, file in weight_map.items()
+        if name not in tensors or tensors[name].pieces[0].path.name != file
+    ]
+    if lost:
+        raise CheckpointIncompleteError(
+            f"{path} names {len(lost)} tensors that their files do not hold: {listed(lost)}. Index and files are not "
+            "from one save; fetch all of them again."
+        )
+    return tensors, files
 
 
 def _open_file(path: Path) -> dict[str, LazyTensor]:
@@ -156,24 +179,3 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith((".safetensors", ".bin")):
             raise CheckpointFormatError(f"{index} names {file!r}, which is not the name of a weight file.")
     return weight_map
-
-
-def _indexed_files(index: Path) -> tuple[Path, ...]:
-    files = [index.parent / name for name in sorted(set(_weight_map(index).values()))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise CheckpointIncompleteError(
-            f"{index} names {len(files)} files, of which {len(missing)} are missing: {listed(missing)}. Fetch them."
-        )
-    return tuple(files)
-
-
-def _check_index(index: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    weight_map = _weight_map(index)
-    lost = [
-        f"{name} ({file})"
-        for name, file in weight_map.items()
-        if name not in tensors or tensors[name].pieces[0].path.name != file
-    ]
-    if lost:
-        raise CheckpointIncompleteError(f"{index} names tensors that their files do not hold: {listed(lost)}.")

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["LazyTensor", "Piece"]
 
-# Bytes read beyond a run that is shorter than this. Runs closer together than this come from one system call.
+# A longer run is read straight into the tensor; of a shorter one this much is read, which serves the next ones too.
 _BUFFER_BYTES = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A contiguous box of a full tensor and where its bytes lie: ``[data_start, data_stop)`` of ``path``, row-major."""
+    """A box of a full tensor and where its bytes lie, row-major: ``[data_start, data_stop)`` of the file ``path``.
+
+    Of a tensor in a pickle only the number of bytes is known; ``data_start`` is 0.
+    """
 
     path: Path
     box: Box

@@ -51,29 +51,29 @@ def open_shards(files: Sequence[Path], config: Mapping[str, Any]) -> dict[str, L
             tensor = header.tensors[name]
             piece = Piece(path, Box(offset, tensor.shape), tensor.data_start, tensor.data_stop)
             stored.setdefault(name, []).append((tensor.dtype, piece))
-    problems = _missing(stored, config)
-    tensors = {}
     shapes = _known_shapes(config)
     prefix = table_for(config).base_prefix
+    problems = _missing(stored, config)
+    tensors = {}
     for name, pieces in stored.items():
         boxes = [piece.box for _, piece in pieces]
         known = respelled(name, shapes, prefix)
         # Of a name unknown to the table at least gaps and overlaps are noticed.
         shape = shapes[known] if known is not None else _extent(boxes)
         dtypes = sorted({dtype for dtype, _ in pieces})
-        error = tiling_error(shape, boxes)
-        if error is None and len(dtypes) > 1:
-            error = f"is stored as {' and '.join(dtypes)}"
-        if error is not None:
+        if error := tiling_error(shape, boxes):
             problems.append(f"{name} {error}")
+        elif len(dtypes) > 1:
+            problems.append(f"{name} is stored as {' and '.join(dtypes)}")
         # Where a dimension does not fill all ranks, the last ones store empty boxes.
         held = sorted((piece for _, piece in pieces if piece.box.numel), key=lambda piece: piece.box.offset)
         tensors[name] = LazyTensor(name, dtypes[0], shape, tuple(held))
     if problems:
+        lines = listed(problems, separator="\n  ")
         raise CheckpointIncompleteError(
             f"The {len(files)} shards in {files[0].parent} are not one complete checkpoint of the model in its "
             "config.json; a shard was lost, or some are left over from another save. Save or copy it again into an "
-            f"empty directory. Tensors concerned:\n  {listed(problems, separator=chr(10) + '  ')}"
+            f"empty directory. Tensors concerned:\n  {lines}"
         )
     return tensors
 
@@ -101,8 +101,11 @@ def _known_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     """Shapes of all tensors of all classes: a directory may hold more than the class it names, such as a tied head."""
     table = table_for(config)
     untied = {**config, "tie_word_embeddings": False}
-    classes = [table.tensors(untied, model_class) for model_class in table.classes]
-    return {tensor.name: tensor.shape for tensors in classes for tensor in tensors.values()}
+    shapes: dict[str, Shape] = {}
+    # The directory's own class comes last: heads of one name differ in shape from class to class.
+    for model_class in (*table.classes, model_class_of(table, config)):
+        shapes |= {tensor.name: tensor.shape for tensor in table.tensors(untied, model_class).values()}
+    return shapes
 
 
 def _missing(stored: Mapping[str, object], config: Mapping[str, Any]) -> list[str]:

@@ -69,17 +69,17 @@ def canonicalise(
 ) -> Canonical:
     """Bring stored tensors to the names of ``model_class`` under ``config``.
 
-    Reads no data, unless a copy of a tied head has to be compared with the word embedding.
+    Reads no data, unless a copy of a tied tensor has to be compared with the original.
 
     Raises:
-        CheckpointFormatError: A tensor is stored under two spellings, or the copy of a tied head differs from the
-            word embedding.
+        CheckpointFormatError: A tensor is stored under two spellings, or the copy of a tied tensor differs from the
+            original.
     """
     expected = table.tensors(config, model_class)
     found: dict[str, LazyTensor] = {}
     dropped: list[str] = []
     unknown: list[str] = []
-    head: LazyTensor | None = None
+    copies: dict[str, LazyTensor] = {}
     for stored, tensor in tensors.items():
         name = respelled(stored, expected, table.base_prefix)
         if name is not None and name in found:
@@ -88,19 +88,19 @@ def canonicalise(
             found[name] = tensor
         elif table.is_obsolete(stored):
             dropped.append(stored)
-        elif stored == model_class.tied_head:
-            head = tensor
+        elif stored in model_class.tied:
+            copies[stored] = tensor
         else:
             unknown.append(stored)
-    if head is not None:
-        embedding = respelled(table.word_embedding, expected, table.base_prefix)
-        assert embedding is not None, f"{model_class.stock} has no {table.word_embedding}"
-        if embedding in found:
-            _require_same(head, found[embedding])
-            dropped.append(head.name)
+    for stored, copy in copies.items():
+        original = respelled(model_class.tied[stored], expected, table.base_prefix)
+        assert original is not None, f"{model_class.stock} has no {model_class.tied[stored]}"
+        if original in found:
+            _require_same(copy, found[original])
+            dropped.append(stored)
         else:
             # One tensor under two names is stored once, and nothing says under which of the two.
-            found[embedding] = head
+            found[original] = copy
     return Canonical(
         tensors={name: found[name] for name in expected if name in found},
         dropped=tuple(dropped),
@@ -145,13 +145,13 @@ def listed(items: Sequence[str], separator: str = ", ") -> str:
     return shown if len(items) <= _MAX_LISTED else f"{shown}{separator}and {len(items) - _MAX_LISTED} more"
 
 
-def _require_same(head: LazyTensor, embedding: LazyTensor) -> None:
-    if head.dtype == embedding.dtype and head.shape == embedding.shape != () and _same_bytes(head, embedding):
+def _require_same(copy: LazyTensor, original: LazyTensor) -> None:
+    if copy.dtype == original.dtype and copy.shape == original.shape != () and _same_bytes(copy, original):
         return
     raise CheckpointFormatError(
-        f"{head.name} and {embedding.name} are stored with different values, but config.json ties them. Set "
+        f"{copy.name} and {original.name} are stored with different values, but config.json ties them. Set "
         '"tie_word_embeddings": false there if the head is meant to be its own, or remove '
-        f"{head.name} from the checkpoint."
+        f"{copy.name} from the checkpoint."
     )
 
 

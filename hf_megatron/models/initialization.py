@@ -56,7 +56,7 @@ def local_seed() -> int:
     return (torch.initial_seed() if requested is None else requested) % 2**63
 
 
-def fill_normal(parameter: torch.Tensor, std: float, seed: int, name: str) -> None:
+def fill_normal(parameter: torch.Tensor, std: float, seed: int, name: str, *, zero_row: int | None = None) -> None:
     """Fill a parameter, or this rank's part of it, from N(0, std) in place.
 
     Args:
@@ -64,8 +64,9 @@ def fill_normal(parameter: torch.Tensor, std: float, seed: int, name: str) -> No
         std: Standard deviation.
         seed: The model's seed.
         name: The parameter's name in the base model, which makes its stream its own.
+        zero_row: A row that is zero instead, such as an embedding's padding token; its index in the full tensor.
     """
-    drawn = _DrawnTensor(tuple(parameter.shape), std, seed, name)
+    drawn = _DrawnTensor(tuple(parameter.shape), std, seed, name, zero_row)
     if isinstance(parameter, DTensor):
         target = parameter.to_local()
         target.copy_(DtensorShardOperation(parameter).shard_tensor(drawn, device=target.device, dtype=target.dtype))
@@ -76,9 +77,10 @@ def fill_normal(parameter: torch.Tensor, std: float, seed: int, name: str) -> No
 class _DrawnTensor:
     """A tensor that is drawn when it is read, with the interface of a safetensors slice."""
 
-    def __init__(self, shape: tuple[int, ...], std: float, seed: int, name: str) -> None:
+    def __init__(self, shape: tuple[int, ...], std: float, seed: int, name: str, zero_row: int | None) -> None:
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        self.shape, self.std, self.seed = shape, std, int.from_bytes(digest[:8], "little") % 2**63
+        self.shape, self.std, self.zero_row = shape, std, zero_row
+        self.seed = int.from_bytes(digest[:8], "little") % 2**63
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
@@ -101,4 +103,7 @@ class _DrawnTensor:
         num_rows = max(1, _BLOCK_ELEMENTS // max(1, prod(self.shape[1:])))
         for first in range(0, self.shape[0], num_rows):
             shape = (min(num_rows, self.shape[0] - first), *self.shape[1:])
-            yield first, torch.empty(shape, dtype=torch.float32).normal_(0.0, self.std, generator=generator)
+            block = torch.empty(shape, dtype=torch.float32).normal_(0.0, self.std, generator=generator)
+            if self.zero_row is not None and first <= self.zero_row < first + shape[0]:
+                block[self.zero_row - first] = 0.0
+            yield first, block

@@ -2,8 +2,8 @@
 
 Everything private of transformers' loader that this package relies on is in this module and in ``initialization``:
 ``_load_pretrained_model``, ``_load_and_finalize_distributed_pretrained_model``, ``_from_config``, ``_init_weights``,
-``_save_model_checkpoint_distributed`` and ``DtensorShardOperation``. ``tests/models/test_transformers_interfaces.py``
-says what breaks when one changes.
+``_save_model_checkpoint_distributed``, ``_get_resized_lm_head`` and ``DtensorShardOperation``.
+``tests/models/test_transformers_interfaces.py`` says what breaks when one changes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from hf_megatron.checkpoint import LazyTensor, canonicalise, open_checkpoint, open_files
-from hf_megatron.errors import CheckpointFormatError, ParallelStateError, UnsupportedError
+from hf_megatron.errors import CheckpointShapeError, ParallelStateError, UnsupportedError
 from hf_megatron.models.initialization import fill_normal, initialization_seed, local_seed, seed_of_first_rank
 from hf_megatron.models.saving import rewrite_config, swap_into_place
 from hf_megatron.partition import ModelClass, PartitionTable
@@ -37,18 +37,28 @@ __all__ = ["MegatronModelMixin"]
 
 logger = logging.get_logger(__name__)
 
+Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]  # a tensor's name, its shape in the file and in the model
+
 
 class MegatronModelMixin:
     """Base of our model classes, beside the stock ``PreTrainedModel`` they derive from.
 
     Attributes:
-        partition_table: How the architecture's tensors are cut.
         tp_group: The tensor-parallel group; one rank unless the model was loaded or built on several.
     """
 
-    partition_table: ClassVar[PartitionTable]
     tp_group: TensorParallelGroup = SINGLE
     _initialization_seed: int | None = None
+
+    @classmethod
+    def partition_table_of(cls, config: PreTrainedConfig) -> PartitionTable:
+        """How the tensors of a model of this configuration are cut."""
+        raise NotImplementedError
+
+    @property
+    def partition_table(self) -> PartitionTable:
+        """How this model's tensors are cut."""
+        return self.partition_table_of(self.config)  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ building
 
@@ -56,7 +66,7 @@ class MegatronModelMixin:
         """``PreTrainedModel.__init__`` without the modules of the stock class we derive from."""
         distributed_config = getattr(config, "distributed_config", None)
         if distributed_config is not None:
-            self.partition_table.check_degree(config.to_dict(), distributed_config.tp_size)
+            self.partition_table_of(config).check_degree(config.to_dict(), distributed_config.tp_size)
         PreTrainedModel.__init__(self, config)
 
     @classmethod
@@ -131,20 +141,20 @@ class MegatronModelMixin:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        names = self.__dict__.setdefault("_module_names", {})
-        if module not in names:
-            names.update({child: name for name, child in self.named_modules()})  # type: ignore[attr-defined]
+        # Not in the model: a module that resize_token_embeddings fills before it takes the rows it needs.
+        module_name = next((name for name, child in self.named_modules() if child is module), "")  # type: ignore[attr-defined]
         seed = local_seed() if self._initialization_seed is None else self._initialization_seed
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if getattr(parameter, "_is_hf_initialized", False):
                 continue
-            name = f"{names[module]}.{parameter_name}"
+            name = f"{module_name}.{parameter_name}"
             if isinstance(module, nn.LayerNorm) and parameter_name == "weight":
                 parameter.fill_(1.0)
             elif parameter_name == "bias":
                 parameter.zero_()
             else:
-                fill_normal(parameter, self._initial_std(name), seed, name)
+                zero_row = module.padding_idx if isinstance(module, nn.Embedding) else None
+                fill_normal(parameter, self._initial_std(name), seed, name, zero_row=zero_row)
 
     def _initial_std(self, name: str) -> float:
         """Standard deviation of the initial weights of the parameter ``name``, relative to this model."""
@@ -160,20 +170,24 @@ class MegatronModelMixin:
                     return model_class
         raise UnsupportedError(f"{type(self).__name__} does not derive from a class of this package.")
 
-    def _canonical(self, stored: Mapping[str, LazyTensor], *, ignore_mismatched_sizes: bool) -> dict[str, LazyTensor]:
-        """The stored tensors under this model's names, whatever the spelling they were stored in."""
+    def _canonical(
+        self, stored: Mapping[str, LazyTensor], *, ignore_mismatched_sizes: bool = False
+    ) -> tuple[dict[str, LazyTensor], tuple[Mismatch, ...]]:
+        """The stored tensors under this model's names, whatever the spelling, and those of another shape, left out."""
         config = self.config.to_dict()  # type: ignore[attr-defined]
         canonical = canonicalise(stored, self.partition_table, config, self._partition_class())
+        ignored = {name for name, _, _ in canonical.mismatched}
         if canonical.dropped:
             logger.warning_once(f"Not used by this model, and dropped: {', '.join(canonical.dropped)}.")
         if canonical.mismatched and not ignore_mismatched_sizes:
-            # Reported here because a rank would otherwise read its slice of the wrong shape.
+            # Noticed here because a rank that compared its own slice might find it right where another finds it wrong.
             shapes = "; ".join(f"{n} is {list(s)}, expected {list(e)}" for n, s, e in canonical.mismatched)
-            raise CheckpointFormatError(
+            raise CheckpointShapeError(
                 f"{len(canonical.mismatched)} tensors do not have the shape the configuration asks for: {shapes}. "
                 "Correct config.json, or pass ignore_mismatched_sizes=True to draw them anew."
             )
-        return {**canonical.tensors, **{name: stored[name] for name in canonical.unknown}}
+        fitting = {name: tensor for name, tensor in canonical.tensors.items() if name not in ignored}
+        return {**fitting, **{name: stored[name] for name in canonical.unknown}}, canonical.mismatched
 
     @staticmethod
     def _load_pretrained_model(
@@ -183,14 +197,21 @@ class MegatronModelMixin:
         load_config: LoadStateDictConfig,
         expected_keys: list[str] | None = None,
     ) -> Any:
+        mismatched: tuple[Mismatch, ...] = ()
         is_on_disk = load_config.device_map is not None and "disk" in load_config.device_map.values()
         if state_dict is None and checkpoint_files is not None and not is_on_disk:
-            state_dict = model._canonical(
+            state_dict, mismatched = model._canonical(
                 open_files([Path(file) for file in checkpoint_files]),
                 ignore_mismatched_sizes=load_config.ignore_mismatched_sizes,
             )
             checkpoint_files = None
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        loading_info, offload_index = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
+        )
+        for name, shape, expected in mismatched:
+            loading_info.missing_keys.discard(name)
+            loading_info.mismatched_keys.add((name, torch.Size(shape), torch.Size(expected)))
+        return loading_info, offload_index
 
     def _load_and_finalize_distributed_pretrained_model(
         self, distributed_checkpoint_dir: str | os.PathLike[str], device_map: Any, device_mesh: Any
@@ -204,7 +225,7 @@ class MegatronModelMixin:
             device_mesh=device_mesh,
             dtype=self.dtype,  # type: ignore[attr-defined]
         )
-        state_dict = self._canonical(checkpoint.tensors, ignore_mismatched_sizes=False)
+        state_dict, _ = self._canonical(checkpoint.tensors)
         loading_info, _ = self._load_pretrained_model(self, state_dict, None, load_config)
         return self._finalize_model_loading(self, load_config, loading_info)  # type: ignore[attr-defined]
 
@@ -213,7 +234,7 @@ class MegatronModelMixin:
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, stock: bool = False, **kwargs: Any
     ) -> None:
-        """Save as stock ``save_pretrained`` does; every rank must call it.
+        """Save as stock ``save_pretrained`` does; every rank of a distributed model must call it.
 
         Args:
             save_directory: Where to save.
@@ -224,7 +245,8 @@ class MegatronModelMixin:
                 rank saves its own shards.
 
         Raises:
-            UnsupportedError: ``stock`` together with ``distributed_checkpoint``, which no stock GPT-2 can load.
+            UnsupportedError: ``stock`` together with ``distributed_checkpoint``, which no stock GPT-2 can load, or with
+                ``push_to_hub``.
         """
         distributed = bool(kwargs.get("distributed_checkpoint"))
         if distributed and stock:
@@ -232,18 +254,27 @@ class MegatronModelMixin:
                 "stock=True with distributed_checkpoint=True: stock models cannot load a sharded directory of this "
                 "architecture. Save without distributed_checkpoint, or convert with `hf-megatron convert --to hub`."
             )
+        if stock and kwargs.get("push_to_hub"):
+            raise UnsupportedError(
+                "stock=True with push_to_hub=True: config.json would be uploaded before it names the stock classes. "
+                "Save without push_to_hub, then upload the directory with huggingface_hub.upload_folder."
+            )
+        # A model that lies whole in each process may be saved by one rank alone, as Trainer does under DDP.
+        is_collective = distributed or self.is_distributed_loading_by_transformers  # type: ignore[attr-defined]
         directory = Path(save_directory)
         target = directory.with_name(f".{directory.name}.saving") if distributed else directory
         if distributed and _is_first_rank():
             shutil.rmtree(target, ignore_errors=True)
-        _barrier()
+        if is_collective:
+            _barrier()
         super().save_pretrained(target, *args, **kwargs)  # type: ignore[misc]
         if _is_first_rank() and kwargs.get("is_main_process", True):
             if (target / "config.json").is_file():
                 rewrite_config(target, self.partition_table, self._partition_class().ours, stock=stock)
             if distributed:
                 swap_into_place(target, directory)
-        _barrier()
+        if is_collective:
+            _barrier()
 
     def save_distributed_checkpoint(
         self, model_to_save: nn.Module, save_directory: str | os.PathLike[str], **kwargs: Any
@@ -292,6 +323,15 @@ class MegatronModelMixin:
             )
         resized: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
         return resized
+
+    def _get_resized_lm_head(self, old_lm_head: Any, *args: Any, **kwargs: Any) -> Any:
+        # The stock method resizes an nn.Linear, which our heads are not. It gets one that shares the parameters.
+        linear = nn.Linear(old_lm_head.in_features, old_lm_head.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = old_lm_head.weight, old_lm_head.bias
+        linear = super()._get_resized_lm_head(linear, *args, **kwargs)  # type: ignore[misc]
+        old_lm_head.weight, old_lm_head.bias = linear.weight, linear.bias
+        old_lm_head.out_features = linear.out_features
+        return old_lm_head
 
 
 def _check_distributed_config(config: DistributedConfig) -> None:

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    GPT2TokenizerFast,
-)
+import transformers
+from transformers import AutoConfig, AutoTokenizer, BertTokenizerFast, GPT2TokenizerFast
 
-from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
-from hf_megatron.models.gpt2.modeling_gpt2 import (
-    MegatronGPT2ForQuestionAnswering,
-    MegatronGPT2ForSequenceClassification,
-    MegatronGPT2ForTokenClassification,
-    MegatronGPT2LMHeadModel,
-    MegatronGPT2Model,
-)
+from hf_megatron.models.bert import configuration_bert, modeling_bert, modeling_bert_heads
+from hf_megatron.models.gpt2 import configuration_gpt2, modeling_gpt2
 
 __all__ = ["register"]
 
+_GPT2 = {
+    "AutoModel": modeling_gpt2.MegatronGPT2Model,
+    "AutoModelForCausalLM": modeling_gpt2.MegatronGPT2LMHeadModel,
+    "AutoModelForPreTraining": modeling_gpt2.MegatronGPT2LMHeadModel,
+    "AutoModelForQuestionAnswering": modeling_gpt2.MegatronGPT2ForQuestionAnswering,
+    "AutoModelForSequenceClassification": modeling_gpt2.MegatronGPT2ForSequenceClassification,
+    "AutoModelForTokenClassification": modeling_gpt2.MegatronGPT2ForTokenClassification,
+}
+_BERT = {
+    "AutoModel": modeling_bert.MegatronBertModel,
+    "AutoModelForMaskedLM": modeling_bert_heads.MegatronBertForMaskedLM,
+    "AutoModelForMultipleChoice": modeling_bert_heads.MegatronBertForMultipleChoice,
+    "AutoModelForPreTraining": modeling_bert_heads.MegatronBertForPreTraining,
+    "AutoModelForQuestionAnswering": modeling_bert_heads.MegatronBertForQuestionAnswering,
+    "AutoModelForSequenceClassification": modeling_bert_heads.MegatronBertForSequenceClassification,
+    "AutoModelForTokenClassification": modeling_bert_heads.MegatronBertForTokenClassification,
+}
+_MODELS = (
+    (configuration_gpt2.MegatronGPT2Config, GPT2TokenizerFast, _GPT2),
+    (configuration_bert.MegatronBertConfig, BertTokenizerFast, _BERT),
+)
+
 
 def register() -> None:
-    """Register ``megatron_gpt2``; safe to call more than once."""
-    AutoConfig.register(MegatronGPT2Config.model_type, MegatronGPT2Config, exist_ok=True)
-    for auto_class, model_class in (
-        (AutoModel, MegatronGPT2Model),
-        (AutoModelForCausalLM, MegatronGPT2LMHeadModel),
-        (AutoModelForSequenceClassification, MegatronGPT2ForSequenceClassification),
-        (AutoModelForTokenClassification, MegatronGPT2ForTokenClassification),
-        (AutoModelForQuestionAnswering, MegatronGPT2ForQuestionAnswering),
-    ):
-        auto_class.register(MegatronGPT2Config, model_class, exist_ok=True)
-    AutoTokenizer.register(MegatronGPT2Config, fast_tokenizer_class=GPT2TokenizerFast, exist_ok=True)
+    """Register ``megatron_gpt2`` and ``megatron_bert``; safe to call more than once."""
+    for config_class, tokenizer_class, model_classes in _MODELS:
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoTokenizer.register(config_class, fast_tokenizer_class=tokenizer_class, exist_ok=True)
+        for auto_class, model_class in model_classes.items():
+            getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)

@@ -29,10 +29,7 @@ def rewrite_config(directory: Path, table: PartitionTable, class_name: str, *, s
             package.
     """
     path = directory / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    model_class = table.model_class(class_name)
-    config["model_type"] = table.stock_model_type if stock else table.model_type
-    config["architectures"] = [model_class.stock if stock else model_class.ours]
+    config = table.config_of(json.loads(path.read_text(encoding="utf-8")), table.model_class(class_name), stock=stock)
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -21,35 +21,45 @@ from hf_megatron.tensor_parallel import (
     vocab_parallel_cross_entropy,
 )
 
-__all__ = ["VocabParallelHead", "causal_lm_loss"]
+__all__ = ["VocabParallelHead", "causal_lm_loss", "masked_lm_loss"]
 
 
 class VocabParallelHead(ParallelModule):
-    """Projection onto the vocabulary. A tied head has no weight of its own: it uses the embedding's shard.
+    """Projection onto the vocabulary. A tied head has no parameters of its own: it is given the embedding's shard.
 
     A second parameter for the same weight would be gathered and saved twice, and trains silently wrong under FSDP2 when
     the rows do not divide (two FSDP parameters for one tensor).
+
+    Args:
+        hidden_size: H.
+        vocab_size: V.
+        is_tied: Whether the weight is the word embedding's.
+        bias: Whether a head that is not tied has a bias.
     """
 
     weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
-    def __init__(self, hidden_size: int, vocab_size: int, *, is_tied: bool) -> None:
+    def __init__(self, hidden_size: int, vocab_size: int, *, is_tied: bool, bias: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = hidden_size, vocab_size
-        self.bias = None
         self.register_parameter("weight", None if is_tied else nn.Parameter(torch.empty(vocab_size, hidden_size)))
+        self.register_parameter("bias", None if is_tied or not bias else nn.Parameter(torch.zeros(vocab_size)))
         if self.weight is not None:
             nn.init.normal_(self.weight, std=0.02)
 
     def partition_specs(self) -> Mapping[str, Spec]:
-        return {"weight": VocabSplit()}
+        return {"weight": VocabSplit(), "bias": VocabSplit()}
 
-    def forward(self, hidden_states: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, embedding: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """This rank's logits.
 
         Args:
             hidden_states: [..., H], replicated.
             embedding: The word embedding's parameter [V, H], split on dim 0; used if the head is tied.
+            bias: A bias parameter [V], split on dim 0; used if the head is tied.
 
         Returns:
             [..., V_p], split on the last dim.
@@ -57,7 +67,8 @@ class VocabParallelHead(ParallelModule):
         Collective: all-reduce over tp, backward, of the hidden states' gradient.
         """
         (hidden_states,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)
-        return F.linear(hidden_states, local(embedding if self.weight is None else self.weight))
+        weight, bias = (embedding, bias) if self.weight is None else (self.weight, self.bias)
+        return F.linear(hidden_states, local(weight), None if bias is None else local(bias))
 
     def gather(self, logits: torch.Tensor) -> torch.Tensor:
         """[..., V_p] split on the last dim to [..., V] replicated.
@@ -69,6 +80,43 @@ class VocabParallelHead(ParallelModule):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, is_tied={self.weight is None}"
         return ", ".join(part for part in (sizes, super().extra_repr()) if part)
+
+
+def masked_lm_loss(
+    group: TensorParallelGroup,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | float | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Loss of predicting the masked tokens.
+
+    Args:
+        group: The tensor-parallel group.
+        logits: [..., V_p], split on the last dim.
+        labels: [...], replicated, ``ignore_index`` where nothing was masked.
+        vocab_size: V.
+        num_items_in_batch: What to divide the sum by; the number of labelled positions if None.
+        ignore_index: Label of positions that do not count.
+        label_smoothing: Share of the target distribution that is spread over the vocabulary.
+
+    Returns:
+        A scalar, replicated; float32, or float64 for float64 logits.
+
+    Collective: two all-reduces over tp, forward, see :func:`vocab_parallel_cross_entropy`.
+    """
+    return vocab_parallel_cross_entropy(
+        group,
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1).to(logits.device),
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        num_items_in_batch=num_items_in_batch,
+    )
 
 
 def causal_lm_loss(
@@ -101,10 +149,10 @@ def causal_lm_loss(
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    return vocab_parallel_cross_entropy(
+    return masked_lm_loss(
         group,
-        logits.reshape(-1, logits.shape[-1]),
-        shift_labels.reshape(-1).to(logits.device),
+        logits,
+        shift_labels,
         vocab_size=vocab_size,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hf_megatron.errors import UnsupportedError
+from hf_megatron.partition.bert import BERT_POST, BERT_PRE
 from hf_megatron.partition.gpt2 import GPT2
 from hf_megatron.partition.spec import Box, FusedSplit, Replicated, Spec, Split, VocabSplit, chunk_range
 from hf_megatron.partition.table import ModelClass, PartitionTable, Tensor, TensorRule
 from hf_megatron.partition.tiling import tiling_error
 
 __all__ = [
+    "BERT_POST",
+    "BERT_PRE",
     "GPT2",
     "TABLES",
     "Box",
@@ -31,18 +34,20 @@ __all__ = [
     "tiling_error",
 ]
 
-TABLES: tuple[PartitionTable, ...] = (GPT2,)
+TABLES: tuple[PartitionTable, ...] = (GPT2, BERT_PRE, BERT_POST)
 
 
 def table_for(config: Mapping[str, object]) -> PartitionTable:
-    """The table for a config.json, by its ``model_type``, ours or the stock one.
+    """The table for a config.json, by its ``model_type``, ours or the stock one, and what it says beyond.
 
     Raises:
         UnsupportedError: No table for this ``model_type``.
     """
-    model_type = config.get("model_type")
     for table in TABLES:
-        if model_type in (table.model_type, table.stock_model_type):
+        if table.is_for(config):
             return table
-    known = ", ".join(name for table in TABLES for name in (table.stock_model_type, table.model_type))
-    raise UnsupportedError(f"model_type {model_type!r} is not supported; known are {known}.")
+    known = dict.fromkeys(name for table in TABLES for name in (table.stock_model_type, table.model_type))
+    own = {name: config.get(name) for table in TABLES for name in table.own_config}
+    raise UnsupportedError(
+        f"model_type {config.get('model_type')!r} with {own} is not supported; known are {', '.join(known)}."
+    )

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition.spec import FusedSplit, Replicated, Split, VocabSplit
-from hf_megatron.partition.table import ModelClass, PartitionTable, TensorRule
+from hf_megatron.partition.table import ModelClass, PartitionTable, TensorRule, integer_sizes, number_of_labels
 
 __all__ = ["GPT2"]
 
 # config.json may leave any of these out; the values are the stock GPT2Config's.
-_DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "num_labels": 2}
+_DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 # Both spellings are accepted by the stock config.
 _ALIASES = {
     "n_positions": "max_position_embeddings",
@@ -28,7 +28,7 @@ _ALIASES = {
 
 
 def _sizes(config: Mapping[str, object]) -> dict[str, int]:
-    values = {name: _integer(config, name) for name in _DEFAULTS if name != "num_labels"}
+    values = integer_sizes(config, _DEFAULTS, _ALIASES)
     hidden = values["n_embd"]
     if hidden % values["n_head"]:
         raise UnsupportedError(
@@ -37,27 +37,19 @@ def _sizes(config: Mapping[str, object]) -> dict[str, int]:
         )
     if config.get("add_cross_attention"):
         raise UnsupportedError("add_cross_attention=True is not supported: the parallel GPT-2 is a decoder only.")
-    inner = config.get("n_inner")
-    id2label = config.get("id2label")
-    labels = config.get("num_labels") or (len(id2label) if isinstance(id2label, Mapping) else _DEFAULTS["num_labels"])
     return {
         "vocab_size": values["vocab_size"],
         "num_positions": values["n_positions"],
         "hidden_size": hidden,
         "query_key_value": 3 * hidden,
-        "intermediate_size": int(str(inner)) if inner is not None else 4 * hidden,
+        "intermediate_size": 4 * hidden
+        if config.get("n_inner") is None
+        else integer_sizes(config, {"n_inner": 0})["n_inner"],
         "num_hidden_layers": values["n_layer"],
         "num_attention_heads": values["n_head"],
-        "num_labels": int(str(labels)),
+        "num_labels": number_of_labels(config),
         "start_and_end": 2,
     }
-
-
-def _integer(config: Mapping[str, object], name: str) -> int:
-    value = config.get(name, config.get(_ALIASES.get(name, name), _DEFAULTS[name]))
-    if not isinstance(value, int):
-        raise UnsupportedError(f"{name}={value!r} in the configuration is not an integer.")
-    return value
 
 
 def _norm(name: str) -> tuple[TensorRule, ...]:
@@ -103,7 +95,7 @@ GPT2 = PartitionTable(
     base_prefix="transformer",
     body=_BODY,
     classes=(
-        ModelClass("GPT2LMHeadModel", "MegatronGPT2LMHeadModel", _LM_HEAD, tied_head="lm_head.weight"),
+        ModelClass("GPT2LMHeadModel", "MegatronGPT2LMHeadModel", _LM_HEAD, tied={"lm_head.weight": "wte.weight"}),
         ModelClass("GPT2Model", "MegatronGPT2Model", has_prefix=False),
         ModelClass("GPT2ForSequenceClassification", "MegatronGPT2ForSequenceClassification", _SEQUENCE),
         ModelClass("GPT2ForTokenClassification", "MegatronGPT2ForTokenClassification", _TOKEN),

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 
 from hf_megatron.errors import PartitionError, UnsupportedError
 from hf_megatron.partition.spec import Shape, Spec
 
-__all__ = ["ModelClass", "PartitionTable", "Tensor", "TensorRule"]
+__all__ = ["ModelClass", "PartitionTable", "Tensor", "TensorRule", "integer_sizes", "number_of_labels"]
 
 Config = Mapping[str, object]
 
@@ -64,14 +64,17 @@ class ModelClass:
         ours: Class name in this package.
         head: Rules of the head's parameters; empty for the base model.
         has_prefix: Whether the base model's parameters carry the base prefix.
-        tied_head: Name of the head's weight that is the word embedding itself when ``tie_word_embeddings`` is set.
+        tied: Head parameters that are another tensor when ``tie_word_embeddings`` is set, with that tensor's name
+            (the base model's without prefix).
+        without: Parameters of the base model that this class does not have (a pooler).
     """
 
     stock: str
     ours: str
     head: tuple[TensorRule, ...] = ()
     has_prefix: bool = True
-    tied_head: str | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class PartitionTable:
         obsolete: Patterns of tensors that old checkpoints carry and the models do not have any more.
         sizes: Turns a config.json into the numbers behind the names in ``TensorRule.sizes``, filling in the stock
             defaults; raises UnsupportedError for a configuration that the parallel models cannot honour.
+        own_config: Fields that our configuration has beyond the stock one, with the values this table is for.
         divisors: Names of sizes that the degree must divide (the number of heads).
     """
 
@@ -101,6 +105,7 @@ class PartitionTable:
     word_embedding: str
     obsolete: tuple[str, ...]
     sizes: Callable[[Config], dict[str, int]]
+    own_config: Mapping[str, object] = field(default_factory=dict)
     divisors: tuple[str, ...] = ("num_attention_heads",)
 
     @cached_property
@@ -114,6 +119,22 @@ class PartitionTable:
         specs = {rule.parameter: rule.spec for rule in self.rules if rule.module == module}
         assert specs, f"{module} is not in the {self.architecture} table"
         return specs
+
+    def is_for(self, config: Config) -> bool:
+        """Whether this is the table of a config.json, ours or the stock one."""
+        model_type = config.get("model_type")
+        if model_type == self.model_type:
+            return all(config.get(name) == value for name, value in self.own_config.items())
+        return model_type == self.stock_model_type
+
+    def config_of(self, config: Config, model_class: ModelClass, *, stock: bool) -> dict[str, object]:
+        """A config.json that names the stock classes, or ours; what both have in common stays as it is."""
+        result = {name: value for name, value in config.items() if name not in self.own_config}
+        if not stock:
+            result |= self.own_config
+        result["model_type"] = self.stock_model_type if stock else self.model_type
+        result["architectures"] = [model_class.stock if stock else model_class.ours]
+        return result
 
     def model_class(self, name: str | None) -> ModelClass:
         """The class of this name, stock or ours; the first class if ``name`` is None.
@@ -133,14 +154,14 @@ class PartitionTable:
         """Every tensor in the state dict of ``model_class`` under ``config``, by name, rule by rule."""
         sizes = self.sizes(config)
         prefix = f"{self.base_prefix}." if model_class.has_prefix else ""
-        rules = [(prefix + rule.name, rule) for rule in self.body]
+        rules = [(prefix + rule.name, rule) for rule in self.body if rule.name not in model_class.without]
         rules += [(rule.name, rule) for rule in self._head_rules(config, model_class)]
         return {tensor.name: tensor for name, rule in rules for tensor in _instances(name, rule, sizes)}
 
     def _head_rules(self, config: Config, model_class: ModelClass) -> Iterator[TensorRule]:
         is_tied = bool(config.get("tie_word_embeddings", True))
         for rule in model_class.head:
-            if not (is_tied and rule.name == model_class.tied_head):
+            if not (is_tied and rule.name in model_class.tied):
                 yield rule
 
     def check_degree(self, config: Config, tp_size: int) -> None:
@@ -174,6 +195,36 @@ class PartitionTable:
             if rule.name in (pattern, pattern.removeprefix(f"{self.base_prefix}.")):
                 return rule.spec
         raise PartitionError(f"{name} is not a parameter of the {self.architecture} partition table.")
+
+
+def integer_sizes(
+    config: Config, defaults: Mapping[str, int], aliases: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """Sizes from a config.json, under the names of ``defaults``, whose values stand in for what it leaves out.
+
+    Args:
+        config: The configuration.
+        defaults: Name and default of each size.
+        aliases: Other names under which some of them may be found.
+
+    Raises:
+        UnsupportedError: A size is not an integer.
+    """
+    sizes = {}
+    for name, default in defaults.items():
+        value = config.get(name, config.get((aliases or {}).get(name, name), default))
+        if not isinstance(value, int):
+            raise UnsupportedError(f"{name}={value!r} in the configuration is not an integer.")
+        sizes[name] = value
+    return sizes
+
+
+def number_of_labels(config: Config) -> int:
+    """``num_labels``, which config.json may say in words (``id2label``) or not at all."""
+    labels, names = config.get("num_labels"), config.get("id2label")
+    if isinstance(labels, int):
+        return labels
+    return len(names) if isinstance(names, Mapping) else 2
 
 
 def _instances(name: str, rule: TensorRule, sizes: Mapping[str, int]) -> Iterator[Tensor]:

@@ -22,11 +22,10 @@ from hf_megatron.tensor_parallel.random import (
     broadcast_from_first_rank,
     synchronize_random_state,
 )
-from hf_megatron.tensor_parallel.style import STYLE_NAME, parallelize_module, tp_plan_of
+from hf_megatron.tensor_parallel.style import head_tp_plan_of, parallelize_module, tp_plan_of
 
 __all__ = [
     "SINGLE",
-    "STYLE_NAME",
     "ColumnParallelLinear",
     "ParallelModule",
     "ReplicatedEmbedding",
@@ -39,6 +38,7 @@ __all__ = [
     "broadcast_from_first_rank",
     "copy_to_tensor_parallel_region",
     "gather_from_tensor_parallel_region",
+    "head_tp_plan_of",
     "local",
     "parallelize_module",
     "reduce_from_tensor_parallel_region",

@@ -116,6 +116,8 @@ class ColumnParallelLinear(_ParallelLinear):
         weight_layout: ``"out_in"`` stores ``A`` transposed, as ``nn.Linear`` does; ``"in_out"`` as it is, as GPT-2's
             Conv1D does.
         specs: The cut of ``weight`` and ``bias``; both along ``out`` by default.
+        is_input_copied: The caller has taken x through ``copy_to_tensor_parallel_region`` already, for several layers
+            at once, so that their gradients of x share one all-reduce.
     """
 
     def __init__(
@@ -126,9 +128,11 @@ class ColumnParallelLinear(_ParallelLinear):
         bias: bool = True,
         weight_layout: WeightLayout = "out_in",
         specs: Mapping[str, Spec] | None = None,
+        is_input_copied: bool = False,
     ) -> None:
         default = {"weight": Split(1 if weight_layout == "in_out" else 0), "bias": Split(0)}
         super().__init__(in_features, out_features, bias=bias, weight_layout=weight_layout, specs=specs or default)
+        self.is_input_copied = is_input_copied
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply by this rank's columns.
@@ -139,7 +143,8 @@ class ColumnParallelLinear(_ParallelLinear):
         Returns:
             [..., out_p], split on the last dim.
 
-        Collective: all-reduce over tp, backward, of x's gradient; a bias that is held whole sends its gradient along.
+        Collective: all-reduce over tp, backward, of x's gradient, unless ``is_input_copied``; a bias that is held whole
+        sends its gradient along.
         """
         group, weight = self.tp_group, local(self.weight)
         bias = None if self.bias is None else local(self.bias)
@@ -147,7 +152,7 @@ class ColumnParallelLinear(_ParallelLinear):
         if bias is not None and isinstance(bias_spec, Replicated) and bias_spec.used is not None and group.size > 1:
             x, bias = copy_to_tensor_parallel_region(group, x, bias)
             bias = bias_spec.used.shard(bias, group.size, group.rank)
-        else:
+        elif not self.is_input_copied:
             (x,) = copy_to_tensor_parallel_region(group, x)
         return self._multiply(x, weight, bias)
 

@@ -190,7 +190,8 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: TensorParallelGroup, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         ctx.group, ctx.dim, ctx.size = group, dim, tensor.shape[dim]
-        return _sliced(group, tensor, dim).contiguous()
+        # A copy, as a view would keep the whole tensor alive.
+        return _sliced(group, tensor, dim).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None]:

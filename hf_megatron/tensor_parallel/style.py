@@ -19,7 +19,7 @@ from hf_megatron.partition import FusedSplit, PartitionTable, Replicated, Spec, 
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 from hf_megatron.tensor_parallel.layers import ParallelModule
 
-__all__ = ["STYLE_NAME", "MegatronStyle", "parallelize_module", "placement_of", "tp_plan_of"]
+__all__ = ["STYLE_NAME", "MegatronStyle", "head_tp_plan_of", "parallelize_module", "placement_of", "tp_plan_of"]
 
 STYLE_NAME = "megatron"
 
@@ -71,6 +71,11 @@ def tp_plan_of(table: PartitionTable, modules: tuple[str, ...] = ()) -> dict[str
     """
     with_parameters = dict.fromkeys(rule.module for rule in table.body)
     return dict.fromkeys((*with_parameters, *modules), STYLE_NAME)
+
+
+def head_tp_plan_of(table: PartitionTable, model_class: str) -> dict[str, str]:
+    """The plan for the modules of a class's head."""
+    return dict.fromkeys((rule.module for rule in table.model_class(model_class).head), STYLE_NAME)
 
 
 def parallelize_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:

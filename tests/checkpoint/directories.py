@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hf_megatron.partition import GPT2, Box, ModelClass
+from hf_megatron.partition import Box, table_for
 
 Tensors = dict[str, torch.Tensor]
 Placed = dict[str, list[tuple[int, Box]]]  # name -> (index of the shard file, box) of every piece
@@ -29,17 +29,13 @@ CONFIG: dict[str, Any] = {
 SHARD_NAME = "shard-{:05d}-model-00001-of-00001.safetensors"
 
 
-def class_named(name: str) -> ModelClass:
-    return GPT2.model_class(name)
-
-
 def model_tensors(config: Mapping[str, Any] = CONFIG, dtype: torch.dtype = torch.float32) -> Tensors:
     """Random tensors for every name in the state dict of the class that the config names."""
+    table = table_for(config)
     generator = torch.Generator().manual_seed(0)
-    model_class = GPT2.model_class(config["architectures"][0])
     return {
         tensor.name: torch.randn(tensor.shape, generator=generator).to(dtype)
-        for tensor in GPT2.tensors(config, model_class).values()
+        for tensor in table.tensors(config, table.model_class(config["architectures"][0])).values()
     }
 
 
@@ -73,11 +69,11 @@ def write_hub_files(directory: Path, tensors: Tensors, suffix: str, num_files: i
     return directory
 
 
-def tp_boxes(tensors: Tensors, tp_size: int) -> Placed:
+def tp_boxes(tensors: Tensors, tp_size: int, config: Mapping[str, Any] = CONFIG) -> Placed:
     """Boxes as ranks of one tensor-parallel group save them; replicated tensors are dealt out over the files."""
     placed: Placed = {}
     for i, (name, tensor) in enumerate(tensors.items()):
-        boxes = GPT2.spec_of(name).stored_boxes(tuple(tensor.shape), tp_size)
+        boxes = table_for(config).spec_of(name).stored_boxes(tuple(tensor.shape), tp_size)
         placed[name] = list(enumerate(boxes)) if len(boxes) > 1 else [(i % tp_size, boxes[0])]
     return placed
 
@@ -87,7 +83,7 @@ def write_tp(
 ) -> Path:
     """A distributed checkpoint as transformers writes it."""
     write_config(directory, config)
-    placed = tp_boxes(tensors, tp_size) if placed is None else placed
+    placed = tp_boxes(tensors, tp_size, config) if placed is None else placed
     for rank in range(tp_size):
         held = {name: box for name, pieces in placed.items() for index, box in pieces if index == rank}
         write_shard(

@@ -199,6 +199,7 @@ def test_an_unsafe_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_checkpoint(tmp_path)
     assert not marker.exists()
     assert "weights_only" not in str(error.value)
+    assert error.value.__cause__ is None
     assert error.value.__suppress_context__
 
 

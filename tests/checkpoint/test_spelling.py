@@ -16,7 +16,7 @@ from hf_megatron.checkpoint import (
 )
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, UnsupportedError
 from hf_megatron.partition import GPT2
-from tests.checkpoint.directories import CONFIG, Tensors, class_named, model_tensors, write_hub
+from tests.checkpoint.directories import CONFIG, Tensors, model_tensors, write_hub
 
 PREFIX = "transformer."
 UNTIED = {**CONFIG, "tie_word_embeddings": False}
@@ -77,7 +77,7 @@ def test_spellings_of_every_class(tmp_path: Path, name: str, spelling: str) -> N
     """Catches a prefix put before a head's own parameters, or kept before the base model's."""
     config = config_of(name)
     tensors = model_tensors(config)
-    head = {rule.name for rule in class_named(name).head}
+    head = {rule.name for rule in GPT2.model_class(name).head}
     body = {key: tensor for key, tensor in tensors.items() if key not in head}
     respell = {"prefix": with_prefix, "no prefix": without_prefix, "old": lambda t: gamma_and_beta(with_prefix(t))}
     stored = {**respell[spelling](body), **{key: tensor for key, tensor in tensors.items() if key in head}}
@@ -119,7 +119,9 @@ def test_a_different_tied_head_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert '"tie_word_embeddings": false' in str(e.value)
 
 
-@pytest.mark.parametrize("change", [lambda t: t.double(), lambda t: t[1:].clone(), lambda t: torch.tensor(1.0)])
+@pytest.mark.parametrize(
+    "change", [lambda t: t.view(torch.int32).clone(), lambda t: t[1:].clone(), lambda t: torch.tensor(1.0)]
+)
 def test_a_tied_head_of_other_shape_or_dtype_is_refused(
     tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
@@ -128,6 +130,13 @@ def test_a_tied_head_of_other_shape_or_dtype_is_refused(
     head = change(tensors["transformer.wte.weight"])
     with pytest.raises(CheckpointFormatError, match="tie_word_embeddings"):
         canonical(tmp_path, {**tensors, "lm_head.weight": head})
+
+
+def test_a_scalar_in_place_of_the_embedding_is_refused(tmp_path: Path) -> None:
+    """Catches an IndexError from the comparison, which goes row by row."""
+    stored = {**model_tensors(), "lm_head.weight": torch.tensor(1.0), "transformer.wte.weight": torch.tensor(1.0)}
+    with pytest.raises(CheckpointFormatError, match=r"lm_head\.weight"):
+        canonical(tmp_path, stored)
 
 
 def test_the_comparison_with_the_tied_head_reads_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,9 +119,7 @@ def test_everything_equals_stock(pool: Pool, stock_dir: StockDir, variant: str, 
     kernels, options = _kernels(variant, every=True), list(_loss_options())
     if variant == "gpt2_vocabulary":
         options.remove("shifted by the caller")
-    run_at(
-        pool, tp_size, _compare_steps, stock_dir(variant), tp_size, kernels, PADDINGS, options, timeout=250
-    )
+    run_at(pool, tp_size, _compare_steps, stock_dir(variant), tp_size, kernels, PADDINGS, options, timeout=250)
 
 
 def _compare_after_adamw(directory: Path, tp_size: int) -> None:

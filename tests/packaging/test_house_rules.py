@@ -11,7 +11,7 @@ from tests.repository import ROOT, repository_files
 _CODE = [path for path in repository_files() if path.suffix == ".py"]
 _LIBRARY = [path for path in _CODE if path.relative_to(ROOT).parts[0] in ("hf_megatron", "conversion")]
 # The start of an absolute path into somebody's home or working directory.
-_PERSONAL_PATH = re.compile(r"(?<![\w.~/:}-])/(?:farm|home|root|Users|work)/|[A-Z]:\\Users\\")
+_PERSONAL_PATH = re.compile(r"(?<![\w.~/:}-])/(?:home|root|Users|work)/|[A-Z]:\\Users\\")
 
 
 def _name(path: Path) -> str:

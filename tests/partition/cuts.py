@@ -49,4 +49,4 @@ def times_covered(shape: Shape, boxes: Sequence[Box]) -> torch.Tensor:
 
 def is_inside(shape: Shape, box: Box) -> bool:
     """Whether the box lies inside a tensor of this shape."""
-    return all(0 <= start and start + size <= n for start, size, n in zip(box.offset, box.shape, shape, strict=True))
+    return all(start >= 0 and start + size <= n for start, size, n in zip(box.offset, box.shape, shape, strict=True))

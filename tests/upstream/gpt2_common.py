@@ -1,69 +1,107 @@
+"""transformers' common model tests, applied to stock GPT-2 and to ours in the same way.
+
+Runs in a process of its own, started by ``test_transformers_common``: ``transformers_tests`` is the ``tests`` folder of
+transformers' source distribution, completed by the modules in ``stand_ins``. What the distribution leaves out is not
+run: the tests of generation, of export, of pipelines and of FSDP.
+"""
+
 from __future__ import annotations
 
 import unittest
 from typing import Any
+from unittest import mock
 
-from transformers import (
-    GPT2Config, GPT2ForQuestionAnswering, GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2LMHeadModel, GPT2Model,
-)
+import torch
+import transformers
 from transformers.models.auto import modeling_auto
-from transformers_tests import test_tensor_parallel_mixin
+from transformers_tests import test_tensor_parallel_mixin as tensor_parallel
 from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
-from hf_megatron.models.gpt2 import modeling_gpt2 as ours
-from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
+import hf_megatron
+from hf_megatron.partition import GPT2
 
-for mapping, name in (
-    ("MODEL_MAPPING_NAMES", "MegatronGPT2Model"),
-    ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MegatronGPT2LMHeadModel"),
-    ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "MegatronGPT2ForSequenceClassification"),
-    ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "MegatronGPT2ForTokenClassification"),
-    ("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "MegatronGPT2ForQuestionAnswering"),
-):
-    getattr(modeling_auto, mapping)["megatron_gpt2"] = name
+# The base model comes first: some of the tests look at the first class only.
+_PAIRS = {pair.stock: pair.ours for pair in sorted(GPT2.classes, key=lambda pair: pair.has_prefix)}
 
-test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
+# The tests look a class up by its name to know which labels it takes.
+for _label, _names in vars(modeling_auto).items():
+    if _label.endswith("_MAPPING_NAMES") and _names.get(GPT2.stock_model_type) in _PAIRS:
+        _names[GPT2.model_type] = _PAIRS[_names[GPT2.stock_model_type]]
+
+# Only a sample of transformers' models takes these tests by default, to save time.
+tensor_parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
+_reference_grad_shard = tensor_parallel._reference_grad_shard
 
 
-class _Tester:
+class GPT2Tester:
+    """What the tests ask about the model under test."""
+
     batch_size, seq_length, vocab_size = 13, 7, 99
     num_hidden_layers, num_attention_heads, hidden_size = 2, 4, 32
     is_training = True
 
-    def __init__(self, config_class: type[GPT2Config], causal_lm_class: Any) -> None:
-        self.config_class, self.causal_lm_class = config_class, causal_lm_class
+    def __init__(self, causal_lm_class: Any) -> None:
+        self.causal_lm_class = causal_lm_class
 
-    def get_config(self) -> GPT2Config:
-        return self.config_class(
-            vocab_size=self.vocab_size, n_positions=512, n_embd=self.hidden_size, n_layer=2, n_head=4, n_inner=64, num_labels=3,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    def get_config(self) -> Any:
+        return self.causal_lm_class.config_class(
+            vocab_size=self.vocab_size,
+            n_positions=64,
+            n_embd=self.hidden_size,
+            n_layer=self.num_hidden_layers,
+            n_head=self.num_attention_heads,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            num_labels=3,
         )
 
-    def prepare_config_and_inputs_for_common(self):
-        return self.get_config(), {
-            "input_ids": ids_tensor([self.batch_size, self.seq_length], self.vocab_size),
-            "token_type_ids": ids_tensor([self.batch_size, self.seq_length], 16),
-        }
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
+        shape = (self.batch_size, self.seq_length)
+        inputs = {name: ids_tensor(shape, self.vocab_size) for name in ("input_ids", "token_type_ids")}
+        return self.get_config(), inputs
 
 
-class _Common(
-    ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, test_tensor_parallel_mixin.TensorParallelTesterMixin
+class GPT2CommonTests(
+    ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, tensor_parallel.TensorParallelTesterMixin
 ):
+    """The mixins, with what GPT-2 needs told."""
+
+    model_tester = None  # so that the mixin's abstract property does not stand in the way of setUp
     test_can_init_all_missing_weights_before_2023 = True
-    model_tester = None
 
     def setUp(self) -> None:
-        self.model_tester = _Tester(self.all_model_classes[1].config_class, self.all_model_classes[1])
+        self.model_tester = GPT2Tester(self.all_model_classes[1])
+
+    def _get_tp_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Without dropout: the tests compare two training steps without setting the seed in between."""
+        config = super()._get_tp_config(*args, **kwargs)
+        config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.0
+        return config
+
+    def test_tp_backward(self) -> None:
+        with mock.patch.object(tensor_parallel, "_test_tp_backward_impl", _compare_gradients):
+            super().test_tp_backward()
 
 
-class StockTest(_Common, unittest.TestCase):
-    all_model_classes = (GPT2Model, GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2ForQuestionAnswering)
+def _compare_gradients(rank: int, *args: Any) -> None:
+    """transformers' comparison, on a rank, told how GPT-2's fused tensor is cut; it knows tensors of two blocks."""
+    tensor_parallel._reference_grad_shard = _reference_part
+    tensor_parallel._test_tp_backward_impl(rank, *args)
 
 
-class MegatronTest(_Common, unittest.TestCase):
-    all_model_classes = (
-        ours.MegatronGPT2Model, ours.MegatronGPT2LMHeadModel, ours.MegatronGPT2ForSequenceClassification,
-        ours.MegatronGPT2ForTokenClassification, ours.MegatronGPT2ForQuestionAnswering,
-    )
+def _reference_part(name: str, grad: Any, local_grad: Any, rank: int, world_size: int, *args: Any) -> Any:
+    """The part of the reference's gradient that a rank holds."""
+    if name.endswith("attn.c_attn.weight"):
+        return torch.cat([block.chunk(world_size, dim=1)[rank] for block in grad.chunk(3, dim=1)], dim=1)
+    return _reference_grad_shard(name, grad, local_grad, rank, world_size, *args)
+
+
+class StockTest(GPT2CommonTests, unittest.TestCase):
+    all_model_classes = tuple(getattr(transformers, name) for name in _PAIRS)
+
+
+class MegatronTest(GPT2CommonTests, unittest.TestCase):
+    all_model_classes = tuple(getattr(hf_megatron, name) for name in _PAIRS.values())

@@ -34,17 +34,16 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
 from hf_megatron.models.pretrained import MegatronModelMixin
-from hf_megatron.modules import ParallelAttention, VocabParallelHead, causal_lm_loss
-from hf_megatron.partition import GPT2
+from hf_megatron.modules import ParallelAttention, VocabParallelHead, causal_lm_loss, gathers_attentions
+from hf_megatron.partition import GPT2, PartitionTable
 from hf_megatron.tensor_parallel import (
-    STYLE_NAME,
     ColumnParallelLinear,
     ReplicatedEmbedding,
     ReplicatedLayerNorm,
     ReplicatedLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    gather_from_tensor_parallel_region,
+    head_tp_plan_of,
     synchronize_random_state,
 )
 
@@ -148,12 +147,15 @@ class MegatronGPT2PreTrainedModel(MegatronModelMixin, GPT2PreTrainedModel):
     """Base of the GPT-2 classes."""
 
     config_class = MegatronGPT2Config
-    partition_table = GPT2
     _no_split_modules = ["MegatronGPT2Block"]  # noqa: RUF012 (transformers' class attribute)
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": MegatronGPT2Block,
         "attentions": OutputRecorder(MegatronGPT2Attention, layer_name=".attn", index=1),
     }
+
+    @classmethod
+    def partition_table_of(cls, config: MegatronGPT2Config) -> PartitionTable:
+        return GPT2
 
     def _initial_std(self, name: str) -> float:
         # GPT-2's scheme: what is added to the residual stream is scaled by 1/sqrt of the number of additions.
@@ -175,23 +177,13 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @wraps(GPT2Model.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock forward; attention probabilities, where asked for, are gathered from all heads."""
-        outputs = super().forward(*args, **kwargs)
-        attentions = getattr(outputs, "attentions", None)
-        if self.tp_group.size > 1 and attentions is not None:
-            outputs.attentions = tuple(
-                gather_from_tensor_parallel_region(self.tp_group, a, dim=1, size=self.config.num_attention_heads)
-                for a in attentions
-            )
-        return outputs
+    forward = gathers_attentions(GPT2Model.forward)
 
 
 class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
     """GPT-2 with the language-modeling head, whose logits stay cut along the vocabulary in training."""
 
-    _tp_plan = {"lm_head": STYLE_NAME}  # noqa: RUF012
+    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2LMHeadModel")
     _tied_weights_keys = None  # a tied head has no parameter of its own
 
     def __init__(self, config: MegatronGPT2Config) -> None:
@@ -269,7 +261,7 @@ class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
 class MegatronGPT2ForSequenceClassification(MegatronGPT2PreTrainedModel, GPT2ForSequenceClassification):
     """GPT-2 that classifies a sequence by its last token; the head is replicated."""
 
-    _tp_plan = {"score": STYLE_NAME}  # noqa: RUF012
+    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForSequenceClassification")
 
     def __init__(self, config: MegatronGPT2Config) -> None:
         self._init_pretrained(config)
@@ -282,7 +274,7 @@ class MegatronGPT2ForSequenceClassification(MegatronGPT2PreTrainedModel, GPT2For
 class MegatronGPT2ForTokenClassification(MegatronGPT2PreTrainedModel, GPT2ForTokenClassification):
     """GPT-2 that classifies every token; the head is replicated."""
 
-    _tp_plan = {"classifier": STYLE_NAME}  # noqa: RUF012
+    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForTokenClassification")
 
     def __init__(self, config: MegatronGPT2Config) -> None:
         self._init_pretrained(config)
@@ -298,7 +290,7 @@ class MegatronGPT2ForTokenClassification(MegatronGPT2PreTrainedModel, GPT2ForTok
 class MegatronGPT2ForQuestionAnswering(MegatronGPT2PreTrainedModel, GPT2ForQuestionAnswering):
     """GPT-2 that marks the start and the end of an answer; the head is replicated."""
 
-    _tp_plan = {"qa_outputs": STYLE_NAME}  # noqa: RUF012
+    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForQuestionAnswering")
 
     def __init__(self, config: MegatronGPT2Config) -> None:
         self._init_pretrained(config)

@@ -1,0 +1,86 @@
+"""Configuration of the tensor-parallel BERT."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, ClassVar, Literal
+
+from transformers import BertConfig
+from transformers import MegatronBertConfig as StockMegatronBertConfig
+
+from hf_megatron.errors import UnsupportedError
+from hf_megatron.partition import BERT_POST, BERT_PRE, PartitionTable
+from hf_megatron.tensor_parallel import tp_plan_of
+
+__all__ = ["MegatronBertConfig", "table_of_placement"]
+
+_TABLES = {"pre": BERT_PRE, "post": BERT_POST}
+_STOCK = {BERT_PRE.stock_model_type: ("pre", StockMegatronBertConfig), BERT_POST.stock_model_type: ("post", BertConfig)}
+
+
+def table_of_placement(placement: str) -> PartitionTable:
+    """The partition table of a BERT whose LayerNorms stand ``pre`` or ``post``.
+
+    Raises:
+        UnsupportedError: Another word.
+    """
+    if placement not in _TABLES:
+        raise UnsupportedError(
+            f"layernorm_placement={placement!r}; choose 'pre' (the paper's) or 'post' (the original)."
+        )
+    return _TABLES[placement]
+
+
+class ParallelBertConfig(BertConfig):
+    """Everything the stock BertConfig and MegatronBertConfig can say, except decoders, under one ``model_type``.
+
+    A stock config.json can be read as it is; its ``model_type`` says where the norms stand.
+
+    Args:
+        layernorm_placement: ``"pre"``, the paper's rearranged BERT, with the parameters of stock MegatronBert; or
+            ``"post"``, the original, with the parameters of stock Bert.
+
+    Raises:
+        UnsupportedError: A decoder, cross-attention, relative positions, or a hidden size that the heads do not divide.
+    """
+
+    # transformers finds the classes of a configuration by its class's name, and has a MegatronBertConfig of its own:
+    # under that name a head that is not offered here would quietly become a stock model. So the class has another name,
+    # and is exported as MegatronBertConfig.
+    model_type = BERT_PRE.model_type
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {"encoder.layer.*": "free_full_weight"}
+
+    vocab_size: int = 29056
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    layernorm_placement: Literal["pre", "post"] = "pre"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        table_of_placement(self.layernorm_placement).sizes(vars(self))
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """The plan for the modules that this placement has."""
+        return tp_plan_of(table_of_placement(self.layernorm_placement), modules=("encoder.layer.*.attention.self",))
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a config.json, ours, stock Bert's or stock MegatronBert's, as one of ours."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config.get("model_type") in _STOCK:
+            placement, stock_class = _STOCK[config["model_type"]]
+            # What the file leaves out has the stock class's defaults, which differ between the two and from ours.
+            defaults = {field.name: field.default for field in dataclasses.fields(stock_class)}
+            ours = {field.name for field in dataclasses.fields(cls)}
+            sizes = {n: v for n, v in defaults.items() if n in ours and isinstance(v, int) and not isinstance(v, bool)}
+            config = {**sizes, **config, "model_type": cls.model_type, "layernorm_placement": placement}
+        return config, kwargs
+
+
+MegatronBertConfig = ParallelBertConfig

@@ -1,0 +1,279 @@
+"""BERT whose attention, MLP, embedding and masked-LM head are cut over tensor-parallel ranks.
+
+One set of classes for both placements of the LayerNorms: ``pre`` is the paper's rearranged BERT and equals stock
+MegatronBert, ``post`` is the original and equals stock Bert. The classes derive from transformers' Bert, whose masks,
+outputs and heads they keep; names and shapes of the parameters are the stock ones of either.
+
+Shapes: B batch, S sequence, H hidden, V vocabulary, P ranks; ``_p`` marks this rank's part.
+
+Source: Shoeybi et al. 2019, arXiv:1909.08053, sections 3 and 5.3, figure 7.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.bert.modeling_bert import (
+    BertEmbeddings,
+    BertEncoder,
+    BertModel,
+    BertPooler,
+    BertPreTrainedModel,
+)
+from transformers.pytorch_utils import apply_chunking_to_forward
+
+from hf_megatron.models.bert.configuration_bert import MegatronBertConfig, table_of_placement
+from hf_megatron.models.pretrained import MegatronModelMixin
+from hf_megatron.modules import ParallelAttention, gathers_attentions
+from hf_megatron.partition import PartitionTable
+from hf_megatron.tensor_parallel import (
+    ColumnParallelLinear,
+    ReplicatedEmbedding,
+    ReplicatedLayerNorm,
+    ReplicatedLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_parallel_region,
+)
+
+__all__ = ["MegatronBertModel", "MegatronBertPreTrainedModel"]
+
+_LAYER = "encoder.layer.*"
+
+
+def _table(config: MegatronBertConfig) -> PartitionTable:
+    return table_of_placement(config.layernorm_placement)
+
+
+def _norm(config: MegatronBertConfig, *, placement: str) -> nn.Module:
+    """A LayerNorm where the configuration's placement has one, else nothing."""
+    if config.layernorm_placement != placement:
+        return nn.Identity()
+    return ReplicatedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class MegatronBertEmbeddings(BertEmbeddings):
+    """Words, positions and token types, summed: [B, S, H], replicated.
+
+    Collective: all-reduce over tp, forward, for the words.
+    """
+
+    def __init__(self, config: MegatronBertConfig) -> None:
+        nn.Module.__init__(self)
+        hidden, positions = config.hidden_size, config.max_position_embeddings
+        self.word_embeddings = VocabParallelEmbedding(config.vocab_size, hidden, padding_idx=config.pad_token_id)
+        self.position_embeddings = ReplicatedEmbedding(positions, hidden)
+        self.token_type_embeddings = ReplicatedEmbedding(config.type_vocab_size, hidden)
+        self.LayerNorm = _norm(config, placement="post")
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.register_buffer("position_ids", torch.arange(positions).expand((1, -1)), persistent=False)
+        self.register_buffer("token_type_ids", torch.zeros((1, positions), dtype=torch.long), persistent=False)
+
+
+class MegatronBertSelfAttention(ParallelAttention):
+    """Attention with three projections cut by columns, which is by heads, behind one shared ``f``."""
+
+    def __init__(self, config: MegatronBertConfig, layer_idx: int) -> None:
+        head_dim = config.hidden_size // config.num_attention_heads
+        super().__init__(
+            config,
+            num_heads=config.num_attention_heads,
+            head_dim=head_dim,
+            dropout=config.attention_probs_dropout_prob,
+            scaling=head_dim**-0.5,
+            is_causal=False,
+            layer_idx=layer_idx,
+        )
+        self.query, self.key, self.value = (
+            ColumnParallelLinear(
+                config.hidden_size,
+                config.hidden_size,
+                specs=_table(config).module_specs(f"{_LAYER}.attention.self.{name}"),
+                is_input_copied=True,
+            )
+            for name in ("query", "key", "value")
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: [B, S, H], replicated.
+            attention_mask: As for :meth:`ParallelAttention.attend`.
+            **kwargs: For the attention kernel.
+
+        Returns:
+            The context [B, S, H_p], split by heads, and the probabilities [B, N_p, S, S] where they are kept.
+
+        Collective: all-reduce over tp, backward, of the input's gradient: one for all three projections.
+        """
+        (hidden_states,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)
+        query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
+        return self.attend(query, key, value, attention_mask, **kwargs)
+
+
+class MegatronBertOutput(nn.Module):
+    """Back to the hidden size by rows, dropout, and onto the residual; ``post`` normalises the sum.
+
+    Collective: all-reduce over tp, forward.
+    """
+
+    def __init__(self, config: MegatronBertConfig, in_features: int, module: str) -> None:
+        super().__init__()
+        specs = _table(config).module_specs(f"{module}.dense")
+        self.dense = RowParallelLinear(in_features, config.hidden_size, specs=specs)
+        self.LayerNorm = _norm(config, placement="post")
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """[B, S, in_p] split on the last dim and [B, S, H] replicated, to [B, S, H] replicated."""
+        output: torch.Tensor = self.LayerNorm(residual + self.dropout(self.dense(hidden_states)))
+        return output
+
+
+class MegatronBertAttention(nn.Module):
+    """Attention with its projections and residual: [B, S, H] to [B, S, H], both replicated."""
+
+    def __init__(self, config: MegatronBertConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln = _norm(config, placement="pre")
+        self.self = MegatronBertSelfAttention(config, layer_idx)
+        self.output = MegatronBertOutput(config, config.hidden_size, f"{_LAYER}.attention.output")
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """As the class says.
+
+        Collective: all-reduce over tp, forward; all-reduce over tp, backward.
+        """
+        context, _ = self.self(self.ln(hidden_states), attention_mask, **kwargs)
+        output: torch.Tensor = self.output(context, hidden_states)
+        return output
+
+
+class MegatronBertIntermediate(nn.Module):
+    """H to 4H by columns and the activation: [B, S, H] replicated to [B, S, 4H_p] split on the last dim."""
+
+    def __init__(self, config: MegatronBertConfig) -> None:
+        super().__init__()
+        specs = _table(config).module_specs(f"{_LAYER}.intermediate.dense")
+        self.dense = ColumnParallelLinear(config.hidden_size, config.intermediate_size, specs=specs)
+        self.intermediate_act_fn = (
+            ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As the class says.
+
+        Collective: all-reduce over tp, backward.
+        """
+        output: torch.Tensor = self.intermediate_act_fn(self.dense(hidden_states))
+        return output
+
+
+class MegatronBertLayer(GradientCheckpointingLayer):
+    """One layer: [B, S, H] to [B, S, H], both replicated."""
+
+    def __init__(self, config: MegatronBertConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.chunk_size_feed_forward = config.chunk_size_feed_forward
+        self.attention = MegatronBertAttention(config, layer_idx)
+        self.ln = _norm(config, placement="pre")
+        self.intermediate = MegatronBertIntermediate(config)
+        self.output = MegatronBertOutput(config, config.intermediate_size, f"{_LAYER}.output")
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: None = None,
+        *,
+        encoder_attention_mask: None = None,
+        past_key_values: None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The arguments of the stock layer; those of decoders are always None, as the configuration refuses them.
+
+        Collective: two all-reduces over tp, forward; two backward.
+        """
+        hidden_states = self.attention(hidden_states, attention_mask, **kwargs)
+        output: torch.Tensor = apply_chunking_to_forward(
+            self.feed_forward_chunk, self.chunk_size_feed_forward, 1, hidden_states
+        )
+        return output
+
+    def feed_forward_chunk(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The MLP on some of the positions: [B, S', H] to [B, S', H], both replicated."""
+        output: torch.Tensor = self.output(self.intermediate(self.ln(hidden_states)), hidden_states)
+        return output
+
+
+class MegatronBertEncoder(BertEncoder):
+    """All layers, and with ``pre`` the norm that makes up for the ones moved inside."""
+
+    def __init__(self, config: MegatronBertConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.layer = nn.ModuleList([MegatronBertLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.ln = _norm(config, placement="pre")
+
+    @wraps(BertEncoder.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        outputs = super().forward(*args, **kwargs)
+        outputs.last_hidden_state = self.ln(outputs.last_hidden_state)
+        return outputs
+
+
+class MegatronBertPooler(BertPooler):
+    """tanh of a linear layer on the first token: [B, S, H] to [B, H], both replicated, without communication."""
+
+    def __init__(self, config: MegatronBertConfig) -> None:
+        nn.Module.__init__(self)
+        self.dense = ReplicatedLinear(config.hidden_size, config.hidden_size)
+        self.activation = nn.Tanh()
+
+
+class MegatronBertPreTrainedModel(MegatronModelMixin, BertPreTrainedModel):
+    """Base of the BERT classes."""
+
+    config_class = MegatronBertConfig
+    _no_split_modules = ["MegatronBertEmbeddings", "MegatronBertLayer"]  # noqa: RUF012 (transformers' class attribute)
+    _supports_flex_attn = False
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": MegatronBertLayer,
+        "attentions": MegatronBertSelfAttention,
+    }
+
+    @classmethod
+    def partition_table_of(cls, config: MegatronBertConfig) -> PartitionTable:
+        return _table(config)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MegatronBertEmbeddings):
+            module.position_ids.copy_(torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
+            module.token_type_ids.zero_()
+
+
+class MegatronBertModel(MegatronBertPreTrainedModel, BertModel):
+    """The bare encoder: hidden states out, and the pooled first token if there is a pooler."""
+
+    def __init__(self, config: MegatronBertConfig, add_pooling_layer: bool = True) -> None:
+        self._init_pretrained(config)
+        self.gradient_checkpointing = False
+        self.embeddings = MegatronBertEmbeddings(config)
+        self.encoder = MegatronBertEncoder(config)
+        self.pooler = MegatronBertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    forward = gathers_attentions(BertModel.forward)

@@ -1,0 +1,287 @@
+"""BERT with its heads: pretraining, masked language modeling, and the fine-tuning tasks.
+
+The masked-LM head is cut along the vocabulary: its decoder is the word embedding's shard and its bias is cut likewise;
+the small transform before it is replicated, as are the heads of the other tasks.
+
+Shapes: B batch, S sequence, H hidden, V vocabulary; ``_p`` marks this rank's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.models.bert.modeling_bert import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForPreTraining,
+    BertForPreTrainingOutput,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertPredictionHeadTransform,
+)
+from transformers.utils import can_return_tuple
+
+from hf_megatron.errors import UnsupportedError
+from hf_megatron.models.bert.configuration_bert import MegatronBertConfig
+from hf_megatron.models.bert.modeling_bert import MegatronBertModel, MegatronBertPreTrainedModel
+from hf_megatron.modules import VocabParallelHead, masked_lm_loss
+from hf_megatron.partition import BERT_PRE, Spec, VocabSplit
+from hf_megatron.tensor_parallel import ParallelModule, ReplicatedLayerNorm, ReplicatedLinear, head_tp_plan_of
+
+__all__ = [
+    "MegatronBertForMaskedLM",
+    "MegatronBertForMultipleChoice",
+    "MegatronBertForPreTraining",
+    "MegatronBertForQuestionAnswering",
+    "MegatronBertForSequenceClassification",
+    "MegatronBertForTokenClassification",
+]
+
+_LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "label_smoothing")
+
+
+class MegatronBertPredictionHeadTransform(BertPredictionHeadTransform):
+    """Linear layer, activation and norm: [..., H] to [..., H], both replicated, without communication."""
+
+    def __init__(self, config: MegatronBertConfig) -> None:
+        nn.Module.__init__(self)
+        self.dense = ReplicatedLinear(config.hidden_size, config.hidden_size)
+        self.transform_act_fn = ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
+        self.LayerNorm = ReplicatedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class MegatronBertLMPredictionHead(ParallelModule):
+    """The transform and the decoder: [..., H] replicated to logits [..., V_p], split on the last dim."""
+
+    def __init__(self, config: MegatronBertConfig) -> None:
+        super().__init__()
+        self.transform = MegatronBertPredictionHeadTransform(config)
+        self.decoder = VocabParallelHead(
+            config.hidden_size, config.vocab_size, is_tied=config.tie_word_embeddings, bias=True
+        )
+        # Of an untied decoder's two biases the stock classes use the decoder's own, and keep this one beside it.
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def partition_specs(self) -> Mapping[str, Spec]:
+        return {"bias": VocabSplit()}
+
+    def forward(self, hidden_states: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """As the class says; ``embedding`` is the word embedding's parameter [V, H], split on dim 0.
+
+        Collective: all-reduce over tp, backward, of the gradient of the transform's output.
+        """
+        logits: torch.Tensor = self.decoder(self.transform(hidden_states), embedding, self.bias)
+        return logits
+
+
+class MegatronBertHeads(nn.Module):
+    """The pretraining heads under the stock names; the second one is there if ``has_sentence_order``."""
+
+    def __init__(self, config: MegatronBertConfig, *, has_sentence_order: bool) -> None:
+        super().__init__()
+        self.predictions = MegatronBertLMPredictionHead(config)
+        if has_sentence_order:
+            self.seq_relationship = ReplicatedLinear(config.hidden_size, 2)
+
+
+class _MaskedLM(MegatronBertPreTrainedModel):
+    """What the two classes with a masked-LM head share."""
+
+    _tied_weights_keys = None  # a tied decoder has no parameters of its own
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The decoder if it has a weight of its own."""
+        decoder = self.cls.predictions.decoder
+        return None if decoder.weight is None else decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the decoder."""
+        self.cls.predictions.decoder = new_embeddings
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the vocabulary, the bias with it; new tokens have bias zero."""
+        resized = super().resize_token_embeddings(*args, **kwargs)
+        predictions, size = self.cls.predictions, resized.num_embeddings
+        if predictions.bias.shape[0] != size:
+            bias = F.pad(predictions.bias.detach()[:size], (0, max(0, size - predictions.bias.shape[0])))
+            predictions.bias = nn.Parameter(bias, requires_grad=predictions.bias.requires_grad)
+        return resized
+
+    def _masked_lm(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, loss_arguments: dict[str, Any]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Loss and logits of the masked-LM head.
+
+        In training with labels only the labelled positions are computed, about 15% of a masked batch, and there are no
+        logits; otherwise the logits are [B, S, V], replicated.
+        """
+        embedding = self.bert.embeddings.word_embeddings.weight
+        if labels is None or not self.training:
+            logits = self.cls.predictions(hidden_states, embedding)
+            loss = None if labels is None else self._loss(logits, labels, loss_arguments)
+            return loss, self.cls.predictions.decoder.gather(logits)
+        is_labelled = labels != loss_arguments.get("ignore_index", -100)
+        logits = self.cls.predictions(hidden_states[is_labelled], embedding)  # [number of labels, V_p]
+        return self._loss(logits, labels[is_labelled], loss_arguments), None
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, loss_arguments: dict[str, Any]) -> torch.Tensor:
+        return masked_lm_loss(self.tp_group, logits, labels, vocab_size=self.config.vocab_size, **loss_arguments)
+
+
+class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
+    """BERT with both pretraining heads: masked language modeling, and the order of two sentences."""
+
+    _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForPreTraining")
+
+    def __init__(self, config: MegatronBertConfig) -> None:
+        self._init_pretrained(config)
+        self.bert = MegatronBertModel(config)
+        self.cls = MegatronBertHeads(config, has_sentence_order=True)
+        self.post_init()
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        next_sentence_label: torch.Tensor | None = None,
+        sentence_order_label: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BertForPreTrainingOutput:
+        """Both heads.
+
+        Args:
+            input_ids: [B, S] token ids.
+            attention_mask: [B, S], 1 for real tokens.
+            token_type_ids: [B, S], 0 for the first sentence and 1 for the second.
+            position_ids: [B, S].
+            inputs_embeds: [B, S, H] instead of ``input_ids``.
+            labels: [B, S], the masked tokens, -100 elsewhere.
+            next_sentence_label: The stock name of ``sentence_order_label``.
+            sentence_order_label: [B], 0 if the sentences stand in their order and 1 if they are swapped.
+            **kwargs: As for the stock class; and ``num_items_in_batch``, ``ignore_index`` and ``label_smoothing`` of
+                the masked-LM loss.
+
+        Returns:
+            ``loss``, the sum of the losses whose labels are given; ``prediction_logits`` [B, S, V], None in training
+            with ``labels``; ``seq_relationship_logits`` [B, 2]. All replicated.
+        """
+        if next_sentence_label is not None and sentence_order_label is not None:
+            raise UnsupportedError("sentence_order_label and next_sentence_label are the same argument; give one.")
+        order = sentence_order_label if next_sentence_label is None else next_sentence_label
+        loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        loss, logits = self._masked_lm(outputs.last_hidden_state, labels, loss_arguments)
+        order_logits = self.cls.seq_relationship(outputs.pooler_output)
+        if order is not None:
+            order_loss = F.cross_entropy(order_logits.view(-1, 2), order.view(-1))
+            loss = order_loss if loss is None else loss + order_loss
+        return BertForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=logits,
+            seq_relationship_logits=order_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MegatronBertForMaskedLM(_MaskedLM, BertForMaskedLM):
+    """BERT with the masked-LM head."""
+
+    _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForMaskedLM")
+
+    def __init__(self, config: MegatronBertConfig) -> None:
+        self._init_pretrained(config)
+        self.bert = MegatronBertModel(config, add_pooling_layer=False)
+        self.cls = MegatronBertHeads(config, has_sentence_order=False)
+        self.post_init()
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    @wraps(BertForMaskedLM.forward)
+    def forward(
+        self, input_ids: torch.Tensor | None = None, *, labels: torch.Tensor | None = None, **kwargs: Any
+    ) -> MaskedLMOutput:
+        loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
+        outputs = self.bert(input_ids, **kwargs)
+        loss, logits = self._masked_lm(outputs.last_hidden_state, labels, loss_arguments)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def _classifier_dropout(config: MegatronBertConfig) -> nn.Dropout:
+    has_own = config.classifier_dropout is not None
+    return nn.Dropout(config.classifier_dropout if has_own else config.hidden_dropout_prob)
+
+
+class MegatronBertForSequenceClassification(MegatronBertPreTrainedModel, BertForSequenceClassification):
+    """BERT that classifies a sequence or a pair of them by the pooled first token; the head is replicated."""
+
+    _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForSequenceClassification")
+
+    def __init__(self, config: MegatronBertConfig) -> None:
+        self._init_pretrained(config)
+        self.num_labels = config.num_labels
+        self.bert = MegatronBertModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = ReplicatedLinear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class MegatronBertForMultipleChoice(MegatronBertPreTrainedModel, BertForMultipleChoice):
+    """BERT that scores each of several continuations; the head is replicated."""
+
+    _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForMultipleChoice")
+
+    def __init__(self, config: MegatronBertConfig) -> None:
+        self._init_pretrained(config)
+        self.bert = MegatronBertModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = ReplicatedLinear(config.hidden_size, 1)
+        self.post_init()
+
+
+class MegatronBertForTokenClassification(MegatronBertPreTrainedModel, BertForTokenClassification):
+    """BERT that classifies every token; the head is replicated."""
+
+    _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForTokenClassification")
+
+    def __init__(self, config: MegatronBertConfig) -> None:
+        self._init_pretrained(config)
+        self.num_labels = config.num_labels
+        self.bert = MegatronBertModel(config, add_pooling_layer=False)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = ReplicatedLinear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class MegatronBertForQuestionAnswering(MegatronBertPreTrainedModel, BertForQuestionAnswering):
+    """BERT that marks the start and the end of an answer; the head is replicated."""
+
+    _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForQuestionAnswering")
+
+    def __init__(self, config: MegatronBertConfig) -> None:
+        self._init_pretrained(config)
+        self.num_labels = config.num_labels
+        self.bert = MegatronBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = ReplicatedLinear(config.hidden_size, config.num_labels)
+        self.post_init()

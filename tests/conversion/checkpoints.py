@@ -1,0 +1,80 @@
+"""Checkpoint directories to convert, and ways to look into them that do not go through the code under test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2PreTrainedModel
+
+# 12 heads divide by 2, 3 and 4; 131 words by none of them.
+SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "n_positions": 32,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 12,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+Entry = tuple[str, tuple[int, ...], tuple[int, ...], str, bytes]
+
+
+def save_stock(
+    directory: Path,
+    *,
+    model_class: type[GPT2PreTrainedModel] = GPT2LMHeadModel,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "50GB",
+    **config: Any,
+) -> Path:
+    """Save a stock model whose tensors all differ, biases and norms included."""
+    model = model_class(GPT2Config(**{**SIZES, **config}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    return directory
+
+
+def hub_bytes(directory: Path) -> dict[str, tuple[str, bytes]]:
+    """Dtype and bytes of every tensor of a hub directory."""
+    tensors = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {name: (str(tensor.dtype), _bytes(tensor)) for name, tensor in tensors.items()}
+
+
+def tp_entries(directory: Path) -> set[Entry]:
+    """(name, offset, shape, dtype, bytes) of everything that the shards of a tp directory hold."""
+    entries = set()
+    for file in directory.glob("shard-*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+            assert (metadata["format"], metadata["DCP_VERSION"]) == ("pt", "1.0")
+            info = json.loads(metadata["DCP_SHARDING_INFO"])
+            assert set(info) == set(opened.keys())
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                tensor = opened.get_tensor(name)
+                offset = tuple(info[name]["saved_offsets"])
+                entries.add((name, offset, tuple(tensor.shape), str(tensor.dtype), _bytes(tensor)))
+    return entries
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config
+
+
+def directory_bytes(directory: Path) -> dict[str, bytes]:
+    """Content of every file."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

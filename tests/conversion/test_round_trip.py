@@ -1,0 +1,307 @@
+"""Conversion changes where bytes lie, and never the bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import GPT2ForQuestionAnswering, GPT2ForSequenceClassification, GPT2Model
+from transformers.distributed import DistributedConfig
+
+from hf_megatron import MegatronGPT2LMHeadModel
+from hf_megatron_conversion import convert, inspect, verify
+from tests.conversion.checkpoints import directory_bytes, hub_bytes, read_config, save_stock, tp_entries
+from tests.distributed import RankPool
+
+
+def test_hub_tp4_tp2_tp3_hub(stock: Path, tmp_path: Path) -> None:
+    """Catches a tensor cut or joined at the wrong place, a fused tensor taken for a plain one, a head lost or doubled.
+
+    The file that comes out equals the one that went in to the last byte, header included.
+    """
+    steps = [stock]
+    for tp_size in (4, 2, 3):
+        steps.append(tmp_path / f"tp{tp_size}")
+        convert(steps[-2], steps[-1], to="tp", tp_size=tp_size)
+        assert inspect(steps[-1]).tp_size == tp_size
+    convert(steps[-1], tmp_path / "hub", to="hub")
+    assert (tmp_path / "hub/model.safetensors").read_bytes() == (stock / "model.safetensors").read_bytes()
+    assert read_config(tmp_path / "hub") == read_config(stock)
+
+
+def test_tied_head_is_stored_once(tied: Path, untied: Path, tmp_path: Path) -> None:
+    """Catches a second copy of the embedding, and an untied head taken for one."""
+    for source, has_head in ((tied, False), (untied, True)):
+        convert(source, tmp_path / source.name, to="tp", tp_size=2)
+        names = {name for name, *_ in tp_entries(tmp_path / source.name)}
+        assert ("lm_head.weight" in names) is has_head
+
+
+def _save_by_ranks(source: str, destination: str, tp_size: int, fsdp_size: int) -> None:
+    config = DistributedConfig(tp_size=tp_size, fsdp_size=fsdp_size)
+    model = MegatronGPT2LMHeadModel.from_pretrained(source, distributed_config=config)
+    model.save_pretrained(destination, distributed_checkpoint=True)
+
+
+def test_tp_equals_what_ranks_save(stock: Path, tmp_path: Path, pool: Callable[[int], RankPool]) -> None:
+    """Catches boxes, names, dtypes or metadata that differ from those of a distributed save."""
+    pool(2).run(_save_by_ranks, str(stock), str(tmp_path / "ranks"), 2, 1)
+    convert(stock, tmp_path / "converted", to="tp", tp_size=2)
+    assert tp_entries(tmp_path / "converted") == tp_entries(tmp_path / "ranks")
+    assert read_config(tmp_path / "converted") == read_config(tmp_path / "ranks")
+
+
+def test_tp_with_fsdp_converts(tied: Path, tmp_path: Path, pool: Callable[[int], RankPool]) -> None:
+    """Catches readers that expect pieces along one dimension; TP x FSDP cuts along two."""
+    pool(4).run(_save_by_ranks, str(tied), str(tmp_path / "ranks"), 2, 2)
+    offsets = [offset for _, offset, *_ in tp_entries(tmp_path / "ranks")]
+    assert any(len(offset) == 2 and all(offset) for offset in offsets)
+    convert(tmp_path / "ranks", tmp_path / "hub", to="hub")
+    assert hub_bytes(tmp_path / "hub") == hub_bytes(tied)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Catches a detour through float32."""
+    source = save_stock(tmp_path / "stock", dtype=dtype)
+    convert(source, tmp_path / "tp", to="tp", tp_size=3)
+    convert(tmp_path / "tp", tmp_path / "hub", to="hub")
+    assert hub_bytes(tmp_path / "hub") == hub_bytes(source)
+    assert f"torch.{inspect(tmp_path / 'tp').dtype}" == str(dtype)
+
+
+def test_each_tensor_keeps_its_own_dtype(tied: Path, tmp_path: Path) -> None:
+    """Catches one dtype for all: a checkpoint may keep its norms wider than its matrices."""
+    from safetensors.torch import save_file
+
+    tensors = load_file(tied / "model.safetensors")
+    mixed = {name: tensor if "ln_" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    source = tmp_path / "mixed"
+    source.mkdir()
+    (source / "config.json").write_bytes((tied / "config.json").read_bytes())
+    save_file(mixed, source / "model.safetensors", metadata={"format": "pt"})
+    convert(source, tmp_path / "tp", to="tp", tp_size=4)
+    convert(tmp_path / "tp", tmp_path / "hub", to="hub")
+    assert (tmp_path / "hub/model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert inspect(tmp_path / "tp").dtype == "bfloat16, float32"
+
+
+def test_dtype_is_cast_when_asked(tied: Path, tmp_path: Path) -> None:
+    """Catches a cast that rounds otherwise than torch, or that config.json does not tell."""
+    conversion = convert(tied, tmp_path / "hub", to="hub", dtype="bfloat16", verify=True)
+    expected = {name: tensor.bfloat16() for name, tensor in load_file(tied / "model.safetensors").items()}
+    found = load_file(tmp_path / "hub/model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert read_config(tmp_path / "hub")["dtype"] == "bfloat16"
+    assert conversion.verified is True
+
+
+@pytest.mark.parametrize("max_shard_size", ["40KB", "100KB"])
+def test_shards_are_those_of_save_pretrained(max_shard_size: str, tied: Path, tmp_path: Path) -> None:
+    """Catches other cuts, another index, or a wrong total_size than stock transformers writes."""
+    expected = save_stock(tmp_path / "stock", max_shard_size=max_shard_size)
+    convert(tied, tmp_path / "hub", to="hub", max_shard_size=max_shard_size)
+    written = directory_bytes(tmp_path / "hub")
+    for name, content in directory_bytes(expected).items():
+        assert written[name] == content, name
+    assert len(list(expected.glob("*.safetensors"))) > 2
+
+
+@pytest.mark.parametrize("model_class", [GPT2Model, GPT2ForSequenceClassification, GPT2ForQuestionAnswering])
+def test_every_class_converts(model_class: type[GPT2Model], tmp_path: Path) -> None:
+    """Catches names that hold for the language model only: the base model has no prefix, other heads other names."""
+    source = save_stock(tmp_path / "stock", model_class=model_class)
+    convert(source, tmp_path / "tp", to="tp", tp_size=2)
+    assert read_config(tmp_path / "tp")["architectures"] == [f"Megatron{model_class.__name__}"]
+    convert(tmp_path / "tp", tmp_path / "hub", to="hub")
+    assert hub_bytes(tmp_path / "hub") == hub_bytes(source)
+    assert read_config(tmp_path / "hub")["architectures"] == [model_class.__name__]
+
+
+def test_old_spellings_convert(tied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a converter that knows today's names only; what it drops it says."""
+    tensors = {
+        name.removeprefix("transformer.").replace("ln_f.weight", "ln_f.gamma"): tensor
+        for name, tensor in load_file(tied / "model.safetensors").items()
+    }
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+    tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    source = tmp_path / "old"
+    source.mkdir()
+    (source / "config.json").write_bytes((tied / "config.json").read_bytes())
+    torch.save(tensors, source / "pytorch_model.bin")
+    with caplog.at_level("INFO"):
+        conversion = convert(source, tmp_path / "tp", to="tp", tp_size=2)
+    assert sorted(conversion.dropped) == ["h.0.attn.bias", "lm_head.weight"]
+    assert "h.0.attn.bias" in caplog.text
+    convert(tmp_path / "tp", tmp_path / "hub", to="hub")
+    assert hub_bytes(tmp_path / "hub") == hub_bytes(tied)
+
+
+def test_model_type_follows_the_format_unless_asked(tied: Path, tmp_path: Path) -> None:
+    """Catches a hub directory that stock transformers cannot load, or a tp directory that AutoModel reads as stock."""
+    cases = [("hub", None, "gpt2"), ("hub", "megatron", "megatron_gpt2"), ("tp", "stock", "gpt2")]
+    for to, model_type, expected in [*cases, ("tp", None, "megatron_gpt2")]:
+        destination = tmp_path / f"{to}-{model_type}"
+        convert(tied, destination, to=to, tp_size=2 if to == "tp" else None, model_type=model_type)  # type: ignore[arg-type]
+        config = read_config(destination)
+        assert config["model_type"] == expected
+        assert config["architectures"][0].startswith("Megatron") is expected.startswith("megatron")
+        assert {**config, "model_type": 0, "architectures": 0} == {
+            **read_config(tied),
+            "model_type": 0,
+            "architectures": 0,
+        }
+
+
+@pytest.mark.parametrize("to", ["hub", "tp"])
+def test_changing_the_type_takes_weight_files_over(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches weights decoded and written anew, or shared so that saving into the copy would change the source."""
+    source = save_stock(tmp_path / "stock", max_shard_size="100KB")
+    if to == "tp":
+        source = tmp_path / "tp"
+        convert(tmp_path / "stock", source, to="tp", tp_size=3)
+    monkeypatch.setattr("hf_megatron.checkpoint.LazyTensor.read", None)
+    convert(source, tmp_path / "typed", to=to, model_type="megatron")  # type: ignore[arg-type]
+    assert read_config(tmp_path / "typed")["model_type"] == "megatron_gpt2"
+    weights = sorted(path.name for path in source.iterdir() if "safetensors" in path.name)
+    for name in weights:
+        assert (tmp_path / "typed" / name).read_bytes() == (source / name).read_bytes()
+        assert not (tmp_path / "typed" / name).samefile(source / name)
+    assert sorted(path.name for path in (tmp_path / "typed").iterdir() if "safetensors" in path.name) == weights
+
+
+def test_side_files_come_along(tied: Path, tmp_path: Path) -> None:
+    """Catches a model that arrives without its tokenizer or licence, or with another model's state."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tied.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    (source / "tokenizer.json").write_text("{}")
+    (source / "LICENSE").write_text("MIT")
+    (source / "optimizer.pt").write_text("large")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n\n# A model\n\nIts story.\n")
+    convert(source, tmp_path / "tp", to="tp", tp_size=2)
+    convert(tmp_path / "tp", tmp_path / "hub", to="hub", verify=True)
+    names = {"LICENSE", "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == names
+    card = (tmp_path / "hub/README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n\n# A model\n\nIts story.\n")
+    assert card.count("## Conversion") == 1
+    assert "`tp` (tp)" in card
+    assert "every tensor was read back" in card
+
+
+def test_tokenizer_takes_the_place_of_the_sources(tied: Path, tmp_path: Path) -> None:
+    """Catches a mixture of two tokenizers' files."""
+    source, tokenizer = tmp_path / "source", tmp_path / "tokenizer"
+    convert(tied, source, to="hub")
+    (source / "vocab.json").write_text("{}")
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    convert(source, tmp_path / "hub", to="hub", tokenizer=tokenizer)
+    names = {path.name for path in (tmp_path / "hub").iterdir()}
+    assert "tokenizer.json" in names
+    assert "vocab.json" not in names
+
+
+def test_snapshot_of_the_hub_cache(tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches paths that only hold for plain directories: the cache keeps links to blobs of other names.
+
+    Also that safetensors are preferred to pickles, which are not even fetched, and that config.json comes first.
+    """
+    snapshot, blobs = tmp_path / "cache/snapshots/0", tmp_path / "cache/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(tied.iterdir()):
+        (blobs / str(number)).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(blobs / str(number))
+    fetched: list[list[str]] = []
+
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        assert repository == "some/gpt2"
+        fetched.append(allow_patterns)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    convert("some/gpt2", tmp_path / "hub", to="hub")
+    assert hub_bytes(tmp_path / "hub") == hub_bytes(tied)
+    assert not any(path.is_symlink() for path in (tmp_path / "hub").iterdir())
+    assert fetched[0] == ["config.json"]
+    assert not any("bin" in pattern for patterns in fetched for pattern in patterns)
+    assert "`some/gpt2` (hub)" in (tmp_path / "hub/README.md").read_text()
+
+
+def test_config_takes_the_place_of_the_sources(tied: Path, tmp_path: Path) -> None:
+    """Catches a --config that is read but not used: without architectures the first class is assumed."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes((tied / "model.safetensors").read_bytes())
+    config = {**read_config(tied), "architectures": None, "layer_norm_epsilon": 0.25}
+    (tmp_path / "other.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "tp", to="tp", tp_size=2, config=tmp_path / "other.json")
+    assert read_config(tmp_path / "tp")["layer_norm_epsilon"] == 0.25
+    assert read_config(tmp_path / "tp")["architectures"] == ["MegatronGPT2LMHeadModel"]
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a tensor, or a file, read whole: with a small bound every read stays below it."""
+    monkeypatch.setattr("hf_megatron_conversion.tensors._SLICE_BYTES", 4096)
+    source = save_stock(tmp_path / "stock")
+    sizes = []
+
+    class Recorder:
+        def begin(self, task: str, total_bytes: int) -> None:
+            sizes.append(0)
+
+        def advance(self, num_bytes: int) -> None:
+            sizes.append(num_bytes)
+
+    convert(source, tmp_path / "tp", to="tp", tp_size=2, verify=True, progress=Recorder())
+    assert max(sizes) <= 8192  # headers included
+    assert verify(source, tmp_path / "tp").equal
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(
+    head_dim=st.integers(1, 3),
+    heads=st.sampled_from([6, 12]),
+    vocab_size=st.integers(13, 40),
+    inner=st.none() | st.integers(13, 30),
+    layers=st.integers(1, 2),
+    tied=st.booleans(),
+    degrees=st.lists(st.sampled_from([1, 2, 3, 6]), min_size=1, max_size=4),
+)
+def test_any_shape_any_degrees(
+    tmp_path_factory: pytest.TempPathFactory,
+    head_dim: int,
+    heads: int,
+    vocab_size: int,
+    inner: int | None,
+    layers: int,
+    tied: bool,
+    degrees: list[int],
+) -> None:
+    """Catches sizes that happen to work in the other tests: uneven vocabularies and inner sizes, one-wide heads."""
+    directory = tmp_path_factory.mktemp("any")
+    step = save_stock(
+        directory / "stock",
+        vocab_size=vocab_size,
+        n_embd=heads * head_dim,
+        n_head=heads,
+        n_inner=inner,
+        n_layer=layers,
+        tie_word_embeddings=tied,
+    )
+    for number, tp_size in enumerate(degrees):
+        convert(step, directory / str(number), to="tp", tp_size=tp_size, verify=True)
+        step = directory / str(number)
+    convert(step, directory / "hub", to="hub")
+    assert (directory / "hub/model.safetensors").read_bytes() == (directory / "stock/model.safetensors").read_bytes()

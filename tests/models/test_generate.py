@@ -1,0 +1,96 @@
+"""Generation: the tokens of the stock model, and the same tokens on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel, StaticCache
+
+from hf_megatron import MegatronGPT2LMHeadModel
+from tests.models.reference import Pool, layout, make_batch, rank, run_at, token_ids
+
+StockDir = Callable[[str], Path]
+
+
+def _prompts(padding: str) -> dict[str, torch.Tensor]:
+    if padding == "none":
+        ids = token_ids(2, 4)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = make_batch(padding)
+    del batch["labels"]
+    return batch
+
+
+def _compare_generation(directory: Path, tp_size: int, attention: str) -> None:
+    load: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": attention}
+    stock = GPT2LMHeadModel.from_pretrained(directory, **load)
+    ours = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(tp_size), **load)
+    for options in (
+        {"do_sample": False},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": False, "cache_implementation": "static"},
+        {"do_sample": False, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    ):
+        for padding in ("none", "left"):
+            prompts = _prompts(padding)
+            limits = {"max_new_tokens": 8, "min_new_tokens": 6}
+            expected = stock.generate(**prompts, **limits, **options)
+            actual = ours.generate(**prompts, **limits, **options)
+            assert torch.equal(actual, expected), f"{options}, padding {padding}: {actual} instead of {expected}"
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize(("variant", "attention"), [("base", "sdpa"), ("untied", "eager")])
+def test_tokens_equal_stock(pool: Pool, stock_dir: StockDir, variant: str, attention: str, tp_size: int) -> None:
+    """Catches logits that are not whole, caches that hold the wrong heads, and padding that is attended to."""
+    run_at(pool, tp_size, _compare_generation, stock_dir(variant), tp_size, attention)
+
+
+def _compare_static_cache(directory: Path, tp_size: int) -> None:
+    stock = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float64)
+    ours = MegatronGPT2LMHeadModel.from_pretrained(directory, dtype=torch.float64, distributed_config=layout(tp_size))
+    logits = []
+    for model in (stock, ours):
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        parts = [
+            model(part, past_key_values=cache, use_cache=True).logits for part in token_ids(2, 9).split([5, 3, 1], 1)
+        ]
+        logits.append(torch.cat(parts, dim=1))
+        heads = cache.layers[0].keys.shape[1]
+        assert heads == (12 if model is stock else 12 // tp_size), f"the cache holds {heads} heads"
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_static_cache_holds_this_ranks_heads(pool: Pool, stock_dir: StockDir, tp_size: int) -> None:
+    """Catches a preallocated cache sized for all heads on every rank."""
+    run_at(pool, tp_size, _compare_static_cache, stock_dir("base"), tp_size)
+
+
+def _sample(directory: Path, tp_size: int) -> list[list[list[int]]]:
+    """Sampled ids of several calls, each begun from a different random state on every rank."""
+    model = MegatronGPT2LMHeadModel.from_pretrained(directory, dtype=torch.float64, distributed_config=layout(tp_size))
+    sampled = []
+    for padding, options in (("none", {}), ("left", {"top_k": 20, "temperature": 1.5}), ("none", {"num_beams": 2})):
+        torch.manual_seed(100 + rank())
+        for _ in range(2):
+            limits = {"max_new_tokens": 10, "min_new_tokens": 10}
+            ids = model.generate(**_prompts(padding), **limits, **options, do_sample=True)
+            sampled.append(ids.tolist())
+    return sampled
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_sampling_is_the_same_on_all_ranks(pool: Pool, stock_dir: StockDir, tp_size: int) -> None:
+    """Catches ranks that draw for themselves: their ids diverge, then their caches, then their collectives.
+
+    All follow rank 0, so the sample is also the one that a single process draws from rank 0's state.
+    """
+    (expected,) = run_at(pool, 1, _sample, stock_dir("base"), 1)
+    assert run_at(pool, tp_size, _sample, stock_dir("base"), tp_size) == [expected] * tp_size
+    assert len({str(ids) for ids in expected}) == len(expected)

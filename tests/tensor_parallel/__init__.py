@@ -1,0 +1,1 @@
+"""Tests of the parallel layers, on live ranks against unsharded references."""

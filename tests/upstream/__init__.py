@@ -1,0 +1,1 @@
+"""transformers' own common model tests, run on our classes."""
