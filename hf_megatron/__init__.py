@@ -9,6 +9,7 @@ arXiv:1909.08053.
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "MegatronGPT2ForTokenClassification",
     "MegatronGPT2LMHeadModel",
     "MegatronGPT2Model",
+    "MegatronTrainer",
     "__version__",
 ]
 
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
         MegatronGPT2LMHeadModel,
         MegatronGPT2Model,
     )
+    from hf_megatron.trainer import MegatronTrainer
 
 # The command line needs the partition table in a fraction of the seconds that transformers takes to import; it sets
 # this variable while it imports the package, and the commands that run models register themselves.
@@ -64,9 +67,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the model classes when they are asked for."""
+    """Import the classes when they are asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hf_megatron import models
-
-    return getattr(models, name)
+    module = "hf_megatron.trainer" if name == "MegatronTrainer" else "hf_megatron.models"
+    return getattr(import_module(module), name)

@@ -3,6 +3,7 @@
     HfMegatronError(Exception)
     |-- PartitionError(ValueError)            a size or name does not fit the parallel layout
     |-- UnsupportedError(ValueError)          a feature that the parallel models do not have
+    |-- DataError(ValueError)                 examples or a tokenizer that cannot be trained on
     |-- ParallelStateError(RuntimeError)      process group, world size, use outside of a group
     `-- CheckpointError(ValueError)           a checkpoint that cannot be used or written
         |-- CheckpointFormatError             not a format or spelling we know
@@ -19,6 +20,7 @@ __all__ = [
     "CheckpointFormatError",
     "CheckpointIncompleteError",
     "CheckpointShapeError",
+    "DataError",
     "DestinationError",
     "HfMegatronError",
     "ParallelStateError",
@@ -37,6 +39,10 @@ class PartitionError(HfMegatronError, ValueError):
 
 class UnsupportedError(HfMegatronError, ValueError):
     """The configuration asks for something the tensor-parallel models do not implement."""
+
+
+class DataError(HfMegatronError, ValueError):
+    """Examples or a tokenizer cannot be trained on as they are."""
 
 
 class ParallelStateError(HfMegatronError, RuntimeError):

@@ -33,7 +33,7 @@ __all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     name="hf-megatron",
-    help="Tensor-parallel GPT-2 the Megatron way: convert checkpoints, look into them, compare them.",
+    help="GPT-2 and BERT the Megatron way: convert checkpoints, look into them, compare them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -27,7 +27,6 @@ _FUNCTIONAL = (
     "hidden_act",
     "layer_norm_eps",
     "layer_norm_epsilon",
-    "layernorm_placement",
     "reorder_and_upcast_attn",
     "scale_attn_by_inverse_layer_idx",
     "scale_attn_weights",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import resource
 import sys
 import time
@@ -158,5 +159,9 @@ def _write(plan: Plan, destination: Path, overwrite: bool, verify: bool, progres
 
 
 def _peak_rss_bytes() -> int:
+    # On Linux, getrusage counts what the parent had in memory when it started this process.
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
+        return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -66,7 +66,8 @@ def inspect(path: str | Path) -> Inspection:
         architecture=model.table.architecture,
         model_class=model.model_class.stock,
         model_type=str(model.config["model_type"]),
-        layernorm_placement="pre",
+        # GPT-2 knows one placement only.
+        layernorm_placement=str(model.table.own_config.get("layernorm_placement", "pre")),
         tp_size=model.tp_size,
         num_parameters=sum(sizes.values()),
         num_tensors=len(sizes),

@@ -26,9 +26,9 @@ def logit_difference(a: Model, b: Model) -> tuple[float | None, str | None]:
 
     The difference is None if the two cannot be run on the same ids or their outputs have different shapes.
     """
-    sizes = [model.table.sizes(model.config) for model in (a, b)]
-    vocab_size = min(size["vocab_size"] for size in sizes)
-    num_tokens = min(_MAX_TOKENS, *(size["num_positions"] for size in sizes))
+    configs = [_stock_config(model) for model in (a, b)]
+    vocab_size = min(config.vocab_size for config in configs)
+    num_tokens = min(_MAX_TOKENS, *(config.max_position_embeddings for config in configs))
     ids = torch.randint(vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(_SEED))
     outputs_a = outputs(a, ids)
     outputs_b = outputs(b, ids)
@@ -53,9 +53,18 @@ def outputs(model: Model, ids: torch.Tensor) -> list[torch.Tensor]:
         The class's outputs in its own order, for a language model its logits [B, S, V].
     """
     model_class: Any = getattr(transformers, model.model_class.stock)
-    config = model_class.config_class.from_dict({**model.config, "model_type": model.table.stock_model_type})
+    config = _stock_config(model)
     state_dict = {name: tensor.read().float() for name, tensor in model.tensors.items()}
     module = model_class.from_pretrained(None, config=config, state_dict=state_dict, dtype=torch.float32).eval()
+    if "MultipleChoice" in model.model_class.stock:
+        ids = ids.unsqueeze(1)  # [B, number of choices, S]
     with torch.inference_mode():
-        result = module(input_ids=ids, use_cache=False)
+        result = module(input_ids=ids)
     return [tensor for tensor in result.to_tuple() if isinstance(tensor, torch.Tensor)]
+
+
+def _stock_config(model: Model) -> Any:
+    """The stock library's configuration object for a checkpoint."""
+    model_class: Any = getattr(transformers, model.model_class.stock)
+    entries = model.table.config_of(model.config, model.model_class, stock=True)
+    return model_class.config_class.from_dict({**entries, "use_cache": False})

@@ -131,10 +131,7 @@ def _degree(target_format: Format, model: Model, tp_size: int | None) -> int:
 
 def _config(model: Model, model_type: ModelType, code: str | None) -> dict[str, Any]:
     """The source's config.json under the names of the stock library or ours, with the dtype if it is a new one."""
-    config = dict(model.config)
-    is_stock = model_type == "stock"
-    config["model_type"] = model.table.stock_model_type if is_stock else model.table.model_type
-    config["architectures"] = [model.model_class.stock if is_stock else model.model_class.ours]
+    config = model.table.config_of(model.config, model.model_class, stock=model_type == "stock")
     if code is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = DTYPES[code][1]

@@ -23,6 +23,7 @@ from hf_megatron.checkpoint.spelling import (
     model_class_of,
     require_complete,
     respelled,
+    stored_model,
 )
 
 __all__ = [
@@ -43,5 +44,6 @@ __all__ = [
     "read_header",
     "require_complete",
     "respelled",
+    "stored_model",
     "torch_dtype",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -22,19 +22,23 @@ __all__ = ["LazyTensor", "Piece"]
 
 # A longer run is read straight into the tensor; of a shorter one this much is read, which serves the next ones too.
 _BUFFER_BYTES = 8192
+# Of runs shorter than this everything between the first and the last is read at once.
+_MIN_RUN_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of a full tensor and where its bytes lie, row-major: ``[data_start, data_stop)`` of the file ``path``.
+    """A box of a full tensor and where its bytes lie: in ``[data_start, data_stop)`` of the file ``path``.
 
-    Of a tensor in a pickle only the number of bytes is known; ``data_start`` is 0.
+    They lie row-major, or ``strides`` says how many elements apart two neighbours along each dimension are. A pickle may
+    hold a view of a larger tensor, and Megatron-LM has orders of its own.
     """
 
     path: Path
     box: Box
     data_start: int
     data_stop: int
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +54,12 @@ class LazyTensor:
         dtype: In safetensors' spelling (``"F32"``, ``"BF16"``).
         shape: The full tensor's shape.
         pieces: Where its parts lie; they tile the shape. A tensor stored whole is one piece.
-        source: The tensor itself, mapped from the file, where it comes from a pickle and its bytes have no known
-            place; None otherwise.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
-    source: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def numel(self) -> int:
@@ -87,8 +88,6 @@ class LazyTensor:
         if box is None:
             box = Box.whole(self.shape)
         assert len(box.shape) == len(self.shape), f"{self.name}: {box} is not a box of {self.shape}"
-        if self.source is not None:
-            return self.source[box.slices].clone(memory_format=torch.contiguous_format)
         parts = [(piece, common) for piece in self.pieces if (common := piece.box.intersection(box)) is not None]
         if len(parts) == 1:
             return self._read_piece(*parts[0])
@@ -124,15 +123,27 @@ class LazyTensor:
         import torch
 
         result = torch.empty(box.shape, dtype=torch_dtype(self.dtype))
-        target = result.reshape(-1).view(torch.uint8).numpy().data
-        position = 0
+        strides = piece.strides or _row_major(piece.box.shape)
+        box, item = _relative(box, piece.box), itemsize(self.dtype)
+        start = piece.data_start + item * sum(i * stride for i, stride in zip(box.offset, strides, strict=True))
+        runs, size = _runs(strides, box.shape)
+        size *= item
         with io.BufferedReader(io.FileIO(piece.path), _BUFFER_BYTES) as file:
-            for start, size in _runs(piece.box.shape, _relative(box, piece.box), itemsize(self.dtype)):
-                file.seek(piece.data_start + start)
-                if file.readinto(target[position : position + size]) != size:
-                    raise CheckpointIncompleteError(f"{piece.path} became shorter while {self.name} was read.")
+            if size < _MIN_RUN_BYTES and strides != _row_major(piece.box.shape):
+                span = 1 + sum((n - 1) * stride for n, stride in zip(box.shape, strides, strict=True))
+                everything = torch.empty(span, dtype=result.dtype)
+                self._read_into(file, start, _memory(everything))
+                return result.copy_(everything.as_strided(box.shape, strides))
+            target, position = _memory(result), 0
+            for run in runs:
+                self._read_into(file, start + item * run, target[position : position + size])
                 position += size
         return result
+
+    def _read_into(self, file: io.BufferedReader, start: int, target: memoryview) -> None:
+        file.seek(start)
+        if file.readinto(target) != len(target):
+            raise CheckpointIncompleteError(f"{file.name} became shorter while {self.name} was read.")
 
 
 def _relative(box: Box, origin: Box) -> Box:
@@ -140,16 +151,24 @@ def _relative(box: Box, origin: Box) -> Box:
     return Box(tuple(a - b for a, b in zip(box.offset, origin.offset, strict=True)), box.shape)
 
 
-def _runs(shape: tuple[int, ...], box: Box, item: int) -> Iterator[tuple[int, int]]:
-    """Contiguous byte runs (start, size) that make up ``box`` of a row-major tensor of ``shape``, in order."""
-    # Trailing dimensions that are taken whole extend the run; the first one that is not ends it.
-    inner = len(shape)
-    while inner and box.shape[inner - 1] == shape[inner - 1]:
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor."""
+    import torch
+
+    memory: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return memory
+
+
+def _runs(strides: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Iterator[int], int]:
+    """Where the contiguous runs start that make up a box of ``shape``, in order, and their length, in elements."""
+    # Trailing dimensions whose elements follow each other belong to the run; the first one that has gaps ends it.
+    size, inner = 1, len(shape)
+    while inner and (strides[inner - 1] == size or shape[inner - 1] == 1):
+        size *= shape[inner - 1]
         inner -= 1
-    inner = max(inner - 1, 0)
-    strides = [item * prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    size = item * prod(box.shape[inner:])
-    tail = sum(box.offset[dim] * strides[dim] for dim in range(inner, len(shape)))
-    outer = [range(box.offset[dim], box.offset[dim] + box.shape[dim]) for dim in range(inner)]
-    for index in product(*outer):
-        yield tail + sum(i * stride for i, stride in zip(index, strides, strict=False)), size
+    indices = product(*(range(n) for n in shape[:inner]))
+    return (sum(i * stride for i, stride in zip(index, strides, strict=False)) for index in indices), size

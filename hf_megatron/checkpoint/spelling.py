@@ -14,7 +14,7 @@ from hf_megatron.checkpoint.lazy import LazyTensor
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 from hf_megatron.partition import ModelClass, PartitionTable
 
-__all__ = ["Canonical", "canonicalise", "listed", "model_class_of", "require_complete", "respelled"]
+__all__ = ["Canonical", "canonicalise", "listed", "model_class_of", "require_complete", "respelled", "stored_model"]
 
 Shape = tuple[int, ...]
 
@@ -112,6 +112,27 @@ def canonicalise(
             if name in found and found[name].shape != tensor.shape
         ),
     )
+
+
+def stored_model(
+    tensors: Mapping[str, LazyTensor], table: PartitionTable, config: Mapping[str, Any]
+) -> tuple[ModelClass, Canonical]:
+    """The class that stored tensors are of, and the tensors under its names.
+
+    That is the class which config.json names, unless more is stored than it has and exactly one other class has all of
+    it: bert-base-uncased names BertForMaskedLM and holds what BertForPreTraining has.
+
+    Raises:
+        CheckpointFormatError: As :func:`canonicalise` does.
+        UnsupportedError: The architecture has no class of the name here.
+    """
+    named = model_class_of(table, config)
+    canonical = canonicalise(tensors, table, config, named)
+    if canonical.missing or not canonical.unknown:
+        return named, canonical
+    others = [(other, canonicalise(tensors, table, config, other)) for other in table.classes if other is not named]
+    exact = [(other, found) for other, found in others if not (found.missing or found.unknown or found.mismatched)]
+    return exact[0] if len(exact) == 1 else (named, canonical)
 
 
 def require_complete(canonical: Canonical) -> None:

@@ -95,7 +95,7 @@ class _DrawnTensor:
             inside = slice(max(start - first, 0), max(min(stop - first, block.shape[0]), 0))
             if inside.start < inside.stop:
                 kept.append(block[(inside, *columns)].clone())
-        return torch.cat(kept) if kept else torch.empty(0, *self.shape[1:])
+        return torch.cat(kept) if kept else torch.empty(0, *self.shape[1:])[(slice(None), *columns)]
 
     def _blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, block of rows) in order; float32 on the CPU, so that every device gets the same numbers."""

@@ -11,25 +11,26 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.checkpoint import _save_model_checkpoint_distributed
+from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from hf_megatron.checkpoint import LazyTensor, canonicalise, open_checkpoint, open_files
-from hf_megatron.errors import CheckpointShapeError, ParallelStateError, UnsupportedError
+from hf_megatron.errors import CheckpointIncompleteError, CheckpointShapeError, UnsupportedError
 from hf_megatron.models.initialization import fill_normal, initialization_seed, local_seed, seed_of_first_rank
-from hf_megatron.models.saving import rewrite_config, swap_into_place
+from hf_megatron.models.layout import barrier, check_distributed_config, is_first_rank, quiet_loading
+from hf_megatron.models.saving import remove_shards, rewrite_config, swap_into_place
+from hf_megatron.modules import VocabParallelHead
 from hf_megatron.partition import ModelClass, PartitionTable
 from hf_megatron.tensor_parallel import SINGLE, TensorParallelGroup, synchronize_random_state
 
@@ -48,6 +49,10 @@ class MegatronModelMixin:
     """
 
     tp_group: TensorParallelGroup = SINGLE
+    # Whether the loss takes num_items_in_batch and label_smoothing, as the vocabulary-parallel ones do. The losses of
+    # the other heads are the stock ones, means over their own batch, and Trainer has to know.
+    has_vocab_parallel_loss: ClassVar[bool] = False
+    accepts_loss_kwargs: ClassVar[bool] = False
     _initialization_seed: int | None = None
 
     @classmethod
@@ -102,9 +107,13 @@ class MegatronModelMixin:
         distributed_config = kwargs.pop("distributed_config", None)
         with initialization_seed(kwargs.pop("seed", None)):
             if distributed_config is None:
-                return super()._from_config(config, **kwargs)  # type: ignore[misc,no-any-return]
+                # The layers' constructors draw weights that are replaced at once. A model that is cut is built without
+                # them; so that what follows draws the same numbers in both, they leave no trace here either.
+                devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+                with torch.random.fork_rng(devices):
+                    return super()._from_config(config, **kwargs)  # type: ignore[misc,no-any-return]
             dtype = kwargs.pop("dtype", None) or config.dtype or torch.get_default_dtype()
-            with _quiet_loading():  # an empty checkpoint is what we mean, not a corrupt one
+            with quiet_loading():  # an empty checkpoint is what we mean, not a corrupt one
                 model: Self = cls.from_pretrained(  # type: ignore[attr-defined]
                     None, config=config, state_dict={}, dtype=dtype, distributed_config=distributed_config, **kwargs
                 )
@@ -119,7 +128,7 @@ class MegatronModelMixin:
         if isinstance(distributed_config, dict):
             distributed_config = DistributedConfig.from_dict(distributed_config)
         if distributed_config is not None:
-            _check_distributed_config(distributed_config)
+            check_distributed_config(distributed_config)
         return super().prepare_distribute_model(distributed_config, device_map)  # type: ignore[misc]
 
     @classmethod
@@ -229,6 +238,27 @@ class MegatronModelMixin:
         loading_info, _ = self._load_pretrained_model(self, state_dict, None, load_config)
         return self._finalize_model_loading(self, load_config, loading_info)  # type: ignore[attr-defined]
 
+    def load_weights(self, directory: str | os.PathLike[str]) -> None:
+        """Replace this model's weights by those of a checkpoint directory, each rank reading its own slices.
+
+        Args:
+            directory: A Hub or ``tp`` directory of this model, at any degree.
+
+        Raises:
+            CheckpointError: The directory is not complete, or not of this model.
+        """
+        state_dict, _ = self._canonical(open_checkpoint(Path(directory)).tensors)
+        missing = [name for name, _ in self.named_parameters() if name not in state_dict]  # type: ignore[attr-defined]
+        if missing:
+            raise CheckpointIncompleteError(f"{directory} lacks {', '.join(missing)}; nothing was loaded.")
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+                if isinstance(parameter, DTensor):
+                    part = DtensorShardOperation(parameter).shard_tensor(state_dict[name])
+                    parameter.to_local().copy_(part)
+                else:
+                    parameter.copy_(state_dict[name][...])
+
     # ------------------------------------------------------------------ saving
 
     def save_pretrained(
@@ -263,18 +293,20 @@ class MegatronModelMixin:
         is_collective = distributed or self.is_distributed_loading_by_transformers  # type: ignore[attr-defined]
         directory = Path(save_directory)
         target = directory.with_name(f".{directory.name}.saving") if distributed else directory
-        if distributed and _is_first_rank():
+        if distributed and is_first_rank():
             shutil.rmtree(target, ignore_errors=True)
         if is_collective:
-            _barrier()
+            barrier()
         super().save_pretrained(target, *args, **kwargs)  # type: ignore[misc]
-        if _is_first_rank() and kwargs.get("is_main_process", True):
+        if is_first_rank() and kwargs.get("is_main_process", True):
             if (target / "config.json").is_file():
                 rewrite_config(target, self.partition_table, self._partition_class().ours, stock=stock)
             if distributed:
                 swap_into_place(target, directory)
+            else:
+                remove_shards(target)
         if is_collective:
-            _barrier()
+            barrier()
 
     def save_distributed_checkpoint(
         self, model_to_save: nn.Module, save_directory: str | os.PathLike[str], **kwargs: Any
@@ -322,6 +354,9 @@ class MegatronModelMixin:
                 "Load in one process, resize, save_pretrained, then load that directory with distributed_config."
             )
         resized: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, VocabParallelHead):
+                module.out_features = resized.num_embeddings
         return resized
 
     def _get_resized_lm_head(self, old_lm_head: Any, *args: Any, **kwargs: Any) -> Any:
@@ -332,45 +367,3 @@ class MegatronModelMixin:
         old_lm_head.weight, old_lm_head.bias = linear.weight, linear.bias
         old_lm_head.out_features = linear.out_features
         return old_lm_head
-
-
-def _check_distributed_config(config: DistributedConfig) -> None:
-    if config.enable_sequence_parallel:
-        raise UnsupportedError("enable_sequence_parallel=True is not supported; leave it False.")
-    if config.pp_size > 1 or config.ep_size > 1:
-        raise UnsupportedError(
-            f"pp_size={config.pp_size} and ep_size={config.ep_size}: these models have no pipeline stages and no "
-            "experts. Use tp_size, fsdp_size and dp_replicate_size."
-        )
-    if isinstance(config.tp_plan, dict):
-        raise UnsupportedError("tp_plan: these models bring their own plan. Leave tp_plan out, or 'auto'.")
-    needed = config.tp_size * config.dp_size
-    if needed == 1:
-        return
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    if needed != world_size:
-        raise ParallelStateError(
-            f"tp_size={config.tp_size} x fsdp_size={config.fsdp_size} x dp_replicate_size={config.dp_replicate_size} "
-            f"needs {needed} processes, but there are {world_size}. Start with `torchrun --nproc-per-node {needed}`, "
-            f"or choose sizes whose product is {world_size}."
-        )
-
-
-def _is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Silence the report on missing weights."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
+from hf_megatron.checkpoint.sharded import is_shard
 from hf_megatron.partition import PartitionTable
 
-__all__ = ["rewrite_config", "swap_into_place"]
+__all__ = ["remove_shards", "rewrite_config", "swap_into_place"]
 
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+# A model's weights in one piece or several; an optimizer's state and adapters have names of their own.
+_WHOLE_WEIGHTS = re.compile(
+    r"(model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?"
+)
 
 
 def rewrite_config(directory: Path, table: PartitionTable, class_name: str, *, stock: bool) -> None:
@@ -35,11 +40,19 @@ def rewrite_config(directory: Path, table: PartitionTable, class_name: str, *, s
     temporary.replace(path)
 
 
+def remove_shards(directory: Path) -> None:
+    """Remove what an earlier distributed save left in a directory, if that holds the weights in one piece now."""
+    if any((directory / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        for path in directory.iterdir():
+            if is_shard(path):
+                path.unlink()
+
+
 def swap_into_place(fresh: Path, destination: Path) -> None:
     """Put a complete checkpoint directory where ``destination`` is, keeping the other files that lie there.
 
-    Files of the old checkpoint's weights go, everything else (tokenizer, trainer state) moves over unless the new
-    directory has its own. Until the new directory is in place the old one is not touched.
+    Files of the old checkpoint's weights go, everything else (tokenizer, optimizer) moves over unless the new directory
+    has its own. Until the new directory is in place the old one is not touched.
     """
     if not destination.exists():
         fresh.rename(destination)
@@ -48,7 +61,7 @@ def swap_into_place(fresh: Path, destination: Path) -> None:
     destination.rename(old)
     fresh.rename(destination)
     for entry in old.iterdir():
-        is_weights = entry.is_file() and entry.name.endswith(_WEIGHT_SUFFIXES)
+        is_weights = is_shard(entry) or _WHOLE_WEIGHTS.fullmatch(entry.name) is not None
         if not is_weights and not (destination / entry.name).exists():
             entry.rename(destination / entry.name)
     shutil.rmtree(old)

@@ -208,13 +208,13 @@ def integer_sizes(
         aliases: Other names under which some of them may be found.
 
     Raises:
-        UnsupportedError: A size is not an integer.
+        UnsupportedError: A size is not a positive integer.
     """
     sizes = {}
     for name, default in defaults.items():
         value = config.get(name, config.get((aliases or {}).get(name, name), default))
-        if not isinstance(value, int):
-            raise UnsupportedError(f"{name}={value!r} in the configuration is not an integer.")
+        if not isinstance(value, int) or value < 1:
+            raise UnsupportedError(f"{name}={value!r} in the configuration is not a positive integer.")
         sizes[name] = value
     return sizes
 

@@ -133,6 +133,13 @@ class ColumnParallelLinear(_ParallelLinear):
         default = {"weight": Split(1 if weight_layout == "in_out" else 0), "bias": Split(0)}
         super().__init__(in_features, out_features, bias=bias, weight_layout=weight_layout, specs=specs or default)
         self.is_input_copied = is_input_copied
+        assert not (is_input_copied and self._bias_is_sliced), "a bias held whole goes through f with the input"
+
+    @property
+    def _bias_is_sliced(self) -> bool:
+        """Whether the bias is held whole, and each rank uses a part of it."""
+        spec = self._specs.get("bias")
+        return self.bias is not None and isinstance(spec, Replicated) and spec.used is not None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply by this rank's columns.
@@ -148,10 +155,9 @@ class ColumnParallelLinear(_ParallelLinear):
         """
         group, weight = self.tp_group, local(self.weight)
         bias = None if self.bias is None else local(self.bias)
-        bias_spec = self._specs.get("bias")
-        if bias is not None and isinstance(bias_spec, Replicated) and bias_spec.used is not None and group.size > 1:
+        if bias is not None and self._bias_is_sliced and group.size > 1:
             x, bias = copy_to_tensor_parallel_region(group, x, bias)
-            bias = bias_spec.used.shard(bias, group.size, group.rank)
+            bias = cast(Replicated, self._specs["bias"]).part(bias, group.size, group.rank)
         elif not self.is_input_copied:
             (x,) = copy_to_tensor_parallel_region(group, x)
         return self._multiply(x, weight, bias)

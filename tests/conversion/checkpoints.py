@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 # 12 heads divide by 2, 3 and 4; 131 words by none of them.
 SIZES: dict[str, Any] = {
@@ -23,19 +23,29 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+BERT_SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "max_position_embeddings": 32,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "intermediate_size": 96,
+}
+
 Entry = tuple[str, tuple[int, ...], tuple[int, ...], str, bytes]
 
 
 def save_stock(
     directory: Path,
     *,
-    model_class: type[GPT2PreTrainedModel] = GPT2LMHeadModel,
+    model_class: type[PreTrainedModel] = GPT2LMHeadModel,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "50GB",
     **config: Any,
 ) -> Path:
     """Save a stock model whose tensors all differ, biases and norms included."""
-    model = model_class(GPT2Config(**{**SIZES, **config}))
+    sizes = SIZES if model_class.config_class is GPT2Config else BERT_SIZES
+    model = model_class(model_class.config_class(**{**sizes, **config}))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from transformers import GPT2ForQuestionAnswering, GPT2ForSequenceClassification, GPT2Model
+from safetensors.torch import load_file, save_file
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronGPT2LMHeadModel
+from hf_megatron.partition import TABLES, PartitionTable
 from hf_megatron_conversion import convert, inspect, verify
 from tests.conversion.checkpoints import directory_bytes, hub_bytes, read_config, save_stock, tp_entries
 from tests.distributed import RankPool
@@ -78,8 +79,6 @@ def test_dtype_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
 
 def test_each_tensor_keeps_its_own_dtype(tied: Path, tmp_path: Path) -> None:
     """Catches one dtype for all: a checkpoint may keep its norms wider than its matrices."""
-    from safetensors.torch import save_file
-
     tensors = load_file(tied / "model.safetensors")
     mixed = {name: tensor if "ln_" in name else tensor.bfloat16() for name, tensor in tensors.items()}
     source = tmp_path / "mixed"
@@ -113,19 +112,31 @@ def test_shards_are_those_of_save_pretrained(max_shard_size: str, tied: Path, tm
     assert len(list(expected.glob("*.safetensors"))) > 2
 
 
-@pytest.mark.parametrize("model_class", [GPT2Model, GPT2ForSequenceClassification, GPT2ForQuestionAnswering])
-def test_every_class_converts(model_class: type[GPT2Model], tmp_path: Path) -> None:
-    """Catches names that hold for the language model only: the base model has no prefix, other heads other names."""
-    source = save_stock(tmp_path / "stock", model_class=model_class)
-    convert(source, tmp_path / "tp", to="tp", tp_size=2)
-    assert read_config(tmp_path / "tp")["architectures"] == [f"Megatron{model_class.__name__}"]
+@pytest.mark.parametrize(
+    ("table", "stock_name", "own_name"),
+    [
+        pytest.param(table, model_class.stock, model_class.ours, id=model_class.stock)
+        for table in TABLES
+        for model_class in table.classes
+    ],
+)
+def test_every_class_converts(table: PartitionTable, stock_name: str, own_name: str, tmp_path: Path) -> None:
+    """Catches names that hold for one class only: base models have no prefix, other heads other names and ties."""
+    source = save_stock(tmp_path / "stock", model_class=getattr(transformers, stock_name))
+    convert(source, tmp_path / "tp", to="tp", tp_size=3)
+    assert read_config(tmp_path / "tp")["architectures"] == [own_name]
+    found = inspect(tmp_path / "tp")
+    assert (found.architecture, found.tp_size, found.model_class) == (table.architecture, 3, stock_name)
+    assert found.layernorm_placement == ("post" if stock_name.startswith("Bert") else "pre")
     convert(tmp_path / "tp", tmp_path / "hub", to="hub")
     assert hub_bytes(tmp_path / "hub") == hub_bytes(source)
-    assert read_config(tmp_path / "hub")["architectures"] == [model_class.__name__]
+    assert read_config(tmp_path / "hub") == read_config(source)
+    assert verify(tmp_path / "tp", source, logits=True).max_logit_diff == 0.0
 
 
-def test_old_spellings_convert(tied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Catches a converter that knows today's names only; what it drops it says."""
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_old_spellings_convert(kind: str, tied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a converter that knows today's names only, or takes files with old ones over. What it drops it says."""
     tensors = {
         name.removeprefix("transformer.").replace("ln_f.weight", "ln_f.gamma"): tensor
         for name, tensor in load_file(tied / "model.safetensors").items()
@@ -135,13 +146,17 @@ def test_old_spellings_convert(tied: Path, tmp_path: Path, caplog: pytest.LogCap
     source = tmp_path / "old"
     source.mkdir()
     (source / "config.json").write_bytes((tied / "config.json").read_bytes())
-    torch.save(tensors, source / "pytorch_model.bin")
+    if kind == "bin":
+        torch.save(tensors, source / "pytorch_model.bin")
+    else:
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with caplog.at_level("INFO"):
         conversion = convert(source, tmp_path / "tp", to="tp", tp_size=2)
     assert sorted(conversion.dropped) == ["h.0.attn.bias", "lm_head.weight"]
     assert "h.0.attn.bias" in caplog.text
-    convert(tmp_path / "tp", tmp_path / "hub", to="hub")
-    assert hub_bytes(tmp_path / "hub") == hub_bytes(tied)
+    for step in (source, tmp_path / "tp"):
+        convert(step, tmp_path / "hub", to="hub", overwrite=True)
+        assert hub_bytes(tmp_path / "hub") == hub_bytes(tied)
 
 
 def test_model_type_follows_the_format_unless_asked(tied: Path, tmp_path: Path) -> None:
@@ -273,8 +288,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest
 @given(
     head_dim=st.integers(1, 3),
     heads=st.sampled_from([6, 12]),
-    vocab_size=st.integers(13, 40),
-    inner=st.none() | st.integers(13, 30),
+    vocab_size=st.integers(26, 45),  # from 26 on, each of six ranks has rows
+    inner=st.none() | st.integers(26, 40),
     layers=st.integers(1, 2),
     tied=st.booleans(),
     degrees=st.lists(st.sampled_from([1, 2, 3, 6]), min_size=1, max_size=4),

@@ -62,20 +62,22 @@ def test_one_changed_value_is_found(tied: Path, tmp_path: Path) -> None:
     assert "1 of 6912 values" in result.differences[WEIGHT]
 
 
-def test_bits_count_not_values(tied: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("neighbour", [1.0, math.nan])
+def test_bits_count_not_values(neighbour: float, tied: Path, tmp_path: Path) -> None:
     """Catches -0.0 taken for 0.0, and NaN taken for different from itself."""
 
     def zero(tensors: Tensors) -> None:
-        tensors[WEIGHT][0, 0], tensors[WEIGHT][0, 1] = 0.0, math.nan
+        tensors[WEIGHT][0, 0], tensors[WEIGHT][0, 1] = 0.0, neighbour
 
     def negative_zero(tensors: Tensors) -> None:
-        tensors[WEIGHT][0, 0], tensors[WEIGHT][0, 1] = -0.0, math.nan
+        tensors[WEIGHT][0, 0], tensors[WEIGHT][0, 1] = -0.0, neighbour
 
     a, b = _changed(tied, tmp_path / "a", zero), _changed(tied, tmp_path / "b", negative_zero)
     assert verify(a, a).equal
     result = verify(a, b)
     assert result.mismatched == (WEIGHT,)
     assert result.max_abs_diff == 0.0
+    assert result.differences[WEIGHT].startswith("1 of 6912 values")
 
 
 def test_nan_for_a_number_is_no_finite_difference(tied: Path, tmp_path: Path) -> None:

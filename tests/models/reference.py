@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from hf_megatron import MegatronGPT2LMHeadModel
 from tests.distributed import RankPool
 
 _T = TypeVar("_T")
@@ -185,3 +186,9 @@ def assert_replicas_equal(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) and all(isinstance(p, Replicate) for p in parameter.placements):
             assert_same_on_all_ranks(name, parameter.to_local())
+
+
+def save_distributed(stock: Path, directory: Path, tp_size: int, fsdp_size: int = 1) -> None:
+    """A job: load a stock directory on this layout and save it as a tp directory."""
+    model = MegatronGPT2LMHeadModel.from_pretrained(stock, distributed_config=layout(tp_size, fsdp_size))
+    model.save_pretrained(directory, distributed_checkpoint=True)

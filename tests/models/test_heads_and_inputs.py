@@ -115,18 +115,18 @@ def _compare_inputs(directory: Path, tp_size: int) -> None:
     ids = token_ids()
     everywhere = torch.ones_like(ids).bool()
     embeddings = torch.randn(3, 9, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    for inputs in (
+    visible = torch.ones(9, 9).tril().bool()[None, None].expand(3, 1, 9, 9)
+    mask = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, torch.finfo(torch.float64).min)
+    cases: list[dict[str, Any]] = [
         {"input_ids": ids, "token_type_ids": token_ids(seed=4)},
         {"input_ids": ids, "position_ids": (torch.arange(9) * 3).expand(3, 9)},
         {"inputs_embeds": embeddings},
-        {"input_ids": ids, "attention_mask": torch.ones(9, 9).tril().bool()[None, None].expand(3, 1, 9, 9)},
+        {"input_ids": ids, "attention_mask": mask},
         {"input_ids": ids, "logits_to_keep": 2},
         {"input_ids": ids, "logits_to_keep": torch.tensor([0, 5])},
         {"input_ids": ids, "labels": ids, "ignore_index": 7},
-    ):
-        if "attention_mask" in inputs:
-            mask = torch.zeros(inputs["attention_mask"].shape, dtype=torch.float64)
-            inputs["attention_mask"] = mask.masked_fill(~inputs["attention_mask"], torch.finfo(torch.float64).min)
+    ]
+    for inputs in cases:
         expected, actual = stock(**inputs, use_cache=False), ours(**inputs, use_cache=False)
         if expected.loss is not None:
             torch.testing.assert_close(actual.loss.float(), expected.loss)  # stock's is always float32
@@ -157,7 +157,7 @@ def _share_of_equal_probabilities(ours: bool, upcast: bool, directory: Path) -> 
     model_class = MegatronGPT2LMHeadModel if ours else GPT2LMHeadModel
     model = model_class.from_pretrained(directory, reorder_and_upcast_attn=upcast, **options)
     first, second = (m(token_ids(), output_attentions=True).attentions[0] for m in (stock, model))
-    return (first == second).float().mean().item()
+    return float((first == second).float().mean())
 
 
 def test_upcasting_is_done(stock_dir: StockDir) -> None:

@@ -96,9 +96,9 @@ def test_every_parameter_has_a_stream_of_its_own() -> None:
 def test_seeds() -> None:
     """Catches a seed that is ignored, and building a model that disturbs the caller's random numbers."""
     torch.manual_seed(11)
+    by_constructor = full_weights(MegatronGPT2LMHeadModel(_config()))
     state = torch.get_rng_state()
     by_default = full_weights(MegatronGPT2LMHeadModel.from_config(_config()))
-    by_constructor = full_weights(MegatronGPT2LMHeadModel(_config()))
     by_seed = full_weights(MegatronGPT2LMHeadModel.from_config(_config(), seed=11))
     another = full_weights(MegatronGPT2LMHeadModel.from_config(_config(), seed=12))
     assert torch.equal(torch.get_rng_state(), state)
@@ -154,12 +154,12 @@ def test_auto_class_builds_the_same(pool: Pool) -> None:
 def _train_from_scratch(tp_size: int) -> list[float]:
     torch.manual_seed(4)
     model = MegatronGPT2LMHeadModel.from_config(
-        _config(), distributed_config=layout(tp_size), dtype=torch.float64, seed=5
+        _config(resid_pdrop=0.1, attn_pdrop=0.1), distributed_config=layout(tp_size), dtype=torch.float64, seed=5
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    ids = torch.arange(40).reshape(2, 20)
+    ids = torch.arange(1, 41).reshape(2, 20)
     losses = []
-    for _ in range(5):
+    for _ in range(12):
         loss = model(ids, labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -169,8 +169,8 @@ def _train_from_scratch(tp_size: int) -> list[float]:
 
 
 def test_training_from_scratch_is_the_same_at_every_degree(pool: Pool) -> None:
-    """Catches parameters that do not require gradients, or are not the ones the forward uses."""
+    """Catches parameters that the forward does not use, and building that draws from the stream of dropout."""
     (expected,) = run_at(pool, 1, _train_from_scratch, 1)
-    assert expected[-1] < expected[0] - 1
+    assert expected[-1] < expected[0] - 0.5
     for losses in run_at(pool, 4, _train_from_scratch, 4):
         assert losses == pytest.approx(expected, rel=1e-9)

@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from hf_megatron import MegatronGPT2ForTokenClassification, MegatronGPT2LMHeadModel
 from hf_megatron.checkpoint import LazyTensor
 from hf_megatron.partition import GPT2, Box, Replicated
-from tests.models.reference import Pool, assert_all_equal, full_weights, layout, rank, run_at
+from tests.models.reference import Pool, assert_all_equal, full_weights, layout, rank, run_at, save_distributed
 
 StockDir = Callable[[str], Path]
 Reads = dict[str, list[Box]]
@@ -85,14 +85,9 @@ def _check_reads_of_another_degree(stock: Path, directory: Path) -> None:
     assert_all_equal(full_weights(ours), full_weights(MegatronGPT2LMHeadModel.from_pretrained(stock)))
 
 
-def _save_distributed(stock: Path, directory: Path) -> None:
-    model = MegatronGPT2LMHeadModel.from_pretrained(stock, distributed_config=layout(dist.get_world_size()))
-    model.save_pretrained(directory, distributed_checkpoint=True)
-
-
 def test_a_tp_directory_is_read_by_slices_at_another_degree(pool: Pool, stock_dir: StockDir, tmp_path: Path) -> None:
     """Catches resharding that gathers: four ranks read their boxes out of what two ranks saved."""
-    pool(2).run(_save_distributed, stock_dir("base"), tmp_path / "tp2")
+    pool(2).run(save_distributed, stock_dir("base"), tmp_path / "tp2", 2)
     pool(4).run(_check_reads_of_another_degree, stock_dir("base"), tmp_path / "tp2")
 
 

@@ -156,7 +156,7 @@ def test_degree_zero_is_refused() -> None:
     [
         ({"add_cross_attention": True}, "add_cross_attention=True is not supported"),
         ({"n_embd": 30, "n_head": 4}, "hidden_size=30 is not divisible by num_attention_heads=4"),
-        ({"n_embd": "768"}, "n_embd='768' in the configuration is not an integer"),
+        ({"n_embd": "768"}, "n_embd='768' in the configuration is not a positive integer"),
     ],
 )
 def test_configurations_that_cannot_be_honoured_are_refused(config: dict[str, object], message: str) -> None:

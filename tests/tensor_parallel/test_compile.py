@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -48,7 +50,7 @@ def test_layers_dropout_and_loss_compile_as_one_graph(backend: str) -> None:
         nn.init.normal_(parameter)
     expected_loss, expected_gradients = _step(model, model)
     # Inductor has a random stream of its own, unless it is told to draw as eager does.
-    options = {"fallback_random": True} if backend == "inductor" else None
+    options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
     torch.compiler.reset()
     loss, gradients = _step(model, torch.compile(model, fullgraph=True, backend=backend, options=options))
     torch.testing.assert_close(loss, expected_loss)

@@ -210,7 +210,7 @@ def _spelled_out_loss(
     return (losses * is_counted).sum() / is_counted.sum()
 
 
-def _forms(**defect: bool) -> pytest.MarkDecorator:
+def _forms(**defect: Any) -> pytest.MarkDecorator:
     """Ours, the spelled-out one, and that one with the defect."""
     return pytest.mark.parametrize(
         ("loss_function", "is_defective"),

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hf_megatron.partition import FusedSplit, Replicated, Spec, Split
-from hf_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, local, parallelize_module
+from hf_megatron.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_parallel_region,
+    local,
+    parallelize_module,
+)
 from tests.tensor_parallel.ranks import TP_SIZES, Pool, assert_close, mesh, same_on_all_ranks
 
 B, S = 2, 3
@@ -176,6 +184,31 @@ def test_columns_then_rows_need_nothing_in_between(pool: Pool, tp_size: int) -> 
         assert gradients.keys() == expected_gradients.keys()
         for name, value in expected_gradients.items():
             assert_close(gradients[name], value)
+
+
+def _run_three_from_one_copy() -> tuple[torch.Tensor, int]:
+    layers = [ColumnParallelLinear(IN, OUT, is_input_copied=True).double() for _ in range(3)]
+    for i, layer in enumerate(layers):
+        with torch.no_grad():
+            layer.weight.copy_(_values(i, OUT, IN))
+        parallelize_module(layer, mesh())
+    x = _values(9, B, S, IN).requires_grad_()
+    (copied,) = copy_to_tensor_parallel_region(layers[0].tp_group, x)
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        torch.stack([layer(copied).pow(2).sum() for layer in layers]).sum().backward()
+    assert x.grad is not None
+    return x.grad, all_reduce.call_count
+
+
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_layers_that_share_their_input_share_its_all_reduce(pool: Pool, tp_size: int) -> None:
+    """Catches an input gradient that is summed once per layer: three times the communication, and a wrong sum."""
+    x = _values(9, B, S, IN).requires_grad_()
+    torch.stack([F.linear(x, _values(i, OUT, IN)).pow(2).sum() for i in range(3)]).sum().backward()
+    assert x.grad is not None
+    for gradient, num_all_reduces in pool(tp_size).run(_run_three_from_one_copy):
+        assert_close(gradient, x.grad)
+        assert num_all_reduces == (1 if tp_size > 1 else 0)
 
 
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])

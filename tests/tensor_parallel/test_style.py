@@ -13,18 +13,18 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from hf_megatron.partition import GPT2, FusedSplit, Replicated, Spec, Split, VocabSplit
 from hf_megatron.tensor_parallel import (
     SINGLE,
-    STYLE_NAME,
     ColumnParallelLinear,
     ParallelModule,
     ReplicatedLayerNorm,
     RowParallelLinear,
     TensorParallelGroup,
     VocabParallelEmbedding,
+    head_tp_plan_of,
     local,
     parallelize_module,
     tp_plan_of,
 )
-from hf_megatron.tensor_parallel.style import placement_of
+from hf_megatron.tensor_parallel.style import STYLE_NAME, placement_of
 from tests.tensor_parallel.ranks import TP_SIZES, Pool, group, mesh
 
 SPECS: dict[str, Spec] = {
@@ -123,6 +123,8 @@ def test_the_plan_covers_all_modules_with_parameters() -> None:
     norms = {"h.*.ln_1", "h.*.ln_2", "ln_f"}
     linears = {"h.*.attn.c_attn", "h.*.attn.c_proj", "h.*.mlp.c_fc", "h.*.mlp.c_proj"}
     assert plan.keys() == {"wte", "wpe", "h.*.attn"} | norms | linears
+    assert head_tp_plan_of(GPT2, "MegatronGPT2LMHeadModel") == {"lm_head": STYLE_NAME}
+    assert head_tp_plan_of(GPT2, "MegatronGPT2Model") == {}
 
 
 def _describe_group() -> tuple[bool, int, int]:
@@ -132,12 +134,8 @@ def _describe_group() -> tuple[bool, int, int]:
 
 def test_the_group_of_a_mesh(pool: Pool) -> None:
     """Catches a group of one rank that communicates, and a rank that is not the one in the mesh."""
-    assert group_of_one_is_single(pool)
+    assert pool(1).run(_describe_group) == [(SINGLE.process_group is None, SINGLE.size, SINGLE.rank)]
     assert pool(4).run(_describe_group) == [(False, 4, rank) for rank in range(4)]
-
-
-def group_of_one_is_single(pool: Pool) -> bool:
-    return pool(1).run(_describe_group) == [(SINGLE.process_group is None, SINGLE.size, SINGLE.rank)]
 
 
 def _gradient_through_local() -> tuple[bool, torch.Tensor]:

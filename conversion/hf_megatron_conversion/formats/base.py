@@ -7,12 +7,13 @@ state dict), each readable by slices. Formats therefore know nothing of each oth
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from hf_megatron.checkpoint import canonicalise, model_class_of, open_checkpoint, read_header, require_complete
+from hf_megatron.checkpoint import model_class_of, open_checkpoint, read_header, require_complete, stored_model
 from hf_megatron.errors import CheckpointFormatError
 from hf_megatron.partition import ModelClass, PartitionTable, table_for
 from hf_megatron_conversion.files import OutputFile
@@ -20,6 +21,8 @@ from hf_megatron_conversion.formats import FormatName
 from hf_megatron_conversion.tensors import Readable
 
 __all__ = ["Format", "Model", "ModelType", "Target", "load_config", "read_transformers_directory"]
+
+_logger = logging.getLogger(__name__)
 
 ModelType = Literal["stock", "megatron"]
 
@@ -122,9 +125,13 @@ def read_transformers_directory(directory: Path, config: Mapping[str, Any] | Non
     """Open a directory in one of the two formats that are transformers' own."""
     checkpoint = open_checkpoint(directory, config)
     table = table_for(checkpoint.config)
-    model_class = model_class_of(table, checkpoint.config)
-    canonical = canonicalise(checkpoint.tensors, table, checkpoint.config, model_class)
+    model_class, canonical = stored_model(checkpoint.tensors, table, checkpoint.config)
     require_complete(canonical)
+    if model_class is not model_class_of(table, checkpoint.config):
+        named = checkpoint.config.get("architectures")
+        _logger.warning(
+            "%s is taken for a %s, which is all that is stored; config.json says %s.", directory, model_class.stock, named
+        )
     return Model(
         directory=directory,
         format=checkpoint.format,

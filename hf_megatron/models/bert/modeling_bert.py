@@ -276,4 +276,10 @@ class MegatronBertModel(MegatronBertPreTrainedModel, BertModel):
         self.pooler = MegatronBertPooler(config) if add_pooling_layer else None
         self.post_init()
 
+    def init_parallel_plans(self) -> None:
+        """As the stock method; the configuration's plan has a pooler, whether the model has one or not."""
+        super().init_parallel_plans()
+        if self.pooler is None:
+            del self._tp_plan["pooler.dense"]
+
     forward = gathers_attentions(BertModel.forward)

@@ -96,6 +96,7 @@ class _MaskedLM(MegatronBertPreTrainedModel):
     """What the two classes with a masked-LM head share."""
 
     _tied_weights_keys = None  # a tied decoder has no parameters of its own
+    has_vocab_parallel_loss = True
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The decoder if it has a weight of its own."""
@@ -208,6 +209,7 @@ class MegatronBertForMaskedLM(_MaskedLM, BertForMaskedLM):
     """BERT with the masked-LM head."""
 
     _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForMaskedLM")
+    accepts_loss_kwargs = True
 
     def __init__(self, config: MegatronBertConfig) -> None:
         self._init_pretrained(config)

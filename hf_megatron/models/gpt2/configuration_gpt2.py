@@ -28,6 +28,7 @@ class MegatronGPT2Config(GPT2Config):
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {"h.*": "free_full_weight"}
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("model_type", None)  # stock's, where its configuration is read from a dictionary
         super().__post_init__(**kwargs)
         GPT2.sizes(self._named_sizes())
 

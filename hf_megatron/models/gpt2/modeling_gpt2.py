@@ -185,9 +185,12 @@ class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
 
     _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2LMHeadModel")
     _tied_weights_keys = None  # a tied head has no parameter of its own
+    has_vocab_parallel_loss = True
+    accepts_loss_kwargs = True
 
     def __init__(self, config: MegatronGPT2Config) -> None:
         self._init_pretrained(config)
+        self.loss_type = "ForCausalLM"  # labels are shifted: Trainer counts the predicted tokens only
         self.transformer = MegatronGPT2Model(config)
         self.lm_head = VocabParallelHead(config.n_embd, config.vocab_size, is_tied=config.tie_word_embeddings)
         self.post_init()

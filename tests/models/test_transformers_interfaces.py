@@ -1,0 +1,229 @@
+"""What this package uses of transformers and torch that neither promises to keep, and what breaks when it changes.
+
+A failure here after an upgrade is the list of what to look at; the other tests of the models then say whether the
+change matters.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import _hf_utils
+from torch.distributed.tensor.placement_types import _StridedShard
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.distributed.checkpoint import _save_model_checkpoint_distributed, is_sharded_checkpoint
+from transformers.distributed.mixin import DistributedMixin
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed.sharding_utils import DtensorShardOperation
+from transformers.distributed.tensor_parallel import TensorParallelLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2LMHeadModel, GPT2Model
+from transformers.utils.output_capturing import OutputRecorder
+
+from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
+from hf_megatron.checkpoint.sharded import SHARDING_INFO, is_shard
+from hf_megatron.tensor_parallel.style import STYLE_NAME
+from tests.models.reference import TINY
+
+StockDir = Callable[[str], Path]
+
+SIGNATURES: list[tuple[Callable[..., Any], list[str], str]] = [
+    (
+        PreTrainedModel._load_pretrained_model,
+        ["model", "state_dict", "checkpoint_files", "load_config", "expected_keys"],
+        "reading checkpoints by slices under any spelling",
+    ),
+    (
+        PreTrainedModel._load_and_finalize_distributed_pretrained_model,
+        ["self", "distributed_checkpoint_dir", "device_map", "device_mesh"],
+        "reading tp directories, and refusing incomplete ones",
+    ),
+    (
+        PreTrainedModel._finalize_model_loading,
+        ["model", "load_config", "loading_info"],
+        "initialising what a tp directory does not hold",
+    ),
+    (PreTrainedModel._init_weights, ["self", "module"], "weights that do not depend on the layout"),
+    (PreTrainedModel._from_config, ["config", "kwargs"], "from_config with distributed_config and seed"),
+    (
+        PreTrainedModel.prepare_distribute_model,
+        ["distributed_config", "device_map"],
+        "refusing layouts before anything is read",
+    ),
+    (
+        PreTrainedModel.maybe_distribute_model,
+        ["model", "distributed_config", "mesh_manager"],
+        "handing modules their group, and the ranks one random state",
+    ),
+    (
+        PreTrainedModel.save_distributed_checkpoint,
+        ["self", "model_to_save", "save_directory", "push_to_hub", "save_on_this_rank"],
+        "saving a whole model as a tp directory",
+    ),
+    (
+        PreTrainedModel.gather_sharded_state_dict_for_save,
+        ["self", "model_to_save", "state_dict", "distributed_config", "save_on_this_rank"],
+        "gathering one tensor at a time, on the rank that writes",
+    ),
+    (
+        PreTrainedModel._get_resized_lm_head,
+        ["self", "old_lm_head", "new_num_tokens", "transposed", "mean_resizing"],
+        "resizing the vocabulary of a model with an untied head",
+    ),
+    (_save_model_checkpoint_distributed, ["model", "checkpoint_dir"], "saving a whole model as a tp directory"),
+    (DtensorShardOperation.__init__, ["self", "param"], "drawing a rank's part of a new weight"),
+    (
+        DtensorShardOperation.shard_tensor,
+        ["self", "source", "tensor_idx", "device", "dtype"],
+        "drawing a rank's part of a new weight, and reading one of a file",
+    ),
+    (TensorParallelLayer.shard_param, ["self", "module", "param", "mesh"], "cutting parameters"),
+    (TensorParallelLayer.install_forward, ["self", "module", "mesh"], "handing modules their group"),
+    (ALL_ATTENTION_FUNCTIONS.get_interface, ["attn_implementation", "default"], "choosing an attention kernel"),
+    (OutputRecorder.__init__, ["self", "target_class", "index", "layer_name"], "output_attentions"),
+    (
+        GPT2Attention.forward,
+        ["self", "hidden_states", "past_key_values", "attention_mask"],
+        "our attention in the place of the stock one, inside the stock block",
+    ),
+    (
+        GPT2LMHeadModel.forward,
+        [
+            "self",
+            "input_ids",
+            "past_key_values",
+            "attention_mask",
+            "token_type_ids",
+            "position_ids",
+            "inputs_embeds",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "labels",
+            "use_cache",
+            "logits_to_keep",
+            "kwargs",
+        ],
+        "our forward, which repeats the stock one's arguments",
+    ),
+]
+
+
+@pytest.mark.parametrize(("function", "names", "use"), SIGNATURES, ids=lambda value: getattr(value, "__qualname__", ""))
+def test_signatures(function: Callable[..., Any], names: list[str], use: str) -> None:
+    """Catches an argument added, renamed or moved in front of ours."""
+    found = list(inspect.signature(function).parameters)
+    found = [name for name in found if name in names or found.index(name) < len(names)]
+    assert found == names, f"{function.__qualname__} changed; it serves {use}"
+
+
+def test_our_forward_takes_what_the_stock_one_takes() -> None:
+    """Catches an argument of a newer stock forward that ours would pass on to the attention kernel."""
+    ours = inspect.signature(inspect.unwrap(MegatronGPT2LMHeadModel.forward, stop=_is_our_function))
+    stock = inspect.signature(inspect.unwrap(GPT2LMHeadModel.forward))
+    assert list(ours.parameters) == list(stock.parameters)
+
+
+def _is_our_function(function: Any) -> bool:
+    return bool(function.__code__.co_filename == inspect.getsourcefile(MegatronGPT2LMHeadModel))
+
+
+def test_loading_hands_over_what_the_loader_overrides_need(
+    stock_dir: StockDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches from_pretrained loading by another way than `_load_pretrained_model`, or returning something else."""
+    seen = []
+    original = MegatronGPT2LMHeadModel._load_pretrained_model
+
+    def recording(*args: Any) -> Any:
+        result = original(*args)
+        seen.append((args, result))
+        return result
+
+    monkeypatch.setattr(MegatronGPT2LMHeadModel, "_load_pretrained_model", staticmethod(recording))
+    MegatronGPT2LMHeadModel.from_pretrained(stock_dir("base"))
+    ((model, state_dict, files, load_config, *_), (info, _offload)) = seen[0]
+    assert isinstance(model, MegatronGPT2LMHeadModel)
+    assert state_dict is None
+    assert [Path(file).name for file in files] == ["model.safetensors"]
+    assert isinstance(load_config, LoadStateDictConfig)
+    assert isinstance(info.missing_keys, set)
+    assert isinstance(info.mismatched_keys, set)
+    assert next(iter(model.parameters()))._is_hf_initialized, "loaded weights would be drawn anew"
+
+
+def test_the_loader_takes_the_fields_we_set() -> None:
+    """Catches a field of LoadStateDictConfig renamed: tp directories are loaded with one of our making."""
+    names = {field.name for field in fields(LoadStateDictConfig)}
+    used = {"pretrained_model_name_or_path", "device_map", "device_mesh", "dtype", "ignore_mismatched_sizes"}
+    assert used <= names
+
+
+def test_auto_from_config_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches `AutoModel...from_config` not going through `_from_config` any more."""
+    seen: dict[str, Any] = {}
+
+    def recording(cls: type, /, config: Any, **kwargs: Any) -> str:
+        seen.update(kwargs)
+        return "model"
+
+    monkeypatch.setattr(MegatronGPT2LMHeadModel, "_from_config", classmethod(recording))
+    layout = DistributedConfig(tp_size=2)
+    assert AutoModelForCausalLM.from_config(MegatronGPT2Config(**TINY), distributed_config=layout, seed=1) == "model"
+    assert seen["distributed_config"] is layout
+    assert seen["seed"] == 1
+
+
+def test_slices_are_read_as_our_sources_offer_them() -> None:
+    """Catches `DtensorShardOperation` asking a source for more than its shape, a slice per dimension, or all of it."""
+    source = inspect.getsource(DtensorShardOperation)
+    assert "source.get_shape()" in source
+    assert "source[...]" in source
+    assert "source[tuple(slice_parts)]" in source
+
+
+def test_our_style_is_known() -> None:
+    """Catches the registry of parallel styles moving: every plan of ours names this one."""
+    assert STYLE_NAME in ALL_PARALLEL_STYLES
+    assert set((MegatronGPT2Config(**TINY).base_model_tp_plan or {}).values()) == {STYLE_NAME}
+
+
+def test_the_mixin_marks_models_it_cut() -> None:
+    """Catches the property renamed that tells whether saving takes all ranks."""
+    assert isinstance(DistributedMixin.is_distributed_loading_by_transformers, property)
+    assert not MegatronGPT2LMHeadModel(MegatronGPT2Config(**TINY)).is_distributed_loading_by_transformers
+
+
+def test_strided_shards_take_a_split_factor() -> None:
+    """Catches torch's private placement for fused tensors changing its arguments: the cut of Q|K|V."""
+    placement = _StridedShard(1, split_factor=3)
+    assert (placement.dim, placement.split_factor) == (1, 3)
+
+
+def test_the_format_of_tp_directories(stock_dir: StockDir, tmp_path: Path) -> None:
+    """Catches another name or other metadata for the files of a distributed checkpoint."""
+    assert _hf_utils.CUSTOM_METADATA_KEY == SHARDING_INFO
+    assert _hf_utils.SAVED_OFFSETS_KEY == "saved_offsets"
+    MegatronGPT2LMHeadModel.from_pretrained(stock_dir("base")).save_pretrained(tmp_path, distributed_checkpoint=True)
+    (shard,) = tmp_path.glob("*.safetensors")
+    assert is_shard(shard)
+    assert is_sharded_checkpoint(tmp_path)
+    content = shard.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    offsets = json.loads(header["__metadata__"][SHARDING_INFO])
+    assert offsets["transformer.h.0.attn.c_attn.weight"]["saved_offsets"] == [0, 0]
+
+
+def test_the_stock_model_asks_its_modules_for_what_ours_have() -> None:
+    """Catches stock's GPT2Model using a submodule ours replace in a new way, by running it on ours."""
+    ours = MegatronGPT2LMHeadModel(MegatronGPT2Config(**TINY)).transformer
+    assert [name for name, _ in GPT2Model(ours.config).named_children()] == [name for name, _ in ours.named_children()]
+    assert {name for name, _ in GPT2Model(ours.config).named_parameters()} == {n for n, _ in ours.named_parameters()}
+    assert ours(torch.ones(1, 3, dtype=torch.long)).last_hidden_state.shape == (1, 3, 48)
