@@ -18,7 +18,7 @@ import torch
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 
 from hf_megatron.errors import CheckpointIncompleteError
-from hf_megatron.models.layout import barrier
+from hf_megatron.models.layout import barrier, one_process_allowed
 
 __all__ = [
     "OPTIMIZER_DIRECTORY",
@@ -62,7 +62,8 @@ def finish_checkpoint(fresh: Path, destination: Path, *, is_first: bool) -> None
 
 def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
     """Save the optimizer's state under parameter names, each rank its own part; every rank must call it."""
-    save_optimizer_distributed(model, optimizer, str(directory / OPTIMIZER_DIRECTORY))
+    with one_process_allowed():
+        save_optimizer_distributed(model, optimizer, str(directory / OPTIMIZER_DIRECTORY))
 
 
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
@@ -79,7 +80,8 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, dir
         )
     # With gradients in place torch takes the optimizer for one that has stepped, and silently restores nothing.
     model.zero_grad(set_to_none=True)
-    load_optimizer_distributed(model, optimizer, str(path))
+    with one_process_allowed():
+        load_optimizer_distributed(model, optimizer, str(path))
 
 
 def save_random_state(directory: Path, data_parallel_rank: int) -> None:

@@ -9,7 +9,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -34,17 +42,16 @@ class ProgressBar:
     def __init__(self, bars: Progress) -> None:
         """Show tasks in ``bars``."""
         self._bars = bars
-        self._task = None if bars.disable else bars.add_task("", total=None, visible=False)
+        self._task: TaskID | None = None
 
     def begin(self, task: str, total_bytes: int) -> None:
         """Start a task."""
-        if self._task is not None:
-            self._task = self._bars.add_task(task, total=total_bytes)
+        self._task = self._bars.add_task(task, total=total_bytes)
 
     def advance(self, num_bytes: int) -> None:
         """Move the bar of the current task."""
-        if self._task is not None:
-            self._bars.advance(self._task, num_bytes)
+        assert self._task is not None, "begin comes before advance"
+        self._bars.advance(self._task, num_bytes)
 
 
 @contextmanager

@@ -67,9 +67,16 @@ _MAX_DEPTH = 16
 @dataclass(frozen=True, slots=True)
 class _Storage:
     key: str
-    dtype: str
+    type: str
     numel: int
     offset: int = 0  # elements before this view of it (files of torch 0.3)
+
+    @property
+    def dtype(self) -> str:
+        """In safetensors' spelling."""
+        if self.type not in _STORAGES:
+            raise CheckpointFormatError(f"A tensor is a {self.type}, which safetensors cannot hold.")
+        return _STORAGES[self.type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +246,7 @@ def _storage(persistent_id: Any) -> _Storage:
     offset = 0
     if view and view[0] is not None:
         _, offset, _ = view[0]
-    return _Storage(key, _STORAGES.get(storage_type.name, ""), numel, int(offset))
+    return _Storage(key, storage_type.name, numel, int(offset))
 
 
 def _with_places(path: Path, read: Unpickled, start: Callable[[_Storage], int]) -> Any:
@@ -271,11 +278,11 @@ def _with_places(path: Path, read: Unpickled, start: Callable[[_Storage], int]) 
 
 def _array(path: Path, arguments: tuple[Any, ...], start: Callable[[_Storage], int]) -> StoredArray:
     storage, offset, shape, strides, *_ = arguments
-    if not isinstance(storage, _Storage) or not storage.dtype:
-        raise CheckpointFormatError(f"{path} holds a tensor of a type that safetensors cannot hold.")
-    if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
-        raise ValueError("not the shape of a tensor")
-    if not all(type(number) is int and number >= 0 for number in (offset, *shape, *strides)):
+    if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
+        raise ValueError("not a tensor")
+    if len(shape) != len(strides) or not all(
+        type(number) is int and number >= 0 for number in (offset, *shape, *strides)
+    ):
         raise ValueError("not the shape of a tensor")
     last = offset + _last_element(shape, strides)
     if prod(shape) and last >= storage.numel:

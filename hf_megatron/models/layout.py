@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from transformers.utils import logging
 
 from hf_megatron.errors import ParallelStateError, UnsupportedError
 
-__all__ = ["barrier", "check_distributed_config", "is_first_rank", "quiet_loading"]
+__all__ = ["barrier", "check_distributed_config", "is_first_rank", "one_process_allowed", "quiet_loading"]
 
 
 def check_distributed_config(config: DistributedConfig) -> None:
@@ -52,6 +53,14 @@ def barrier() -> None:
     """Wait for all processes, if there are several."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def one_process_allowed() -> Iterator[None]:
+    """Silence torch's warning that a distributed checkpoint is handled without a process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 @contextmanager

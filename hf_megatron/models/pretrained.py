@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -28,7 +27,13 @@ from transformers.utils import logging
 from hf_megatron.checkpoint import LazyTensor, canonicalise, open_checkpoint, open_files
 from hf_megatron.errors import CheckpointIncompleteError, CheckpointShapeError, UnsupportedError
 from hf_megatron.models.initialization import fill_normal, initialization_seed, local_seed, seed_of_first_rank
-from hf_megatron.models.layout import barrier, check_distributed_config, is_first_rank, quiet_loading
+from hf_megatron.models.layout import (
+    barrier,
+    check_distributed_config,
+    is_first_rank,
+    one_process_allowed,
+    quiet_loading,
+)
 from hf_megatron.models.saving import remove_shards, rewrite_config, swap_into_place
 from hf_megatron.modules import VocabParallelHead
 from hf_megatron.partition import ModelClass, PartitionTable
@@ -315,8 +320,7 @@ class MegatronModelMixin:
         if any(isinstance(parameter, DTensor) for parameter in model_to_save.parameters()):
             super().save_distributed_checkpoint(model_to_save, save_directory, **kwargs)  # type: ignore[misc]
             return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        with one_process_allowed():
             _save_model_checkpoint_distributed(model_to_save, save_directory)
 
     def gather_sharded_state_dict_for_save(

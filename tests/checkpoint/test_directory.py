@@ -199,8 +199,7 @@ def test_an_unsafe_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_checkpoint(tmp_path)
     assert not marker.exists()
     assert "weights_only" not in str(error.value)
-    assert error.value.__cause__ is None
-    assert error.value.__suppress_context__
+    assert error.value.__context__ is None
 
 
 @pytest.mark.parametrize(
@@ -209,7 +208,7 @@ def test_an_unsafe_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ([torch.zeros(2)], "holds a list"),
         ({"model": {"x": torch.zeros(2)}}, "'model' is a dict"),
         ({"x": torch.zeros(2), "step": 3}, "'step' is a int"),
-        ({"x": torch.zeros(2, dtype=torch.complex64)}, "dtype torch.complex64"),
+        ({"x": torch.zeros(2, dtype=torch.complex64)}, "torch.ComplexFloatStorage"),
     ],
 )
 def test_a_pickle_of_anything_but_named_tensors_is_refused(tmp_path: Path, content: object, message: str) -> None:

@@ -36,7 +36,7 @@ def _compare_generation(directory: Path, tp_size: int, attention: str) -> None:
         {"do_sample": False, "cache_implementation": "static"},
         {"do_sample": False, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
     ):
-        for padding in ("none", "left"):
+        for padding in ("none", "left") if options == {"do_sample": False} else ("left",):
             prompts = _prompts(padding)
             limits = {"max_new_tokens": 8, "min_new_tokens": 6}
             expected = stock.generate(**prompts, **limits, **options)
@@ -44,8 +44,10 @@ def _compare_generation(directory: Path, tp_size: int, attention: str) -> None:
             assert torch.equal(actual, expected), f"{options}, padding {padding}: {actual} instead of {expected}"
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
-@pytest.mark.parametrize(("variant", "attention"), [("base", "sdpa"), ("untied", "eager")])
+@pytest.mark.parametrize(
+    ("variant", "attention", "tp_size"),
+    [("base", "sdpa", 1), ("base", "sdpa", 2), ("base", "sdpa", 4), ("untied", "eager", 2)],
+)
 def test_tokens_equal_stock(pool: Pool, stock_dir: StockDir, variant: str, attention: str, tp_size: int) -> None:
     """Catches logits that are not whole, caches that hold the wrong heads, and padding that is attended to."""
     run_at(pool, tp_size, _compare_generation, stock_dir(variant), tp_size, attention)
@@ -79,7 +81,7 @@ def _sample(directory: Path, tp_size: int) -> list[list[list[int]]]:
     for padding, options in (("none", {}), ("left", {"top_k": 20, "temperature": 1.5}), ("none", {"num_beams": 2})):
         torch.manual_seed(100 + rank())
         for _ in range(2):
-            limits = {"max_new_tokens": 10, "min_new_tokens": 10}
+            limits = {"max_new_tokens": 6, "min_new_tokens": 6}
             ids = model.generate(**_prompts(padding), **limits, **options, do_sample=True)
             sampled.append(ids.tolist())
     return sampled

@@ -56,7 +56,7 @@ class ModelTester:
         names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         return self.causal_lm_class.config_class(
             **{name: getattr(self, name) for name in names},
-            **{"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_labels": 3},
+            **{"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
             **self.options,
         )
 

@@ -129,9 +129,8 @@ def read_transformers_directory(directory: Path, config: Mapping[str, Any] | Non
     require_complete(canonical)
     if model_class is not model_class_of(table, checkpoint.config):
         named = checkpoint.config.get("architectures")
-        _logger.warning(
-            "%s is taken for a %s, which is all that is stored; config.json says %s.", directory, model_class.stock, named
-        )
+        message = "%s is taken for a %s, which is all that is stored; config.json says %s."
+        _logger.warning(message, directory, model_class.stock, named)
     return Model(
         directory=directory,
         format=checkpoint.format,

@@ -51,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_padding": {"pad_token_id": None},
     "chunked": {"chunk_size_feed_forward": 3},
     "other_functions": {"hidden_act": "relu", "layer_norm_eps": 0.01, "type_vocab_size": 3},
-    # Published sizes, of which neither is divisible by 4.
+    # Published sizes; 4 ranks hold rows of the first unevenly, 3 ranks rows of the second.
     "uncased_vocabulary": {"vocab_size": 30522, "num_hidden_layers": 1},
     "cased_vocabulary": {"vocab_size": 28996, "num_hidden_layers": 1},
 }

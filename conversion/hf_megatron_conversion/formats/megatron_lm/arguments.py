@@ -1,0 +1,154 @@
+"""Megatron-LM's training arguments: what they say of the model, and what of it is not supported here.
+
+Defaults and precedences changed over the years; what is absent from a file has the meaning it had when files did not
+have it. Sources: ``megatron/arguments.py`` and ``megatron/model/transformer.py`` at v1.0, v2.0, v2.5 and 23.06, and
+``core_transformer_config_from_args`` of Megatron-core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_megatron.checkpoint.unpickle import Call, Global
+
+__all__ = [
+    "ERF",
+    "TANH",
+    "Activations",
+    "Arguments",
+    "activations",
+    "padded_vocab_size",
+    "stored_layer",
+    "unsupported",
+    "value_of",
+    "vocab_size_of",
+]
+
+Arguments = Mapping[str, Any]
+
+TANH = ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate")
+"""The stock library's names for the tanh form of gelu; they differ by 3e-7 at most."""
+ERF = ("gelu", "gelu_python")
+"""And for the exact one."""
+
+_SWITCHES = (
+    "swiglu",
+    "squared_relu",
+    "quick_geglu",
+    "glu_activation",
+    "use_rotary_position_embeddings",
+    "apply_layernorm_1p",
+    "multi_latent_attention",
+    "qk_layernorm",
+    "window_size",
+    "retro_add_retriever",
+    "is_hybrid_model",
+)
+_FIXED: dict[str, tuple[object, ...]] = {
+    "normalization": (None, "LayerNorm"),
+    "add_bias_linear": (None, True),
+    "add_position_embedding": (None, True),
+    "position_embedding_type": (None, "learned_absolute"),
+    "num_experts": (None, 0, 1, [1]),
+    "standalone_embedding_stage": (None, False),
+    "account_for_embedding_in_pipeline_split": (None, False),
+    "account_for_loss_in_pipeline_split": (None, False),
+}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Names of the activations, as transformers calls them.
+
+    Attributes:
+        mlp: In every layer.
+        head: In BERT's masked-LM head.
+    """
+
+    mlp: str
+    head: str
+
+
+def activations(arguments: Arguments | None, *, is_core: bool, is_bert: bool) -> Activations:
+    """Which of the gelus the model was trained with.
+
+    Args:
+        arguments: None in files from before v1.0, whose GPT-2 had the tanh form and whose BERT the exact one.
+        is_core: Whether the names are Megatron-core's, which knows fewer of the switches.
+        is_bert: Whether the model is a BERT.
+    """
+    if arguments is None:
+        return Activations("gelu", "gelu") if is_bert else Activations("gelu_new", "gelu_new")
+    is_fused = bool(arguments.get("bias_gelu_fusion"))
+    if is_core:
+        return Activations("gelu_fast" if is_fused else "gelu", "gelu")
+    openai, onnx = bool(arguments.get("openai_gelu")), bool(arguments.get("onnx_safe"))
+    head = "gelu_new" if openai else "gelu"
+    # onnx_safe is the exact form with 1.41421 for the root of two, 1.2e-6 off. Until squared_relu came in 2022 the fused
+    # kernel was used whatever else was asked for; since then only in the absence of anything else.
+    fusion_wins = "squared_relu" not in arguments
+    if is_fused and (fusion_wins or not (openai or onnx)):
+        return Activations("gelu_fast", head)
+    return Activations(head, head)
+
+
+def unsupported(arguments: Arguments, *, is_bert: bool) -> Iterator[str]:
+    """A line for each thing that the arguments ask for and that the stock GPT-2 and BERT do not have."""
+    for name in _SWITCHES:
+        if arguments.get(name):
+            yield f"{name}={value_of(arguments[name])} is not supported"
+    for name, allowed in _FIXED.items():
+        if (value := arguments.get(name)) not in allowed:
+            yield f"{name}={value_of(value)} is not supported (only {value_of(allowed[-1])})"
+    heads, groups = arguments.get("num_attention_heads"), arguments.get("num_query_groups")
+    if arguments.get("group_query_attention") and groups != heads:
+        yield f"group_query_attention with num_query_groups={value_of(groups)} is not supported"
+    hidden, channels = arguments.get("hidden_size"), arguments.get("kv_channels")
+    sizes = (heads, hidden, channels)
+    if all(isinstance(size, int) for size in sizes) and channels * heads != hidden:
+        yield f"kv_channels={channels} times num_attention_heads={heads} is not hidden_size={hidden}"
+    if not is_bert and arguments.get("apply_residual_connection_post_layernorm"):
+        yield "apply_residual_connection_post_layernorm is not supported for GPT (for BERT it is)"
+    style = arguments.get("param_sharing_style")
+    if _unique_layers(arguments) is not None and style not in ("grouped", "spaced"):
+        yield f"param_sharing_style={value_of(style)} is not known (grouped, spaced)"
+
+
+def _unique_layers(arguments: Arguments) -> int | None:
+    unique, layers = arguments.get("num_unique_layers"), arguments.get("num_layers")
+    return unique if isinstance(unique, int) and unique != layers else None
+
+
+def stored_layer(arguments: Arguments, layer: int) -> int:
+    """The stored layer whose parameters layer ``layer`` has: itself, unless parameters are shared between layers."""
+    unique = _unique_layers(arguments)
+    if unique is None:
+        return layer
+    if arguments.get("param_sharing_style") == "grouped":
+        return layer % unique
+    return layer // max(int(arguments["num_layers"]) // unique, 1)
+
+
+def padded_vocab_size(vocab_size: int, divisor: int, tp_size: int) -> int:
+    """The next multiple of ``divisor * tp_size``."""
+    return -(-vocab_size // (divisor * tp_size)) * divisor * tp_size
+
+
+def vocab_size_of(arguments: Arguments) -> int | None:
+    """The vocabulary without padding, where the arguments say it; Megatron-LM's own mostly do not."""
+    for name in ("orig_vocab_size", "true_vocab_size", "vocab_size"):
+        value = arguments.get(name)
+        if isinstance(value, int) and value > 0:
+            # This tokenizer adds an end-of-document token to what it is told.
+            is_null = name == "vocab_size" and arguments.get("tokenizer_type") == "NullTokenizer"
+            return value + 1 if is_null else value
+    return None
+
+
+def value_of(value: object) -> str:
+    """A stored value, in a few words."""
+    if isinstance(value, Call):
+        return f"{value.function}{value.arguments!r}"[:80]
+    return value.name if isinstance(value, Global) else repr(value)[:80]

@@ -1,0 +1,248 @@
+"""The files of a Megatron-LM checkpoint: which there are, and what each of them holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_megatron.checkpoint import LazyTensor
+from hf_megatron.checkpoint.torch_file import TENSOR_NAMES, StoredArray, open_torch_file
+from hf_megatron.checkpoint.unpickle import Call
+from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron_conversion.formats.megatron_lm.names import is_ignored, own_name
+
+__all__ = ["Rank", "is_megatron_lm", "iteration_directory", "open_ranks"]
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+_FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")
+_ITERATION = re.compile(r"iter_\d{7,}|release")
+# Tensor rank, pipeline stage, and in some versions the data-parallel or expert rank.
+_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
+_DISTRIBUTED = (".metadata", "metadata.json", "common.pt")
+_MAX_LEAVES = 10**6
+
+# What Megatron's files name besides tensors. None of it is looked up.
+_ALLOWED = TENSOR_NAMES | {
+    "_codecs.encode",
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "bytearray")),
+    "collections.defaultdict",
+    "copy_reg._reconstructor",
+    "copyreg._reconstructor",
+    "datetime.timedelta",
+    "io.BytesIO",
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
+    "signal.Signals",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
+    "numpy.dtype",
+    "numpy.ndarray",
+    "torch._C.Generator",
+    "torch._utils._rebuild_device_tensor_from_numpy",
+    "torch.device",
+    *(f"torch.{name}" for name in ("float16", "bfloat16", "float32", "float64", "uint8", "int32", "int64", "half")),
+}
+_ALLOWED_PATTERNS = (
+    re.compile(r"numpy\.dtypes\.\w+DType"),
+    # Enumerations in the arguments, loss scalers, and whatever else Megatron-LM defines.
+    re.compile(r"(?:megatron|fp16|deepspeed)(?:\.\w+)+"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """One file.
+
+    Attributes:
+        path: Where it lies.
+        tp: Tensor-parallel rank.
+        pp: Pipeline stage.
+        arguments: Megatron's command line arguments, or None in files that have none.
+        version: ``checkpoint_version`` as stored; None if absent.
+        iteration: As stored.
+        chunks: The tensors by name, of each chunk of the stage (only interleaved pipelines have several).
+        unmapped: Names of what is stored and not known here.
+    """
+
+    path: Path
+    tp: int
+    pp: int
+    arguments: dict[str, Any] | None
+    version: object
+    iteration: object
+    chunks: tuple[dict[str, LazyTensor], ...]
+    unmapped: tuple[str, ...]
+
+
+def is_megatron_lm(directory: Path) -> bool:
+    """Whether the directory has the form of a Megatron-LM checkpoint, or is one iteration of one."""
+    if not directory.is_dir():
+        return False
+    names = {path.name for path in directory.iterdir()}
+    return _TRACKER in names or any(_ITERATION.fullmatch(name) or _RANK.fullmatch(name) for name in names)
+
+
+def iteration_directory(directory: Path) -> Path:
+    """The directory with the ranks' directories: the latest iteration, or the given directory itself.
+
+    Raises:
+        CheckpointIncompleteError: It is not there, or nothing says which iteration is meant.
+        CheckpointFormatError: A distributed checkpoint of Megatron-core.
+    """
+    if _rank_directories(directory):
+        return directory
+    tracker = directory / _TRACKER
+    if tracker.is_file():
+        latest = tracker.read_text(encoding="utf-8", errors="replace").strip()[:32]
+        if latest != "release" and not latest.isdecimal():
+            raise CheckpointFormatError(f"{tracker} holds {latest!r} where an iteration or 'release' is expected.")
+        chosen = directory / (latest if latest == "release" else f"iter_{int(latest):07d}")
+    else:
+        found = sorted(path for path in directory.iterdir() if _ITERATION.fullmatch(path.name))
+        if len(found) != 1:
+            names = ", ".join(path.name for path in found[-5:])
+            raise CheckpointIncompleteError(f"{directory} has no {_TRACKER}; give one of its iterations: {names}.")
+        (chosen,) = found
+    if not chosen.is_dir():
+        raise CheckpointIncompleteError(f"{chosen} is missing, which {tracker} names.")
+    if any((chosen / name).exists() for name in _DISTRIBUTED):
+        raise CheckpointFormatError(
+            f"{chosen} is a distributed checkpoint of Megatron-core (torch_dist), which is not read here. Have "
+            "Megatron-LM write it with --ckpt-format torch."
+        )
+    if not _rank_directories(chosen):
+        raise CheckpointIncompleteError(f"{chosen} holds no mp_rank_XX/{_FILE_NAMES[0]}.")
+    return chosen
+
+
+def open_ranks(directory: Path, problems: list[str]) -> dict[tuple[int, int], Rank]:
+    """Open every rank's file, by (tensor rank, pipeline stage).
+
+    Args:
+        directory: With the ranks' directories.
+        problems: Extended by a line for each thing that is wrong with the set of files, or with one of them.
+    """
+    ranks: dict[tuple[int, int], Rank] = {}
+    found = _rank_directories(directory)
+    stages = 1
+    for numbers, path in found:
+        try:
+            rank = _open_rank(path, numbers[0], 0)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        arguments = rank.arguments or {}
+        stages = max(stages, _size(arguments, "pipeline_model_parallel_size") or 1)
+        is_data_parallel = path.name == "model_rng.pt" and (len(numbers) == 3 or stages == 1)
+        if is_data_parallel and len(numbers) > 1 and numbers[-1]:
+            continue  # another copy of the same weights
+        if len(numbers) == 3 and numbers[2] and not is_data_parallel:
+            problems.append(f"{path.parent.name} is the part of an expert-parallel rank; experts are not supported")
+            continue
+        pp = 0 if len(numbers) == 1 or (is_data_parallel and len(numbers) == 2) else numbers[1]
+        ranks[numbers[0], pp] = Rank(**{**_fields(rank), "pp": pp})
+    problems += _missing(ranks, directory)
+    return ranks
+
+
+def _fields(rank: Rank) -> dict[str, Any]:
+    return {name: getattr(rank, name) for name in rank.__dataclass_fields__}
+
+
+def _rank_directories(directory: Path) -> list[tuple[tuple[int, ...], Path]]:
+    """Numbers of each rank's directory, and the file in it with the weights."""
+    result = []
+    for entry in sorted(directory.iterdir()):
+        if (match := _RANK.fullmatch(entry.name)) is None:
+            continue
+        files = [entry / name for name in _FILE_NAMES if (entry / name).exists()]
+        if files:
+            result.append((tuple(int(number) for number in match.groups() if number is not None), files[0]))
+    return result
+
+
+def _missing(ranks: dict[tuple[int, int], Rank], directory: Path) -> Iterator[str]:
+    """Ranks that the arguments, or the numbers of the others, say there are."""
+    if not ranks:
+        return
+    arguments = [rank.arguments for rank in ranks.values() if rank.arguments is not None]
+    known_tp = [_size(a, "tensor_model_parallel_size") or _size(a, "model_parallel_size") for a in arguments]
+    known_pp = [_size(a, "pipeline_model_parallel_size") for a in arguments]
+    tp_size = max([size for size in known_tp if size] or [1 + max(tp for tp, _ in ranks)])
+    pp_size = max([size for size in known_pp if size] or [1 + max(pp for _, pp in ranks)])
+    for tp in range(tp_size):
+        for pp in range(pp_size):
+            if (tp, pp) not in ranks:
+                stage = f" stage {pp}" if pp_size > 1 else ""
+                yield f"rank {tp}{stage} of {tp_size} x {pp_size} is missing in {directory}"
+    for tp, pp in ranks:
+        if tp >= tp_size or pp >= pp_size:
+            yield f"rank {tp} stage {pp} is left over: the checkpoint has {tp_size} x {pp_size} ranks and stages"
+
+
+def _size(arguments: dict[str, Any], name: str) -> int | None:
+    value = arguments.get(name)
+    # What is not a number of ranks is nothing to enumerate.
+    return value if isinstance(value, int) and 0 < value <= 4096 else None
+
+
+def _open_rank(path: Path, tp: int, pp: int) -> Rank:
+    content = open_torch_file(path, _is_allowed)
+    if not isinstance(content, dict):
+        raise CheckpointFormatError(f"{path} holds a {type(content).__name__} where a dictionary is expected.")
+    keys = [key for key in content if isinstance(key, str) and re.fullmatch(r"model\d*", key)]
+    keys.sort(key=lambda key: int(key.removeprefix("model") or 0))
+    if not keys:
+        raise CheckpointFormatError(f"{path} has no 'model' in it, which a checkpoint of Megatron-LM has.")
+    chunks, unmapped = [], []
+    for key in keys:
+        tensors, unknown = _own_tensors(path, content[key])
+        chunks.append(tensors)
+        unmapped += unknown
+    return Rank(
+        path=path,
+        tp=tp,
+        pp=pp,
+        arguments=_arguments(content.get("args")),
+        version=content.get("checkpoint_version"),
+        iteration=content.get("iteration", content.get("total_iters")),
+        chunks=tuple(chunks),
+        unmapped=tuple(unmapped),
+    )
+
+
+def _is_allowed(name: str) -> bool:
+    return name in _ALLOWED or any(pattern.fullmatch(name) for pattern in _ALLOWED_PATTERNS)
+
+
+def _arguments(stored: Any) -> dict[str, Any] | None:
+    state = stored.state if isinstance(stored, Call) else stored
+    return {str(key): value for key, value in state.items()} if isinstance(state, dict) else None
+
+
+def _own_tensors(path: Path, model: Any) -> tuple[dict[str, LazyTensor], Sequence[str]]:
+    """The tensors by the names used here, and the stored names that are not known or not tensors."""
+    tensors: dict[str, LazyTensor] = {}
+    unknown = []
+    for count, (stored, value) in enumerate(_leaves(model, "")):
+        if count > _MAX_LEAVES:
+            raise CheckpointFormatError(f"{path} holds more than {_MAX_LEAVES:,} tensors.")
+        name = own_name(stored)
+        if name is not None and isinstance(value, StoredArray) and name not in tensors:
+            tensors[name] = value.lazy(name)
+        elif not is_ignored(stored) and value != {}:
+            unknown.append(stored)
+    return tensors, unknown
+
+
+def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Everything in nested dictionaries, under dotted names; empty ones are leaves."""
+    if not isinstance(value, dict) or not value:
+        yield prefix.removesuffix("."), value
+        return
+    for key, item in value.items():
+        yield from _leaves(item, f"{prefix}{str(key)[:200]}.")

@@ -1,0 +1,25 @@
+"""A BERT tokenizer and documents, made on the spot from text that comes with Python."""
+
+from __future__ import annotations
+
+from pydoc_data.topics import topics
+
+import pytest
+from transformers import BertTokenizerFast, PreTrainedTokenizerBase
+
+from hf_megatron.data import tokenize_sentences
+
+Document = list[list[int]]
+
+_TEXTS = [topics[name] for name in sorted(topics)[:30]]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """A WordPiece tokenizer with a vocabulary so small that most words have several tokens."""
+    return BertTokenizerFast().train_new_from_iterator(_TEXTS, 600, show_progress=False)
+
+
+@pytest.fixture(scope="session")
+def documents(tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+    return [tokenize_sentences(tokenizer, text) for text in _TEXTS]

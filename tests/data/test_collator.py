@@ -1,0 +1,179 @@
+"""The collator: the batch it makes, and that it can be made again, elsewhere too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining
+from hf_megatron.data import DataCollatorForMegatronBertPretraining, NgramMasking, sentence_order_pairs
+from hf_megatron.errors import DataError
+from tests.data.conftest import Document
+from tests.distributed import RankPool
+
+Batch = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    return list(sentence_order_pairs(documents, tokenizer, max_length=48, generator=generator))
+
+
+def _is_equal(one: Batch, other: Batch) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _tiny(tokenizer: PreTrainedTokenizerBase) -> MegatronBertConfig:
+    return MegatronBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=48,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def test_the_batch(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]) -> None:
+    """Catches labels at padding, special or unmasked tokens, a masked token without its label, and wrong padding."""
+    batch = DataCollatorForMegatronBertPretraining(tokenizer, seed=1)(examples[:40])
+    longest = max(len(example["input_ids"]) for example in examples[:40])
+    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels", "sentence_order_label"}
+    assert all(tensor.dtype == torch.long for tensor in batch.values())
+    assert batch["input_ids"].shape == (40, longest)
+    assert batch["sentence_order_label"].tolist() == [example["sentence_order_label"] for example in examples[:40]]
+    words = NgramMasking(tokenizer)
+    for row, example in enumerate(examples[:40]):
+        ids, length = example["input_ids"], len(example["input_ids"])
+        padding = longest - length
+        seen, labels = batch["input_ids"][row].tolist(), batch["labels"][row].tolist()
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * padding
+        assert batch["token_type_ids"][row].tolist() == example["token_type_ids"] + [0] * padding
+        assert seen[length:] == [tokenizer.pad_token_id] * padding
+        assert labels[length:] == [-100] * padding
+        chosen = {position for position in range(length) if labels[position] != -100}
+        assert all(labels[position] == ids[position] for position in chosen)
+        assert all(seen[position] == ids[position] for position in set(range(length)) - chosen)
+        whole = [word for word in words.words(ids) if chosen.issuperset(word)]
+        assert chosen == {position for word in whole for position in word}
+        assert 1 <= len(chosen) <= max(0.15 * (length - 3), min(map(len, words.words(ids))))
+
+
+def test_examples_without_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Catches a collator that needs pairs, where MegatronBertForMaskedLM has none; tensors are taken as well."""
+    texts = ["the statement is executed", "an expression"]
+    plain = [tokenizer(text, return_token_type_ids=False) for text in texts]
+    tensors = [{name: torch.tensor(ids) for name, ids in example.items()} for example in plain]
+    batch = DataCollatorForMegatronBertPretraining(tokenizer, seed=1)(plain)
+    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
+    assert not batch["token_type_ids"].any()
+    assert _is_equal(batch, DataCollatorForMegatronBertPretraining(tokenizer, seed=1)(tensors))
+
+
+def test_padding_to_a_multiple(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]) -> None:
+    """Catches a length that is not a multiple, or one more multiple than needed."""
+    for multiple, length in ((1, 48), (16, 48), (7, 49), (64, 64)):
+        batch = DataCollatorForMegatronBertPretraining(tokenizer, pad_to_multiple_of=multiple)(examples[:8])
+        assert {batch[name].shape for name in ("input_ids", "attention_mask", "token_type_ids", "labels")} == {
+            (8, length)
+        }
+
+
+def test_a_seed_makes_a_stream_of_its_own(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]) -> None:
+    """Catches masks that depend on what else draws random numbers, or that are the same in every epoch."""
+    first, second = (DataCollatorForMegatronBertPretraining(tokenizer, seed=8) for _ in range(2))
+    state = torch.get_rng_state()
+    batches = [first(examples[:8]) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert all(_is_equal(batch, second(examples[:8])) for batch in batches)
+    assert not _is_equal(*batches)
+    assert not _is_equal(DataCollatorForMegatronBertPretraining(tokenizer, seed=9)(examples[:8]), batches[0])
+
+
+def test_without_a_seed_the_default_generator_is_used(
+    tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]
+) -> None:
+    """Catches masks that a resumed training, which restores that generator, would not see again."""
+    collate = DataCollatorForMegatronBertPretraining(tokenizer)
+    torch.manual_seed(4)
+    batches = [collate(examples[:8]) for _ in range(2)]
+    torch.manual_seed(4)
+    assert all(_is_equal(batch, collate(examples[:8])) for batch in batches)
+
+
+def test_workers_do_not_repeat_each_other(
+    tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches DataLoader workers that all mask alike because each has a copy of the seed."""
+    batches = []
+    for worker in (None, SimpleNamespace(id=0), SimpleNamespace(id=1)):
+        monkeypatch.setattr("hf_megatron.data.collator.get_worker_info", lambda worker=worker: worker)
+        batches.append(DataCollatorForMegatronBertPretraining(tokenizer, seed=8)(examples[:8]))
+    assert _is_equal(batches[0], batches[1])
+    assert not _is_equal(batches[1], batches[2])
+
+
+def _batches_on_a_rank(directory: Path, examples: list[dict[str, Any]]) -> list[Batch]:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(rank)
+    with_seed = DataCollatorForMegatronBertPretraining(tokenizer, seed=1)(examples)
+    MegatronBertForPreTraining.from_config(_tiny(tokenizer), distributed_config=DistributedConfig(tp_size=2))
+    return [with_seed, DataCollatorForMegatronBertPretraining(tokenizer)(examples)]
+
+
+def test_same_batch_on_all_ranks(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[dict[str, Any]],
+    pool: Callable[[int], RankPool],
+    tmp_path: Path,
+) -> None:
+    """Catches ranks that mask other tokens: their shards would be trained on different batches, without an error."""
+    tokenizer.save_pretrained(tmp_path)
+    first, second = pool(2).run(_batches_on_a_rank, tmp_path, examples[:8])
+    assert all(_is_equal(one, other) for one, other in zip(first, second, strict=True))
+    assert _is_equal(first[0], DataCollatorForMegatronBertPretraining(tokenizer, seed=1)(examples[:8]))
+
+
+def test_in_a_trainer(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Catches column names that Trainer removes, batches the model does not take, and labels it cannot learn."""
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=30, learning_rate=1e-2, logging_steps=10, report_to=[], disable_tqdm=True
+    )
+    trainer = Trainer(
+        model=MegatronBertForPreTraining.from_config(_tiny(tokenizer), seed=0),
+        args=arguments,
+        train_dataset=Dataset.from_list(examples),
+        data_collator=DataCollatorForMegatronBertPretraining(tokenizer),
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_examples_that_cannot_be_used_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Catches a sequence that silently has no label, and order labels given to the wrong examples."""
+    collate = DataCollatorForMegatronBertPretraining(tokenizer)
+    text = dict(tokenizer("the statement"))
+    with pytest.raises(DataError, match="an example of 2 tokens has nothing but special ones"):
+        collate([text, tokenizer("")])
+    with pytest.raises(DataError, match="1 of 2 examples have a sentence_order_label"):
+        collate([text, {**text, "sentence_order_label": 1}])
+
+
+def test_a_tokenizer_without_padding_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Catches a None among the token ids, of the first batch that needs padding."""
+    without_pad = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, mask_token="[MASK]")
+    with pytest.raises(DataError, match="has no pad token"):
+        DataCollatorForMegatronBertPretraining(without_pad)

@@ -1,0 +1,169 @@
+"""Saving: what stock transformers loads, what any other layout loads, and what conversion makes of either."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_megatron import MegatronBertForPreTraining
+from hf_megatron_conversion import convert
+from tests.models.bert.reference import (
+    HEADS,
+    PLACEMENTS,
+    VARIANTS,
+    BertDir,
+    Tensors,
+    make_inputs,
+    our_class,
+    save_stock_bert,
+    stock_class,
+)
+from tests.models.reference import Pool, assert_agrees, assert_all_equal, full_weights, layout, run_at
+
+
+def _save(stock: Path, directory: Path, head: str, tp_size: int, fsdp_size: int = 1, **options: bool) -> None:
+    model = our_class(head).from_pretrained(stock, distributed_config=layout(tp_size, fsdp_size))
+    model.save_pretrained(directory, **options)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("head", "variant"), [*((head, "base") for head in HEADS), ("ForPreTraining", "untied"), ("ForMaskedLM", "untied")]
+)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_the_stock_class_loads_what_is_saved(
+    pool: Pool, bert_dir: BertDir, tmp_path: Path, placement: str, head: str, variant: str, tp_size: int
+) -> None:
+    """Catches a second copy of the decoder or its bias, a tensor of ours, and parts gathered in the wrong order."""
+    stock = bert_dir(placement, head, variant)
+    run_at(pool, tp_size, _save, stock, tmp_path, head, tp_size)
+    original = load_file(stock / "model.safetensors")
+    assert_all_equal(load_file(tmp_path / "model.safetensors"), original)
+    model, info = stock_class(placement, head).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert_all_equal({name: value for name, value in full_weights(model).items() if name in original}, original)
+
+
+@pytest.mark.parametrize("head", ["Model", "ForPreTraining"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_config_says_what_was_asked(
+    pool: Pool, bert_dir: BertDir, tmp_path: Path, placement: str, head: str
+) -> None:
+    """Catches a layout, or anything else of ours, that leaks into a stock config.json; and a placement that is lost."""
+    stock = bert_dir(placement, head)
+    original = json.loads((stock / "config.json").read_text())
+    changes = {
+        "model_type": "megatron_bert",
+        "architectures": [f"MegatronBert{head}"],
+        "layernorm_placement": placement,
+    }
+    for options, expected in (({}, {**original, **changes}), ({"stock": True}, original)):
+        run_at(pool, 2, _save, stock, tmp_path, head, 2, **options)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        # Stock MegatronBert does not know this entry, whose default is written.
+        saved.pop("classifier_dropout", None)
+        assert saved == {name: value for name, value in expected.items() if name != "classifier_dropout"}
+
+
+_LOAD_WITHOUT_US = """
+import sys
+sys.modules["hf_megatron"] = sys.modules["hf_megatron_conversion"] = None  # importing them raises ImportError
+import json, torch, transformers
+root, directories = sys.argv[1], json.loads(sys.argv[2])
+outputs = {}
+for path, (auto, name) in directories.items():
+    model, info = getattr(transformers, auto).from_pretrained(f"{root}/{path}", output_loading_info=True)
+    assert type(model).__module__.startswith("transformers.models.") and type(model).__name__ == name, model
+    assert not any(info.values()), (path, info)
+    inputs = torch.load(f"{root}/inputs-{len(name.split('MultipleChoice')) == 2}.pt")
+    outputs[path] = model(**inputs).to_tuple()[0].detach()
+torch.save(outputs, f"{root}/outputs.pt")
+"""
+
+
+def _save_in_every_way(root: Path, placement: str, tp_size: int) -> None:
+    for head in HEADS:
+        stock = root / "stock" / head
+        _save(stock, root / "left" / head, head, tp_size, stock=True)
+        _save(stock, root / "tp" / head, head, tp_size, distributed_checkpoint=True)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_it_loads_without_this_package(pool: Pool, tmp_path: Path, placement: str) -> None:
+    """Catches a user who cannot leave: `save_pretrained(stock=True)` and `--to hub` need this package to be loaded."""
+    directories, expected = {}, {}
+    for head in HEADS:
+        save_stock_bert(tmp_path / "stock" / head, placement, head)
+    pool(2).run(_save_in_every_way, tmp_path, placement, 2, timeout=120)
+    for head in HEADS:
+        convert(tmp_path / "tp" / head, tmp_path / "hub" / head, to="hub")
+        model = stock_class(placement, head).from_pretrained(tmp_path / "stock" / head)
+        output = model(**make_inputs(head)).to_tuple()[0].detach()
+        for way in ("left", "hub"):
+            directories[f"{way}/{head}"] = (f"AutoModel{head}".removesuffix("Model") or "AutoModel", type(model).__name__)
+            expected[f"{way}/{head}"] = output
+    directories = {
+        path: ("AutoModel" if auto == "Auto" else auto, name) for path, (auto, name) in directories.items()
+    }
+    for is_choice in (True, False):
+        torch.save(make_inputs("ForMultipleChoice" if is_choice else "Model"), tmp_path / f"inputs-{is_choice}.pt")
+    command = [sys.executable, "-W", "ignore", "-c", _LOAD_WITHOUT_US, str(tmp_path), json.dumps(directories)]
+    finished = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    outputs = torch.load(tmp_path / "outputs.pt")
+    assert outputs.keys() == expected.keys()
+    for path, output in outputs.items():
+        assert_agrees(path, output, expected[path])
+
+
+def _load_weights(directory: Path, tp_size: int, fsdp_size: int) -> Tensors:
+    return full_weights(
+        MegatronBertForPreTraining.from_pretrained(directory, distributed_config=layout(tp_size, fsdp_size))
+    )
+
+
+@pytest.mark.parametrize("saved_at", [(1, 1), (2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(("placement", "variant"), [("pre", "base"), ("post", "untied")])
+def test_a_tp_directory_loads_at_any_layout(
+    pool: Pool, bert_dir: BertDir, tmp_path: Path, placement: str, variant: str, saved_at: tuple[int, int]
+) -> None:
+    """Catches boxes put together in the wrong order, and a bias that is not cut where its decoder is."""
+    stock, directory = bert_dir(placement, "ForPreTraining", variant), tmp_path / "tp"
+    run_at(
+        pool,
+        saved_at[0] * saved_at[1],
+        _save,
+        stock,
+        directory,
+        "ForPreTraining",
+        *saved_at,
+        distributed_checkpoint=True,
+    )
+    expected = load_file(stock / "model.safetensors")
+    for load_at in ((1, 1), (2, 1), (4, 1), (2, 2)):
+        for weights in run_at(pool, load_at[0] * load_at[1], _load_weights, directory, *load_at):
+            assert_all_equal(weights, expected)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name in ("base", "untied")])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_conversion_over_several_degrees_is_exact(
+    bert_dir: BertDir, tmp_path: Path, placement: str, variant: str
+) -> None:
+    """Catches a tensor cut or joined at the wrong place: the file that comes out is the one that went in."""
+    stock = bert_dir(placement, "ForPreTraining", variant)
+    convert(stock, tmp_path / "tp4", to="tp", tp_size=4)
+    convert(tmp_path / "tp4", tmp_path / "tp3", to="tp", tp_size=3)
+    convert(tmp_path / "tp3", tmp_path / "hub", to="hub")
+    for name in ("model.safetensors", "config.json"):
+        content = [(directory / name).read_bytes() for directory in (tmp_path / "hub", stock)]
+        assert (content[0] == content[1]) or (name == "config.json" and json.loads(content[0]) == json.loads(content[1]))

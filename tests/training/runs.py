@@ -1,0 +1,140 @@
+"""Training runs that the tests compare: tiny models, a fixed data set, one log entry per step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers import TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+import hf_megatron
+from hf_megatron import MegatronTrainer
+
+# All layouts of the tests divide 8; 48 examples are whole batches at every one of them.
+NUM_EXAMPLES, LENGTH, GLOBAL_BATCH = 48, 12, 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to train and how.
+
+    Attributes:
+        model: Directory of the weights to begin with.
+        output: Directory of the checkpoints.
+        model_class: Name of a class of this package.
+        layout: Sizes of the DistributedConfig; empty for one plain process.
+        config: Changes to the configuration, dropout for example.
+        arguments: Changes to the TrainingArguments.
+        resume: Checkpoint to resume from.
+    """
+
+    model: Path
+    output: Path
+    model_class: str = "MegatronGPT2LMHeadModel"
+    layout: dict[str, int] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    resume: Path | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        size = 1
+        for value in self.layout.values():
+            size *= value
+        return size
+
+
+@dataclass(frozen=True)
+class Step:
+    """What Trainer logs of one step."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+
+
+class Log(TrainerCallback):
+    """Collects the steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            loss, norm, rate = (float(logs[name]) for name in ("loss", "grad_norm", "learning_rate"))
+            self.steps.append(Step(state.global_step, loss, norm, rate, state.num_input_tokens_seen))
+
+
+def examples(count: int = NUM_EXAMPLES, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Token ids and labels, of which about a fifth are -100, so that ranks have different numbers of them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 131, (count, LENGTH), generator=generator)
+    labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.2, -100, ids)
+    return [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
+
+
+def make_trainer(run: Run, log: Log | None = None, **options: Any) -> MegatronTrainer:
+    """The trainer of a run; accelerate's process-wide state of an earlier run in this process is forgotten."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    model_class = getattr(hf_megatron, run.model_class)
+    config = model_class.config_class.from_pretrained(run.model)
+    for name, value in run.config.items():
+        setattr(config, name, value)
+    layout = DistributedConfig(**run.layout) if run.layout else None
+    model = model_class.from_pretrained(run.model, config=config, distributed_config=layout)
+    data_parallel_size = run.world_size // run.layout.get("tp_size", 1)
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": GLOBAL_BATCH // data_parallel_size,
+        "per_device_eval_batch_size": 3,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "learning_rate": 1e-2,
+        # The key bias has gradient zero but for rounding, which Adam would blow up to steps of full size.
+        "adam_epsilon": 1e-3,
+        "max_grad_norm": 0.5,
+        "save_steps": 3,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "include_num_input_tokens_seen": "all",
+        "seed": 7,
+    }
+    arguments = TrainingArguments(str(run.output), **{**defaults, **run.arguments})
+    callbacks = [] if log is None else [log]
+    return MegatronTrainer(
+        model, arguments, train_dataset=examples(), eval_dataset=examples(11, seed=1), callbacks=callbacks, **options
+    )
+
+
+def train(run: Run) -> tuple[list[Step], dict[str, torch.Tensor]]:
+    """Train; returns the log and the full weights afterwards."""
+    log = Log()
+    trainer = make_trainer(run, log)
+    trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
+    return log.steps, full_weights(trainer.model)
+
+
+def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The unsharded parameters, copied."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        weights[name] = full.detach().clone()
+    return weights
+
+
+def predict(run: Run) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]:
+    """Predictions, labels and loss on 11 examples, which no batch size of the tests divides."""
+    trainer = make_trainer(run)
+    output = trainer.predict(examples(11, seed=1))
+    return output.predictions, output.label_ids, output.metrics["test_loss"]
