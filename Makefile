@@ -59,7 +59,7 @@ build: install ## Source distribution and wheel, checked and tried in a fresh en
 check: lint typecheck test ## What CI runs before the build
 
 quickstart: install ## Train, convert and check a small GPT-2 on two CPU ranks, without a download
-	$(BIN)/hf-megatron quickstart
+	$(BIN)/hf-megatron quickstart --overwrite
 
 clean: ## Remove what builds and tools leave behind, but not .venv
 	rm -rf build dist *.egg-info conversion/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -24,6 +24,7 @@ def model_card(
     source: str,
     layout: str,
     verified: bool,
+    mismatch: str | None,
 ) -> TextFile:
     """The source's README.md with a section on this conversion, or a card of that section only.
 
@@ -36,17 +37,21 @@ def model_card(
         source: What to call the source.
         layout: The destination's format and degree.
         verified: Whether the result is published only if it equals the source.
+        mismatch: What the stock class computes differently, or None.
     """
     architecture = config["architectures"][0]
     check = (
-        "every tensor was read back and equals the source bit for bit"
+        "every tensor was read back and equals the source bit for bit, and both models compute the same logits"
         if verified
         else "not asked for; `hf-megatron verify SOURCE THIS` compares every tensor"
     )
     if verified and any(tensor is not model.tensors[name] for name, tensor in tensors.items()):
-        check = "every tensor was read back and equals the source, cast to the new dtype, bit for bit"
+        check = (
+            "every tensor was read back and equals the source, cast to the new dtype, bit for bit, and both models "
+            "compute the same logits"
+        )
     rows = {
-        "source": f"`{source}` ({model.format})",
+        "source": f"`{source}` ({_origin(model)})",
         "format": layout,
         "architecture": f"`{architecture}` (`{config['model_type']}`)",
         "parameters": f"{sum(prod(tensor.shape) for tensor in tensors.values()):,}",
@@ -55,6 +60,8 @@ def model_card(
         "dtype": dtype_names(tensors),
         "verification": check,
     }
+    if mismatch is not None:
+        rows["differs in stock transformers"] = mismatch
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     section = f"{_BEGIN}\n## Conversion\n\n| | |\n| --- | --- |\n{table}\n\nMade with `hf-megatron convert`.\n{_END}\n"
     path = model.directory / "README.md"
@@ -68,6 +75,12 @@ def dtype_names(tensors: Mapping[str, Readable]) -> str:
     for tensor in tensors.values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + prod(tensor.shape)
     return ", ".join(DTYPES[code][1] for code in sorted(counts, key=lambda code: -counts[code]))
+
+
+def _origin(model: Model) -> str:
+    degree = "" if model.format == "hub" else f", tensor-parallel degree {model.tp_size}"
+    version = "" if model.checkpoint_version is None else f", checkpoint_version {model.checkpoint_version:g}"
+    return f"{model.format}{degree}{version}"
 
 
 def _front_matter(model: Model) -> str:

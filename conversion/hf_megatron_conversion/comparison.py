@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from hf_megatron.checkpoint import DTYPES, itemsize
 from hf_megatron.partition import Box
-from hf_megatron_conversion.formats import read_model
-from hf_megatron_conversion.formats.base import Model
+from hf_megatron_conversion.formats import format_of, read_model
+from hf_megatron_conversion.formats.base import Given, Model
 from hf_megatron_conversion.progress import Progress, Silent
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
@@ -19,7 +19,7 @@ from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Verification", "compare", "verify"]
+__all__ = ["Verification", "compare", "finite", "verify"]
 
 # Entries of config.json that change what the model computes and that the tensors' names and shapes do not show.
 _FUNCTIONAL = (
@@ -44,8 +44,10 @@ class Verification:
         differences: What differs, by tensor name (or ``config.json: entry``), in words.
         max_abs_diff: Largest difference of two values, over the tensors that both have in the same shape; None if it
             is not finite.
-        max_logit_diff: Largest difference of the two models' outputs in float32; None if that was not asked for or is
-            not finite.
+        max_logit_diff: Largest difference of the two models' outputs; None if that was not asked for or is not finite.
+        loss_a: The first model's loss on the same token ids, of a language model that was run.
+        loss_b: The second one's.
+        argmax_agreement: Share of the positions at which both find the same word the most likely.
     """
 
     equal: bool
@@ -53,6 +55,9 @@ class Verification:
     differences: Mapping[str, str]
     max_abs_diff: float | None
     max_logit_diff: float | None
+    loss_a: float | None = None
+    loss_b: float | None = None
+    argmax_agreement: float | None = None
 
     @property
     def mismatched(self) -> tuple[str, ...]:
@@ -66,32 +71,53 @@ def verify(a: str | Path, b: str | Path, *, logits: bool = False, progress: Prog
     Args:
         a: A directory, or the id of a repository on the Hub.
         b: The other one.
-        logits: Also run both, as the stock class on the CPU in float32, on the same token ids. This holds one whole
-            model in memory at a time.
+        logits: Also run both on the CPU in float64, on the same token ids: a Megatron-LM checkpoint by Megatron-LM's
+            own equations, any other as its class. This holds one whole model in memory at a time.
         progress: Told how far it is.
 
     Raises:
         CheckpointError: One of them is no checkpoint, or incomplete.
         UnsupportedError: A model that is not offered here.
     """
-    model_a, model_b = (read_model(source_directory(path)) for path in (a, b))
+    model_a, model_b = _read_both(source_directory(a), source_directory(b))
     differences = _config_differences(model_a, model_b)
     found, largest = compare(model_a.tensors, model_b.tensors, progress or Silent())
     differences.update(found)
-    logit_diff = None
+    result = None
     if logits:
-        from hf_megatron_conversion.logits import logit_difference
+        from hf_megatron_conversion.logits import agreement
 
-        logit_diff, reason = logit_difference(model_a, model_b)
-        if reason is not None:
-            differences["logits"] = reason
+        result = agreement(model_a, model_b)
+        if result.difference is not None:
+            differences["logits"] = result.difference
+    losses = (None, None) if result is None else result.losses
     return Verification(
         equal=not differences,
         compared=len(model_a.tensors.keys() & model_b.tensors.keys()),
         differences=differences,
-        max_abs_diff=_finite(largest),
-        max_logit_diff=_finite(logit_diff),
+        max_abs_diff=finite(largest),
+        max_logit_diff=None if result is None else finite(result.max_logit_diff),
+        loss_a=finite(losses[0]),
+        loss_b=finite(losses[1]),
+        argmax_agreement=None if result is None else result.argmax_agreement,
     )
+
+
+def _read_both(a: Path, b: Path) -> tuple[Model, Model]:
+    """Open two checkpoints, of which a Megatron-LM one may learn from the other what its own files do not say."""
+    if format_of(a).name == format_of(b).name == "megatron-lm":
+        model_a = read_model(a)
+        model_b = read_model(b, _hint(model_a))
+        return (model_a if model_a.has_known_vocab_size else read_model(a, _hint(model_b))), model_b
+    if format_of(a).name == "megatron-lm":
+        model_b = read_model(b)
+        return read_model(a, _hint(model_b)), model_b
+    model_a = read_model(a)
+    return model_a, read_model(b, _hint(model_a))
+
+
+def _hint(model: Model) -> Given:
+    return Given(hint=model.config if model.has_known_vocab_size else None)
 
 
 def compare(a: Mapping[str, Readable], b: Mapping[str, Readable], progress: Progress) -> tuple[dict[str, str], float]:
@@ -154,12 +180,20 @@ def _config_differences(a: Model, b: Model) -> dict[str, str]:
     entries[heads] = (a.table.sizes(a.config)[heads], b.table.sizes(b.config)[heads])
     # An entry that only one of them spells out is its default, which the other leaves unsaid.
     entries |= {name: (a.config[name], b.config[name]) for name in _FUNCTIONAL if name in a.config and name in b.config}
+    head = "prediction_head_act"
+    entries[head] = (a.config.get(head), b.config.get(head))
     return {
         f"config.json: {name}": f"{values[0]!r} is not {values[1]!r}"
         for name, values in sorted(entries.items())
-        if values[0] != values[1]
+        if values[0] != values[1] and not _is_one_gelu(values)
     }
 
 
-def _finite(value: float | None) -> float | None:
+def _is_one_gelu(names: tuple[object, object]) -> bool:
+    """Whether both are names of the tanh form, which differ by 3e-7."""
+    return all(name in ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate") for name in names)
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None where JSON has no number for it."""
     return value if value is not None and math.isfinite(value) else None

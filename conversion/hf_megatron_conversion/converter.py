@@ -10,17 +10,22 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_megatron.errors import DestinationError
 from hf_megatron.partition import table_for
-from hf_megatron_conversion.comparison import compare
+from hf_megatron_conversion.comparison import compare, finite
 from hf_megatron_conversion.execute import execute
-from hf_megatron_conversion.formats import FormatName, read_model
-from hf_megatron_conversion.formats.base import ModelType, load_config
+from hf_megatron_conversion.formats import FormatName, format_of, read_model
+from hf_megatron_conversion.formats.base import Given, Model, ModelType, load_config
 from hf_megatron_conversion.plan import Options, Plan, check_options, make_plan
 from hf_megatron_conversion.progress import Progress, Silent
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.staging import Staging, check_destination, check_overlap
+from hf_megatron_conversion.tensors import dtype_code
+
+if TYPE_CHECKING:
+    from hf_megatron_conversion.logits import Agreement
 
 __all__ = ["Conversion", "convert"]
 
@@ -42,8 +47,12 @@ class Conversion:
         dropped: Names of stored tensors that the model does not need.
         seconds: Time it took.
         peak_rss_bytes: The process's peak resident memory so far.
-        verified: Whether the result was read back and equals the source; None if that was not asked for. If False,
-            nothing was left at the destination.
+        verified: Whether the result was read back, equals the source and computes the same; None if that was not asked
+            for. If False, nothing was left at the destination.
+        max_logit_diff: Largest difference of the outputs of source and result; None if they were not run.
+        loss_source: The source's loss on the token ids it was run on, of a language model.
+        loss_destination: The result's.
+        argmax_agreement: Share of the positions at which both find the same word the most likely.
         dry_run: Whether nothing was written.
     """
 
@@ -58,6 +67,10 @@ class Conversion:
     seconds: float
     peak_rss_bytes: int
     verified: bool | None
+    max_logit_diff: float | None
+    loss_source: float | None
+    loss_destination: float | None
+    argmax_agreement: float | None
     dry_run: bool
 
 
@@ -69,6 +82,7 @@ def convert(
     tp_size: int | None = None,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    vocab_size: int | None = None,
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     model_type: ModelType | None = None,
@@ -89,13 +103,17 @@ def convert(
         tp_size: Degree to write; defaults to the source's, if that is cut.
         dtype: Cast floating-point tensors to this one (``"bfloat16"``); by default every tensor keeps its own.
         max_shard_size: Largest size of a weight file of a hub directory, in bytes or like ``"5GB"``.
-        config: A config.json that takes the place of the source's.
+        vocab_size: Size of the vocabulary without the padding that Megatron-LM adds; defaults to what the tokenizer or
+            the files beside the source say, and if nothing does, the padding is kept.
+        config: A config.json that takes the place of the source's. A Megatron-LM checkpoint without arguments needs
+            one, of which the number of attention heads is enough.
         tokenizer: Directory of a tokenizer that takes the place of the source's.
         model_type: Whose ``model_type`` the result carries, the stock library's (default for hub) or this package's
             (default for tp).
         overwrite: Replace an existing destination.
         dry_run: Only plan; write nothing.
-        verify: Read the result back before it is put in place, and compare every tensor with the source.
+        verify: Read the result back before it is put in place, compare every tensor with the source, and run both on
+            the CPU on the same token ids. The latter holds one whole model in memory at a time.
         progress: Told how far it is.
 
     Raises:
@@ -115,16 +133,25 @@ def convert(
         verify=verify,
     )
     target = check_destination(Path(destination), overwrite=overwrite)
+    given = Given(
+        config=None if config is None else load_config(Path(config)),
+        vocab_size=vocab_size,
+        tokenizer=options.tokenizer,
+    )
     directory = source_directory(source, config_only=True)
     check_overlap(target, directory)
-    source_config = load_config(directory / "config.json" if config is None else Path(config))
-    check_options(options, source_config, table_for(source_config))
-    directory = source_directory(source)
-    model = read_model(directory, source_config)
+    if format_of(directory).name != "megatron-lm":
+        known = given.config or load_config(directory / "config.json")
+        check_options(options, known, table_for(known))
+    model = read_model(source_directory(source), given)
+    directory = model.directory
+    check_options(options, model.config, model.table)
     if model.dropped:
         _logger.info("Not needed by the model and left out: %s.", ", ".join(model.dropped))
     plan = make_plan(model, options, directory.resolve().name if Path(source).is_dir() else str(source))
-    verified = None if dry_run else _write(plan, target, overwrite, verify, progress or Silent())
+    if plan.mismatch is not None:
+        _logger.warning("%s --model-type megatron writes a config.json that says both.", plan.mismatch)
+    check = None if dry_run else _write(model, plan, target, options, overwrite, progress or Silent())
     return Conversion(
         source=str(source),
         destination=str(destination),
@@ -136,26 +163,55 @@ def convert(
         dropped=tuple(model.dropped),
         seconds=time.perf_counter() - started,
         peak_rss_bytes=_peak_rss_bytes(),
-        verified=verified,
+        verified=None if check is None else check.passed,
+        max_logit_diff=None if check is None else finite(check.agreement.max_logit_diff),
+        loss_source=None if check is None else finite(check.agreement.losses[0]),
+        loss_destination=None if check is None else finite(check.agreement.losses[1]),
+        argmax_agreement=None if check is None else check.agreement.argmax_agreement,
         dry_run=dry_run,
     )
 
 
-def _write(plan: Plan, destination: Path, overwrite: bool, verify: bool, progress: Progress) -> bool | None:
-    """Write and publish; returns whether the result equals the source, or None if that is not asked for."""
+@dataclass(frozen=True)
+class _Check:
+    """Outcome of a verification: whether the result may be published, and how both sides ran."""
+
+    passed: bool
+    agreement: Agreement
+
+
+def _write(
+    model: Model, plan: Plan, destination: Path, options: Options, overwrite: bool, progress: Progress
+) -> _Check | None:
+    """Write, check if that is asked for, and publish if nothing is wrong."""
+    check = None
     try:
         with Staging(destination, plan.nbytes, overwrite=overwrite) as staging:
             execute(plan, staging.directory, progress)
-            if verify:
-                differences, _ = compare(plan.tensors, read_model(staging.directory).tensors, progress)
-                for name, reason in differences.items():
-                    _logger.error("%s: %s", name, reason)
-                if differences:
-                    return False
-            staging.publish()
+            if options.verify:
+                check = _verify(model, plan, read_model(staging.directory), options, progress)
+            if check is None or check.passed:
+                staging.publish()
     except OSError as error:
         raise DestinationError(f"{destination} cannot be written: {error}. Nothing was left behind.") from error
-    return True if verify else None
+    return check
+
+
+def _verify(model: Model, plan: Plan, written: Model, options: Options, progress: Progress) -> _Check:
+    """Compare what was written with the source, tensor by tensor and by running both."""
+    from hf_megatron_conversion.logits import agreement, stock_gap
+
+    differences, _ = compare(plan.tensors, written.tensors, progress)
+    dtype = None if options.dtype is None else dtype_code(options.dtype)
+    result = agreement(model, written, tensors=plan.tensors, dtype=dtype, tokenizer=options.tokenizer)
+    if result.difference is not None:
+        differences["logits"] = result.difference
+    for name, reason in differences.items():
+        _logger.error("%s: %s", name, reason)
+    if plan.mismatch is not None and not differences:
+        gap = stock_gap(written, options.tokenizer)
+        _logger.warning("Run as the stock class, the result's logits differ by up to %.2g.", gap)
+    return _Check(not differences, result)
 
 
 def _peak_rss_bytes() -> int:

@@ -37,6 +37,7 @@ def execute(plan: Plan, directory: Path, progress: Progress) -> None:
 
 
 def _write(file: OutputFile, path: Path, progress: Progress) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb") as stream:
         file.write(stream, progress.advance)
         stream.flush()

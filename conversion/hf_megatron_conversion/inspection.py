@@ -45,7 +45,7 @@ class Inspection:
     dtype: str
     bytes: int
     vocab_size: int
-    checkpoint_version: str | None
+    checkpoint_version: float | None
     dropped: tuple[str, ...]
 
 

@@ -1,66 +1,164 @@
 """Run two checkpoints side by side: the proof that does not depend on how tensors are compared.
 
-Both are run as the stock library's class, in float32, unsharded, on the CPU. Whole models are held in memory, one at a
-time, which is why this stands apart from conversion.
+Both are run unsharded on the CPU in float64, where the order of additions does not matter and an eps or an activation
+does. A Megatron-LM checkpoint is run by Megatron-LM's own equations from its own files, everything else as the class
+that ``config.json`` names: the stock library's, or this package's where the stock one cannot compute it. One whole
+model is in memory at a time, which is why this stands apart from conversion.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 
 from hf_megatron_conversion.formats.base import Model
+from hf_megatron_conversion.formats.megatron_lm import Opened
+from hf_megatron_conversion.megatron_forward import megatron_outputs
+from hf_megatron_conversion.sample import sample_ids
+from hf_megatron_conversion.tensors import Readable
 
-__all__ = ["logit_difference", "outputs"]
+__all__ = ["Agreement", "agreement", "outputs", "stock_gap"]
 
-_SEED = 0
 _MAX_TOKENS = 64
-# Two runs of the same weights may add in another order; relative to the largest output.
-_TOLERANCE = 1e-5
+# In float64, relative to the largest output. The forms of the tanh gelu differ by 1e-9 of their values.
+_TOLERANCE = 1e-7
 
 
-def logit_difference(a: Model, b: Model) -> tuple[float | None, str | None]:
-    """The largest difference of the two models' outputs on the same token ids, and in words what is wrong, if anything.
+@dataclass(frozen=True)
+class Agreement:
+    """How the outputs of two models compare.
 
-    The difference is None if the two cannot be run on the same ids or their outputs have different shapes.
+    Attributes:
+        max_logit_diff: Their largest difference; None if they cannot be compared.
+        losses: Of both on the same ids, for language models: predicting the next word, or for BERT every word.
+        argmax_agreement: Share of the positions at which both find the same word the most likely.
+        difference: In words what is wrong, or None.
+    """
+
+    max_logit_diff: float | None
+    losses: tuple[float | None, float | None]
+    argmax_agreement: float | None
+    difference: str | None
+
+
+def agreement(
+    a: Model,
+    b: Model,
+    *,
+    tensors: Mapping[str, Readable] | None = None,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+) -> Agreement:
+    """Run two models on the same token ids.
+
+    Args:
+        a: One.
+        b: The other.
+        tensors: Used instead of the first one's, of a checkpoint that is not Megatron-LM's.
+        dtype: The first one's weights are rounded to this dtype (safetensors' spelling) first, if it is Megatron-LM's.
+        tokenizer: Where to look for a tokenizer, beside the directories of the two.
     """
     configs = [_stock_config(model) for model in (a, b)]
     vocab_size = min(config.vocab_size for config in configs)
-    num_tokens = min(_MAX_TOKENS, *(config.max_position_embeddings for config in configs))
-    ids = torch.randint(vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(_SEED))
-    outputs_a = outputs(a, ids)
-    outputs_b = outputs(b, ids)
+    length = min(_MAX_TOKENS, *(config.max_position_embeddings for config in configs))
+    directories = [path for path in (tokenizer, a.directory, b.directory) if path is not None]
+    ids = sample_ids(directories, vocab_size, length)
+    outputs_a, outputs_b = outputs(a, ids, tensors=tensors, dtype=dtype), outputs(b, ids)
     shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (outputs_a, outputs_b)]
+    losses = (_loss(a, outputs_a, ids), _loss(b, outputs_b, ids))
     if shapes[0] != shapes[1]:
-        return None, f"the outputs' shapes {shapes[0]} are not {shapes[1]}"
-    difference = max((x - y).abs().max().item() for x, y in zip(outputs_a, outputs_b, strict=True))
-    scale = max(tensor.abs().max().item() for tensor in outputs_a)
+        return Agreement(None, losses, None, f"the outputs' shapes {shapes[0]} are not {shapes[1]}")
+    difference = _largest_difference(outputs_a, outputs_b)
+    same = (outputs_a[0].argmax(dim=-1) == outputs_b[0].argmax(dim=-1)).double().mean().item()
+    scale = max(1.0, *(tensor.abs().max().item() for tensor in outputs_a))
+    words = None
     if not difference <= _TOLERANCE * scale:
-        return difference, f"the outputs, at most {scale:g}, differ by up to {difference:g}"
-    return difference, None
+        words = f"the outputs, at most {scale:g}, differ by up to {difference:g}"
+    return Agreement(difference, losses, same, words)
 
 
-def outputs(model: Model, ids: torch.Tensor) -> list[torch.Tensor]:
-    """The outputs of a checkpoint, run as the stock class in float32.
+def outputs(
+    model: Model,
+    ids: torch.Tensor,
+    *,
+    tensors: Mapping[str, Readable] | None = None,
+    dtype: str | None = None,
+    is_stock: bool = False,
+) -> list[torch.Tensor]:
+    """The outputs of a checkpoint in float64.
 
     Args:
         model: The checkpoint.
         ids: [B, S], token ids.
+        tensors: Used instead of the checkpoint's own, where it is not Megatron-LM's.
+        dtype: Round a Megatron-LM checkpoint's weights first.
+        is_stock: Run it as the stock class in any case.
 
     Returns:
         The class's outputs in its own order, for a language model its logits [B, S, V].
     """
-    model_class: Any = getattr(transformers, model.model_class.stock)
-    config = _stock_config(model)
-    state_dict = {name: tensor.read().float() for name, tensor in model.tensors.items()}
-    module = model_class.from_pretrained(None, config=config, state_dict=state_dict, dtype=torch.float32).eval()
+    half = ids.shape[1] // 2
+    token_types = torch.zeros_like(ids)
+    token_types[:, half:] = 1
+    if isinstance(model.opened, Opened) and not is_stock:
+        with torch.inference_mode():
+            return megatron_outputs(model.opened, ids, token_types, dtype)
+    module = _module(model, model.tensors if tensors is None else tensors, is_stock=is_stock)
     if "MultipleChoice" in model.model_class.stock:
-        ids = ids.unsqueeze(1)  # [B, number of choices, S]
+        ids, token_types = ids.unsqueeze(1), token_types.unsqueeze(1)  # [B, number of choices, S]
+    has_types = module.config.to_dict().get("type_vocab_size", 1) > 1 and model.table.architecture == "bert"
     with torch.inference_mode():
-        result = module(input_ids=ids)
+        result = module(input_ids=ids, **({"token_type_ids": token_types} if has_types else {}))
     return [tensor for tensor in result.to_tuple() if isinstance(tensor, torch.Tensor)]
+
+
+def stock_gap(model: Model, tokenizer: Path | None = None) -> float:
+    """How far the stock class's outputs are from the model's own, of a model that the stock class cannot express."""
+    config = _stock_config(model)
+    length = min(_MAX_TOKENS, config.max_position_embeddings)
+    directories = [model.directory] if tokenizer is None else [tokenizer, model.directory]
+    ids = sample_ids(directories, config.vocab_size, length)
+    return _largest_difference(outputs(model, ids), outputs(model, ids, is_stock=True))
+
+
+def _largest_difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
+def _loss(model: Model, results: Sequence[torch.Tensor], ids: torch.Tensor) -> float | None:
+    """Mean cross entropy of a language model's first output."""
+    name, logits = model.model_class.stock, results[0]
+    if name.endswith("LMHeadModel"):
+        logits, ids = logits[:, :-1], ids[:, 1:]
+    elif not name.endswith(("ForPreTraining", "ForMaskedLM")):
+        return None
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten()).item()
+
+
+def _module(model: Model, tensors: Mapping[str, Readable], *, is_stock: bool) -> Any:
+    state_dict = {name: tensor.read().double() for name, tensor in tensors.items()}
+    if is_stock or model.table.stock_mismatch(model.config) is None:
+        model_class: Any = getattr(transformers, model.model_class.stock)
+        config = _stock_config(model)
+    else:
+        import hf_megatron
+
+        model_class = getattr(hf_megatron, model.model_class.ours)
+        entries = model.table.config_of(model.config, model.model_class, stock=False)
+        config = model_class.config_class.from_dict(entries)
+    has_bar = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return model_class.from_pretrained(None, config=config, state_dict=state_dict, dtype=torch.float64).eval()
+    finally:
+        if has_bar:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _stock_config(model: Model) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,12 @@ from hf_megatron_conversion.files import CopiedFile, OutputFile, TextFile
 from hf_megatron_conversion.formats import FormatName, format_named
 from hf_megatron_conversion.formats.base import Format, Model, ModelType, Target
 from hf_megatron_conversion.tensors import Readable, cast, dtype_code
+from hf_megatron_conversion.tokenizer_files import TOKENIZER_FILES
 
 __all__ = ["Options", "Plan", "check_options", "make_plan"]
 
-_TOKENIZER_FILES = {
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-}
-_OTHER_SIDE_FILES = {"generation_config.json", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"}
+_GENERATION_CONFIG = "generation_config.json"
+_OTHER_SIDE_FILES = {_GENERATION_CONFIG, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +45,14 @@ class Plan:
         tensors: What the destination will hold, under canonical names.
         config: The destination's config.json.
         tp_size: The destination's degree; 1 if its format is not cut.
+        mismatch: What the stock class named in the config.json computes differently, or None.
     """
 
     files: Sequence[OutputFile]
     tensors: Mapping[str, Readable]
     config: Mapping[str, Any]
     tp_size: int
+    mismatch: str | None
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +92,9 @@ def make_plan(model: Model, options: Options, source_name: str) -> Plan:
     tensors = {name: cast(name, tensor, code) for name, tensor in model.tensors.items()}
     tp_size = _degree(target_format, model, options.tp_size)
     target = Target(model=model, tensors=tensors, tp_size=tp_size, max_shard_size=options.max_shard_size)
-    config = _config(model, options.model_type or target_format.default_model_type, code)
+    model_type = options.model_type or target_format.default_model_type
+    config = _config(model, model_type, code)
+    mismatch = model.table.stock_mismatch(config) if model_type == "stock" and options.to != "megatron-lm" else None
     card = model_card(
         model=model,
         tensors=tensors,
@@ -108,14 +102,15 @@ def make_plan(model: Model, options: Options, source_name: str) -> Plan:
         source=source_name,
         layout=f"{options.to}, tensor-parallel degree {tp_size}" if target_format.is_cut else options.to,
         verified=options.verify,
+        mismatch=mismatch,
     )
     files = [
         *target_format.weight_files(target),
-        *_side_files(model.directory, options.tokenizer),
+        *_side_files(model, options.tokenizer),
         card,
         TextFile.json("config.json", config),
     ]
-    return Plan(files=files, tensors=tensors, config=config, tp_size=tp_size)
+    return Plan(files=files, tensors=tensors, config=config, tp_size=tp_size, mismatch=mismatch)
 
 
 def _degree(target_format: Format, model: Model, tp_size: int | None) -> int:
@@ -138,17 +133,19 @@ def _config(model: Model, model_type: ModelType, code: str | None) -> dict[str, 
     return config
 
 
-def _side_files(directory: Path, tokenizer: Path | None) -> list[CopiedFile]:
-    """Tokenizer, generation settings and licence, as they are."""
-    wanted = _OTHER_SIDE_FILES if tokenizer is not None else _OTHER_SIDE_FILES | _TOKENIZER_FILES
-    files = _named(directory, wanted)
+def _side_files(model: Model, tokenizer: Path | None) -> list[OutputFile]:
+    """Tokenizer, generation settings and licence, as they are; of a source without generation settings, the model's."""
+    wanted = _OTHER_SIDE_FILES if tokenizer is not None else _OTHER_SIDE_FILES | TOKENIZER_FILES
+    files: list[OutputFile] = [*_named(model.directory, wanted)]
+    if model.generation_config is not None and not (model.directory / _GENERATION_CONFIG).is_file():
+        files.append(TextFile.json(_GENERATION_CONFIG, model.generation_config))
     if tokenizer is not None:
-        found = _named(tokenizer, _TOKENIZER_FILES)
+        found = _named(tokenizer, TOKENIZER_FILES)
         if not found:
             raise CheckpointFormatError(f"{tokenizer} holds no tokenizer (tokenizer.json, vocab.json, vocab.txt, ...).")
         files += found
     return files
 
 
-def _named(directory: Path, names: set[str]) -> list[CopiedFile]:
+def _named(directory: Path, names: Set[str]) -> list[CopiedFile]:
     return [CopiedFile.of(directory / name) for name in sorted(names) if (directory / name).is_file()]

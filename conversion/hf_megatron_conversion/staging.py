@@ -18,6 +18,8 @@ from hf_megatron.errors import DestinationError
 
 __all__ = ["Staging", "check_destination", "check_overlap"]
 
+_RELEASE = "release"  # the only directory in a checkpoint that is written here, a megatron-lm one
+
 
 def check_overlap(destination: Path, source: Path) -> None:
     """Raise DestinationError if one of the two directories is the other one or lies in it."""
@@ -46,7 +48,7 @@ def check_destination(destination: Path, *, overwrite: bool) -> Path:
         raise _exists(destination)
     if not destination.is_dir():
         raise DestinationError(f"The destination {destination} is not a directory; remove it first.")
-    kept = [path.name for path in destination.iterdir() if path.is_dir()]
+    kept = [path.name for path in destination.iterdir() if path.is_dir() and path.name != _RELEASE]
     if kept:
         raise DestinationError(
             f"The destination {destination} holds directories ({', '.join(sorted(kept)[:5])}), which no checkpoint "
@@ -110,7 +112,8 @@ class Staging:
         Raises:
             DestinationError: The destination came to be in the meantime.
         """
-        _sync(self.directory)
+        for directory in (self.directory, *(path for path in self.directory.rglob("*") if path.is_dir())):
+            _sync(directory)
         if self._destination.exists() and not self._overwrite:
             raise _exists(self._destination)
         try:

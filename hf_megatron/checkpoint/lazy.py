@@ -30,8 +30,8 @@ _MIN_RUN_BYTES = 64
 class Piece:
     """A box of a full tensor and where its bytes lie: in ``[data_start, data_stop)`` of the file ``path``.
 
-    They lie row-major, or ``strides`` says how many elements apart two neighbours along each dimension are. A pickle may
-    hold a view of a larger tensor, and Megatron-LM has orders of its own.
+    They lie row-major, or ``strides`` says how many elements apart two neighbours along each dimension are. A pickle
+    may hold a view of a larger tensor, and Megatron-LM has orders of its own.
     """
 
     path: Path
@@ -140,7 +140,7 @@ class LazyTensor:
                 position += size
         return result
 
-    def _read_into(self, file: io.BufferedReader, start: int, target: memoryview) -> None:
+    def _read_into(self, file: io.BufferedReader[io.FileIO], start: int, target: memoryview) -> None:
         file.seek(start)
         if file.readinto(target) != len(target):
             raise CheckpointIncompleteError(f"{file.name} became shorter while {self.name} was read.")

@@ -1,9 +1,9 @@
 """Files of ``torch.save``: the pickled object as data, and each tensor's place in the file.
 
-Two containers are read. Since torch 1.6 a file is a zip archive of uncompressed entries, ``data.pkl`` and one per storage;
-before, it is five pickles one after the other, then each storage's length and bytes. Of both only the pickles are read
-here, as data (see ``unpickle``): nothing in them is imported or called, neither torch nor the classes they name are
-needed, and whatever they name beyond an explicit list is refused.
+Two containers are read. Since torch 1.6 a file is a zip archive of uncompressed entries, ``data.pkl`` and one per
+storage; before, it is five pickles one after the other, then each storage's length and bytes. Of both only the pickles
+are read here, as data (see ``unpickle``): nothing in them is imported or called, neither torch nor the classes they
+name are needed, and whatever they name beyond an explicit list is refused.
 
 Source: ``torch.serialization`` and ``torch._utils._rebuild_tensor_v2`` in torch 2.13.
 """
@@ -140,8 +140,8 @@ def open_torch_file(path: Path, is_allowed: Callable[[str], bool] = TENSOR_NAMES
 def _refuse(path: Path, names: Iterable[str], is_allowed: Callable[[str], bool]) -> None:
     if refused := sorted({name for name in names if not is_allowed(name)}):
         raise CheckpointFormatError(
-            f"{path} is refused: its pickle asks for {', '.join(refused)}, and loading it elsewhere could run any code. "
-            "Nothing of it was run. Get the weights as safetensors, or from a source that you trust."
+            f"{path} is refused: its pickle asks for {', '.join(refused)}, and loading it elsewhere could run any "
+            "code. Nothing of it was run. Get the weights as safetensors, or from a source that you trust."
         )
 
 
@@ -217,7 +217,7 @@ def _open_legacy(path: Path, file: BinaryIO, is_allowed: Callable[[str], bool]) 
 
 
 def _legacy_starts(path: Path, file: BinaryIO, storages: Mapping[str, _Storage]) -> dict[str, int]:
-    """Where each storage's bytes start: they follow each other in the order of the last pickle, each after its length."""
+    """Where each storage's bytes start: one after the other in the order of the last pickle, each after its length."""
     keys = read_pickle(file).value
     if not isinstance(keys, list) or set(keys) != set(storages):
         raise CheckpointIncompleteError(f"{path} does not list the tensors that it holds.")
@@ -254,7 +254,6 @@ def _with_places(path: Path, read: Unpickled, start: Callable[[_Storage], int]) 
 
     Anything that is not a container of named things is left as it is.
     """
-
     done: dict[int, dict[Any, Any]] = {}
 
     def place(value: Any, depth: int) -> Any:

@@ -1,8 +1,8 @@
 """Read a pickle as data: nothing that it names is imported, and nothing is called.
 
-A pickle is a program for a stack machine. Here its instructions build lists, dictionaries and scalars, and where it asks
-to call something, a record of the call takes the place of the result. What it asked for is therefore known completely,
-and harmless, when the end is reached.
+A pickle is a program for a stack machine. Here its instructions build lists, dictionaries and scalars, and where it
+asks to call something, a record of the call takes the place of the result. What it asked for is therefore known
+completely, and harmless, when the end is reached.
 
 Source: ``pickletools``, which documents and decodes the instructions.
 """
@@ -12,9 +12,9 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
-__all__ = ["Call", "Global", "Unpickled", "UnpickleError", "read_pickle"]
+__all__ = ["Call", "Global", "UnpickleError", "Unpickled", "read_pickle"]
 
 # Larger than any state dict, whose tensors take about 100 bytes each.
 _MAX_BYTES = 32 * 2**20
@@ -88,7 +88,8 @@ def read_pickle(stream: Stream, load_persistent: Callable[[Any], Any] | None = N
     """
     machine = _Machine(load_persistent)
     try:
-        for opcode, argument, _ in pickletools.genops(_Bounded(stream)):
+        # Of the stream only these three methods are used.
+        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _Bounded(stream))):
             machine.step(opcode.name, argument)
         (value,) = machine.stack
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError) as error:
@@ -287,8 +288,28 @@ class _Machine:
 
 
 _PUSH_ARGUMENT = frozenset(
-    """INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE
-    SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8""".split()
+    (
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "FLOAT",
+        "BINFLOAT",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "UNICODE",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+    )
 )
 _PUSH: dict[str, Callable[[], Any]] = {
     "MARK": _Mark,

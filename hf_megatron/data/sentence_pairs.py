@@ -77,10 +77,11 @@ def sentence_order_pairs(
     for document in documents:
         for sentences in _fill(document, room, short_probability, generator):
             split = _randint(1, len(sentences), generator)
-            first, second = _shorten(_join(sentences[:split]), _join(sentences[split:]), room)
+            first, second = _join(sentences[:split]), _join(sentences[split:])
             label = _randint(0, 2, generator)
             if label:
                 first, second = second, first
+            first, second = _shorten(first, second, room)  # swapped already: no length may tell the label
             yield {
                 "input_ids": [cls, *first, sep, *second, sep],
                 "token_type_ids": [0] * (len(first) + 2) + [1] * (len(second) + 1),
@@ -111,7 +112,7 @@ def _target(room: int, short_probability: float, generator: torch.Generator | No
 
 def _shorten(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
     """Cut the longer segment, then both alike, until they fit."""
-    # The end is cut, of either: if one were cut at its start and the other at its end, that would give the order away.
+    # Of either the end: if one were cut at its start and the other at its end, that would tell the label too.
     keep = min(len(first), max(room - len(second), room - room // 2))
     return first[:keep], second[: room - keep]
 

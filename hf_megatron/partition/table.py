@@ -94,6 +94,7 @@ class PartitionTable:
             defaults; raises UnsupportedError for a configuration that the parallel models cannot honour.
         own_config: Fields that our configuration has beyond the stock one, with the values this table is for.
         divisors: Names of sizes that the degree must divide (the number of heads).
+        stock_mismatch: Says in a sentence what the stock class computes differently under a configuration, or None.
     """
 
     architecture: str
@@ -107,6 +108,7 @@ class PartitionTable:
     sizes: Callable[[Config], dict[str, int]]
     own_config: Mapping[str, object] = field(default_factory=dict)
     divisors: tuple[str, ...] = ("num_attention_heads",)
+    stock_mismatch: Callable[[Config], str | None] = lambda config: None
 
     @cached_property
     def rules(self) -> tuple[TensorRule, ...]:

@@ -209,7 +209,7 @@ def test_side_files_come_along(tied: Path, tmp_path: Path) -> None:
     card = (tmp_path / "hub/README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n\n# A model\n\nIts story.\n")
     assert card.count("## Conversion") == 1
-    assert "`tp` (tp)" in card
+    assert "`tp` (tp, tensor-parallel degree 2)" in card
     assert "every tensor was read back" in card
 
 

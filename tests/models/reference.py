@@ -109,11 +109,13 @@ def layout(tp_size: int, fsdp_size: int = 1) -> DistributedConfig | None:
     return None if tp_size * fsdp_size == 1 else DistributedConfig(tp_size=tp_size, fsdp_size=fsdp_size)
 
 
-def run_at(pool: Pool, num_ranks: int, job: Callable[..., _T], *args: Any, **kwargs: Any) -> list[_T]:
+def run_at(
+    pool: Pool, num_ranks: int, job: Callable[..., _T], *args: Any, timeout: float = 60.0, **kwargs: Any
+) -> list[_T]:
     """Run a job on live ranks, or here, without any process group, for one rank."""
     if num_ranks == 1:
         return [job(*args, **kwargs)]
-    return pool(num_ranks).run(job, *args, **kwargs)
+    return pool(num_ranks).run(job, *args, timeout=timeout, **kwargs)
 
 
 def rank() -> int:

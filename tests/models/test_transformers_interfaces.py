@@ -73,6 +73,7 @@ SIGNATURES: list[tuple[Callable[..., Any], list[str], str]] = [
         ["self", "model_to_save", "state_dict", "distributed_config", "save_on_this_rank"],
         "gathering one tensor at a time, on the rank that writes",
     ),
+    (PreTrainedModel._can_set_attn_implementation, [], "set_attn_implementation"),
     (
         PreTrainedModel._get_resized_lm_head,
         ["self", "old_lm_head", "new_num_tokens", "transposed", "mean_resizing"],

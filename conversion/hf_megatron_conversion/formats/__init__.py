@@ -1,25 +1,25 @@
 """The formats, by name.
 
-A new one is a module beside this file, with a class in it that has the interface of ``base.Format``, and a line here.
+A new one is a module or package beside this file, with a class in it that has the interface of ``base.Format``, and a
+line here.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from hf_megatron_conversion.formats.base import Format, Given, Model
 
-    from hf_megatron_conversion.formats.base import Format, Model
+__all__ = ["FormatName", "format_named", "format_of", "read_model"]
 
-__all__ = ["FormatName", "format_named", "read_model"]
-
-FormatName = Literal["hub", "tp"]
+FormatName = Literal["hub", "tp", "megatron-lm"]
 
 # In the order in which a directory is asked whether it is one of them; the last one takes, and refuses, all others.
 _CLASSES: dict[FormatName, tuple[str, str]] = {
+    "megatron-lm": ("hf_megatron_conversion.formats.megatron_lm", "MegatronLmFormat"),
     "tp": ("hf_megatron_conversion.formats.tp", "TpFormat"),
     "hub": ("hf_megatron_conversion.formats.hub", "HubFormat"),
 }
@@ -33,16 +33,23 @@ def format_named(name: FormatName) -> Format:
     return result
 
 
-def read_model(directory: Path, config: Mapping[str, Any] | None = None) -> Model:
+def read_model(directory: Path, given: Given | None = None) -> Model:
     """Open a checkpoint of any format; headers only, no weights.
 
     Args:
         directory: Where it lies.
-        config: Takes the place of the directory's config.json.
+        given: What is known of it otherwise.
 
     Raises:
         CheckpointError: The directory is no checkpoint, or not a complete one.
         UnsupportedError: A model that is not offered here.
     """
+    if given is None:
+        given = import_module("hf_megatron_conversion.formats.base").Given()
+    return format_of(directory).read(directory, given)
+
+
+def format_of(directory: Path) -> Format:
+    """The format that a directory is in, by the names of its files."""
     formats = (format_named(name) for name in _CLASSES)
-    return next(found for found in formats if found.recognises(directory)).read(directory, config)
+    return next(found for found in formats if found.recognises(directory))

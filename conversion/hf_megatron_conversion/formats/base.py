@@ -14,17 +14,34 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hf_megatron.checkpoint import model_class_of, open_checkpoint, read_header, require_complete, stored_model
-from hf_megatron.errors import CheckpointFormatError
+from hf_megatron.errors import CheckpointFormatError, UnsupportedError
 from hf_megatron.partition import ModelClass, PartitionTable, table_for
 from hf_megatron_conversion.files import OutputFile
 from hf_megatron_conversion.formats import FormatName
 from hf_megatron_conversion.tensors import Readable
 
-__all__ = ["Format", "Model", "ModelType", "Target", "load_config", "read_transformers_directory"]
+__all__ = ["Format", "Given", "Model", "ModelType", "Target", "load_config", "read_transformers_directory"]
 
 _logger = logging.getLogger(__name__)
 
 ModelType = Literal["stock", "megatron"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What is known of a checkpoint from outside of its directory.
+
+    Attributes:
+        config: A config.json that the user gave, which takes the place of the directory's.
+        hint: The config.json of a checkpoint that should be the same model; it fills in what is not known otherwise.
+        vocab_size: Size of the vocabulary without padding.
+        tokenizer: Directory of the tokenizer.
+    """
+
+    config: Mapping[str, Any] | None = None
+    hint: Mapping[str, Any] | None = None
+    vocab_size: int | None = None
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +61,9 @@ class Model:
         is_canonical: Whether the weight files hold exactly ``tensors`` under these names, as this package would write
             them, so that they may be taken over as they are.
         checkpoint_version: Of formats that have one.
+        has_known_vocab_size: False if nothing says whether the last rows of the vocabulary are padding; they are kept.
+        generation_config: What to generate with, where the directory has no file that says so.
+        opened: What the format's reader found, of formats whose models can be run without being converted.
     """
 
     directory: Path
@@ -56,7 +76,10 @@ class Model:
     files: Sequence[Path]
     dropped: Sequence[str] = ()
     is_canonical: bool = False
-    checkpoint_version: str | None = None
+    checkpoint_version: float | None = None
+    has_known_vocab_size: bool = True
+    generation_config: Mapping[str, Any] | None = None
+    opened: object | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +120,7 @@ class Format(Protocol):
     def recognises(self, directory: Path) -> bool:
         """Whether the directory is of this format, by the names of its files."""
 
-    def read(self, directory: Path, config: Mapping[str, Any] | None) -> Model:
+    def read(self, directory: Path, given: Given) -> Model:
         """Open a directory of this format."""
 
     def weight_files(self, target: Target) -> Sequence[OutputFile]:
@@ -121,10 +144,20 @@ def load_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def read_transformers_directory(directory: Path, config: Mapping[str, Any] | None) -> Model:
-    """Open a directory in one of the two formats that are transformers' own."""
-    checkpoint = open_checkpoint(directory, config)
+def read_transformers_directory(directory: Path, given: Given) -> Model:
+    """Open a directory in one of the two formats that are transformers' own.
+
+    Raises:
+        UnsupportedError: The vocabulary is said to have another size than the tensors have, which hold no padding.
+    """
+    checkpoint = open_checkpoint(directory, given.config)
     table = table_for(checkpoint.config)
+    vocab_size = table.sizes(checkpoint.config)["vocab_size"]
+    if given.vocab_size not in (None, vocab_size):
+        raise UnsupportedError(
+            f"vocab_size={given.vocab_size} was given, but config.json of {directory} says {vocab_size}, and only "
+            "Megatron-LM directories hold padding to be removed."
+        )
     model_class, canonical = stored_model(checkpoint.tensors, table, checkpoint.config)
     require_complete(canonical)
     if model_class is not model_class_of(table, checkpoint.config):

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from hf_megatron.checkpoint import itemsize
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import Box
 from hf_megatron_conversion.files import CopiedFile, OutputFile, Part, SafetensorsFile, TextFile
 from hf_megatron_conversion.formats import FormatName
-from hf_megatron_conversion.formats.base import Model, ModelType, Target, read_transformers_directory
+from hf_megatron_conversion.formats.base import Given, Model, ModelType, Target, read_transformers_directory
 from hf_megatron_conversion.tensors import Readable
 
 __all__ = ["HubFormat"]
@@ -35,9 +34,9 @@ class HubFormat:
         """Always: what is no other format is read as this one, whose reader says what is wrong."""
         return True
 
-    def read(self, directory: Path, config: Mapping[str, Any] | None) -> Model:
+    def read(self, directory: Path, given: Given) -> Model:
         """Open the directory, whichever of the many spellings it is in."""
-        return read_transformers_directory(directory, config)
+        return read_transformers_directory(directory, given)
 
     def weight_files(self, target: Target) -> Sequence[OutputFile]:
         """One file, or several and their index, cut where ``save_pretrained`` would cut them."""

@@ -7,16 +7,15 @@ distributed_checkpoint=True)`` uses it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hf_megatron.checkpoint import SHARDING_INFO, LazyTensor
 from hf_megatron.checkpoint.sharded import is_shard
 from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.files import CopiedFile, OutputFile, Part, SafetensorsFile
 from hf_megatron_conversion.formats import FormatName
-from hf_megatron_conversion.formats.base import Model, ModelType, Target, read_transformers_directory
+from hf_megatron_conversion.formats.base import Given, Model, ModelType, Target, read_transformers_directory
 
 __all__ = ["TpFormat"]
 
@@ -32,9 +31,9 @@ class TpFormat:
         """Whether there is a rank's file."""
         return directory.is_dir() and any(is_shard(path) for path in directory.iterdir())
 
-    def read(self, directory: Path, config: Mapping[str, Any] | None) -> Model:
+    def read(self, directory: Path, given: Given) -> Model:
         """Open the directory, written at any degree, also together with FSDP."""
-        return read_transformers_directory(directory, config)
+        return read_transformers_directory(directory, given)
 
     def weight_files(self, target: Target) -> Sequence[OutputFile]:
         """One file per rank. A tensor that is not cut lies in the first one only, as a distributed save keeps one copy.

@@ -40,6 +40,8 @@ class ParallelBertConfig(BertConfig):
     Args:
         layernorm_placement: ``"pre"``, the paper's rearranged BERT, with the parameters of stock MegatronBert; or
             ``"post"``, the original, with the parameters of stock Bert.
+        prediction_head_act: Activation in the masked-LM head where it is not ``hidden_act``, which the stock classes
+            use in both places. Megatron-LM since 2021 has the tanh form of gelu in its layers and the exact one here.
 
     Raises:
         UnsupportedError: A decoder, cross-attention, relative positions, or a hidden size that the heads do not divide.
@@ -57,6 +59,7 @@ class ParallelBertConfig(BertConfig):
     num_attention_heads: int = 16
     intermediate_size: int = 4096
     layernorm_placement: Literal["pre", "post"] = "pre"
+    prediction_head_act: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

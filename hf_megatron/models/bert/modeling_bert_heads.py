@@ -6,11 +6,9 @@ the small transform before it is replicated, as are the heads of the other tasks
 Shapes: B batch, S sequence, H hidden, V vocabulary; ``_p`` marks this rank's part.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import wraps
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +25,7 @@ from transformers.models.bert.modeling_bert import (
     BertForTokenClassification,
     BertPredictionHeadTransform,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.bert.configuration_bert import MegatronBertConfig
@@ -54,7 +52,8 @@ class MegatronBertPredictionHeadTransform(BertPredictionHeadTransform):
     def __init__(self, config: MegatronBertConfig) -> None:
         nn.Module.__init__(self)
         self.dense = ReplicatedLinear(config.hidden_size, config.hidden_size)
-        self.transform_act_fn = ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
+        activation = config.prediction_head_act or config.hidden_act
+        self.transform_act_fn = ACT2FN[activation] if isinstance(activation, str) else activation
         self.LayerNorm = ReplicatedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
@@ -159,7 +158,8 @@ class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
         labels: torch.Tensor | None = None,
         next_sentence_label: torch.Tensor | None = None,
         sentence_order_label: torch.Tensor | None = None,
-        **kwargs: Any,
+        # transformers' tests read this annotation; that is why this module's are no strings.
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BertForPreTrainingOutput:
         """Both heads.
 

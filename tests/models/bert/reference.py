@@ -73,6 +73,11 @@ def our_class(head: str) -> type[PreTrainedModel]:
     return model_class
 
 
+def auto_class(head: str) -> str:
+    """Name of the Auto class that finds the models with a head."""
+    return "AutoModel" if head == "Model" else f"AutoModel{head}"
+
+
 def save_stock_bert(directory: Path, placement: str, head: str, **changes: Any) -> Path:
     """Save a stock model whose biases and norms are not the zeros and ones of a fresh one."""
     # Of the heads with a choice of their number of labels, question answering alone needs two of them.
@@ -137,8 +142,8 @@ def loss_of(outputs: Any, valid: torch.Tensor) -> torch.Tensor:
 def gradients(model: nn.Module) -> Tensors:
     """Whole gradients of the parameters that have one, by module: weight and bias in one vector.
 
-    Some biases have a gradient that is zero but for rounding: those of keys, which move all scores of a query alike, and
-    those before a softmax over positions or choices. Their weights show how large rounding may be.
+    Some biases have a gradient that is zero but for rounding: a key's bias moves all scores of a query alike, and one
+    before a softmax over positions or choices all of those. Their weights show how large rounding may be.
     """
     found: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():

@@ -40,9 +40,7 @@ def _record_steps(head: str, directory: Path, tp_size: int, checkpointing: bool 
 @pytest.mark.parametrize("tp_size", [2, 4])
 @pytest.mark.parametrize("head", ["ForPreTraining", "ForMaskedLM", "ForSequenceClassification"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_collectives_of_a_training_step(
-    pool: Pool, bert_dir: BertDir, placement: str, head: str, tp_size: int
-) -> None:
+def test_collectives_of_a_training_step(pool: Pool, bert_dir: BertDir, placement: str, head: str, tp_size: int) -> None:
     """Catches an f for each of query, key and value, a norm that communicates, and anything of vocabulary width.
 
     Per layer there are two forward and two backward. The embedding adds one forward; a masked-LM head two small ones

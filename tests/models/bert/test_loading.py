@@ -136,18 +136,29 @@ def test_another_decoder_than_the_tied_one_is_refused(
 # ---------------------------------------------------------------- what is said while loading
 
 
+class _Keeper(logging.Handler):
+    """Keeps what is logged from WARNING upwards."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
 def _messages(directories: dict[str, Path]) -> dict[str, list[str]]:
-    """What is logged from WARNING upwards, on this rank, while each head is loaded from its own directory."""
-    messages: dict[str, list[str]] = {}
+    """What is logged on this rank while each head is loaded from its own directory."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "hf_megatron")]
+    messages = {}
     for head, directory in directories.items():
-        handler = logging.Handler(logging.WARNING)
-        handler.emit = lambda record, to=messages.setdefault(head, []): to.append(record.getMessage())  # type: ignore
-        loggers = [logging.getLogger(name) for name in ("transformers", "hf_megatron")]
+        keeper = _Keeper()
         for logger in loggers:
-            logger.addHandler(handler)
+            logger.addHandler(keeper)
         our_class(head).from_pretrained(directory, distributed_config=layout(2))
         for logger in loggers:
-            logger.removeHandler(handler)
+            logger.removeHandler(keeper)
+        messages[head] = keeper.messages
     return messages
 
 
@@ -171,9 +182,7 @@ def _load_another_head(head: str, directory: Path, tp_size: int) -> tuple[Tensor
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("head", [head for head in HEADS if head != "ForMaskedLM"])
-def test_another_head_is_put_on_the_stored_body(
-    pool: Pool, bert_dir: BertDir, head: str, placement: str
-) -> None:
+def test_another_head_is_put_on_the_stored_body(pool: Pool, bert_dir: BertDir, head: str, placement: str) -> None:
     """Catches a fresh head or pooler that every rank draws for itself, and a body that is not loaded under it."""
     directory = bert_dir(placement, "ForMaskedLM")
     ((expected, info),) = run_at(pool, 1, _load_another_head, head, directory, 1)
@@ -228,9 +237,7 @@ def _load_refused(directory: Path) -> str:
     with pytest.raises(PartitionError) as caught:
         MegatronBertForMaskedLM.from_pretrained(directory, distributed_config=layout(2))
     with pytest.raises(PartitionError):
-        MegatronBertForMaskedLM.from_config(
-            MegatronBertConfig.from_pretrained(directory), distributed_config=layout(2)
-        )
+        MegatronBertForMaskedLM.from_config(MegatronBertConfig.from_pretrained(directory), distributed_config=layout(2))
     return str(caught.value)
 
 

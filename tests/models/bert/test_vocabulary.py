@@ -75,12 +75,10 @@ def _load(directory: Path, tp_size: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("placement", "vocab_size"), [("post", 30522), ("pre", 28996)])
-def test_published_sizes_survive_everything(
-    pool: Pool, tmp_path: Path, placement: str, vocab_size: int
-) -> None:
+def test_published_sizes_survive_everything(pool: Pool, tmp_path: Path, placement: str, vocab_size: int) -> None:
     """Catches a padded or shortened vocabulary, or a bias cut otherwise than its decoder, on any of the ways.
 
-    A step of the optimizer, both kinds of save, loading at another degree, and conversion to and fro.
+    A step of the optimizer, both kinds of save, loading at another degree, and conversion there and back.
     """
     stock = save_stock_bert(
         tmp_path / "stock", placement, "ForPreTraining", vocab_size=vocab_size, hidden_size=24, num_hidden_layers=1
@@ -100,9 +98,7 @@ def test_published_sizes_survive_everything(
     convert(tmp_path / "tp", tmp_path / "tp3", to="tp", tp_size=3)
     convert(tmp_path / "tp3", tmp_path / "again", to="hub")
     assert_all_equal(load_file(tmp_path / "again" / "model.safetensors"), saved)
-    model, info = stock_class(placement, "ForPreTraining").from_pretrained(
-        tmp_path / "again", output_loading_info=True
-    )
+    model, info = stock_class(placement, "ForPreTraining").from_pretrained(tmp_path / "again", output_loading_info=True)
     assert not any(info.values()), info
     assert torch.equal(model.cls.predictions.decoder.bias, saved[BIAS])
 

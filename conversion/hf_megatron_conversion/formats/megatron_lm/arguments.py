@@ -20,7 +20,7 @@ __all__ = [
     "Arguments",
     "activations",
     "padded_vocab_size",
-    "stored_layer",
+    "stored_layers",
     "unsupported",
     "value_of",
     "vocab_size_of",
@@ -57,6 +57,8 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "account_for_loss_in_pipeline_split": (None, False),
 }
 
+_MAX_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -86,8 +88,8 @@ def activations(arguments: Arguments | None, *, is_core: bool, is_bert: bool) ->
         return Activations("gelu_fast" if is_fused else "gelu", "gelu")
     openai, onnx = bool(arguments.get("openai_gelu")), bool(arguments.get("onnx_safe"))
     head = "gelu_new" if openai else "gelu"
-    # onnx_safe is the exact form with 1.41421 for the root of two, 1.2e-6 off. Until squared_relu came in 2022 the fused
-    # kernel was used whatever else was asked for; since then only in the absence of anything else.
+    # onnx_safe is the exact form with 1.41421 for the root of two, 1.2e-6 off. Until squared_relu came in 2022 the
+    # fused kernel was used whatever else was asked for; since then only in the absence of anything else.
     fusion_wins = "squared_relu" not in arguments
     if is_fused and (fusion_wins or not (openai or onnx)):
         return Activations("gelu_fast", head)
@@ -106,8 +108,7 @@ def unsupported(arguments: Arguments, *, is_bert: bool) -> Iterator[str]:
     if arguments.get("group_query_attention") and groups != heads:
         yield f"group_query_attention with num_query_groups={value_of(groups)} is not supported"
     hidden, channels = arguments.get("hidden_size"), arguments.get("kv_channels")
-    sizes = (heads, hidden, channels)
-    if all(isinstance(size, int) for size in sizes) and channels * heads != hidden:
+    if isinstance(heads, int) and isinstance(hidden, int) and isinstance(channels, int) and channels * heads != hidden:
         yield f"kv_channels={channels} times num_attention_heads={heads} is not hidden_size={hidden}"
     if not is_bert and arguments.get("apply_residual_connection_post_layernorm"):
         yield "apply_residual_connection_post_layernorm is not supported for GPT (for BERT it is)"
@@ -121,14 +122,19 @@ def _unique_layers(arguments: Arguments) -> int | None:
     return unique if isinstance(unique, int) and unique != layers else None
 
 
-def stored_layer(arguments: Arguments, layer: int) -> int:
-    """The stored layer whose parameters layer ``layer`` has: itself, unless parameters are shared between layers."""
-    unique = _unique_layers(arguments)
-    if unique is None:
-        return layer
+def stored_layers(arguments: Arguments, num_stored: int) -> list[int]:
+    """For each layer of the model the stored one whose parameters it has: its own, unless layers share parameters.
+
+    Args:
+        arguments: In 2020 they could ask for sharing.
+        num_stored: How many layers the files hold.
+    """
+    unique, layers = _unique_layers(arguments), arguments.get("num_layers")
+    if unique is None or unique != num_stored or not isinstance(layers, int) or not unique < layers <= _MAX_LAYERS:
+        return list(range(num_stored))
     if arguments.get("param_sharing_style") == "grouped":
-        return layer % unique
-    return layer // max(int(arguments["num_layers"]) // unique, 1)
+        return [layer % unique for layer in range(layers)]
+    return [min(layer // (layers // unique), unique - 1) for layer in range(layers)]
 
 
 def padded_vocab_size(vocab_size: int, divisor: int, tp_size: int) -> int:

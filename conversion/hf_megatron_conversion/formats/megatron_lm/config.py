@@ -19,7 +19,7 @@ from hf_megatron_conversion.formats.megatron_lm.arguments import (
     vocab_size_of,
 )
 
-__all__ = ["EPSILON", "Found", "Given", "config_of"]
+__all__ = ["EPSILON", "Found", "Outside", "config_of"]
 
 _logger = logging.getLogger(__name__)
 
@@ -71,24 +71,26 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
-    """What is known from outside of the files.
+class Outside:
+    """What is known from outside of the ranks' files.
 
     Attributes:
         config: A config.json, from the user or from beside the checkpoint.
         is_asked_for: Whether the user gave it, so that it may contradict the arguments.
-        vocab_size: The vocabulary without padding, from the user or a tokenizer.
+        vocab_size: The vocabulary without padding, from the user.
+        tokenizer_size: The same from the tokenizer.
         end_of_text: The tokenizer's token that ends a text.
     """
 
     config: Mapping[str, Any] | None = None
     is_asked_for: bool = False
     vocab_size: int | None = None
+    tokenizer_size: int | None = None
     end_of_text: int | None = None
 
 
 def config_of(
-    found: Found, arguments: Arguments | None, given: Given, problems: list[str]
+    found: Found, arguments: Arguments | None, given: Outside, problems: list[str]
 ) -> tuple[dict[str, Any], PartitionTable, bool]:
     """The stock config.json of a Megatron-LM checkpoint.
 
@@ -245,29 +247,37 @@ def _is_same(a: object, b: object) -> bool:
     return a == b or any(a in family and b in family for family in (TANH, ERF))
 
 
-def _vocab_size(found: Found, arguments: Arguments, given: Given, problems: list[str]) -> tuple[int, bool]:
+def _vocab_size(found: Found, arguments: Arguments, given: Outside, problems: list[str]) -> tuple[int, bool]:
+    """The vocabulary without padding, from the first source that knows it, and whether one does."""
     rows = found.padded_vocab_size
-    sources = {
-        "vocab_size": given.vocab_size,
-        "vocab_size of the given config.json": (given.config or {}).get("vocab_size"),
+    beside = (given.config or {}).get("vocab_size")
+    asked = {
+        "the given vocab_size": given.vocab_size,
+        "vocab_size in the given config.json": beside if given.is_asked_for else None,
+        "the size of the tokenizer": given.tokenizer_size,
     }
-    if (stated := vocab_size_of(arguments)) is not None and stated <= rows:
-        sources["vocab_size of the arguments"] = stated
-    for source, size in sources.items():
-        if size is None:
-            continue
-        if not isinstance(size, int) or not 0 < size <= rows:
+    for source, size in asked.items():
+        if size is not None and (not isinstance(size, int) or not 0 < size <= rows):
             problems.append(f"{source} is {value_of(size)}, but the word embedding has {rows} rows")
-            return rows, True
-        divisor = arguments.get("make_vocab_size_divisible_by")
-        if isinstance(divisor, int) and divisor > 0 and padded_vocab_size(size, divisor, found.tp_size) != rows:
-            _logger.warning(
-                "A vocabulary of %d would be padded to %d at degree %d, but the word embedding has %d rows; is %d right?",
-                size,
-                padded_vocab_size(size, divisor, found.tp_size),
-                found.tp_size,
-                rows,
-                size,
-            )
-        return size, True
+    stated = vocab_size_of(arguments)
+    # What nobody has asked for is used if it can be right.
+    for size in (*asked.values(), stated, beside):
+        if isinstance(size, int) and 0 < size <= rows:
+            _warn_of_other_padding(size, rows, arguments.get("make_vocab_size_divisible_by"), found.tp_size)
+            return size, True
     return rows, False
+
+
+def _warn_of_other_padding(size: int, rows: int, divisor: object, tp_size: int) -> None:
+    if not isinstance(divisor, int) or divisor < 1:
+        return
+    padded = padded_vocab_size(size, divisor, tp_size)
+    if padded != rows:
+        _logger.warning(
+            "A vocabulary of %d would be padded to %d at degree %d, but the word embedding has %d rows; is %d right?",
+            size,
+            padded,
+            tp_size,
+            rows,
+            size,
+        )

@@ -69,9 +69,8 @@ def _qkv_pieces(shard: LazyTensor, rank: int, which: int, head_dim: int, version
         return [_moved(shard, which * rows, (rows, *rest), 1, (rank * rows, *zeros))]
     if version < 2.0:
         return [_moved(shard, which, (rows, *rest), 3, (rank * rows, *zeros))]
-    first = rank * rows // head_dim
     return [
-        _moved(shard, (3 * head + which) * head_dim, (head_dim, *rest), 1, ((first + head) * head_dim, *zeros))
+        _moved(shard, (3 * head + which) * head_dim, (head_dim, *rest), 1, (rank * rows + head * head_dim, *zeros))
         for head in range(rows // head_dim)
     ]
 

@@ -156,5 +156,6 @@ def megatron_names(table: PartitionTable, names: Mapping[str, object], num_layer
         found = modules[re.sub(r"\.\d+\.", ".*.", module)].replace("*", str(layer))
         if "+" in found:
             found = found.replace("+", str(layer + 1)) if layer + 1 < num_layers else "final_layernorm"
-        result[name] = f"{found}.{parameter}"
+        found = f"{found}.{parameter}"
+        result[name] = "lm_head.bias" if found == "output_layer.bias" else found
     return result

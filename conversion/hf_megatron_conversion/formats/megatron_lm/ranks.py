@@ -66,6 +66,7 @@ class Rank:
         iteration: As stored.
         chunks: The tensors by name, of each chunk of the stage (only interleaved pipelines have several).
         unmapped: Names of what is stored and not known here.
+        is_core: Whether the names are Megatron-core's.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class Rank:
     iteration: object
     chunks: tuple[dict[str, LazyTensor], ...]
     unmapped: tuple[str, ...]
+    is_core: bool
 
 
 def is_megatron_lm(directory: Path) -> bool:
@@ -198,7 +200,8 @@ def _open_rank(path: Path, tp: int, pp: int) -> Rank:
     keys.sort(key=lambda key: int(key.removeprefix("model") or 0))
     if not keys:
         raise CheckpointFormatError(f"{path} has no 'model' in it, which a checkpoint of Megatron-LM has.")
-    chunks, unmapped = [], []
+    chunks: list[dict[str, LazyTensor]] = []
+    unmapped: list[str] = []
     for key in keys:
         tensors, unknown = _own_tensors(path, content[key])
         chunks.append(tensors)
@@ -212,6 +215,7 @@ def _open_rank(path: Path, tp: int, pp: int) -> Rank:
         iteration=content.get("iteration", content.get("total_iters")),
         chunks=tuple(chunks),
         unmapped=tuple(unmapped),
+        is_core=any(".linear_qkv." in stored for key in keys for stored, _ in _leaves(content[key], "")),
     )
 
 

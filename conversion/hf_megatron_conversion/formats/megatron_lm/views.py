@@ -13,7 +13,7 @@ from hf_megatron_conversion.tensors import Readable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Filled", "Memo", "Padded", "Stacked", "Transposed"]
+__all__ = ["Boxed", "Filled", "Memo", "Padded", "Stacked", "Transposed"]
 
 
 class Memo:
@@ -66,6 +66,30 @@ class Transposed:
         key = (id(self.tensor), first, width)
         whole = self.memo.get(key, lambda: self.tensor.read(stored).t().contiguous())
         return whole[start : start + size]
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """A box of a tensor."""
+
+    tensor: Readable
+    box: Box
+
+    @property
+    def dtype(self) -> str:
+        """In safetensors' spelling."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The box's."""
+        return self.box.shape
+
+    def read(self, box: Box | None = None) -> torch.Tensor:
+        """The part inside ``box``."""
+        box = Box.whole(self.shape) if box is None else box
+        offset = tuple(a + b for a, b in zip(self.box.offset, box.offset, strict=True))
+        return self.tensor.read(Box(offset, box.shape))
 
 
 @dataclass(frozen=True)

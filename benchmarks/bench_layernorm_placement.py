@@ -1,0 +1,208 @@
+"""The paper's figure 7 in miniature: BERT with its LayerNorms after or before the residual, few layers and many.
+
+    python benchmarks/bench_layernorm_placement.py            # trains, writes results/layernorm_placement.{json,png}
+    python benchmarks/bench_layernorm_placement.py --redraw   # draws the data that is there
+    python benchmarks/bench_layernorm_placement.py --quick    # a few steps, to see that it runs
+
+What is measured, and what it does not show, is told in README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from matplotlib.figure import Figure
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import BertTokenizerFast, PreTrainedTokenizerBase
+
+from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining
+from hf_megatron.data import DataCollatorForMegatronBertPretraining, sentence_order_pairs, tokenize_sentences
+
+NAME = "layernorm_placement"
+RESULTS = Path(__file__).parent / "results"
+TITLES = {"post": "post: original BERT", "pre": "pre: the paper's BERT"}
+COLOURS = {"post": "tab:red", "pre": "tab:blue"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything the runs of one benchmark share; lengths in tokens, ``every`` in steps for a point of the curves."""
+
+    layers: tuple[int, ...] = (4, 24)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    hidden: int = 64
+    heads: int = 2
+    vocab: int = 1024
+    length: int = 32
+    batch: int = 32
+    steps: int = 1500
+    warm_up: int = 100
+    learning_rate: float = 2e-3
+    every: int = 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    layers: int
+    placement: str
+    seed: int
+
+
+QUICK = Setting(layers=(1, 2), seeds=(1,), hidden=16, vocab=300, length=16, batch=4, steps=6, warm_up=2, every=2)
+
+
+def train_tokenizer(vocab: int) -> PreTrainedTokenizerBase:
+    """A WordPiece tokenizer of the text that all runs learn from."""
+    texts = [topics[name] for name in sorted(topics)]
+    return BertTokenizerFast().train_new_from_iterator(texts, vocab, show_progress=False)
+
+
+def batches(tokenizer: PreTrainedTokenizerBase, setting: Setting, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches without end; the same for both placements and every depth."""
+    documents = [tokenize_sentences(tokenizer, topics[name]) for name in sorted(topics)]
+    collate = DataCollatorForMegatronBertPretraining(tokenizer, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        pairs = list(sentence_order_pairs(documents, tokenizer, max_length=setting.length, generator=generator))
+        order = torch.randperm(len(pairs), generator=generator)
+        for chosen in order[: len(order) // setting.batch * setting.batch].split(setting.batch):
+            yield collate([pairs[i] for i in chosen])
+
+
+def train(run: Run, setting: Setting, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Train one model; returns its losses, means over every ``setting.every`` steps, and the seconds it took."""
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    config = MegatronBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=setting.hidden,
+        num_hidden_layers=run.layers,
+        num_attention_heads=setting.heads,
+        intermediate_size=4 * setting.hidden,
+        max_position_embeddings=setting.length,
+        layernorm_placement=run.placement,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = MegatronBertForPreTraining.from_config(config, seed=run.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=setting.learning_rate, weight_decay=0.01)
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / setting.warm_up, 1 - step / setting.steps))
+    losses = torch.zeros(setting.steps, 2)
+    for step, batch in zip(range(setting.steps), batches(tokenizer, setting, run.seed), strict=False):
+        output = model(**batch)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        order = F.cross_entropy(output.seq_relationship_logits.detach(), batch["sentence_order_label"])
+        losses[step] = torch.stack([output.loss.detach() - order, order])
+    means = losses.view(-1, setting.every, 2).mean(1)
+    return {
+        **dataclasses.asdict(run),
+        "masked_lm_loss": [round(loss, 4) for loss in means[:, 0].tolist()],
+        "sentence_order_loss": [round(loss, 4) for loss in means[:, 1].tolist()],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def measure(setting: Setting, workers: int) -> dict[str, Any]:
+    """All runs, each in a process with one thread, ``workers`` at a time."""
+    started = time.monotonic()
+    tokenizer = train_tokenizer(setting.vocab)
+    # The long ones first, so that no process waits for another at the end.
+    wanted = [
+        Run(layers, placement, seed)
+        for layers in sorted(setting.layers, reverse=True)
+        for seed in setting.seeds
+        for placement in TITLES
+    ]
+    done = {}
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
+        futures = {executor.submit(train, run, setting, tokenizer): run for run in wanted}
+        for future in as_completed(futures):
+            done[futures[future]] = result = future.result()
+            print(f"{futures[future]}: last loss {result['masked_lm_loss'][-1]}, {result['seconds']} s", flush=True)
+    return {
+        "setting": dataclasses.asdict(setting),
+        "environment": environment(workers),
+        "seconds": round(time.monotonic() - started, 1),
+        "runs": [done[run] for run in wanted],
+    }
+
+
+def environment(workers: int) -> dict[str, Any]:
+    """What the numbers were measured with."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "processes": workers,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
+    """A panel for each number of layers, a line for each run."""
+    setting = results["setting"]
+    figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
+    panels = figure.subplots(1, len(setting["layers"]), sharey=True)
+    for panel, layers in zip(panels, setting["layers"], strict=True):
+        for run in results["runs"]:
+            if run["layers"] == layers:
+                steps = [setting["every"] * (i + 1) for i in range(len(run["masked_lm_loss"]))]
+                label = TITLES[run["placement"]] if run["seed"] == setting["seeds"][0] else None
+                panel.plot(steps, run["masked_lm_loss"], color=COLOURS[run["placement"]], linewidth=1.2, label=label)
+        panel.set_title(f"{layers} layers, {len(setting['seeds'])} seeds each")
+        panel.set_xlabel("training step")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("masked-LM training loss, nats")
+    panels[0].legend()
+    figure.suptitle(f"BERT, hidden size {setting['hidden']}, peak learning rate {setting['learning_rate']:g}")
+    figure.savefig(file)
+
+
+def main() -> None:
+    """Measure and draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=RESULTS, help="directory to write to")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trainings at a time, one thread each")
+    parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model, to see that it runs")
+    parser.add_argument("--redraw", action="store_true", help="draw the data of an earlier run")
+    args = parser.parse_args()
+    if args.quick and args.output == RESULTS:
+        args.output = Path(tempfile.mkdtemp())  # the figures that are kept are those of a whole run
+    data = args.output / f"{NAME}.json"
+    if not args.redraw:
+        results = measure(QUICK if args.quick else Setting(), args.workers)
+        text = re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(results, indent=1))
+        data.write_text(text + "\n", encoding="utf-8")  # each curve on one line
+    draw(json.loads(data.read_text(encoding="utf-8")), data.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

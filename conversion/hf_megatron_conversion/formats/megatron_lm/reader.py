@@ -1,0 +1,264 @@
+"""Read a Megatron-LM checkpoint: its ranks and stages as one stock model, or everything that is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_megatron.checkpoint import DTYPES, LazyTensor, listed
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron.partition import Box, ModelClass, PartitionTable, Tensor
+from hf_megatron_conversion.formats.megatron_lm.arguments import Arguments, stored_layers, unsupported
+from hf_megatron_conversion.formats.megatron_lm.config import Found, Outside, config_of
+from hf_megatron_conversion.formats.megatron_lm.merge import fused_qkv, joined, one_of_qkv
+from hf_megatron_conversion.formats.megatron_lm.names import COLUMN, ROW, VOCABULARY, megatron_names, split_layer
+from hf_megatron_conversion.formats.megatron_lm.ranks import Rank, iteration_directory, open_ranks
+from hf_megatron_conversion.formats.megatron_lm.stages import Shards, common, merged_stages
+from hf_megatron_conversion.formats.megatron_lm.views import Filled, Memo, Transposed
+from hf_megatron_conversion.tensors import Readable, bounded
+
+__all__ = ["Opened", "open_megatron_lm"]
+
+_WORDS, _POSITIONS, _TOKEN_TYPES = (f"{kind}_embeddings.weight" for kind in ("word", "position", "tokentype"))
+_HEAD, _HEAD_COPY = "output_layer.weight", "word_embeddings_for_head.weight"
+_FIRST_QKV, _FIRST_UP = (f"layers.0.{name}" for name in COLUMN if name.endswith(".weight"))
+_BERT_ONLY = ("lm_head.", "binary_head.", "pooler.", "tokentype_")
+_SECOND_HEAD = ("pooler.dense.weight", "pooler.dense.bias", "binary_head.weight", "binary_head.bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A Megatron-LM checkpoint as a stock model.
+
+    Attributes:
+        config: A config.json of the stock library.
+        table: Its partition table.
+        model_class: Its class.
+        tensors: Its tensors by their stock names.
+        tp_size: Tensor-parallel degree of the files.
+        version: ``checkpoint_version``, 0 if absent.
+        files: The files.
+        dropped: Stored tensors that the model does not need.
+        has_known_vocab_size: Whether the vocabulary is without padding; if not, nobody could tell.
+        shards: Megatron's tensors as they are stored, layers counted through all stages.
+        arguments: Megatron's training arguments, if any.
+        is_core: Whether Megatron-core saved it.
+    """
+
+    config: dict[str, Any]
+    table: PartitionTable
+    model_class: ModelClass
+    tensors: Mapping[str, Readable]
+    tp_size: int
+    version: float
+    files: Sequence[Path]
+    dropped: Sequence[str]
+    has_known_vocab_size: bool
+    shards: Shards
+    arguments: Arguments | None
+    is_core: bool
+
+
+def open_megatron_lm(directory: Path, given: Outside) -> Opened:
+    """Open a checkpoint; nothing but the pickles in its files is read.
+
+    Args:
+        directory: The checkpoint, or one iteration of it.
+        given: What is known from outside.
+
+    Raises:
+        CheckpointError: It is incomplete, damaged, of an unknown version, unsafe, or of a model that the stock classes
+            do not have; one message lists everything that was found.
+    """
+    iteration = iteration_directory(directory)
+    problems: list[str] = []
+    ranks = open_ranks(iteration, problems)
+    if not ranks:
+        raise _refusal(iteration, problems)
+    version, arguments = common(list(ranks.values()), problems)
+    stored = merged_stages(ranks, problems)
+    is_bert = any(name.startswith(_BERT_ONLY) for name in stored)
+    problems += unsupported(arguments or {}, is_bert=is_bert)
+    found = _found(stored, ranks, arguments or {}, problems, is_bert)
+    if problems or found is None:
+        raise _refusal(iteration, problems)
+    config, table, has_known_vocab_size = config_of(found, arguments, given, problems)
+    if problems:
+        raise _refusal(iteration, problems)
+    model_class = table.model_class(config["architectures"][0])
+    shards = _each_layer(stored, arguments or {})
+    assembly = _Assembly(shards, config, table, version, problems)
+    tensors = assembly.tensors(table.tensors(config, model_class))
+    dropped = _left_over(shards, assembly.used, found, problems)
+    if problems:
+        raise _refusal(iteration, problems)
+    return Opened(
+        config=config,
+        table=table,
+        model_class=model_class,
+        tensors=tensors,
+        tp_size=found.tp_size,
+        version=version,
+        files=[rank.path for rank in ranks.values()],
+        dropped=dropped,
+        has_known_vocab_size=has_known_vocab_size,
+        shards=shards,
+        arguments=arguments,
+        is_core=found.is_core,
+    )
+
+
+def _refusal(directory: Path, problems: Sequence[str]) -> CheckpointFormatError | CheckpointIncompleteError:
+    kind = CheckpointIncompleteError if any("missing" in problem for problem in problems) else CheckpointFormatError
+    lines = listed(list(dict.fromkeys(problems)), separator="\n  ")
+    return kind(f"{directory} cannot be read as a Megatron-LM checkpoint:\n  {lines}")
+
+
+def _found(
+    stored: Shards,
+    ranks: Mapping[tuple[int, int], Rank],
+    arguments: Arguments,
+    problems: list[str],
+    is_bert: bool,
+) -> Found | None:
+    """What the tensors show; None if those that show it are not there."""
+    needed = (_WORDS, _POSITIONS, _FIRST_QKV, _FIRST_UP)
+    if missing := [name for name in needed if name not in stored or len(stored[name][0].shape) != 2]:
+        problems += [f"{name} is missing" for name in missing]
+        return None
+    words, positions, qkv, up = (stored[name][0].shape for name in needed)
+    tp_size, hidden = 1 + max(tp for tp, _ in ranks), words[1]
+    if qkv[0] * tp_size != 3 * hidden:
+        problems.append(
+            f"{_FIRST_QKV} has {qkv[0]} rows on each of {tp_size} ranks, where {3 * hidden} are needed in all: ranks "
+            "are missing, or heads share their keys"
+        )
+    is_core = any(rank.is_core for rank in ranks.values())
+    count = 1 + max(layer for layer, _ in map(split_layer, stored) if layer is not None)
+    return Found(
+        is_bert=is_bert,
+        is_core=is_core,
+        sizes={
+            "hidden_size": hidden,
+            "num_layers": len(stored_layers(arguments, count)),
+            "max_position_embeddings": positions[0],
+            "ffn_hidden_size": up[0] * tp_size,
+        },
+        padded_vocab_size=words[0] * tp_size,
+        tp_size=tp_size,
+        num_token_types=stored[_TOKEN_TYPES][0].shape[0] if _TOKEN_TYPES in stored else None,
+        has_binary_head="binary_head.weight" in stored,
+        # The head of a BERT that is not Megatron-core's uses the embedding, whatever else is stored.
+        is_tied=(is_bert and not is_core) or _is_tied(stored, arguments),
+        dtype=DTYPES[stored[_WORDS][0].dtype][1],
+    )
+
+
+def _is_tied(stored: Shards, arguments: Arguments) -> bool:
+    untied = arguments.get("untie_embeddings_and_output_weights")
+    if isinstance(untied, bool):
+        return not untied
+    return _HEAD not in stored or _have_same_values(stored[_HEAD], stored[_WORDS])
+
+
+def _each_layer(stored: Shards, arguments: Arguments) -> Shards:
+    """The shards of every layer, also where several share what is stored once."""
+    layers: dict[int, Shards] = {}
+    shards: Shards = {}
+    for name, tensors in stored.items():
+        layer, rest = split_layer(name)
+        (shards if layer is None else layers.setdefault(layer, {}))[rest] = tensors
+    for layer, source in enumerate(stored_layers(arguments, max(layers) + 1)):
+        shards |= {f"layers.{layer}.{rest}": tensors for rest, tensors in layers.get(source, {}).items()}
+    return shards
+
+
+def _left_over(shards: Shards, used: set[str], found: Found, problems: list[str]) -> list[str]:
+    """Names of what the model does not need; anything but copies of the embedding and a second head is a problem."""
+    dropped = []
+    for name in sorted(set(shards) - used):
+        is_copy = name in (_HEAD, _HEAD_COPY)
+        if is_copy and not _have_same_values(shards[name], shards[_WORDS]) and not (found.is_bert and name == _HEAD):
+            problems.append(f"{name} should be a copy of {_WORDS}, and differs from it")
+        elif is_copy or name in _SECOND_HEAD:
+            dropped.append(name)
+        else:
+            problems.append(f"{name} is not a part of the model")
+    return dropped
+
+
+def _have_same_values(shards: Sequence[LazyTensor], others: Sequence[LazyTensor]) -> bool:
+    import torch
+
+    for a, b in zip(shards, others, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if not all(torch.equal(a.read(box), b.read(box)) for box in bounded(Box.whole(a.shape), a.dtype)):
+            return False
+    return True
+
+
+class _Assembly:
+    """Full tensors of the stock model from Megatron's shards.
+
+    Attributes:
+        used: Names of the shards that were needed.
+    """
+
+    def __init__(
+        self, shards: Shards, config: Mapping[str, Any], table: PartitionTable, version: float, problems: list[str]
+    ) -> None:
+        self.used: set[str] = set()
+        self._shards = shards
+        self._table = table
+        self._version = version
+        self._problems = problems
+        self._sizes = table.sizes(config)
+        self._head_dim = self._sizes["hidden_size"] // self._sizes["num_attention_heads"]
+        self._memo = Memo()
+
+    def tensors(self, expected: Mapping[str, Tensor]) -> dict[str, Readable]:
+        """Every tensor of the model by its stock name; those that cannot be had are problems."""
+        names = megatron_names(self._table, expected, self._sizes["num_hidden_layers"])
+        result: dict[str, Readable] = {}
+        for stock, name in names.items():
+            shape = expected[stock].shape
+            tensor = self._tensor(stock, name, shape)
+            if tensor is None:
+                self._problems.append(f"{name} is missing")
+            elif tensor.shape != shape:
+                self._problems.append(f"{name} is {list(tensor.shape)} in all, expected {list(shape)}")
+            else:
+                result[stock] = tensor
+        return result
+
+    def _tensor(self, stock: str, name: str, shape: tuple[int, ...]) -> Readable | None:
+        """The full tensor in the stock model's layout."""
+        shards = self._shards.get(name)
+        if shards is None and name == _TOKEN_TYPES:
+            # Megatron's BERT without the second head adds no token types; rows of zeros do not either.
+            return Filled(self._shards[_WORDS][0].dtype, shape)
+        if shards is None or any(len(shard.shape) != len(shape) for shard in shards):
+            return None
+        self.used.add(name)
+        layer, rest = split_layer(name)
+        if layer is None:
+            limit = self._sizes["vocab_size"] if name in VOCABULARY else None
+            return joined(shards if name in VOCABULARY else shards[:1], 0, limit)
+        is_matrix = len(shape) == 2
+        if rest.startswith("self_attention.query_key_value"):
+            full = self._projections(stock, shards)
+        elif rest in COLUMN:
+            full = joined(shards, 0)
+        else:
+            full = joined(shards, 1) if rest in ROW else joined(shards[:1], 0)
+        # Megatron stores matrices [out, in], as BERT does; GPT-2 in transformers has [in, out].
+        return Transposed(full, self._memo) if is_matrix and self._table.architecture == "gpt2" else full
+
+    def _projections(self, stock: str, shards: Sequence[LazyTensor]) -> LazyTensor:
+        if self._table.architecture == "gpt2":
+            return fused_qkv(shards, self._head_dim, self._version)
+        which = ("query", "key", "value").index(stock.split(".")[-2])
+        return one_of_qkv(shards, which, self._head_dim, self._version)

@@ -1,0 +1,168 @@
+"""Lay out a stock model as a Megatron-LM checkpoint, as Megatron-LM's own code of 2021 to 2023 would have saved it.
+
+``checkpoint_version`` 3.0, the second generation of names, one pipeline stage, and under the name ``release``, so that
+Megatron-LM starts from the weights without asking for an optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_megatron.errors import PartitionError, UnsupportedError
+from hf_megatron.partition import Box
+from hf_megatron_conversion.files import OutputFile, TextFile
+from hf_megatron_conversion.formats.base import Target
+from hf_megatron_conversion.formats.megatron_lm.arguments import padded_vocab_size
+from hf_megatron_conversion.formats.megatron_lm.export import arguments_of
+from hf_megatron_conversion.formats.megatron_lm.names import COLUMN, ROW, VOCABULARY, megatron_names, split_layer
+from hf_megatron_conversion.formats.megatron_lm.views import Boxed, Filled, Memo, Padded, Stacked, Transposed
+from hf_megatron_conversion.tensors import Readable
+from hf_megatron_conversion.torch_zip import TorchZipFile
+
+__all__ = ["megatron_lm_files"]
+
+_logger = logging.getLogger(__name__)
+
+_DIVISOR = 128  # Megatron-LM's default for --make-vocab-size-divisible-by
+# The probability of a padded word is exactly zero with this bias. GPT has none: there a row of zeros adds as little as
+# can be added.
+_PADDED_BIAS = -10000.0
+_QKV = "self_attention.query_key_value"
+_TOKEN_TYPES = "tokentype_embeddings.weight"
+
+
+def megatron_lm_files(target: Target) -> Sequence[OutputFile]:
+    """One file per rank, and the one that names the release.
+
+    Raises:
+        UnsupportedError: The model has something that Megatron-LM has not; everything is listed.
+        PartitionError: The MLP's size does not divide.
+    """
+    if target.max_shard_size is not None:
+        raise UnsupportedError("max_shard_size is for hub directories; a megatron-lm directory has one file per rank.")
+    layout = _Layout(target)
+    files: list[OutputFile] = [TextFile("latest_checkpointed_iteration.txt", b"release")]
+    for rank in range(target.tp_size):
+        content = {"args": layout.arguments, "checkpoint_version": 3.0, "iteration": 0, "model": layout.model(rank)}
+        files.append(TorchZipFile(f"release/mp_rank_{rank:02d}/model_optim_rng.pt", content))
+    return files
+
+
+class _Layout:
+    """The tensors of every rank.
+
+    Attributes:
+        arguments: Megatron-LM's training arguments, as far as they say what model it is.
+    """
+
+    def __init__(self, target: Target) -> None:
+        model = target.model
+        self._table = model.table
+        self._tensors = target.tensors
+        self._tp_size = target.tp_size
+        self._sizes = model.table.sizes(model.config)
+        self._memo = Memo()
+        intermediate = self._sizes["intermediate_size"]
+        if intermediate % target.tp_size:
+            raise PartitionError(
+                f"intermediate_size={intermediate} is not divisible by tp_size={target.tp_size}, and Megatron-LM has "
+                "no uneven shards; choose a degree that divides it."
+            )
+        self._padded = padded_vocab_size(self._sizes["vocab_size"], _DIVISOR, target.tp_size)
+        self._stock: dict[str, list[str]] = {}
+        for stock, name in megatron_names(model.table, target.tensors, self._sizes["num_hidden_layers"]).items():
+            self._stock.setdefault(name, []).append(stock)
+        is_masked_lm = model.table.architecture == "bert" and "binary_head.weight" not in self._stock
+        self._is_without_token_types = is_masked_lm and self._has_no_token_types()
+        self._has_empty_head = is_masked_lm and not self._is_without_token_types
+        if self._has_empty_head:
+            _logger.warning(
+                "The model has token types and no second head, which Megatron-LM's BERT has only both or neither; a "
+                "second head of zeros is added."
+            )
+        dtype = next(iter(target.tensors.values())).dtype
+        self.arguments = argparse.Namespace(
+            **arguments_of(
+                model,
+                dtype=dtype,
+                tp_size=target.tp_size,
+                divisor=_DIVISOR,
+                padded_vocab_size=self._padded,
+                has_binary_head=model.table.architecture == "bert" and not self._is_without_token_types,
+            )
+        )
+
+    def model(self, rank: int) -> dict[str, Any]:
+        """What a rank's file has under ``model``: dictionaries as Megatron-LM nests them."""
+        embedding: dict[str, Any] = {}
+        encoder: dict[str, Any] = {}
+        language_model: dict[str, Any] = {"embedding": embedding, "encoder": encoder}
+        result: dict[str, Any] = {"language_model": language_model}
+        for name, tensor in self._of_rank(rank):
+            module, _, parameter = name.partition(".")
+            if module.endswith("_embeddings"):
+                embedding[module] = {parameter: tensor}
+            elif module in ("layers", "final_layernorm"):
+                encoder[name] = tensor
+            elif module in ("pooler", "output_layer"):
+                language_model.setdefault(module, {})[parameter] = tensor
+            else:
+                result.setdefault(module, {})[parameter] = tensor
+        return result
+
+    def _of_rank(self, rank: int) -> list[tuple[str, Readable]]:
+        names = sorted(self._stock, key=lambda name: -1 if (layer := split_layer(name)[0]) is None else layer)
+        found = [(name, self._shard(name, rank)) for name in names]
+        if self._is_without_token_types:
+            found = [(name, tensor) for name, tensor in found if name != _TOKEN_TYPES]
+        if self._has_empty_head:
+            hidden, dtype = self._sizes["hidden_size"], found[0][1].dtype
+            shapes: Mapping[str, tuple[int, ...]] = {
+                "pooler.dense.weight": (hidden, hidden),
+                "pooler.dense.bias": (hidden,),
+                "binary_head.weight": (2, hidden),
+                "binary_head.bias": (2,),
+            }
+            found += [(name, Filled(dtype, shape)) for name, shape in shapes.items() if name not in self._stock]
+        return found
+
+    def _shard(self, name: str, rank: int) -> Readable:
+        """A rank's part of one of Megatron's tensors."""
+        stored = [self._outwards(stock) for stock in self._stock[name]]
+        rest = split_layer(name)[1]
+        if rest.startswith(_QKV):
+            return self._projections(stored, rank)
+        (tensor,) = stored
+        if name in VOCABULARY:
+            rows = self._padded // self._tp_size
+            return Padded(tensor, rank * rows, rows, _PADDED_BIAS if name == "lm_head.bias" else 0.0)
+        if rest not in COLUMN and rest not in ROW:
+            return tensor
+        dim = 0 if rest in COLUMN else 1
+        size = tensor.shape[dim] // self._tp_size
+        return Boxed(tensor, Box.whole(tensor.shape).narrowed(dim, rank * size, (rank + 1) * size))
+
+    def _outwards(self, stock: str) -> Readable:
+        """A stock tensor in Megatron's orientation, matrices [out, in]."""
+        tensor = self._tensors[stock]
+        if self._table.architecture != "gpt2" or len(tensor.shape) != 2 or ".h." not in f".{stock}":
+            return tensor
+        return tensor.tensor if isinstance(tensor, Transposed) else Transposed(tensor, self._memo)
+
+    def _projections(self, stored: Sequence[Readable], rank: int) -> Readable:
+        """Queries, keys and values of a rank's heads."""
+        hidden = self._sizes["hidden_size"]
+        rows = hidden // self._tp_size
+        if len(stored) == 1:
+            tensors, firsts = [*stored] * 3, [0, hidden, 2 * hidden]
+        else:
+            tensors, firsts = [*stored], [0, 0, 0]
+        head_dim = hidden // self._sizes["num_attention_heads"]
+        return Stacked(tensors, [first + rank * rows for first in firsts], rows, head_dim, self._memo)
+
+    def _has_no_token_types(self) -> bool:
+        (stock,) = self._stock[_TOKEN_TYPES]
+        return not self._tensors[stock].read().any()

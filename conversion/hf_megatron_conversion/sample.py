@@ -1,0 +1,57 @@
+"""Token ids to run two models on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
+
+__all__ = ["sample_ids"]
+
+_logger = logging.getLogger(__name__)
+
+_SEED = 0
+_TEXT = (
+    "The lighthouse keeper wrote in his book every evening: the wind, the height of the waves, and which ships had "
+    "passed. In forty years he had filled eleven of them. When somebody asked what they were for, he said that a "
+    "thing nobody writes down has not quite happened, and went back up the stairs to see whether the lamp was clean."
+)
+
+
+def sample_ids(directories: Sequence[Path], vocab_size: int, length: int) -> torch.Tensor:
+    """[1, length] token ids: a text, with the first tokenizer that is found, else ids drawn at random.
+
+    Args:
+        directories: Where to look for a tokenizer.
+        vocab_size: All ids are below it.
+        length: How many; the text is cut or repeated.
+    """
+    for directory in directories:
+        try:
+            ids = _encoded(directory)
+        except Exception as error:
+            # Of tokenizers that another version of the library has written, nothing but the text is lost here.
+            _logger.info("The tokenizer in %s cannot be used here: %s", directory, error)
+            continue
+        if ids and max(ids) < vocab_size:
+            return torch.tensor([(ids * (length // len(ids) + 1))[:length]])
+    return torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(_SEED))
+
+
+def _encoded(directory: Path) -> list[int]:
+    """The text's ids; none if there is no tokenizer."""
+    files = {name: str(directory / name) for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")}
+    is_there = {name: Path(file).is_file() for name, file in files.items()}
+    if is_there["tokenizer.json"]:
+        tokenizer = Tokenizer.from_file(files["tokenizer.json"])
+    elif is_there["vocab.json"] and is_there["merges.txt"]:
+        tokenizer = ByteLevelBPETokenizer.from_file(files["vocab.json"], files["merges.txt"])
+    elif is_there["vocab.txt"]:
+        tokenizer = BertWordPieceTokenizer.from_file(files["vocab.txt"])
+    else:
+        return []
+    ids: list[int] = tokenizer.encode(_TEXT).ids
+    return ids

@@ -1,0 +1,93 @@
+"""What a tokenizer's files say, without the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_megatron.errors import CheckpointFormatError
+
+__all__ = ["TOKENIZER_FILES", "TokenizerFacts", "has_tokenizer", "tokenizer_facts"]
+
+TOKENIZER_FILES = frozenset(
+    {
+        "added_tokens.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "special_tokens_map.json",
+        "spiece.model",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
+_WITH_TOKENS = ("tokenizer.json", "vocab.json", "vocab.txt")
+_END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What matters to a model.
+
+    Attributes:
+        vocab_size: One more than the largest id.
+        end_of_text: Id of GPT-2's token that ends a text, if there is one.
+    """
+
+    vocab_size: int
+    end_of_text: int | None
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether the directory holds the tokens of a tokenizer."""
+    return any((directory / name).is_file() for name in _WITH_TOKENS)
+
+
+def tokenizer_facts(directory: Path) -> TokenizerFacts | None:
+    """Read them from tokenizer.json, vocab.json or vocab.txt; None if there is none of these.
+
+    Raises:
+        CheckpointFormatError: A file is not what its name says.
+    """
+    ids: dict[str, Any] = {}
+    if (directory / "tokenizer.json").is_file():
+        content = _json(directory / "tokenizer.json")
+        vocab = _mapping(content.get("model")).get("vocab")
+        if isinstance(vocab, list):
+            vocab = {str(entry): index for index, entry in enumerate(vocab)}
+        ids |= _mapping(vocab)
+        added = content.get("added_tokens")
+        ids |= {str(_mapping(entry).get("content")): _mapping(entry).get("id") for entry in added or ()}
+    elif (directory / "vocab.json").is_file():
+        ids |= _json(directory / "vocab.json")
+    elif (directory / "vocab.txt").is_file():
+        lines = (directory / "vocab.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        ids |= {line: index for index, line in enumerate(lines)}
+    else:
+        return None
+    if (directory / "added_tokens.json").is_file():
+        ids |= _json(directory / "added_tokens.json")
+    numbers = [number for number in ids.values() if type(number) is int and number >= 0]
+    if not numbers:
+        raise CheckpointFormatError(f"The tokenizer in {directory} has no tokens.")
+    end = ids.get(_END_OF_TEXT)
+    return TokenizerFacts(1 + max(numbers), end if type(end) is int else None)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointFormatError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointFormatError(f"{path} is not a JSON object.")
+    return content

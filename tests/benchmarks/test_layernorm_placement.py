@@ -1,0 +1,29 @@
+"""benchmarks/bench_layernorm_placement.py, by its command line, and the data that is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.repository import ROOT
+
+_SCRIPT = ROOT / "benchmarks/bench_layernorm_placement.py"
+_RESULTS = ROOT / "benchmarks/results/layernorm_placement.json"
+
+
+def test_it_measures_and_draws(tmp_path: Path) -> None:
+    """Catches a benchmark that no longer runs, or that trains both placements as one."""
+    command = [sys.executable, str(_SCRIPT), "--quick", "--workers", "2", "--output", str(tmp_path)]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=240)
+    results = json.loads((tmp_path / _RESULTS.name).read_text(encoding="utf-8"))
+    runs = results["runs"]
+    assert [(run["layers"], run["placement"]) for run in runs] == [(2, "post"), (2, "pre"), (1, "post"), (1, "pre")]
+    assert len({tuple(run["masked_lm_loss"]) for run in runs}) == 4
+    assert all(len(run["masked_lm_loss"]) == len(run["sentence_order_loss"]) == 3 for run in runs)
+    image = (tmp_path / _RESULTS.name).with_suffix(".png").read_bytes()
+    assert image.startswith(b"\x89PNG")
+    assert len(image) > 10_000

@@ -1,0 +1,81 @@
+"""The quickstart, as a user starts it; with fewer steps, which are still enough for the loss to fall clearly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_KEYS = {
+    "tp_size",
+    "steps",
+    "loss_first",
+    "loss_last",
+    "perplexity",
+    "hub_dir",
+    "tp_dir",
+    "max_logit_diff_stock",
+    "sample",
+}
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hf_megatron_conversion", "quickstart", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=290, check=False, env=dict(os.environ))
+
+
+def _assert_complete(done: subprocess.CompletedProcess[str], output: Path, tp_size: int) -> None:
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert set(result) >= _KEYS
+    assert result["tp_size"] == tp_size
+    assert result["loss_last"] < 0.9 * result["loss_first"]
+    assert result["max_logit_diff_stock"] < 1e-4
+    assert result["sample"].startswith("The with statement")
+    assert "5/5" in done.stderr
+    tp_files = {path.name for path in (output / "tp").iterdir()}
+    assert sum(name.startswith("shard-") for name in tp_files) == tp_size
+    for name in ("config.json", "tokenizer.json"):
+        assert name in tp_files
+        assert (output / "hub" / name).is_file()
+    assert (output / "hub" / "README.md").is_file()
+    assert json.loads((output / "hub" / "config.json").read_text())["model_type"] == "gpt2"
+    assert sorted(path.name for path in output.parent.iterdir()) == [output.name]
+
+
+@pytest.mark.timeout(300)
+def test_the_whole_journey_at_two_ranks(tmp_path: Path) -> None:
+    """Catches a stage that broke, output that is not one JSON object, and litter beside the result."""
+    output = tmp_path / "out"
+    _assert_complete(_run("--steps", "40", "--output", str(output), "--json"), output, 2)
+    again = _run("--steps", "40", "--output", str(output))
+    assert again.returncode == 2
+    assert "--overwrite" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("tp_size", [1, 3])
+def test_the_whole_journey_at_other_degrees(tmp_path: Path, tp_size: int) -> None:
+    """Catches heads that do not divide, and a degree of one that no rank cuts."""
+    output = tmp_path / "out"
+    done = _run("--tp", str(tp_size), "--steps", "40", "--output", str(output), "--json")
+    _assert_complete(done, output, tp_size)
+
+
+def test_nothing_is_left_where_a_stage_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a half-finished directory after an error."""
+    from hf_megatron.errors import HfMegatronError
+    from hf_megatron_conversion import quickstart
+
+    def fail(*arguments: object) -> None:
+        raise HfMegatronError("training failed")
+
+    monkeypatch.setattr(quickstart, "_train", fail)
+    with pytest.raises(HfMegatronError, match="training failed"):
+        quickstart.quickstart(output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

