@@ -19,7 +19,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -127,7 +127,7 @@ def train(run: Run, setting: Setting, tokenizer: PreTrainedTokenizerBase) -> dic
 
 
 def measure(setting: Setting, workers: int) -> dict[str, Any]:
-    """All runs, each in a process with one thread, ``workers`` at a time."""
+    """All runs, ``workers`` at a time, each with one thread."""
     started = time.monotonic()
     tokenizer = train_tokenizer(setting.vocab)
     # The long ones first, so that no process waits for another at the end.
@@ -138,7 +138,8 @@ def measure(setting: Setting, workers: int) -> dict[str, Any]:
         for placement in TITLES
     ]
     done = {}
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
+    processes = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, processes) if workers > 1 else ThreadPoolExecutor(1) as executor:
         futures = {executor.submit(train, run, setting, tokenizer): run for run in wanted}
         for future in as_completed(futures):
             done[futures[future]] = result = future.result()

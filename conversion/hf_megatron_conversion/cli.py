@@ -85,6 +85,10 @@ def convert(
     max_shard_size: Annotated[
         str | None, typer.Option("--max-shard-size", help="Largest weight file of a hub directory, such as 5GB.")
     ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option("--vocab-size", min=1, help="Vocabulary without the padding that Megatron-LM adds."),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="A config.json that takes the place of the source's.")
     ] = None,
@@ -98,7 +102,8 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing destination.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read the result back and compare every tensor with the source.")
+        bool,
+        typer.Option("--verify", help="Read the result back, compare every tensor, and run both models on the CPU."),
     ] = False,
     as_json: JsonOption = False,
 ) -> int:
@@ -115,6 +120,7 @@ def convert(
             tp_size=tp,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            vocab_size=vocab_size,
             config=config,
             tokenizer=tokenizer,
             model_type=model_type,
@@ -123,19 +129,7 @@ def convert(
             verify=verify,
             progress=progress,
         )
-    result = vars(conversion)
-    files = [f"{name}: {human_bytes(size)}" for name, size in conversion.files.items()]
-    shown = {
-        **result,
-        "bytes_written": human_bytes(conversion.bytes_written),
-        "peak_rss_bytes": human_bytes(conversion.peak_rss_bytes),
-        "files": files,
-    }
-    title = "Would be converted (dry run)" if dry_run else "Converted"
-    code = _DONE
-    if conversion.verified is False:
-        title, code = "The result differs from the source; nothing was left at the destination", _CHECK_FAILED
-    return _finish(title, result, as_json, shown=shown, code=code)
+    return _finish_conversion(conversion, as_json)
 
 
 @app.command()
@@ -223,6 +217,23 @@ def _finish(
     else:
         print_table(title, result if shown is None else shown)
     return code
+
+
+def _finish_conversion(conversion: Any, as_json: bool) -> int:
+    """Print what a conversion did, and return the exit code."""
+    result = vars(conversion)
+    files = [f"{name}: {human_bytes(size)}" for name, size in conversion.files.items()]
+    shown = {
+        **result,
+        "bytes_written": human_bytes(conversion.bytes_written),
+        "peak_rss_bytes": human_bytes(conversion.peak_rss_bytes),
+        "files": files,
+    }
+    title = "Would be converted (dry run)" if conversion.dry_run else "Converted"
+    code = _DONE
+    if conversion.verified is False:
+        title, code = "The result differs from the source; nothing was left at the destination", _CHECK_FAILED
+    return _finish(title, result, as_json, shown=shown, code=code)
 
 
 def _terminate(signum: int, frame: object) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_megatron.errors import DestinationError
 from hf_megatron.partition import table_for
@@ -49,11 +49,11 @@ class Conversion:
         peak_rss_bytes: The process's peak resident memory so far.
         verified: Whether the result was read back, equals the source and computes the same; None if that was not asked
             for. If False, nothing was left at the destination.
+        dry_run: Whether nothing was written.
         max_logit_diff: Largest difference of the outputs of source and result; None if they were not run.
         loss_source: The source's loss on the token ids it was run on, of a language model.
         loss_destination: The result's.
         argmax_agreement: Share of the positions at which both find the same word the most likely.
-        dry_run: Whether nothing was written.
     """
 
     source: str
@@ -67,11 +67,11 @@ class Conversion:
     seconds: float
     peak_rss_bytes: int
     verified: bool | None
-    max_logit_diff: float | None
-    loss_source: float | None
-    loss_destination: float | None
-    argmax_agreement: float | None
     dry_run: bool
+    max_logit_diff: float | None = None
+    loss_source: float | None = None
+    loss_destination: float | None = None
+    argmax_agreement: float | None = None
 
 
 def convert(
@@ -132,23 +132,14 @@ def convert(
         model_type=model_type,
         verify=verify,
     )
-    target = check_destination(Path(destination), overwrite=overwrite)
     given = Given(
         config=None if config is None else load_config(Path(config)),
         vocab_size=vocab_size,
         tokenizer=options.tokenizer,
     )
-    directory = source_directory(source, config_only=True)
-    check_overlap(target, directory)
-    if format_of(directory).name != "megatron-lm":
-        known = given.config or load_config(directory / "config.json")
-        check_options(options, known, table_for(known))
-    model = read_model(source_directory(source), given)
-    directory = model.directory
-    check_options(options, model.config, model.table)
-    if model.dropped:
-        _logger.info("Not needed by the model and left out: %s.", ", ".join(model.dropped))
-    plan = make_plan(model, options, directory.resolve().name if Path(source).is_dir() else str(source))
+    target = check_destination(Path(destination), overwrite=overwrite)
+    model = _open(source, target, options, given)
+    plan = make_plan(model, options, model.directory.resolve().name if Path(source).is_dir() else str(source))
     if plan.mismatch is not None:
         _logger.warning("%s --model-type megatron writes a config.json that says both.", plan.mismatch)
     check = None if dry_run else _write(model, plan, target, options, overwrite, progress or Silent())
@@ -163,13 +154,23 @@ def convert(
         dropped=tuple(model.dropped),
         seconds=time.perf_counter() - started,
         peak_rss_bytes=_peak_rss_bytes(),
-        verified=None if check is None else check.passed,
-        max_logit_diff=None if check is None else finite(check.agreement.max_logit_diff),
-        loss_source=None if check is None else finite(check.agreement.losses[0]),
-        loss_destination=None if check is None else finite(check.agreement.losses[1]),
-        argmax_agreement=None if check is None else check.agreement.argmax_agreement,
         dry_run=dry_run,
+        **_outcome(check),
     )
+
+
+def _open(source: str | Path, target: Path, options: Options, given: Given) -> Model:
+    """Open the source, after refusing what can be refused without its weights."""
+    directory = source_directory(source, config_only=True)
+    check_overlap(target, directory)
+    if format_of(directory).name != "megatron-lm":
+        config = given.config or load_config(directory / "config.json")
+        check_options(options, config, table_for(config))
+    model = read_model(source_directory(source), given)
+    check_options(options, model.config, model.table)
+    if model.dropped:
+        _logger.info("Not needed by the model and left out: %s.", ", ".join(model.dropped))
+    return model
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,20 @@ class _Check:
 
     passed: bool
     agreement: Agreement
+
+
+def _outcome(check: _Check | None) -> dict[str, Any]:
+    """What ``Conversion`` says of a verification."""
+    if check is None:
+        return {"verified": None}
+    ran = check.agreement
+    return {
+        "verified": check.passed,
+        "max_logit_diff": finite(ran.max_logit_diff),
+        "loss_source": finite(ran.losses[0]),
+        "loss_destination": finite(ran.losses[1]),
+        "argmax_agreement": ran.argmax_agreement,
+    }
 
 
 def _write(

@@ -9,6 +9,7 @@ from pathlib import Path
 from hf_megatron.checkpoint import itemsize
 from hf_megatron_conversion.card import dtype_names
 from hf_megatron_conversion.formats import FormatName, read_model
+from hf_megatron_conversion.formats.base import Given
 from hf_megatron_conversion.source import source_directory
 
 __all__ = ["Inspection", "inspect"]
@@ -59,7 +60,7 @@ def inspect(path: str | Path) -> Inspection:
         CheckpointError: It is no checkpoint, or incomplete.
         UnsupportedError: A model that is not offered here.
     """
-    model = read_model(source_directory(path))
+    model = read_model(source_directory(path), Given(is_only_described=True))
     sizes = {name: prod(tensor.shape) for name, tensor in model.tensors.items()}
     return Inspection(
         format=model.format,

@@ -25,7 +25,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from hf_megatron.checkpoint import LazyTensor, canonicalise, open_checkpoint, open_files
-from hf_megatron.errors import CheckpointIncompleteError, CheckpointShapeError, UnsupportedError
+from hf_megatron.errors import CheckpointIncompleteError, CheckpointShapeError, DestinationError, UnsupportedError
 from hf_megatron.models.initialization import fill_normal, initialization_seed, local_seed, seed_of_first_rank
 from hf_megatron.models.layout import (
     barrier,
@@ -296,7 +296,12 @@ class MegatronModelMixin:
             )
         # A model that lies whole in each process may be saved by one rank alone, as Trainer does under DDP.
         is_collective = distributed or self.is_distributed_loading_by_transformers  # type: ignore[attr-defined]
-        directory = Path(save_directory)
+        directory = Path(save_directory).absolute()
+        if distributed and directory.resolve() == Path.cwd():
+            raise DestinationError(
+                f"a distributed checkpoint takes its directory's place as a whole, which the current directory "
+                f"({directory}) cannot be replaced with; save into a directory of its own."
+            )
         target = directory.with_name(f".{directory.name}.saving") if distributed else directory
         if distributed and is_first_rank():
             shutil.rmtree(target, ignore_errors=True)

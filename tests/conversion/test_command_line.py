@@ -258,7 +258,7 @@ def test_defects_are_not_dressed_up(
     """Catches a defect of ours reported as a bad checkpoint; and that its traceback can be had."""
     from hf_megatron_conversion import inspection
 
-    monkeypatch.setattr(inspection, "read_model", lambda _: 1 / 0)
+    monkeypatch.setattr(inspection, "read_model", lambda *_: 1 / 0)
     code, _, err = run("inspect", tied)
     assert code == 2
     assert "ZeroDivisionError" in err

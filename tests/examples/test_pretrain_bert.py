@@ -38,7 +38,7 @@ def _losses(process: subprocess.Popen[str]) -> list[float]:
     return [float(loss) for loss in re.findall(r"^step +\d+  loss ([\d.]+)$", stdout, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("placement", ["pre", "post"])
+@pytest.mark.parametrize("placement", ["post", pytest.param("pre", marks=pytest.mark.slow)])
 def test_pretraining_under_python_and_torchrun(tmp_path: Path, placement: str) -> None:
     """Catches an example that no longer runs, does not learn, learns something else on two ranks, or saves no whole
     model with its tokenizer."""

@@ -99,6 +99,7 @@ def test_a_world_of_another_size(
 @pytest.mark.parametrize(
     ("options", "phrase"),
     [
+        ({"tp_size": 2, "enable_sequence_parallel": True}, "enable_sequence_parallel=True"),
         ({"pp_size": 2}, "pp_size=2"),
         ({"tp_size": 2, "tp_plan": {"lm_head": "colwise"}}, "tp_plan"),
     ],

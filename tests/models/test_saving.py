@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import hf_megatron
 from hf_megatron import MegatronGPT2LMHeadModel
-from hf_megatron.errors import UnsupportedError
+from hf_megatron.errors import DestinationError, UnsupportedError
 from tests.models.reference import (
     Pool,
     assert_all_equal,
@@ -233,3 +233,14 @@ def test_what_stock_cannot_be_combined_with_is_refused(stock_dir: StockDir, tmp_
     with pytest.raises(UnsupportedError, match=rf"stock=True with {other}=True"):
         model.save_pretrained(tmp_path / "saved", stock=True, **{other: True})
     assert not (tmp_path / "saved").exists()
+
+
+def test_a_distributed_save_does_not_replace_the_current_directory(
+    stock_dir: StockDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a process whose working directory was renamed and deleted under it."""
+    model = MegatronGPT2LMHeadModel.from_pretrained(stock_dir("base"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DestinationError, match="a directory of its own"):
+        model.save_pretrained(".", distributed_checkpoint=True)
+    assert list(tmp_path.iterdir()) == []

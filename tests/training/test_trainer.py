@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,9 +68,19 @@ def assert_same_steps(steps: list[Step], expected: list[Step], tolerance: float 
         assert (s.loss, s.grad_norm) == pytest.approx((e.loss, e.grad_norm), rel=tolerance), f"step {s.step}"
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model_class", ["MegatronGPT2LMHeadModel", "MegatronBertForMaskedLM"])
+_FAST = {
+    ("MegatronGPT2LMHeadModel", "tp2", 1),
+    ("MegatronGPT2LMHeadModel", "tp4", 1),
+    ("MegatronGPT2LMHeadModel", "tp2 x replicate2", 1),
+    ("MegatronBertForMaskedLM", "tp2 x fsdp2", 2),
+}
+_GRID = [
+    pytest.param(*case, marks=() if case in _FAST else pytest.mark.slow)
+    for case in product(("MegatronGPT2LMHeadModel", "MegatronBertForMaskedLM"), LAYOUTS, (1, 2))
+]
+
+
+@pytest.mark.parametrize(("model_class", "layout", "accumulation"), _GRID)
 def test_every_layout_logs_the_same_steps(
     pool: Pool, gpt2: Path, bert: Path, tmp_path: Path, model_class: str, layout: str, accumulation: int
 ) -> None:
@@ -130,7 +141,7 @@ def _smoothed_loss(run: Run) -> float:
     return _loss_of(trainer, trainer.data_collator(examples(8)))[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["tp2", "tp2 x fsdp2", pytest.param("tp4", marks=pytest.mark.slow)])
 def test_predictions_hold_every_example_once(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches rows repeated for each rank of a group, a wrong order, and a last batch cut off or filled up."""
     expected = predict(Run(gpt2, tmp_path / "one"))
@@ -143,7 +154,7 @@ def test_predictions_hold_every_example_once(pool: Pool, gpt2: Path, tmp_path: P
         assert loss == pytest.approx(expected[2], rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", "tp2 x fsdp2"])
+@pytest.mark.parametrize("layout", ["one", "tp2", pytest.param("tp2 x fsdp2", marks=pytest.mark.slow)])
 def test_resuming_at_the_same_layout_changes_no_bit(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches a random stream, a moment, a step counter or a place in the data that is not restored; dropout is on."""
     dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
@@ -158,7 +169,13 @@ def test_resuming_at_the_same_layout_changes_no_bit(pool: Pool, gpt2: Path, tmp_
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("tp2", "tp4"), ("tp4", "one"), ("tp2 x fsdp2", "tp4"), ("one", "tp2 x fsdp2")],
+    [
+        ("tp2", "tp4"),
+        ("tp2 x fsdp2", "one"),
+        pytest.param("tp4", "one", marks=pytest.mark.slow),
+        pytest.param("tp2 x fsdp2", "tp4", marks=pytest.mark.slow),
+        pytest.param("one", "tp2 x fsdp2", marks=pytest.mark.slow),
+    ],
 )
 def test_resuming_at_another_layout(pool: Pool, gpt2: Path, tmp_path: Path, first: str, second: str) -> None:
     """Catches optimizer state that belongs to a layout: other moments, or a fresh optimizer without a word."""
@@ -190,7 +207,7 @@ def test_an_interrupted_save_is_no_checkpoint(gpt2: Path, tmp_path: Path, monkey
     trainer = make_trainer(replace(run, arguments={"save_steps": 2, "max_steps": 2}))
     trainer.train()
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", break_off)
+        patch.setattr("hf_megatron.trainer.finish_checkpoint", break_off)
         trainer = make_trainer(replace(run, arguments={"save_steps": 4, "max_steps": 4}))
         with pytest.raises(KeyboardInterrupt):
             trainer.train(resume_from_checkpoint=True)

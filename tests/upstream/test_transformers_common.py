@@ -26,7 +26,8 @@ from hf_megatron.partition import BERT_POST, BERT_PRE, GPT2, PartitionTable
 from tests.repository import ROOT
 
 _HERE = Path(__file__).resolve().parent
-_SECONDS = 600  # for one run of the tests, which takes less than a minute on an idle core
+_SECONDS = 900  # for each of the two runs of all tests, which take one to two minutes on an idle core
+_ARCHITECTURES = ("GPT2", "BertPre", "BertPost")
 
 # Stock models have no plan for tensor parallelism here and skip these; ours must not.
 _TENSOR_PARALLEL = {
@@ -63,15 +64,26 @@ def test_every_stock_class_is_compared(module: ModuleType, table: PartitionTable
     assert left_out <= _NOT_COMPARED.keys()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(2 * _SECONDS)
-@pytest.mark.parametrize("architecture", ["GPT2", "BertPre", "BertPost"])
-def test_what_the_stock_classes_pass_ours_pass(architecture: str, tmp_path: Path) -> None:
-    """Catches the many ways to be a PreTrainedModel in name only: in saving, tying, resizing, checkpointing, ..."""
-    environment = _environment()
-    stock_run, our_run = (_start(f"{kind}{architecture}", tmp_path, environment) for kind in ("Stock", "Our"))
-    stock, ours = _finish(stock_run), _finish(our_run)
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """How each of transformers' tests ended, by test class and name: "passed", "skipped", or how it failed."""
+    directory, environment = tmp_path_factory.mktemp("common"), _environment()
+    runs = [_start(kind, directory, environment) for kind in ("Stock", "Our")]
+    try:
+        for run in runs:
+            run.process.wait(_SECONDS)
+    finally:
+        for run in runs:
+            run.process.kill()
+    return _read(runs[0]) | _read(runs[1])
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * _SECONDS)  # the first of these has to wait for all of transformers' tests
+@pytest.mark.parametrize("architecture", _ARCHITECTURES)
+def test_what_the_stock_classes_pass_ours_pass(architecture: str, outcomes: dict[str, dict[str, str]]) -> None:
+    """Catches the many ways to be a PreTrainedModel in name only: in saving, tying, resizing, checkpointing, ..."""
+    stock, ours = outcomes[f"Stock{architecture}"], outcomes[f"Our{architecture}"]
     stock_failures = {name: outcome for name, outcome in stock.items() if outcome not in ("passed", "skipped")}
     assert not stock_failures, _details(stock_failures)  # the tests were told something wrong about the model
     must_pass = {name for name, outcome in stock.items() if outcome == "passed"} | _TENSOR_PARALLEL
@@ -125,28 +137,25 @@ class _Run:
     report: Path
 
 
-def _start(test_class: str, directory: Path, environment: dict[str, str]) -> _Run:
-    log, report = directory / f"{test_class}.log", directory / f"{test_class}.xml"
+def _start(kind: str, directory: Path, environment: dict[str, str]) -> _Run:
+    log, report = directory / f"{kind}.log", directory / f"{kind}.xml"
     # pytest, because the tests are written for it, but without this project's settings.
-    command = [sys.executable, "-m", "pytest", f"{_HERE / 'model_common.py'}::{test_class}", "-c", os.devnull]
-    command += ["--rootdir", str(ROOT), "--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider"]
-    command += ["--disable-warnings", "--tb=short", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "--noconftest"]
+    command += ["--import-mode=importlib", "-p", "no:cacheprovider", "--disable-warnings", "--tb=short"]
+    command += [f"--junitxml={report}", *(f"{_HERE / 'model_common.py'}::{kind}{name}" for name in _ARCHITECTURES)]
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, cwd=directory, stdout=output, stderr=output)
     return _Run(process, log, report)
 
 
-def _finish(run: _Run) -> dict[str, str]:
-    """By test name: "passed", "skipped", or how it failed."""
-    try:
-        run.process.wait(_SECONDS)
-    finally:
-        run.process.kill()
+def _read(run: _Run) -> dict[str, dict[str, str]]:
     cases = list(ElementTree.parse(run.report).iter("testcase")) if run.report.is_file() else []
     assert len(cases) > 1, run.log.read_text(errors="replace")  # a single one says why nothing could be run
-    outcomes = {}
+    outcomes: dict[str, dict[str, str]] = {}
     for case in cases:
         failures = [part.text or "" for part in case if part.tag in ("failure", "error")]
         is_skipped = case.find("skipped") is not None
-        outcomes[case.attrib["name"]] = "\n".join(failures) or ("skipped" if is_skipped else "passed")
+        test_class = case.attrib["classname"].rpartition(".")[2]
+        outcome = "\n".join(failures) or ("skipped" if is_skipped else "passed")
+        outcomes.setdefault(test_class, {})[case.attrib["name"]] = outcome
     return outcomes

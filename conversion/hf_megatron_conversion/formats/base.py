@@ -36,12 +36,14 @@ class Given:
         hint: The config.json of a checkpoint that should be the same model; it fills in what is not known otherwise.
         vocab_size: Size of the vocabulary without padding.
         tokenizer: Directory of the tokenizer.
+        is_only_described: Whether no tensor will be read, so that what only matters for that may be unknown.
     """
 
     config: Mapping[str, Any] | None = None
     hint: Mapping[str, Any] | None = None
     vocab_size: int | None = None
     tokenizer: Path | None = None
+    is_only_described: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,8 +37,10 @@ def _record_steps(head: str, directory: Path, tp_size: int, checkpointing: bool 
     return {phase: recorder.seen for phase, recorder in recorders.items()}
 
 
-@pytest.mark.parametrize("tp_size", [2, 4])
-@pytest.mark.parametrize("head", ["ForPreTraining", "ForMaskedLM", "ForSequenceClassification"])
+@pytest.mark.parametrize(
+    ("head", "tp_size"),
+    [("ForPreTraining", 2), ("ForPreTraining", 4), ("ForMaskedLM", 2), ("ForSequenceClassification", 2)],
+)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_collectives_of_a_training_step(pool: Pool, bert_dir: BertDir, placement: str, head: str, tp_size: int) -> None:
     """Catches an f for each of query, key and value, a norm that communicates, and anything of vocabulary width.

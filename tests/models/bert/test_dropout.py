@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from hf_megatron import MegatronBertForPreTraining, MegatronBertModel
-from tests.models.bert.reference import PLACEMENTS, Tensors, gradients, make_inputs, make_labels, save_stock_bert
+from tests.models.bert.reference import (
+    PLACEMENTS,
+    Tensors,
+    assert_outputs_agree,
+    gradients,
+    make_inputs,
+    make_labels,
+    our_class,
+    save_stock_bert,
+    stock_class,
+)
 from tests.models.reference import (
     Pool,
     assert_agrees,
@@ -64,18 +74,17 @@ def _train(directory: Path, tp_size: int, attention: str, checkpointing: dict[st
     return _Steps(torch.stack(losses), gradients(model), torch.get_rng_state())
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("attention", "tp_size"), [("eager", 4), ("sdpa", 2)])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_training_does_not_depend_on_the_degree(
-    pool: Pool, directories: dict[str, Path], placement: str, attention: str
+    pool: Pool, directories: dict[str, Path], placement: str, attention: str, tp_size: int
 ) -> None:
     """Catches masks that depend on which rank a head lies on, and replicated activations that drop differently."""
     (expected,) = run_at(pool, 1, _train, directories[placement], 1, attention)
-    for tp_size in (2, 4):
-        for steps in run_at(pool, tp_size, _train, directories[placement], tp_size, attention):
-            assert_agrees("losses", steps.losses, expected.losses)
-            assert_all_agree("gradient", steps.gradients, expected.gradients)
-            assert torch.equal(steps.random_state, expected.random_state)
+    for steps in run_at(pool, tp_size, _train, directories[placement], tp_size, attention):
+        assert_agrees("losses", steps.losses, expected.losses)
+        assert_all_agree("gradient", steps.gradients, expected.gradients)
+        assert torch.equal(steps.random_state, expected.random_state)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -113,6 +122,24 @@ def test_every_head_has_a_mask_of_its_own(pool: Pool, directories: dict[str, Pat
     assert expected.double().mean().item() == pytest.approx(P_ATTENTION, abs=0.03)
     patterns = {tuple(pattern) for pattern in expected.flatten(0, 2).flatten(1).int().tolist()}
     assert len(patterns) == 2 * 3 * 12
+
+
+def _drop_everything(placement: str, head: str, directory: Path, tp_size: int) -> None:
+    """A probability of one leaves nothing to chance: what is left is what the stock class leaves."""
+    load: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
+    stock = stock_class(placement, head).from_pretrained(directory, **load).train()
+    ours = our_class(head).from_pretrained(directory, distributed_config=layout(tp_size), **load).train()
+    inputs = make_inputs(head)
+    expected, actual = stock(**inputs, output_hidden_states=True), ours(**inputs, output_hidden_states=True)
+    assert_outputs_agree(head, actual, expected, inputs["attention_mask"].bool().flatten(0, -2))
+
+
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_dropout_stands_where_stock_has_it(pool: Pool, tmp_path: Path, placement: str, head: str) -> None:
+    """Catches dropout that is missing, applied twice, or on the wrong side of a residual or a norm."""
+    save_stock_bert(tmp_path, placement, head, hidden_dropout_prob=1.0)
+    run_at(pool, 2, _drop_everything, placement, head, tmp_path, 2)
 
 
 def test_evaluation_drops_nothing(directories: dict[str, Path]) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronBertForPreTraining
-from tests.models.bert.reference import PLACEMENTS, BertDir, Tensors, gradients, make_inputs, make_labels, stock_class
+from tests.models.bert.reference import BertDir, Tensors, gradients, make_inputs, make_labels, stock_class
 from tests.models.reference import Pool, assert_agrees, assert_all_agree, assert_all_equal, full_weights
 
 
@@ -55,9 +55,15 @@ def _batch(step: int) -> Tensors:
     return batch
 
 
-@pytest.mark.parametrize(("tp_size", "fsdp_size"), [(2, 2), (1, 2)])
-@pytest.mark.parametrize("variant", ["base", "untied"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("placement", "variant", "tp_size", "fsdp_size"),
+    [
+        ("pre", "base", 2, 2),
+        ("post", "untied", 2, 2),
+        ("post", "base", 1, 2),
+        *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (("post", "base", 2, 2), ("pre", "untied", 2, 2))),
+    ],
+)
 def test_training_equals_one_process(
     pool: Pool, bert_dir: BertDir, tmp_path: Path, placement: str, variant: str, tp_size: int, fsdp_size: int
 ) -> None:

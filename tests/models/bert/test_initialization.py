@@ -11,7 +11,6 @@ import transformers
 from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining, MegatronBertModel
 from tests.models.bert.reference import (
     HEADS,
-    MASKED_LM_HEADS,
     PLACEMENTS,
     TINY,
     Tensors,
@@ -50,9 +49,7 @@ def _build(placement: str, head: str, tp_size: int, fsdp_size: int, seed: int | 
     return full_weights(model)
 
 
-@pytest.mark.parametrize(
-    ("tp_size", "fsdp_size", "seed"), [(2, 1, 3), (2, 1, None), (4, 1, 3), (4, 1, None), (2, 2, 3), (1, 2, 3)]
-)
+@pytest.mark.parametrize(("tp_size", "fsdp_size", "seed"), [(2, 1, 3), (4, 1, None), (2, 2, 3), (1, 2, 3)])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_weights_do_not_depend_on_the_layout(
     pool: Pool, placement: str, tp_size: int, fsdp_size: int, seed: int | None
@@ -142,12 +139,13 @@ def _train_from_scratch(placement: str, head: str, tp_size: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("head", MASKED_LM_HEADS)
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_training_from_scratch_is_the_same_at_every_degree(pool: Pool, placement: str, head: str) -> None:
+@pytest.mark.parametrize(
+    ("placement", "head", "tp_size"),
+    [("pre", "ForPreTraining", 4), ("post", "ForPreTraining", 2), ("pre", "ForMaskedLM", 2)],
+)
+def test_training_from_scratch_is_the_same_at_every_degree(pool: Pool, placement: str, head: str, tp_size: int) -> None:
     """Catches buffers left as memory was, and parameters that are not the ones the forward uses."""
     (expected,) = run_at(pool, 1, _train_from_scratch, placement, head, 1)
     assert expected[-1] < expected[0] - 1
-    for tp_size in (2, 4):
-        for losses in run_at(pool, tp_size, _train_from_scratch, placement, head, tp_size):
-            assert losses == pytest.approx(expected, rel=1e-9)
+    for losses in run_at(pool, tp_size, _train_from_scratch, placement, head, tp_size):
+        assert losses == pytest.approx(expected, rel=1e-9)

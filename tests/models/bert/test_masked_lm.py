@@ -53,7 +53,7 @@ def _compare_losses(placement: str, directory: Path, tp_size: int) -> None:
         ours.train()
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("tp_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_losses_equal_stock(pool: Pool, bert_dir: BertDir, placement: str, tp_size: int) -> None:
     """Catches an option that is dropped on the way, or a mean over all positions where few have labels."""

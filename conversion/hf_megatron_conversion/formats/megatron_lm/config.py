@@ -80,6 +80,7 @@ class Outside:
         vocab_size: The vocabulary without padding, from the user.
         tokenizer_size: The same from the tokenizer.
         end_of_text: The tokenizer's token that ends a text.
+        is_only_described: Whether no tensor will be read, for which one has to know the number of heads.
     """
 
     config: Mapping[str, Any] | None = None
@@ -87,6 +88,7 @@ class Outside:
     vocab_size: int | None = None
     tokenizer_size: int | None = None
     end_of_text: int | None = None
+    is_only_described: bool = False
 
 
 def config_of(
@@ -111,7 +113,7 @@ def config_of(
         "architectures": [_class_name(found, table, other)],
         "tie_word_embeddings": found.is_tied,
         "dtype": found.dtype,
-        **_sizes(found, arguments or {}, other, names, problems),
+        **_sizes(found, arguments or {}, other, names, problems, is_described=given.is_only_described),
         **_numerics(found, arguments, other, table, given.is_asked_for),
     }
     vocab_size, is_known = _vocab_size(found, arguments or {}, given, problems)
@@ -165,6 +167,8 @@ def _sizes(
     given: Mapping[str, Any],
     names: Mapping[str, tuple[str, str]],
     problems: list[str],
+    *,
+    is_described: bool,
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, (alias, argument) in names.items():
@@ -179,7 +183,9 @@ def _sizes(
             problems.append(f"{argument} is {said}")
         result[name] = next(iter(known.values()), None)
     head_name = "num_attention_heads" if found.is_bert else "n_head"
-    if result[head_name] is None:
+    if result[head_name] is None and is_described:
+        result[head_name] = 1
+    elif result[head_name] is None:
         problems.append(
             "the files have no arguments, and nothing else says how many attention heads there are: give a config.json "
             f'(--config FILE), at least {{"model_type": "{"megatron-bert" if found.is_bert else "gpt2"}", '

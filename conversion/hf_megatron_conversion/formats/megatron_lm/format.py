@@ -76,4 +76,5 @@ def _outside(directory: Path, given: Given) -> Outside:
         vocab_size=given.vocab_size,
         tokenizer_size=None if facts is None else facts.vocab_size,
         end_of_text=None if facts is None else facts.end_of_text,
+        is_only_described=given.is_only_described,
     )

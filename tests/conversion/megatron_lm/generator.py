@@ -1,0 +1,445 @@
+"""Megatron-LM checkpoints of small random models, and what Megatron-LM would compute with them.
+
+Nothing here comes from the package. ``Weights`` holds a model in the terms of the paper: queries, keys and values of
+every layer as matrices of their own, nothing cut and nothing padded. ``write`` lays it out as one version or another of
+Megatron-LM did, and ``forward`` computes the equations in float64. That two such different descriptions of a model agree
+after a conversion is what the tests rest on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pickle
+import random
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Tensors = dict[str, torch.Tensor]
+
+VOCAB, POSITIONS, HIDDEN, HEADS, LAYERS, FFN = 101, 24, 32, 8, 2, 48
+HEAD_DIM = HIDDEN // HEADS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A model as one Megatron-LM would have trained and saved it.
+
+    Attributes:
+        kind: ``gpt`` or ``bert``.
+        version: ``checkpoint_version``; None for none.
+        tp: Tensor-parallel degree.
+        pp: Number of pipeline stages.
+        names: ``first`` (transformer, attention), ``second`` (encoder, self_attention), ``flat`` (GPT-2 of 2019), ``core``
+            and ``te`` (Megatron-core with its own layers, or transformer-engine's).
+        is_post: ``--apply-residual-connection-post-layernorm``.
+        gelu: ``erf`` everywhere, ``fused`` (tanh in the layers only) or ``openai`` (tanh everywhere).
+        eps: Of the LayerNorms.
+        has_binary_head: Whether a BERT has its second head, token types and pooler.
+        is_untied: Whether a GPT has a head of its own.
+        divisor: ``--make-vocab-size-divisible-by``.
+        has_arguments: Whether the files say how the model was trained.
+        is_zip: Whether torch 1.6 or later saved it.
+        dtype: Of the weights.
+        chunks: Model chunks per stage, of an interleaved pipeline.
+        layers: Number of layers.
+    """
+
+    kind: str = "gpt"
+    version: float | None = 3.0
+    tp: int = 2
+    pp: int = 1
+    names: str = "second"
+    is_post: bool = False
+    gelu: str = "erf"
+    eps: float = 1e-5
+    has_binary_head: bool = True
+    is_untied: bool = False
+    divisor: int = 16
+    has_arguments: bool = True
+    is_zip: bool = True
+    dtype: torch.dtype = torch.float32
+    chunks: int = 1
+    layers: int = LAYERS
+    extra_arguments: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def is_bert(self) -> bool:
+        return self.kind == "bert"
+
+    @property
+    def padded_vocab(self) -> int:
+        multiple = self.divisor * self.tp
+        return math.ceil(VOCAB / multiple) * multiple
+
+
+def make_weights(variant: Variant, seed: int = 0) -> Tensors:
+    """Random weights, every tensor different from all others and large enough for any mistake to show."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, mean: float = 0.0) -> torch.Tensor:
+        return (mean + 0.3 * torch.randn(shape, generator=generator)).to(variant.dtype)
+
+    weights = {"words": normal(VOCAB, HIDDEN), "positions": normal(POSITIONS, HIDDEN)}
+    for layer in range(variant.layers):
+        weights |= {
+            f"{layer}.norm1.weight": normal(HIDDEN, mean=1.0),
+            f"{layer}.norm1.bias": normal(HIDDEN),
+            f"{layer}.norm2.weight": normal(HIDDEN, mean=1.0),
+            f"{layer}.norm2.bias": normal(HIDDEN),
+            f"{layer}.out.weight": normal(HIDDEN, HIDDEN),
+            f"{layer}.out.bias": normal(HIDDEN),
+            f"{layer}.up.weight": normal(FFN, HIDDEN),
+            f"{layer}.up.bias": normal(FFN),
+            f"{layer}.down.weight": normal(HIDDEN, FFN),
+            f"{layer}.down.bias": normal(HIDDEN),
+        }
+        for which in ("query", "key", "value"):
+            weights |= {f"{layer}.{which}.weight": normal(HIDDEN, HIDDEN), f"{layer}.{which}.bias": normal(HIDDEN)}
+    weights |= {"norm.weight": normal(HIDDEN, mean=1.0), "norm.bias": normal(HIDDEN)}
+    if variant.is_untied:
+        weights["head"] = normal(VOCAB, HIDDEN)
+    if variant.is_bert:
+        weights |= {
+            "lm.dense.weight": normal(HIDDEN, HIDDEN),
+            "lm.dense.bias": normal(HIDDEN),
+            "lm.norm.weight": normal(HIDDEN, mean=1.0),
+            "lm.norm.bias": normal(HIDDEN),
+            "lm.bias": normal(VOCAB),
+        }
+    if variant.is_bert and variant.has_binary_head:
+        weights |= {
+            "types": normal(2, HIDDEN),
+            "pooler.weight": normal(HIDDEN, HIDDEN),
+            "pooler.bias": normal(HIDDEN),
+            "binary.weight": normal(2, HIDDEN),
+            "binary.bias": normal(2),
+        }
+    return weights
+
+
+# --- The equations.
+
+
+def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x * (1 + torch.tanh(0.7978845608 * x * (1 + 0.044715 * x**2)))
+
+
+def _erf_gelu(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def forward(
+    variant: Variant, weights: Tensors, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor
+) -> list[torch.Tensor]:
+    """Logits [B, S, V], and [B, 2] of a BERT with two heads, in float64.
+
+    ``mask`` is [B, S], 1 for real tokens; BERT's positions with 0 come out as Megatron's, which are not the stock ones'.
+    """
+    w = {name: tensor.double() for name, tensor in weights.items()}
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        deviation = torch.sqrt((centred**2).mean(-1, keepdim=True) + variant.eps)
+        return centred / deviation * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    length = ids.shape[1]
+    if variant.is_bert:
+        visible = (mask[:, None, :, None] * mask[:, None, None, :]).bool()
+    else:
+        visible = torch.ones(length, length).tril().bool()
+    gelu = _erf_gelu if variant.gelu == "erf" else _tanh_gelu
+    x = w["words"][ids] + w["positions"][:length]
+    if "types" in w:
+        x = x + w["types"][types]
+    for layer in range(variant.layers):
+        y = norm(x, f"{layer}.norm1")
+        heads = [
+            linear(y, f"{layer}.{which}").unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+            for which in ("query", "key", "value")
+        ]
+        scores = (heads[0] @ heads[1].transpose(2, 3) / math.sqrt(HEAD_DIM)).masked_fill(~visible, -10000.0)
+        context = (torch.softmax(scores, dim=-1) @ heads[2]).transpose(1, 2).flatten(2)
+        x = (y if variant.is_post else x) + linear(context, f"{layer}.out")
+        z = norm(x, f"{layer}.norm2")
+        x = (z if variant.is_post else x) + linear(gelu(linear(z, f"{layer}.up")), f"{layer}.down")
+    x = norm(x, "norm")
+    if not variant.is_bert:
+        return [x @ w["head" if variant.is_untied else "words"].T]
+    head_gelu = _tanh_gelu if variant.gelu == "openai" else _erf_gelu
+    logits = [norm(head_gelu(linear(x, "lm.dense")), "lm.norm") @ w["words"].T + w["lm.bias"]]
+    if variant.has_binary_head:
+        logits.append(linear(torch.tanh(linear(x[:, 0], "pooler")), "binary"))
+    return logits
+
+
+# --- The files.
+
+
+def write(directory: Path, variant: Variant, weights: Tensors, iteration: int = 1000) -> Path:
+    """Write the checkpoint as ``iter_*`` under ``directory``, and return ``directory``."""
+    place = directory / f"iter_{iteration:07d}"
+    for tp in range(variant.tp):
+        for pp in range(variant.pp):
+            name = f"mp_rank_{tp:02d}" if variant.pp == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
+            save(place / name / "model_optim_rng.pt", content_of(variant, weights, tp, pp, iteration), variant.is_zip)
+    (directory / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    return directory
+
+
+def save(path: Path, content: Any, is_zip: bool = True) -> None:
+    """``torch.save`` as a run on a GPU would write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+
+
+def content_of(variant: Variant, weights: Tensors, tp: int, pp: int, iteration: int = 1000) -> dict[str, Any]:
+    """One rank's file."""
+    content: dict[str, Any] = {"iteration": iteration}
+    per_chunk = variant.layers // (variant.pp * variant.chunks)
+    for chunk in range(variant.chunks):
+        first = (chunk * variant.pp + pp) * per_chunk
+        layers = range(first, first + per_chunk)
+        is_first, is_last = first == 0, first + per_chunk == variant.layers
+        key = "model" if variant.chunks == 1 else f"model{chunk}"
+        flat = _flat(variant, weights, tp, layers, is_first=is_first, is_last=is_last)
+        content[key] = flat if variant.names in ("flat", "core", "te") else _nested(variant, flat)
+    if variant.version is not None:
+        content["checkpoint_version"] = variant.version
+    if variant.has_arguments:
+        content["args"] = arguments_of(variant)
+    content["random_rng_state"] = random.Random(0).getstate()
+    content["np_rng_state"] = np.random.RandomState(0).get_state()
+    content["torch_rng_state"] = torch.ByteTensor(16)
+    return content
+
+
+def arguments_of(variant: Variant) -> argparse.Namespace:
+    """The arguments of the version, with the names they had then."""
+    arguments: dict[str, Any] = {
+        "num_layers": variant.layers,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": POSITIONS,
+        "layernorm_epsilon": variant.eps,
+        "make_vocab_size_divisible_by": variant.divisor,
+        "padded_vocab_size": variant.padded_vocab,
+        "openai_gelu": variant.gelu == "openai",
+        "apply_residual_connection_post_layernorm": variant.is_post,
+        "hidden_dropout": 0.125,
+        "attention_dropout": 0.0625,
+        "init_method_std": 0.01,
+        "fp16": False,
+        "world_size": variant.tp * variant.pp,
+    }
+    if (variant.version or 0) >= 3:
+        arguments |= {
+            "ffn_hidden_size": FFN,
+            "kv_channels": HEAD_DIM,
+            "tensor_model_parallel_size": variant.tp,
+            "pipeline_model_parallel_size": variant.pp,
+            "bert_binary_head": variant.has_binary_head,
+            "untie_embeddings_and_output_weights": variant.is_untied,
+            "params_dtype": variant.dtype,
+            "vocab_size": None,
+        }
+    else:
+        arguments["model_parallel_size"] = variant.tp
+    if variant.gelu == "fused":
+        arguments["bias_gelu_fusion"] = True
+    return argparse.Namespace(**{**arguments, **dict(variant.extra_arguments)})
+
+
+def _rows(tensor: torch.Tensor, variant: Variant, tp: int, dim: int = 0) -> torch.Tensor:
+    size = tensor.shape[dim] // variant.tp
+    return tensor.narrow(dim, tp * size, size).clone()
+
+
+def _words(tensor: torch.Tensor, variant: Variant, tp: int) -> torch.Tensor:
+    """A rank's rows of a table over the vocabulary; the padding is noise, as training leaves it."""
+    padding = torch.full((variant.padded_vocab - VOCAB, *tensor.shape[1:]), 7.0, dtype=tensor.dtype)
+    return _rows(torch.cat([tensor, padding]), variant, tp)
+
+
+def _qkv(weights: Tensors, prefix: str, parameter: str, variant: Variant, tp: int) -> torch.Tensor:
+    """A rank's fused projection, written row by row in the order of the version."""
+    query, key, value = (weights[f"{prefix}.{which}.{parameter}"] for which in ("query", "key", "value"))
+    heads = range(tp * HEADS // variant.tp, (tp + 1) * HEADS // variant.tp)
+    rows_of = {head: range(head * HEAD_DIM, (head + 1) * HEAD_DIM) for head in heads}
+    version = variant.version or 0
+    if version < 1:
+        rows = [part[row] for part in (query, key, value) for head in heads for row in rows_of[head]]
+    elif version < 2:
+        rows = [part[row] for head in heads for row in rows_of[head] for part in (query, key, value)]
+    else:
+        rows = [part[row] for head in heads for part in (query, key, value) for row in rows_of[head]]
+    return torch.stack(rows)
+
+
+_LAYER = {
+    "first": ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    "core": ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"),
+    "second": ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+}
+_NORMS = {
+    "first": ("input_layernorm.{}", "post_attention_layernorm.{}"),
+    "second": ("input_layernorm.{}", "post_attention_layernorm.{}"),
+    "core": ("input_layernorm.{}", "pre_mlp_layernorm.{}"),
+    "te": ("self_attention.linear_qkv.layer_norm_{}", "mlp.linear_fc1.layer_norm_{}"),
+}
+
+
+def _flat(
+    variant: Variant, weights: Tensors, tp: int, layers: range, *, is_first: bool, is_last: bool
+) -> dict[str, Any]:
+    """The rank's tensors under dotted names without any wrapper."""
+    names = {"flat": "first", "te": "core"}.get(variant.names, variant.names)
+    qkv, out, up, down = _LAYER[names]
+    norms = _NORMS["te" if variant.names == "te" else names]
+    is_core = names == "core"
+    body = {"first": "transformer", "second": "encoder", "core": "encoder" if variant.is_bert else "decoder"}[names]
+    result: dict[str, Any] = {}
+    if is_first:
+        embedding = "embedding." if is_core else ""
+        result[f"{embedding}word_embeddings.weight"] = _words(weights["words"], variant, tp)
+        result[f"{embedding}position_embeddings.weight"] = weights["positions"]
+        if "types" in weights:
+            result[f"{embedding}tokentype_embeddings.weight"] = weights["types"]
+    for index, layer in enumerate(layers):
+        for parameter in ("weight", "bias"):
+            here = f"{body}.layers.{index}."
+            result[here + norms[0].format(parameter)] = weights[f"{layer}.norm1.{parameter}"]
+            result[f"{here}{qkv}.{parameter}"] = _qkv(weights, f"{layer}", parameter, variant, tp)
+            result[here + norms[1].format(parameter)] = weights[f"{layer}.norm2.{parameter}"]
+            result[f"{here}{up}.{parameter}"] = _rows(weights[f"{layer}.up.{parameter}"], variant, tp)
+        result[f"{here}{out}.weight"] = _rows(weights[f"{layer}.out.weight"], variant, tp, 1)
+        result[f"{here}{out}.bias"] = weights[f"{layer}.out.bias"]
+        result[f"{here}{down}.weight"] = _rows(weights[f"{layer}.down.weight"], variant, tp, 1)
+        result[f"{here}{down}.bias"] = weights[f"{layer}.down.bias"]
+        if variant.names == "te":
+            result[f"{here}{qkv}._extra_state"] = torch.ByteTensor(4)
+    if is_last:
+        result |= _last_stage(variant, weights, tp, body, is_core=is_core, is_first=is_first)
+    return result
+
+
+def _last_stage(
+    variant: Variant, weights: Tensors, tp: int, body: str, *, is_core: bool, is_first: bool
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for parameter in ("weight", "bias"):
+        result[f"{body}.final_layernorm.{parameter}"] = weights[f"norm.{parameter}"]
+        if variant.is_bert:
+            result[f"lm_head.dense.{parameter}"] = weights[f"lm.dense.{parameter}"]
+            result[f"lm_head.{'layer_norm' if is_core else 'layernorm'}.{parameter}"] = weights[f"lm.norm.{parameter}"]
+        if "types" in weights:
+            result[f"pooler.dense.{parameter}"] = weights[f"pooler.{parameter}"]
+            result[f"binary_head.{parameter}"] = weights[f"binary.{parameter}"]
+    if variant.is_bert:
+        result["output_layer.bias" if is_core else "lm_head.bias"] = _words(weights["lm.bias"], variant, tp)
+    if variant.is_untied:
+        result["output_layer.weight"] = _words(weights["head"], variant, tp)
+    elif not is_first:
+        copy = "output_layer.weight" if is_core else "word_embeddings_for_head.weight"
+        result[copy] = _words(weights["words"], variant, tp)
+    return result
+
+
+def _nested(variant: Variant, flat: dict[str, Any]) -> dict[str, Any]:
+    """The nesting of the legacy models: dictionaries by module, of which only the embedding's go one deeper."""
+    language_model: dict[str, Any] = {}
+    result: dict[str, Any] = {"language_model": language_model}
+    for name, tensor in flat.items():
+        module, _, rest = name.partition(".")
+        if module.endswith("_embeddings"):
+            language_model.setdefault("embedding", {}).setdefault(module, {})[rest] = tensor
+        elif module in ("encoder", "transformer", "pooler", "output_layer"):
+            language_model.setdefault(module, {})[rest] = tensor
+        else:
+            result.setdefault(module, {})[rest] = tensor
+    return result
+
+
+# --- Objects of classes that are not installed.
+
+
+class Foreign:
+    """Make instances of a class that exists only while it is pickled: ``Foreign("megatron.x.Y")(state)``."""
+
+    def __init__(self, name: str) -> None:
+        self._module, _, self._name = name.rpartition(".")
+
+    def __call__(self, **state: Any) -> Any:
+        cls = type(self._name, (), {"__module__": self._module})
+        instance = cls()
+        instance.__dict__.update(state)
+        return instance
+
+
+class foreign_modules:  # noqa: N801 (reads as a statement)
+    """While the context lasts, the classes of these instances can be pickled by name."""
+
+    def __init__(self, *instances: Any) -> None:
+        self._classes = [type(instance) for instance in instances]
+        self._added: list[str] = []
+
+    def __enter__(self) -> None:
+        for cls in self._classes:
+            parts = cls.__module__.split(".")
+            for end in range(1, len(parts) + 1):
+                name = ".".join(parts[:end])
+                if name not in sys.modules:
+                    sys.modules[name] = types.ModuleType(name)
+                    self._added.append(name)
+            setattr(sys.modules[cls.__module__], cls.__name__, cls)
+            assert pickle.dumps(cls)
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._added:
+            del sys.modules[name]
+
+
+def inputs(variant: Variant) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, mask and token types, [2, S] each; the second sequence of a BERT's ends in padding."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCAB, (2, POSITIONS), generator=generator)
+    mask = torch.ones_like(ids)
+    types_ = torch.zeros_like(ids)
+    if variant.is_bert:
+        mask[1, -7:] = 0
+        types_[:, POSITIONS // 2 :] = 1 if variant.has_binary_head else 0
+    return ids, mask, types_
+
+
+def scale_of(outputs: list[torch.Tensor]) -> float:
+    return max(float(output.abs().max()) for output in outputs)
+
+
+__all__ = [
+    "FFN",
+    "HEADS",
+    "HIDDEN",
+    "LAYERS",
+    "POSITIONS",
+    "VOCAB",
+    "Foreign",
+    "Variant",
+    "arguments_of",
+    "content_of",
+    "foreign_modules",
+    "forward",
+    "inputs",
+    "make_weights",
+    "save",
+    "scale_of",
+    "write",
+]
