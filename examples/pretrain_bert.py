@@ -31,6 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="directory for the model and its tokenizer")
     parser.add_argument("--text", type=Path, nargs="+", help="UTF-8 text files, each a document")
+    parser.add_argument("--tokenizer", help="directory or repository of a tokenizer, instead of training one")
     parser.add_argument("--layernorm-placement", choices=["pre", "post"], default="pre")
     parser.add_argument("--vocab-size", type=int, default=4096, help="largest vocabulary to train")
     parser.add_argument("--layers", type=int, default=4)
@@ -55,8 +56,11 @@ def read_texts(files: list[Path] | None) -> list[str]:
 
 
 def train_tokenizer(texts: list[str], args: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """A lower-case WordPiece tokenizer, trained and saved by the first rank and loaded by all."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """The tokenizer asked for, or a lower-case WordPiece one that the first rank trains and saves and all load."""
+    if args.tokenizer is not None:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        tokenizer.save_pretrained(args.output)
+    elif int(os.environ.get("RANK", "0")) == 0:
         tokenizer = BertTokenizerFast(model_max_length=args.length)
         tokenizer = tokenizer.train_new_from_iterator(texts, args.vocab_size, show_progress=False)
         tokenizer.save_pretrained(args.output)

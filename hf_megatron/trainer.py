@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig
 from torch import nn
 from transformers import Trainer
@@ -23,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from hf_megatron.errors import UnsupportedError
+from hf_megatron.errors import ParallelStateError, UnsupportedError
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.training_state import (
     begin_checkpoint,
@@ -56,6 +57,7 @@ class MegatronTrainer(Trainer):
     """
 
     def __init__(self, model: nn.Module | None = None, args: Any = None, *pargs: Any, **kwargs: Any) -> None:
+        _check_processes(args)
         # The stock class refuses to save the optimizer of a model sharded while loading, as it cannot; this one can.
         saves_all = args is not None and not args.save_only_model
         if saves_all:
@@ -212,6 +214,16 @@ class MegatronTrainer(Trainer):
                 f"{checkpoint} has no random state for data-parallel rank {self._data_parallel_rank} (it was saved by "
                 "fewer); dropout and shuffling go on with other random numbers."
             )
+
+
+def _check_processes(args: Any) -> None:
+    """Refuse arguments that do not see the other processes; each rank would take itself for the only one."""
+    num_processes = dist.get_world_size() if dist.is_initialized() else 1
+    if args is not None and args.world_size != num_processes:
+        raise ParallelStateError(
+            f"there are {num_processes} processes, but TrainingArguments sees {args.world_size}. On a machine without a "
+            "GPU, pass TrainingArguments(use_cpu=True)."
+        )
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

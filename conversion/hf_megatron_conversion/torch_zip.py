@@ -28,7 +28,8 @@ __all__ = ["TorchZipFile"]
 
 _ALIGNMENT = 64
 _PICKLE_PROTOCOL = 2  # torch.save's
-_LIMIT = 0xFFFFFFFF  # of a field of 32 bits; from here on the value stands in an extra field
+_LONG = 0xFFFFFFFF  # from here on a number needs 64 bits, and stands in an extra field; its own holds _ELSEWHERE
+_ELSEWHERE = 0xFFFFFFFF
 _FLAGS = 0x0808  # the checksum follows the data; names are UTF-8
 _DATE = (0, 0x21)  # 1980-01-01, so that equal content gives equal files
 _STORAGES = {
@@ -176,15 +177,19 @@ def _tensor_chunks(tensor: Readable) -> Chunks:
     return chunks
 
 
+def _short(number: int) -> int:
+    return number if number < _LONG else _ELSEWHERE
+
+
 def _local_header(entry: _Entry, position: int) -> bytes:
     """The header, padded so that the data behind it is aligned."""
     name = entry.name.encode()
-    is_long = entry.size >= _LIMIT
+    is_long = entry.size >= _LONG
     extra = struct.pack("<HHQQ", 1, 16, entry.size, entry.size) if is_long else b""
     # The padding is an extra field too, of four bytes at least.
     padding = -(position + 30 + len(name) + len(extra) + 4) % _ALIGNMENT
     extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-    size = min(entry.size, _LIMIT)
+    size = _short(entry.size)
     version = 45 if is_long else 20
     fields = (b"PK\x03\x04", version, _FLAGS, 0, *_DATE, 0, size, size, len(name), len(extra))
     return struct.pack("<4s5H3L2H", *fields) + name + extra
@@ -192,15 +197,15 @@ def _local_header(entry: _Entry, position: int) -> bytes:
 
 def _descriptor(size: int, checksum: int) -> bytes:
     """What stands behind an entry's data."""
-    return struct.pack("<4sLQQ" if size >= _LIMIT else "<4sLLL", b"PK\x07\x08", checksum, size, size)
+    return struct.pack("<4sLQQ" if size >= _LONG else "<4sLLL", b"PK\x07\x08", checksum, size, size)
 
 
 def _directory_record(entry: _Entry, position: int, checksum: int) -> bytes:
     name = entry.name.encode()
-    long = [entry.size, entry.size] if entry.size >= _LIMIT else []
-    long += [position] if position >= _LIMIT else []
+    long = [entry.size, entry.size] if entry.size >= _LONG else []
+    long += [position] if position >= _LONG else []
     extra = struct.pack(f"<HH{len(long)}Q", 1, 8 * len(long), *long) if long else b""
-    size, offset, version = min(entry.size, _LIMIT), min(position, _LIMIT), 45 if long else 20
+    size, offset, version = _short(entry.size), _short(position), 45 if long else 20
     fields = (b"PK\x01\x02", version, version, _FLAGS, 0, *_DATE, checksum, size, size, len(name), len(extra))
     return struct.pack("<4s6H3L5H2L", *fields, 0, 0, 0, 0, offset) + name + extra
 
@@ -208,9 +213,9 @@ def _directory_record(entry: _Entry, position: int, checksum: int) -> bytes:
 def _end(count: int, size: int, start: int) -> bytes:
     """The end of the directory, with the fields for large archives where they are needed."""
     result = b""
-    if start >= _LIMIT or count >= 0xFFFF:
+    if start >= _LONG or count >= 0xFFFF:
         fields = (b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
         result += struct.pack("<4sQ2H2L4Q", *fields)
         result += struct.pack("<4sLQL", b"PK\x06\x07", 0, start + size, 1)
     short = min(count, 0xFFFF)
-    return result + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, short, short, size, min(start, _LIMIT), 0)
+    return result + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, short, short, size, _short(start), 0)

@@ -86,6 +86,9 @@ def read_header(path: Path) -> Header:
         CheckpointIncompleteError: The file is shorter or longer than its header says.
         CheckpointFormatError: This is not a safetensors file, or it uses a dtype unknown here.
     """
+    if not path.is_file():
+        # A directory in its place, or a link that leads nowhere or back to itself.
+        raise CheckpointFormatError(f"{path} is not a file.")
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(_LENGTH_BYTES)
@@ -104,7 +107,13 @@ def read_header(path: Path) -> Header:
             f"{path} is truncated: its header ends at byte {start}, the file has {size} bytes. Fetch it again."
         )
     metadata, tensors = _parse(path, raw, start)
-    stop = max((tensor.data_stop for tensor in tensors.values()), default=start)
+    stop = start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.data_start, tensor.data_stop)):
+        if tensor.data_start != stop:
+            raise CheckpointFormatError(
+                f"{path} is damaged: one tensor ends at byte {stop} and the next one starts at {tensor.data_start}."
+            )
+        stop = tensor.data_stop
     if stop != size:
         word = "truncated" if size < stop else "too long"
         raise CheckpointIncompleteError(

@@ -83,7 +83,7 @@ def _offsets(header: Header) -> dict[str, Shape]:
     try:
         info = json.loads(header.metadata[SHARDING_INFO])
         offsets = {name: tuple(int(start) for start in info[name]["saved_offsets"]) for name in header.tensors}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointFormatError(
             f"{header.path} is named like a shard of a distributed checkpoint, but its {SHARDING_INFO} does not say "
             "where each of its tensors starts."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_megatron.checkpoint.lazy import LazyTensor
-from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, UnsupportedError
 from hf_megatron.partition import ModelClass, PartitionTable
 
 __all__ = ["Canonical", "canonicalise", "listed", "model_class_of", "require_complete", "respelled", "stored_model"]
@@ -49,6 +49,8 @@ def model_class_of(table: PartitionTable, config: Mapping[str, Any]) -> ModelCla
         UnsupportedError: The architecture has no such class here.
     """
     architectures = config.get("architectures") or [None]
+    if not isinstance(architectures, list):
+        raise UnsupportedError(f"architectures={architectures!r} in the configuration is not a list of class names.")
     return table.model_class(architectures[0])
 
 

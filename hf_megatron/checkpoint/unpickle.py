@@ -4,12 +4,15 @@ A pickle is a program for a stack machine. Here its instructions build lists, di
 asks to call something, a record of the call takes the place of the result. What it asked for is therefore known
 completely, and harmless, when the end is reached.
 
-Source: ``pickletools``, which documents and decodes the instructions.
+Source: ``pickletools``, which documents and decodes the instructions; ``_compat_pickle``, by which Python reads the
+names that Python 2 had, as protocol 2 still writes them.
 """
 
 from __future__ import annotations
 
 import pickletools
+import warnings
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol, cast
@@ -21,6 +24,8 @@ _MAX_BYTES = 32 * 2**20
 _MAX_LINE = 4096
 _SCALARS = (str, int, float, bytes, bool, type(None))
 _COMPUTED = "a callable that the pickle computes"
+# Modules that implement another one, by which people know their functions.
+_ALIASES = {"posix": "os", "nt": "os"}
 
 
 class UnpickleError(ValueError):
@@ -88,9 +93,11 @@ def read_pickle(stream: Stream, load_persistent: Callable[[Any], Any] | None = N
     """
     machine = _Machine(load_persistent)
     try:
-        # Of the stream only these three methods are used.
-        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _Bounded(stream))):
-            machine.step(opcode.name, argument)
+        # Damaged text may hold escapes that Python warns of.
+        with warnings.catch_warnings(action="ignore"):
+            # Of the stream only the three methods of _Bounded are used.
+            for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _Bounded(stream))):
+                machine.step(opcode.name, argument)
         (value,) = machine.stack
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError) as error:
         raise UnpickleError(f"it is not a pickle, or a damaged one ({type(error).__name__})") from error
@@ -151,13 +158,16 @@ class _Machine:
         del self.stack[position:]
         return items
 
-    def _name(self, name: str) -> Global:
-        self.names.append(name)
-        return Global(name)
+    def _name(self, module: str, name: str) -> Global:
+        """Something named, by the names that Python 3 has for it."""
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        self.names.append(f"{_ALIASES.get(module, module)}.{name}")
+        return Global(self.names[-1])
 
     def _call(self, function: Any, arguments: Any) -> None:
         if not isinstance(function, Global):
-            function = self._name(_COMPUTED)
+            self.names.append(_COMPUTED)
+            function = Global(_COMPUTED)
         if not isinstance(arguments, tuple):
             raise TypeError("arguments are not a tuple")
         # A dictionary that remembers the order, which all do here, so that nobody has to tell the two apart.
@@ -193,14 +203,16 @@ class _Machine:
         self.stack.append(self._load_persistent(self.stack.pop()))
 
     def _global(self, argument: str) -> None:
-        self.stack.append(self._name(argument.replace(" ", ".")))
+        self.stack.append(self._name(*argument.split(" ", 1)))
 
     def _stack_global(self, argument: None) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(self._name(f"{module}.{name}"[:_MAX_LINE]))
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise TypeError("a name that is not text")
+        self.stack.append(self._name(module[:_MAX_LINE], name[:_MAX_LINE]))
 
     def _ext1(self, argument: int) -> None:
-        self.stack.append(self._name(f"extension {argument}"))
+        self.stack.append(self._name("extension", str(argument)))
 
     _ext2 = _ext4 = _ext1
 
@@ -216,7 +228,7 @@ class _Machine:
 
     def _inst(self, argument: str) -> None:
         arguments = tuple(self._pop_to_mark())
-        self._call(self._name(argument.replace(" ", ".")), arguments)
+        self._call(self._name(*argument.split(" ", 1)), arguments)
 
     def _obj(self, argument: None) -> None:
         function, *arguments = self._pop_to_mark()

@@ -7,6 +7,7 @@ among the new; so it goes to a fresh directory beside the destination, which tak
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from hf_megatron.checkpoint.sharded import is_shard
 from hf_megatron.partition import PartitionTable
 
 __all__ = ["remove_shards", "rewrite_config", "swap_into_place"]
+
+_logger = logging.getLogger(__name__)
 
 # A model's weights in one piece or several; an optimizer's state and adapters have names of their own.
 _WHOLE_WEIGHTS = re.compile(
@@ -35,6 +38,9 @@ def rewrite_config(directory: Path, table: PartitionTable, class_name: str, *, s
     """
     path = directory / "config.json"
     config = table.config_of(json.loads(path.read_text(encoding="utf-8")), table.model_class(class_name), stock=stock)
+    mismatch = table.stock_mismatch(config) if stock else None
+    if mismatch is not None:
+        _logger.warning(mismatch)
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     temporary.replace(path)

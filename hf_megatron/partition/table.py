@@ -19,6 +19,11 @@ __all__ = ["ModelClass", "PartitionTable", "Tensor", "TensorRule", "integer_size
 
 Config = Mapping[str, object]
 
+# Beyond any model, so that a damaged configuration does not become a table of a billion rows.
+_MAX_LAYERS = 10_000
+_MAX_SIZE = 2**30
+_MAX_LISTED_DEGREE = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class TensorRule:
@@ -176,7 +181,8 @@ class PartitionTable:
         sizes = self.sizes(config)
         for name in self.divisors:
             if sizes[name] % tp_size:
-                choices = _listed([d for d in range(1, sizes[name] + 1) if sizes[name] % d == 0])
+                limit = min(sizes[name], _MAX_LISTED_DEGREE)
+                choices = _listed([d for d in range(1, limit + 1) if sizes[name] % d == 0])
                 raise PartitionError(f"{name}={sizes[name]} is not divisible by tp_size={tp_size}; choose {choices}.")
         for tensor in self.tensors(config, self.classes[0]).values():
             tensor.spec.check(tensor.name, tensor.shape, tp_size)
@@ -210,13 +216,16 @@ def integer_sizes(
         aliases: Other names under which some of them may be found.
 
     Raises:
-        UnsupportedError: A size is not a positive integer.
+        UnsupportedError: A size is not a positive integer, or larger than any model's.
     """
     sizes = {}
     for name, default in defaults.items():
         value = config.get(name, config.get((aliases or {}).get(name, name), default))
         if not isinstance(value, int) or value < 1:
             raise UnsupportedError(f"{name}={value!r} in the configuration is not a positive integer.")
+        largest = _MAX_LAYERS if "layer" in name else _MAX_SIZE
+        if value > largest:
+            raise UnsupportedError(f"{name}={value} in the configuration is more than {largest}, a damaged number?")
         sizes[name] = value
     return sizes
 

@@ -20,7 +20,12 @@ def test_it_measures_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     runpy.run_path(str(_SCRIPT), run_name="__main__")
     results = json.loads((tmp_path / _RESULTS.name).read_text(encoding="utf-8"))
     runs = results["runs"]
-    assert [(run["layers"], run["placement"]) for run in runs] == [(2, "post"), (2, "pre"), (1, "post"), (1, "pre")]
+    assert [(run["panel"]["layers"], run["placement"]) for run in runs] == [
+        (2, "post"),
+        (2, "pre"),
+        (1, "post"),
+        (1, "pre"),
+    ]
     assert len({tuple(run["masked_lm_loss"]) for run in runs}) == 4
     assert all(len(run["masked_lm_loss"]) == len(run["sentence_order_loss"]) == 3 for run in runs)
     image = (tmp_path / _RESULTS.name).with_suffix(".png").read_bytes()

@@ -11,12 +11,21 @@ import hf_megatron
 from tests.repository import ROOT
 
 PUBLIC = [
+    "MegatronBertConfig",
+    "MegatronBertForMaskedLM",
+    "MegatronBertForMultipleChoice",
+    "MegatronBertForPreTraining",
+    "MegatronBertForQuestionAnswering",
+    "MegatronBertForSequenceClassification",
+    "MegatronBertForTokenClassification",
+    "MegatronBertModel",
     "MegatronGPT2Config",
     "MegatronGPT2ForQuestionAnswering",
     "MegatronGPT2ForSequenceClassification",
     "MegatronGPT2ForTokenClassification",
     "MegatronGPT2LMHeadModel",
     "MegatronGPT2Model",
+    "MegatronTrainer",
     "__version__",
 ]
 

@@ -200,7 +200,7 @@ def test_a_checkpoint_without_optimizer_state_says_so(gpt2: Path, tmp_path: Path
 def test_an_interrupted_save_is_no_checkpoint(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a half-written directory under a checkpoint's name, which the next run would resume from."""
 
-    def break_off(*arguments: Any) -> None:
+    def break_off(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     run = Run(gpt2, tmp_path / "run")

@@ -139,7 +139,9 @@ def load_config(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointFormatError(f"{file} does not exist; a checkpoint needs a config.json.") from None
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointFormatError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointFormatError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise CheckpointFormatError(f"{file} is not a JSON object.")

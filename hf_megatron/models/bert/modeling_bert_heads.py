@@ -220,10 +220,26 @@ class MegatronBertForMaskedLM(_MaskedLM, BertForMaskedLM):
     @can_return_tuple  # type: ignore[untyped-decorator]
     @wraps(BertForMaskedLM.forward)
     def forward(
-        self, input_ids: torch.Tensor | None = None, *, labels: torch.Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> MaskedLMOutput:
         loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
-        outputs = self.bert(input_ids, **kwargs)
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
         loss, logits = self._masked_lm(outputs.last_hidden_state, labels, loss_arguments)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

@@ -1,9 +1,9 @@
 """Megatron-LM checkpoints of small random models, and what Megatron-LM would compute with them.
 
-Nothing here comes from the package. ``Weights`` holds a model in the terms of the paper: queries, keys and values of
-every layer as matrices of their own, nothing cut and nothing padded. ``write`` lays it out as one version or another of
-Megatron-LM did, and ``forward`` computes the equations in float64. That two such different descriptions of a model agree
-after a conversion is what the tests rest on.
+Nothing here comes from the package. ``make_weights`` makes a model in the terms of the paper: queries, keys and values
+of every layer as matrices of their own, nothing cut and nothing padded. ``write`` lays it out as one version or another
+of Megatron-LM did, and ``forward`` computes the equations in float64. That two such different descriptions of a model
+agree after a conversion is what the tests rest on.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Variant:
         version: ``checkpoint_version``; None for none.
         tp: Tensor-parallel degree.
         pp: Number of pipeline stages.
-        names: ``first`` (transformer, attention), ``second`` (encoder, self_attention), ``flat`` (GPT-2 of 2019), ``core``
-            and ``te`` (Megatron-core with its own layers, or transformer-engine's).
+        names: ``first`` (transformer, attention), ``second`` (encoder, self_attention), ``flat`` (GPT-2 of 2019),
+            ``core`` and ``te`` (Megatron-core with its own layers, or transformer-engine's).
         is_post: ``--apply-residual-connection-post-layernorm``.
         gelu: ``erf`` everywhere, ``fused`` (tanh in the layers only) or ``openai`` (tanh everywhere).
         eps: Of the LayerNorms.
@@ -140,7 +140,7 @@ def forward(
 ) -> list[torch.Tensor]:
     """Logits [B, S, V], and [B, 2] of a BERT with two heads, in float64.
 
-    ``mask`` is [B, S], 1 for real tokens; BERT's positions with 0 come out as Megatron's, which are not the stock ones'.
+    ``mask`` is [B, S], 1 for real tokens; where it is 0, what comes out is Megatron's and not the stock models'.
     """
     w = {name: tensor.double() for name, tensor in weights.items()}
 

@@ -11,15 +11,35 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import hf_megatron
-from hf_megatron_conversion import convert
-from tests.conversion.megatron_lm.generator import VOCAB, Variant, forward, inputs, make_weights, write
+from hf_megatron.errors import CheckpointError
+from hf_megatron_conversion import convert, inspect
+from tests.conversion.megatron_lm.generator import (
+    FFN,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    POSITIONS,
+    VOCAB,
+    Variant,
+    content_of,
+    forward,
+    inputs,
+    make_weights,
+    save,
+    write,
+)
 
-# Both sides compute in float64. Beyond rounding, the tanh gelus of the two differ by 1e-9, in the constant's last digit.
+# Both sides compute in float64. Beyond rounding, their tanh gelus differ by 1e-9, in the constant's last digit.
 TOLERANCE = 1e-7
 
-_KINDS = {"gpt": {"kind": "gpt"}, "bert-pre": {"kind": "bert"}, "bert-post": {"kind": "bert", "is_post": True}}
+_KINDS: dict[str, dict[str, Any]] = {
+    "gpt": {"kind": "gpt"},
+    "bert-pre": {"kind": "bert"},
+    "bert-post": {"kind": "bert", "is_post": True},
+}
 _SAVED = [
     # checkpoint_version, names, and whether torch before 1.6 wrote it: what existed together.
     (None, "first", False),
@@ -58,7 +78,7 @@ def assert_converts(tmp_path: Path, variant: Variant, **options: Any) -> None:
 
 
 @pytest.mark.parametrize(("version", "names", "is_zip"), _SAVED)
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", list(_KINDS))
 def test_every_version_and_degree(
     tmp_path: Path, kind: str, tp: int, version: float | None, names: str, is_zip: bool
@@ -67,9 +87,281 @@ def test_every_version_and_degree(
     assert_converts(tmp_path, Variant(**_KINDS[kind], version=version, names=names, tp=tp, is_zip=is_zip))
 
 
-@pytest.mark.parametrize(("kind", "gelu", "names"), list(product(_KINDS, ["fused", "openai"], ["second", "core"])))
-def test_every_gelu(tmp_path: Path, kind: str, gelu: str, names: str) -> None:
-    """Catches the one activation of a stock BERT used where Megatron-LM had two, or the tanh form taken for the exact."""
-    if names == "core" and (gelu == "openai" or kind == "bert-post"):
-        pytest.skip("Megatron-core has no such switch")
-    assert_converts(tmp_path, Variant(**_KINDS[kind], gelu=gelu, names=names))
+@pytest.mark.parametrize("gelu", ["fused", "openai"])
+@pytest.mark.parametrize("kind", list(_KINDS))
+def test_every_gelu(tmp_path: Path, kind: str, gelu: str) -> None:
+    """Catches one activation of a stock BERT used where Megatron-LM had two, or the tanh form taken for the exact."""
+    assert_converts(tmp_path, Variant(**_KINDS[kind], gelu=gelu))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gelu"),
+    [
+        # As v2.5: the fused kernel wins over what was asked for.
+        ({"bias_gelu_fusion": True, "onnx_safe": True}, "fused"),
+        # As 23.06: what was asked for wins over the fused kernel.
+        ({"bias_gelu_fusion": True, "onnx_safe": True, "squared_relu": False}, "erf"),
+        ({"bias_gelu_fusion": True, "openai_gelu": True, "squared_relu": False}, "openai"),
+        ({"onnx_safe": True}, "erf"),
+    ],
+)
+def test_precedence_of_gelus(tmp_path: Path, arguments: dict[str, Any], gelu: str) -> None:
+    """Catches one version's precedence of the switches applied to another's files."""
+    assert_converts(tmp_path, Variant(kind="bert", gelu=gelu, extra_arguments=tuple(arguments.items())))
+
+
+@pytest.mark.parametrize("names", ["core", "te"])
+@pytest.mark.parametrize(("kind", "gelu"), [("gpt", "fused"), ("gpt", "erf"), ("bert", "fused"), ("bert", "erf")])
+def test_megatron_core(tmp_path: Path, kind: str, gelu: str, names: str) -> None:
+    """Catches the names of Megatron-core, or of its transformer-engine layers, not known."""
+    assert_converts(tmp_path, Variant(kind=kind, gelu=gelu, names=names))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant(pp=2, version=2.0, names="first"),
+        Variant(pp=2, layers=4, is_untied=True),
+        Variant(kind="bert", pp=2),
+        Variant(kind="bert", pp=2, names="core"),
+        Variant(pp=2, names="core"),
+        Variant(pp=2, layers=4, chunks=2),
+    ],
+    ids=["gpt-2.0", "untied", "bert", "bert-core", "core", "interleaved"],
+)
+def test_pipeline_stages(tmp_path: Path, variant: Variant) -> None:
+    """Catches layers counted from zero in every stage, or the last stage's copy of the embedding taken for a head."""
+    assert_converts(tmp_path, variant)
+
+
+@pytest.mark.parametrize("names", ["second", "core"])
+def test_untied_head(tmp_path: Path, names: str) -> None:
+    """Catches a head of its own dropped in favour of the embedding, or its padding kept."""
+    assert_converts(tmp_path, Variant(is_untied=True, names=names))
+
+
+@pytest.mark.parametrize("is_post", [False, True])
+@pytest.mark.parametrize("version", [None, 3.0])
+def test_bert_without_second_head(tmp_path: Path, version: float | None, is_post: bool) -> None:
+    """Catches token types added where Megatron-LM had none, and a head that is looked for in vain."""
+    names = "first" if version is None else "second"
+    variant = Variant(kind="bert", has_binary_head=False, version=version, names=names, is_post=is_post)
+    assert_converts(tmp_path, variant)
+    config = json.loads((tmp_path / "hub/config.json").read_text())
+    assert config["architectures"] == ["BertForMaskedLM" if is_post else "MegatronBertForMaskedLM"]
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-3])
+@pytest.mark.parametrize("kind", list(_KINDS))
+def test_eps(tmp_path: Path, kind: str, eps: float) -> None:
+    """Catches the stock class's default in place of what the model was trained with."""
+    assert_converts(tmp_path, Variant(**_KINDS[kind], eps=eps))
+
+
+def test_core_calls_eps_otherwise(tmp_path: Path) -> None:
+    """Catches the newer name of the argument overlooked, so that the default stands."""
+    variant = Variant(names="core", eps=0.01)
+    weights = make_weights(variant)
+    for tp in range(2):
+        content = content_of(variant, weights, tp, 0)
+        del content["args"].layernorm_epsilon
+        content["args"].norm_epsilon = 0.01
+        save(tmp_path / f"source/iter_0000001/mp_rank_{tp:02d}/model_optim_rng.pt", content)
+    convert(tmp_path / "source", tmp_path / "hub", to="hub", vocab_size=VOCAB)
+    assert json.loads((tmp_path / "hub/config.json").read_text())["layer_norm_epsilon"] == 0.01
+
+
+@pytest.mark.parametrize("kind", list(_KINDS))
+def test_without_arguments(tmp_path: Path, kind: str) -> None:
+    """Catches files from before v1.0, which do not say how the model was trained, that cannot be converted at all."""
+    is_gpt = kind == "gpt"
+    variant = Variant(
+        **_KINDS[kind],
+        version=None,
+        names="flat" if is_gpt else "first",
+        has_arguments=False,
+        is_zip=False,
+        # What the versions without arguments computed.
+        gelu="openai" if is_gpt else "erf",
+    )
+    model_type = {"gpt": "gpt2", "bert-pre": "megatron-bert", "bert-post": "bert"}[kind]
+    config: dict[str, Any] = {"model_type": model_type}
+    config |= {"n_head": HEADS} if is_gpt else {"num_attention_heads": HEADS}
+    if kind == "bert-post":
+        config["layer_norm_eps"] = 1e-5
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="how many attention heads"):
+        assert_converts(tmp_path, variant)
+    assert_converts(tmp_path, variant, config=file)
+
+
+def test_the_stock_default_of_eps_is_no_choice(tmp_path: Path) -> None:
+    """Catches 1e-12 taken from a config.json that transformers wrote, which such models were not trained with."""
+    config = transformers.MegatronBertConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=FFN,
+        max_position_embeddings=POSITIONS,
+    )
+    assert config.layer_norm_eps == 1e-12
+    config.save_pretrained(tmp_path)
+    variant = Variant(kind="bert", version=None, names="first", has_arguments=False)
+    assert_converts(tmp_path, variant, config=tmp_path / "config.json")
+
+
+def test_wrappers_in_the_names(tmp_path: Path) -> None:
+    """Catches a model saved inside DistributedDataParallel and a half-precision wrapper."""
+    variant = Variant(tp=1)
+    weights = make_weights(variant)
+    content = content_of(variant, weights, 0, 0)
+    content["model"] = {"module": {"module": content["model"]}}
+    save(tmp_path / "a/release/mp_rank_00/model_optim_rng.pt", content)
+    flat = Variant(tp=1, names="core")
+    content = content_of(flat, weights, 0, 0)
+    content["model"] = {f"module.{name}": tensor for name, tensor in content["model"].items()}
+    save(tmp_path / "b/release/mp_rank_00/model_optim_rng.pt", content)
+    for which in "ab":
+        convert(tmp_path / which, tmp_path / f"hub-{which}", to="hub", vocab_size=VOCAB)
+    files = [(tmp_path / f"hub-{which}/model.safetensors").read_bytes() for which in "ab"]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Catches weights read in another dtype than they are stored in."""
+    assert_converts(tmp_path, Variant(dtype=dtype))
+    assert json.loads((tmp_path / "hub/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_views_of_larger_tensors(tmp_path: Path) -> None:
+    """Catches a shard that was saved as a view, its columns read as if they followed each other."""
+    variant = Variant(tp=1)
+    weights = make_weights(variant)
+    content = content_of(variant, weights, 0, 0)
+    layers = content["model"]["language_model"]["encoder"]
+    for name, tensor in layers.items():
+        if tensor.dim() == 2:
+            wide = torch.full((tensor.shape[0], tensor.shape[1] + 5), 9.0)
+            wide[:, 3:-2] = tensor
+            layers[name] = wide[:, 3:-2]
+    save(tmp_path / "view/release/mp_rank_00/model_optim_rng.pt", content)
+    write(tmp_path / "plain", variant, weights)
+    for which in ("view", "plain"):
+        convert(tmp_path / which, tmp_path / f"hub-{which}", to="hub", vocab_size=VOCAB)
+    files = [(tmp_path / f"hub-{which}/model.safetensors").read_bytes() for which in ("view", "plain")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("style", ["grouped", "spaced"])
+def test_layers_that_share_parameters(tmp_path: Path, style: str) -> None:
+    """Catches a model of 2020 whose four layers have the parameters of two, taken for one of two layers."""
+    stored = Variant(version=2.0, names="first", tp=1)
+    weights = make_weights(stored)
+    order = [0, 1, 0, 1] if style == "grouped" else [0, 0, 1, 1]
+    full = {name: tensor for name, tensor in weights.items() if not name[0].isdigit()}
+    for layer, shared in enumerate(order):
+        full |= {f"{layer}{name[1:]}": weights[name] for name in weights if name.startswith(f"{shared}.")}
+    arguments = {"num_layers": 4, "num_unique_layers": 2, "param_sharing_style": style}
+    source = write(tmp_path / "source", replace(stored, extra_arguments=tuple(arguments.items())), weights)
+    convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB)
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hub", dtype=torch.float64).eval()
+    expanded = replace(stored, layers=4)
+    ids, mask, types = inputs(expanded)
+    with torch.no_grad():
+        difference = model(ids).logits - forward(expanded, full, ids, mask, types)[0]
+    assert difference.abs().max() < TOLERANCE
+
+
+def test_config_says_what_the_arguments_say(tmp_path: Path) -> None:
+    """Catches positions, dropout or the scale of initialisation lost, and special tokens made up."""
+    write(tmp_path / "gpt", Variant(), make_weights(Variant()))
+    convert(tmp_path / "gpt", tmp_path / "hub", to="hub", vocab_size=VOCAB)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hub")
+    assert config.n_positions == POSITIONS
+    assert config.n_inner == FFN
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.125, 0.125, 0.0625)
+    assert config.initializer_range == 0.01
+    assert config.eos_token_id is None
+    bert = Variant(kind="bert")
+    write(tmp_path / "bert", bert, make_weights(bert))
+    convert(tmp_path / "bert", tmp_path / "bert-hub", to="hub", vocab_size=VOCAB)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "bert-hub")
+    assert (config.max_position_embeddings, config.intermediate_size) == (POSITIONS, FFN)
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.125, 0.0625)
+
+
+def test_where_a_checkpoint_may_lie(tmp_path: Path) -> None:
+    """Catches directories that are Megatron-LM's and are not recognised, or the wrong iteration taken."""
+    variant = Variant()
+    new, old = make_weights(variant), make_weights(variant, seed=1)
+    source = write(tmp_path / "source", variant, new, iteration=2000)
+    write(source, variant, old, iteration=1000)
+    (source / "latest_checkpointed_iteration.txt").write_text("2000\n")
+    release = tmp_path / "release"
+    (source / "iter_0002000").rename(tmp_path / "kept")
+    release.mkdir()
+    (tmp_path / "kept").rename(release / "release")
+    (release / "latest_checkpointed_iteration.txt").write_text("release")
+    with pytest.raises(CheckpointError, match=r"iter_0002000 is missing"):
+        inspect(source)
+    (source / "latest_checkpointed_iteration.txt").unlink()
+    # Optimizer states of data-parallel ranks beside the weights, as distributed optimizers left them for a while.
+    parallel = tmp_path / "parallel/iter_0000001"
+    for tp, dp in product(range(2), range(2)):
+        save(parallel / f"mp_rank_{tp:02d}_{dp:03d}/model_rng.pt", content_of(variant, old, tp, 0))
+        save(parallel / f"mp_rank_{tp:02d}_{dp:03d}/optim.pt", {})
+    expected = {"release": new, "release/release": new, "source": old, "source/iter_0001000": old, "parallel": old}
+    for place, weights in expected.items():
+        destination = tmp_path / "out" / place.replace("/", "-")
+        convert(tmp_path / place, destination, to="hub", vocab_size=VOCAB)
+        stored = load_file(destination / "model.safetensors")
+        assert torch.equal(stored["transformer.wte.weight"], weights["words"])
+
+
+def test_padding_of_the_vocabulary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches padding taken for words without a word about it, and a tokenizer or arguments not asked."""
+    variant = Variant(kind="bert")
+    source = write(tmp_path / "source", variant, make_weights(variant))
+    convert(source, tmp_path / "kept", to="hub")
+    assert "how much of the vocabulary of 128 is padding" in caplog.text
+    kept = load_file(tmp_path / "kept/model.safetensors")
+    assert kept["bert.embeddings.word_embeddings.weight"].shape[0] == kept["cls.predictions.bias"].shape[0] == 128
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "vocab.txt").write_text("".join(f"word{i}\n" for i in range(VOCAB)))
+    convert(source, tmp_path / "cut", to="hub", tokenizer=tokenizer)
+    cut = load_file(tmp_path / "cut/model.safetensors")
+    assert cut["bert.embeddings.word_embeddings.weight"].shape[0] == cut["cls.predictions.bias"].shape[0] == VOCAB
+    assert (tmp_path / "cut/vocab.txt").is_file()
+    stated = replace(variant, extra_arguments=(("orig_vocab_size", VOCAB),))
+    write(tmp_path / "stated", stated, make_weights(stated))
+    convert(tmp_path / "stated", tmp_path / "from-arguments", to="hub")
+    assert load_file(tmp_path / "from-arguments/model.safetensors")["cls.predictions.bias"].shape[0] == VOCAB
+    with pytest.raises(CheckpointError, match="the given vocab_size is 129, but the word embedding has 128 rows"):
+        convert(source, tmp_path / "more", to="hub", vocab_size=129)
+
+
+def test_gpt_knows_the_token_that_ends_a_text(tmp_path: Path) -> None:
+    """Catches a model that generates on and on, or stops at an id of the padding."""
+    source = write(tmp_path / "source", Variant(), make_weights(Variant()))
+    tokens = {f"t{i}": i for i in range(VOCAB - 1)} | {"<|endoftext|>": VOCAB - 1}
+    (source / "vocab.json").write_text(json.dumps(tokens))
+    (source / "merges.txt").write_text("#version: 0.2\n")
+    convert(source, tmp_path / "hub", to="hub")
+    assert json.loads((tmp_path / "hub/generation_config.json").read_text())["eos_token_id"] == VOCAB - 1
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "hub").eos_token_id == VOCAB - 1
+    assert (tmp_path / "hub/merges.txt").is_file()
+
+
+def test_inspect(tmp_path: Path) -> None:
+    """Catches a description of the wrong ranks, version or placement, and files without arguments that have none."""
+    variant = Variant(kind="bert", is_post=True, tp=4)
+    described = inspect(write(tmp_path / "bert", variant, make_weights(variant)))
+    assert (described.format, described.architecture, described.layernorm_placement) == ("megatron-lm", "bert", "post")
+    assert (described.tp_size, described.checkpoint_version, described.vocab_size) == (4, 3.0, 128)
+    old = Variant(version=None, names="flat", has_arguments=False, is_zip=False)
+    described = inspect(write(tmp_path / "old", old, make_weights(old)))
+    assert (described.architecture, described.checkpoint_version, described.tp_size) == ("gpt2", 0.0, 2)

@@ -82,7 +82,9 @@ def _compare(
         assert_same_on_all_ranks(f"{context}: first output", next(v for k, v in outputs.items() if k != "loss"))
 
 
-@pytest.mark.parametrize(("tp_size", "kernels"), [(1, TWO_KERNELS), (2, TWO_KERNELS), (4, ONE_KERNEL)])
+@pytest.mark.parametrize(
+    ("tp_size", "kernels"), [(1, TWO_KERNELS), (2, TWO_KERNELS), (4, ONE_KERNEL)], ids=["1", "2", "4"]
+)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_heads_equal_stock(
@@ -102,6 +104,41 @@ def test_variants_equal_stock(pool: Pool, bert_dir: BertDir, placement: str, var
     """Catches an entry of the configuration that is ignored, and cuts that only work for sizes that divide."""
     directory = bert_dir(placement, "ForPreTraining", variant)
     run_at(pool, tp_size, _compare, placement, "ForPreTraining", directory, tp_size, ONE_KERNEL, ("right",))
+
+
+def _compare_inputs(placement: str, directory: Path, tp_size: int) -> None:
+    stock, ours = _load_pair(placement, "ForMaskedLM", directory, tp_size, (torch.float64, "sdpa"))
+    ids = make_inputs("ForMaskedLM", "none")["input_ids"]
+    embeddings = torch.randn(3, 9, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    causal_mask = torch.full((3, 1, 9, 9), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1)
+    everywhere, right = torch.ones(3, 9).bool(), make_inputs("ForMaskedLM")["attention_mask"].bool()
+    for inputs, valid in (
+        ({"input_ids": ids}, everywhere),
+        ({"input_ids": ids, "token_type_ids": torch.ones_like(ids)}, everywhere),
+        ({"input_ids": ids, "position_ids": (torch.arange(9) * 3).expand(3, 9)}, everywhere),
+        ({"inputs_embeds": embeddings}, everywhere),
+        ({"input_ids": ids, "attention_mask": causal_mask}, everywhere),
+        ({"input_ids": ids, "attention_mask": right}, right),
+    ):
+        assert_outputs_agree(str(list(inputs)), ours(**inputs), stock(**inputs), valid)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_inputs_equal_stock(pool: Pool, bert_dir: BertDir, placement: str, tp_size: int) -> None:
+    """Catches arguments that are dropped on the way, and token types or positions that are made up wrongly."""
+    run_at(pool, tp_size, _compare_inputs, placement, bert_dir(placement, "ForMaskedLM"), tp_size)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_arguments_have_their_stock_places(bert_dir: BertDir, placement: str, head: str) -> None:
+    """Catches `model(ids, mask, types)`, which works with stock, refused or understood in another order."""
+    stock, ours = _load_pair(placement, head, bert_dir(placement, head), 1, (torch.float64, "eager"))
+    inputs = make_inputs(head)
+    in_order = [inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")]
+    assert torch.equal(ours(*in_order)[0], ours(**inputs)[0])
+    assert_outputs_agree(head, ours(*in_order), stock(*in_order), inputs["attention_mask"].bool().flatten(0, -2))
 
 
 @pytest.mark.slow

@@ -109,6 +109,15 @@ def test_spellings_load(pool: Pool, bert_dir: BertDir, tmp_path: Path, placement
             assert weights, name
 
 
+def test_what_is_dropped_is_named(bert_dir: BertDir, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches tensors that vanish without a word."""
+    name = "bert.embeddings.token_type_ids"
+    _spell(bert_dir("post"), tmp_path, lambda tensors: {**tensors, name: torch.zeros(1, 32, dtype=torch.long)})
+    with caplog.at_level(logging.WARNING):
+        MegatronBertForPreTraining.from_pretrained(tmp_path)
+    assert [message for message in caplog.messages if "dropped" in message and name in message]
+
+
 def _refusal(directory: Path, tp_size: int) -> str:
     with pytest.raises(CheckpointFormatError) as caught:
         MegatronBertForPreTraining.from_pretrained(directory, distributed_config=layout(tp_size))

@@ -66,8 +66,9 @@ def _positions_computed(head: str, directory: Path, tp_size: int) -> dict[str, l
     shapes: list[list[int]] = []
     model.cls.predictions.transform.register_forward_hook(lambda _, args, __: shapes.append(list(args[0].shape)))
     inputs, labels = make_inputs(head), {"labels": make_labels(head)["labels"]}
+    others = {"labels": labels["labels"].masked_fill(labels["labels"] == -100, -1), "ignore_index": -1}
     seen = {}
-    for situation, given in (("training", labels), ("without labels", {})):
+    for situation, given in (("training", labels), ("another ignore_index", others), ("without labels", {})):
         outputs = model.train()(**inputs, **given)
         logits = outputs.logits if head == "ForMaskedLM" else outputs.prediction_logits
         assert (logits is None) == bool(given)
@@ -84,7 +85,12 @@ def test_only_labelled_positions_are_computed(pool: Pool, bert_dir: BertDir, hea
     """Catches the vocabulary-wide product for the 85% of positions that no loss asks for."""
     labelled = int((make_labels(head)["labels"] != -100).sum())
     assert 0 < labelled < 9
-    expected = {"training": [labelled, 48], "without labels": [3, 9, 48], "evaluation": [3, 9, 48]}
+    expected = {
+        "training": [labelled, 48],
+        "another ignore_index": [labelled, 48],
+        "without labels": [3, 9, 48],
+        "evaluation": [3, 9, 48],
+    }
     seen = run_at(pool, tp_size, _positions_computed, head, bert_dir("pre", head), tp_size)
     assert seen == [expected] * tp_size
 

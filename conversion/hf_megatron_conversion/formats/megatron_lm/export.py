@@ -32,7 +32,7 @@ def arguments_of(
         tp_size: Degree.
         divisor: The vocabulary is a multiple of this times the degree.
         padded_vocab_size: Which makes this.
-        has_binary_head: Whether a BERT gets its second head.
+        has_binary_head: Whether a BERT gets its second head; of a GPT, Megatron-LM's default.
 
     Raises:
         UnsupportedError: Megatron-LM's models cannot compute it; everything is listed.

@@ -91,7 +91,7 @@ class _Layout:
                 tp_size=target.tp_size,
                 divisor=_DIVISOR,
                 padded_vocab_size=self._padded,
-                has_binary_head=model.table.architecture == "bert" and not self._is_without_token_types,
+                has_binary_head=not self._is_without_token_types,
             )
         )
 

@@ -1,0 +1,338 @@
+"""What cannot be converted is refused before anything is written, in one message that names all of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_megatron.errors import CheckpointError, CheckpointIncompleteError, HfMegatronError
+from hf_megatron_conversion import cli, convert
+from tests.conversion.megatron_lm.generator import (
+    HEADS,
+    HIDDEN,
+    VOCAB,
+    Foreign,
+    Tensors,
+    Variant,
+    content_of,
+    foreign_modules,
+    make_weights,
+    save,
+    write,
+)
+
+FILE = "iter_0001000/mp_rank_{:02d}/model_optim_rng.pt"
+
+
+@pytest.fixture(scope="module")
+def weights() -> Tensors:
+    return make_weights(Variant())
+
+
+def _change(source: Path, rank: int, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change one rank's file."""
+    path = source / FILE.format(rank)
+    content = torch.load(path, weights_only=False)
+    change(content)
+    save(path, content)
+
+
+def _refusal(source: Path, tmp_path: Path) -> str:
+    with pytest.raises(HfMegatronError) as error:
+        convert(source, tmp_path / "out", to="hub", vocab_size=VOCAB)
+    assert not (tmp_path / "out").exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"swiglu": True},
+        {"squared_relu": True},
+        {"use_rotary_position_embeddings": True},
+        {"position_embedding_type": "rope"},
+        {"group_query_attention": True, "num_query_groups": 2},
+        {"num_experts": 8},
+        {"normalization": "RMSNorm"},
+        {"apply_layernorm_1p": True},
+        {"add_bias_linear": False},
+        {"kv_channels": 16},
+        {"multi_latent_attention": True},
+        {"apply_residual_connection_post_layernorm": True},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_models_that_are_none_of_ours(tmp_path: Path, weights: Tensors, arguments: dict[str, Any]) -> None:
+    """Catches a model whose tensors fit and whose function is another one."""
+    variant = Variant(extra_arguments=tuple(arguments.items()))
+    name = next(iter(arguments))
+    assert name in _refusal(write(tmp_path / "source", variant, weights), tmp_path)
+
+
+def test_what_is_switched_off_is_no_reason(tmp_path: Path, weights: Tensors) -> None:
+    """Catches arguments refused for being there: newer files have all of them, with these values."""
+    arguments = {
+        "swiglu": False,
+        "group_query_attention": False,
+        "num_query_groups": 1,
+        "num_experts": None,
+        "normalization": "LayerNorm",
+        "position_embedding_type": "learned_absolute",
+        "rotary_percent": 1.0,
+        "kv_channels": HIDDEN // HEADS,
+        "window_size": None,
+    }
+    source = write(tmp_path / "source", Variant(extra_arguments=tuple(arguments.items())), weights)
+    convert(source, tmp_path / "out", to="hub", vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("version", [0.5, 2.5, 4.0, "3.0", [3]])
+def test_unknown_versions(tmp_path: Path, weights: Tensors, version: Any) -> None:
+    """Catches a guess at the order of queries, keys and values."""
+    source = write(tmp_path / "source", Variant(), weights)
+    for rank in range(2):
+        _change(source, rank, lambda content: content.update(checkpoint_version=version))
+    assert f"checkpoint_version={version!r} is not known" in _refusal(source, tmp_path)
+
+
+@pytest.mark.parametrize("has_arguments", [True, False])
+def test_missing_ranks(tmp_path: Path, has_arguments: bool) -> None:
+    """Catches a model made of the ranks that happen to be there."""
+    variant = Variant(tp=4, has_arguments=has_arguments)
+    source = write(tmp_path / "source", variant, make_weights(variant))
+    shutil.rmtree(source / "iter_0001000/mp_rank_01")
+    shutil.rmtree(source / "iter_0001000/mp_rank_03")
+    message = _refusal(source, tmp_path)
+    assert "rank 1 of" in message
+    if has_arguments:
+        assert "rank 3 of 4 x 1 is missing" in message
+    else:
+        assert "24 rows on each of 3 ranks, where 96 are needed" in message
+
+
+def test_missing_stages(tmp_path: Path) -> None:
+    """Catches the layers of a lost stage left out, so that the model is only less deep."""
+    variant = Variant(pp=2, layers=4)
+    source = write(tmp_path / "source", variant, make_weights(variant))
+    shutil.rmtree(source / "iter_0001000/mp_rank_01_001")
+    assert "rank 1 stage 1 of 2 x 2 is missing" in _refusal(source, tmp_path)
+    shutil.rmtree(source / "iter_0001000/mp_rank_00_001")
+    assert "rank 0 stage 1 of 2 x 2 is missing" in _refusal(source, tmp_path)
+
+
+def test_ranks_of_different_saves(tmp_path: Path, weights: Tensors) -> None:
+    """Catches half a model of one iteration and half of another, and ranks of another degree left behind."""
+    source = write(tmp_path / "source", Variant(), weights)
+    _change(source, 1, lambda content: content.update(iteration=900))
+    assert "iteration is 1000 in 1 files, 900 in 1 files" in _refusal(source, tmp_path)
+    wider = write(tmp_path / "wider", Variant(tp=4), weights)
+    write(wider, Variant(tp=2), weights)
+    message = _refusal(wider, tmp_path)
+    assert "tensor_model_parallel_size is 2 and 4" in message
+
+
+def test_shapes_that_do_not_fit(tmp_path: Path, weights: Tensors) -> None:
+    """Catches shards of different sizes joined to something that nobody has trained."""
+
+    def cut(content: dict[str, Any]) -> None:
+        layers = content["model"]["language_model"]["encoder"]
+        name = "layers.1.mlp.dense_h_to_4h.weight"
+        layers[name] = layers[name][:-1]
+
+    source = write(tmp_path / "source", Variant(), weights)
+    _change(source, 1, cut)
+    message = _refusal(source, tmp_path)
+    assert (
+        "layers.1.mlp.dense_h_to_4h.weight differs: float32 [24, 32] on rank 0, float32 [23, 32] on rank 1" in message
+    )
+
+
+def test_names_that_are_not_known(tmp_path: Path, weights: Tensors) -> None:
+    """Catches tensors left out because nobody knows what they are."""
+
+    def add(content: dict[str, Any]) -> None:
+        content["model"]["language_model"]["encoder"]["layers.0.mlp.gate.weight"] = torch.zeros(2)
+        content["model"]["adapter"] = {"weight": torch.zeros(2)}
+
+    source = write(tmp_path / "source", Variant(), weights)
+    _change(source, 0, add)
+    message = _refusal(source, tmp_path)
+    assert "layers.0.mlp.gate.weight" in message
+    assert "adapter.weight" in message
+
+
+def test_a_bert_of_2019(tmp_path: Path) -> None:
+    """Catches a fork of another BERT, with names of its own, taken for Megatron's."""
+    model = {"bert.encoder.layer.0.attention.self.query.weight": torch.zeros(4, 4)}
+    save(tmp_path / "source/iter_0000001/mp_rank_00/model_optim_rng.pt", {"model": model, "iteration": 1})
+    assert "bert.encoder.layer.0.attention.self.query.weight" in _refusal(tmp_path / "source", tmp_path)
+
+
+def test_everything_is_said_at_once(tmp_path: Path, weights: Tensors, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a user sent from one error to the next: one message, exit code 2, nothing written."""
+    arguments = {"swiglu": True, "use_rotary_position_embeddings": True, "normalization": "RMSNorm", "num_experts": 4}
+    variant = Variant(tp=4, version=7.0, extra_arguments=tuple(arguments.items()))
+    source = write(tmp_path / "source", variant, weights)
+    _change(source, 2, lambda content: content["model"].update(adapter=torch.zeros(1)))
+    _change(source, 1, lambda content: content.update(iteration=5))
+    _change(source, 0, lambda content: content["model"]["language_model"]["encoder"].pop("final_layernorm.bias"))
+    shutil.rmtree(source / "iter_0001000/mp_rank_03")
+    code = cli.run(["convert", str(source), str(tmp_path / "out"), "--to", "hub"])
+    message = capsys.readouterr().err
+    assert code == 2
+    assert not (tmp_path / "out").exists()
+    for part in (
+        "rank 3",
+        "iteration is",
+        "checkpoint_version=7.0",
+        "adapter",
+        "final_layernorm.bias is missing in rank 0",
+    ):
+        assert part in message
+    assert all(name in message for name in arguments)
+
+
+def test_sizes_that_contradict_each_other(tmp_path: Path, weights: Tensors) -> None:
+    """Catches heads, or a depth, that the tensors do not have: their number shows in no shape."""
+    variant = Variant(extra_arguments=(("num_layers", 5),))
+    assert "num_layers is 2 in the tensors, 5 in the arguments" in _refusal(
+        write(tmp_path / "source", variant, weights), tmp_path
+    )
+    source = write(tmp_path / "other", Variant(), weights)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_head": 4}')
+    with pytest.raises(CheckpointError, match=r"8 in the arguments, 4 in the given config\.json"):
+        convert(source, tmp_path / "out", to="hub", config=tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(CheckpointError, match=r"config\.json is for bert.*the checkpoint is gpt2"):
+        convert(source, tmp_path / "out", to="hub", config=tmp_path / "config.json")
+
+
+def test_a_copy_of_the_embedding_that_differs(tmp_path: Path) -> None:
+    """Catches a head that was trained apart from the embedding thrown away as its copy."""
+    variant = Variant(pp=2)
+    source = write(tmp_path / "source", variant, make_weights(variant))
+    path = source / "iter_0001000/mp_rank_00_001/model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    content["model"]["word_embeddings_for_head"]["weight"][3, 3] += 1
+    save(path, content)
+    assert "word_embeddings_for_head.weight should be a copy" in _refusal(source, tmp_path)
+
+
+def test_distributed_checkpoints_of_megatron_core(tmp_path: Path) -> None:
+    """Catches a puzzling message where somebody has the newer kind of checkpoint."""
+    place = tmp_path / "source/iter_0000010"
+    place.mkdir(parents=True)
+    (place / "metadata.json").write_text("{}")
+    (place / "__0_0.distcp").write_bytes(b"")
+    (tmp_path / "source/latest_checkpointed_iteration.txt").write_text("10")
+    assert "--ckpt-format torch" in _refusal(tmp_path / "source", tmp_path)
+
+
+# --- Pickles.
+
+
+class Calls:
+    """What a malicious pickle holds: loading it calls a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self._function, self._arguments = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self._function, self._arguments
+
+    def __call__(self) -> None:
+        """The pickler asks for a callable."""
+
+
+def _malicious(marker: Path) -> dict[str, tuple[Any, str]]:
+    import builtins
+    import os
+    import subprocess
+
+    touch = f"open({str(marker)!r}, 'w').close()"
+    return {
+        "os.system": (Calls(os.system, f"touch {marker}"), "os.system"),
+        "eval": (Calls(builtins.eval, touch), "builtins.eval"),
+        "exec": (Calls(builtins.exec, touch), "builtins.exec"),
+        "nested": (
+            Calls(Calls(builtins.getattr, Calls(builtins.__import__, "os"), "system"), f"touch {marker}"),
+            "a callable that the pickle computes, builtins.__import__, builtins.getattr",
+        ),
+        "popen": (Calls(subprocess.Popen, ["touch", str(marker)]), "subprocess.Popen"),
+        "unknown": (Foreign("somewhere.Unknown")(x=1), "somewhere.Unknown"),
+    }
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("which", ["os.system", "eval", "exec", "nested", "popen", "unknown"])
+@pytest.mark.parametrize("where", ["args", "model", "beside"])
+def test_unsafe_pickles(
+    tmp_path: Path, weights: Tensors, monkeypatch: pytest.MonkeyPatch, which: str, where: str, is_zip: bool
+) -> None:
+    """Catches code that runs while a file is opened, wherever in it, also where torch is told not to check."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    marker = tmp_path / "ran"
+    value, name = _malicious(marker)[which]
+    content = content_of(Variant(tp=1), weights, 0, 0)
+    if where == "args":
+        content["args"].x = value
+    elif where == "model":
+        content["model"]["language_model"]["encoder"]["layers.0.x"] = value
+    else:
+        content["zzz"] = [value]
+    with foreign_modules(value):
+        save(tmp_path / "source/release/mp_rank_00/model_optim_rng.pt", content, is_zip)
+    message = _refusal(tmp_path / "source", tmp_path)
+    assert name in message
+    assert "is refused" in message
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+def test_what_megatron_lm_saves_is_harmless(tmp_path: Path, weights: Tensors, is_zip: bool) -> None:
+    """Catches genuine files refused, or loaded only where Megatron-LM is installed."""
+    model_type = Foreign("megatron.core.enums.ModelType")(_value_=1)
+    scaler = Foreign("fp16.loss_scaler.DynamicLossScaler")(cur_scale=65536.0, cur_iter=3)
+    newer = Foreign("megatron.fp16_deprecated.loss_scaler.DynamicLossScaler")(cur_scale=1.0)
+    content = content_of(Variant(tp=1), weights, 0, 0)
+    content["args"].model_type = model_type
+    content["args"].path = Path("somewhere")
+    content["args"].sizes = {1, 2}
+    content["optimizer"] = {"loss_scaler": scaler, "newer": newer, "state": {0: {"exp_avg": torch.zeros(3)}}}
+    content["rng_state"] = [{"np_rng_state": content["np_rng_state"]}]
+    with foreign_modules(model_type, scaler, newer):
+        save(tmp_path / "source/release/mp_rank_00/model_optim_rng.pt", content, is_zip)
+    convert(tmp_path / "source", tmp_path / "out", to="hub", vocab_size=VOCAB)
+
+
+def test_an_unsafe_file_is_named_without_being_loaded(
+    tmp_path: Path, weights: Tensors, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a scan that stops at the first global it does not like."""
+    marker = tmp_path / "ran"
+    content = content_of(Variant(tp=1), weights, 0, 0)
+    malicious = _malicious(marker)
+    content["a"], content["b"] = malicious["os.system"][0], malicious["eval"][0]
+    save(tmp_path / "source/release/mp_rank_00/model_optim_rng.pt", content)
+    assert cli.run(["inspect", str(tmp_path / "source")]) == 2
+    message = capsys.readouterr().err
+    assert all(malicious[name][1] in message for name in ("os.system", "eval"))
+    assert not marker.exists()
+
+
+def test_truncated_files(tmp_path: Path, weights: Tensors) -> None:
+    """Catches a torn copy that loads up to where it was torn."""
+    for is_zip in (True, False):
+        source = write(tmp_path / f"{is_zip}", replace(Variant(), is_zip=is_zip), weights)
+        file = source / FILE.format(1)
+        whole = file.read_bytes()
+        for size in (0, 3, 100, len(whole) // 2, len(whole) - 1):
+            file.write_bytes(whole[:size])
+            with pytest.raises(CheckpointIncompleteError, match=r"mp_rank_01|rank 1"):
+                convert(source, tmp_path / "out", to="hub", vocab_size=VOCAB)

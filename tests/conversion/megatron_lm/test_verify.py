@@ -1,0 +1,260 @@
+"""--verify runs a Megatron-LM checkpoint by Megatron's own equations, and finds what no comparison of tensors would."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import hf_megatron
+from hf_megatron_conversion import cli, convert, logits, sample, verify
+from hf_megatron_conversion.formats import read_model
+from hf_megatron_conversion.formats.base import Given
+from hf_megatron_conversion.formats.megatron_lm import arguments, config, merge, reader
+from hf_megatron_conversion.megatron_forward import megatron_outputs
+from tests.conversion.megatron_lm.generator import (
+    HEADS,
+    VOCAB,
+    Variant,
+    forward,
+    inputs,
+    make_weights,
+    write,
+)
+
+_GPT = Variant(gelu="fused")
+_BERT = Variant(kind="bert", gelu="fused")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write(tmp_path / "source", _GPT, make_weights(_GPT))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant(version=None, names="first"),
+        Variant(version=1.0, names="first", tp=4),
+        Variant(gelu="fused", tp=4, is_untied=True),
+        Variant(pp=2),
+        Variant(kind="bert", gelu="fused"),
+        Variant(kind="bert", is_post=True, version=2.0, names="first", eps=1e-3),
+        Variant(kind="bert", has_binary_head=False, gelu="openai", names="second"),
+        Variant(kind="bert", gelu="fused", names="core"),
+    ],
+    ids=["0", "1.0", "untied", "stages", "bert", "post", "no-binary-head", "core"],
+)
+def test_the_equations(tmp_path: Path, variant: Variant) -> None:
+    """Catches a reference that is wrong itself: it equals the independent one, computed without any shards."""
+    weights = make_weights(variant)
+    model = read_model(write(tmp_path / "source", variant, weights), Given(vocab_size=VOCAB))
+    ids, mask, types = inputs(variant)
+    assert isinstance(model.opened, reader.Opened)
+    computed = megatron_outputs(model.opened, ids[:1], types[:1])
+    expected = forward(variant, weights, ids[:1], mask[:1], types[:1])
+    assert len(computed) == len(expected)
+    for a, b in zip(computed, expected, strict=True):
+        assert (a - b).abs().max() < 1e-7
+
+
+def test_a_right_conversion_passes(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches figures missing from the report, or two runs on different ids."""
+    assert (
+        cli.run(
+            [
+                "convert",
+                str(source),
+                str(tmp_path / "hub"),
+                "--to",
+                "hub",
+                "--vocab-size",
+                str(VOCAB),
+                "--verify",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["verified"] is True
+    assert 0 <= result["max_logit_diff"] < 1e-7
+    assert result["argmax_agreement"] == 1.0
+    assert result["loss_source"] == pytest.approx(result["loss_destination"], abs=1e-7)
+    assert cli.run(["verify", str(source), str(tmp_path / "hub"), "--logits", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["equal"] is True
+    assert result["loss_a"] == pytest.approx(result["loss_b"], abs=1e-7)
+
+
+def _wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = merge.fused_qkv
+    monkeypatch.setattr(reader, "fused_qkv", lambda shards, size, version: original(shards, size, 0.0))
+
+
+def _wrong_eps(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = config._numerics
+    change = {"layer_norm_epsilon": 1e-12}
+    monkeypatch.setattr(config, "_numerics", lambda *arguments: {**original(*arguments), **change})
+
+
+def _wrong_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "activations", lambda *_, **__: arguments.Activations("gelu", "gelu"))
+
+
+@pytest.mark.parametrize("plant", [_wrong_order, _wrong_eps, _wrong_gelu])
+def test_a_planted_mistake_fails(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    """Catches a --verify that compares the reader with itself: each mistake is made on both sides of the tensors."""
+    plant(monkeypatch)
+    conversion = convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB, verify=True)
+    assert conversion.verified is False
+    assert conversion.max_logit_diff is not None
+    assert conversion.max_logit_diff > 1e-6
+    assert not (tmp_path / "hub").exists()
+
+
+def test_a_planted_mistake_of_the_writer_fails(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a Megatron-LM checkpoint that reads back as it was written, in an order Megatron-LM does not use."""
+    from hf_megatron_conversion.formats.megatron_lm import views
+
+    convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB)
+
+    def blocks(self: views.Stacked) -> torch.Tensor:
+        boxes = [
+            (tensor, hf_megatron.partition.Box.whole(tensor.shape).narrowed(0, start, start + self.rows))
+            for tensor, start in zip(self.tensors, self.starts, strict=True)
+        ]
+        return torch.cat([tensor.read(box) for tensor, box in boxes])
+
+    monkeypatch.setattr(views.Stacked, "_make", blocks)
+    # A reader with the same idea of the order, so that the tensors come back as they were.
+    _wrong_order(monkeypatch)
+    conversion = convert(tmp_path / "hub", tmp_path / "m", to="megatron-lm", tp_size=2, verify=True)
+    assert conversion.verified is False
+
+
+def test_a_config_that_contradicts_the_arguments_is_found(
+    tmp_path: Path, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a given config.json believed against the arguments without a word and without a check."""
+    file = tmp_path / "config.json"
+    for name, value in (("layer_norm_epsilon", 1e-3), ("activation_function", "gelu")):
+        file.write_text(json.dumps({"model_type": "gpt2", name: value}))
+        conversion = convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB, config=file, verify=True)
+        assert conversion.verified is False
+        assert f"The given config.json has {name}={value}" in caplog.text
+
+
+def _edited(hub: Path, directory: Path, **entries: Any) -> Path:
+    directory.mkdir()
+    for path in hub.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    content = json.loads((hub / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**content, **entries}))
+    return directory
+
+
+@pytest.mark.parametrize("entries", [{"layer_norm_epsilon": 1e-12}, {"activation_function": "gelu"}])
+def test_verify_finds_a_changed_config(tmp_path: Path, source: Path, entries: dict[str, Any]) -> None:
+    """Catches a comparison of two checkpoints that looks at their tensors only."""
+    convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB)
+    result = verify(source, _edited(tmp_path / "hub", tmp_path / "edited", **entries), logits=True)
+    assert not result.equal
+    assert "logits" in result.mismatched
+
+
+def test_verify_finds_a_wrong_order(tmp_path: Path, source: Path) -> None:
+    """Catches logits that are not compared where the tensors are known to differ."""
+    convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB)
+    edited = _edited(tmp_path / "hub", tmp_path / "edited")
+    tensors = load_file(edited / "model.safetensors")
+    name = "transformer.h.0.attn.c_attn.weight"
+    tensors[name] = tensors[name].view(32, 3, HEADS, -1).transpose(1, 2).reshape(32, -1).contiguous()
+    save_file(tensors, edited / "model.safetensors", metadata={"format": "pt"})
+    result = verify(source, edited, logits=True)
+    assert set(result.mismatched) == {name, "logits"}
+    assert result.max_logit_diff is not None
+    assert result.max_logit_diff > 0.1
+
+
+def test_verify_learns_what_the_files_do_not_say(tmp_path: Path) -> None:
+    """Catches padding, or a checkpoint without arguments, that makes two equal models differ."""
+    old = Variant(version=None, names="flat", has_arguments=False, gelu="openai")
+    source = write(tmp_path / "source", old, make_weights(old))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "gpt2", "n_head": HEADS}))
+    convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB, config=file)
+    assert verify(source, tmp_path / "hub", logits=True).equal
+    assert verify(tmp_path / "hub", source).equal
+    padded = write(tmp_path / "padded", _GPT, make_weights(_GPT))
+    convert(padded, tmp_path / "m", to="megatron-lm", tp_size=4, vocab_size=VOCAB)
+    assert verify(padded, tmp_path / "m", logits=True).equal
+    assert verify(tmp_path / "m", padded).equal
+
+
+def test_what_the_stock_class_cannot_express(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a BERT with two activations that loses one without a word, in the stock export or in ours."""
+    caplog.set_level(logging.INFO)
+    weights = make_weights(_BERT)
+    source = write(tmp_path / "source", _BERT, weights)
+    ids, mask, types = inputs(_BERT)
+    expected = forward(_BERT, weights, ids, mask, types)[0]
+    for model_type in ("stock", "megatron"):
+        caplog.clear()
+        directory = tmp_path / model_type
+        conversion = convert(source, directory, to="hub", vocab_size=VOCAB, model_type=model_type, verify=True)
+        assert conversion.verified is True
+        is_said = "applies it in the masked-LM head too, where this model has 'gelu' (up to 4.7e-4" in caplog.text
+        assert is_said == (model_type == "stock")
+        assert ("Run as the stock class" in caplog.text) == (model_type == "stock")
+        assert ("differs in stock transformers" in (directory / "README.md").read_text()) == (model_type == "stock")
+        ours: Any = hf_megatron.MegatronBertForPreTraining.from_pretrained(directory, dtype=torch.float64)
+        arguments_ = {"attention_mask": mask, "token_type_ids": types}
+        with torch.no_grad():
+            computed = ours.eval()(ids, **arguments_).prediction_logits
+            assert (computed - expected)[mask.bool()].abs().max() < 1e-7
+            # Leaving again, our class says it too.
+            caplog.clear()
+            ours.save_pretrained(tmp_path / f"again-{model_type}", stock=True)
+        assert "applies it in the masked-LM head too" in caplog.text
+    stock = transformers.MegatronBertForPreTraining.from_pretrained(tmp_path / "stock", dtype=torch.float64).eval()
+    with torch.no_grad():
+        gap = (stock(ids, **arguments_).prediction_logits - expected)[mask.bool()].abs().max()
+    assert 1e-5 < gap < 1e-2
+
+
+def test_ids_are_a_text_where_there_is_a_tokenizer(tmp_path: Path, source: Path) -> None:
+    """Catches a tokenizer that is not asked, ids it does not have, and a broken one that stops the verification."""
+    words = sorted(
+        {word for word in sample._TEXT.lower().replace(",", " ,").replace(".", " .").replace(":", " :").split()}
+    )
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    ids = sample.sample_ids([tmp_path, tmp_path / "t"], 200, 30)
+    assert ids.shape == (1, 30)
+    assert ids[0, 0] == 2
+    assert ids.max() >= 5
+    random = sample.sample_ids([tmp_path / "t"], 6, 30)
+    assert random.max() < 6
+    (tmp_path / "t/tokenizer.json").write_text("{}")
+    assert torch.equal(sample.sample_ids([tmp_path / "t"], 6, 30), random)
+
+
+def test_losses_are_those_of_the_classes(tmp_path: Path, source: Path) -> None:
+    """Catches a loss of another kind than the class's own."""
+    convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB)
+    model: Any = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hub", dtype=torch.float64).eval()
+    result = logits.agreement(read_model(tmp_path / "hub"), read_model(tmp_path / "hub"))
+    ids = sample.sample_ids([], VOCAB, 24)
+    with torch.no_grad():
+        # The stock loss is computed in float32.
+        assert result.losses[0] == pytest.approx(float(model(ids, labels=ids).loss), abs=1e-6)

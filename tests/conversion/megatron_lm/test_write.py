@@ -1,0 +1,209 @@
+"""Stock models become Megatron-LM checkpoints: the files, the arguments, and the way back."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from hf_megatron.errors import PartitionError, UnsupportedError
+from hf_megatron_conversion import convert, torch_zip, verify
+from tests.conversion.megatron_lm.generator import HEADS, VOCAB, Variant, make_weights, write
+
+_SMALL: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0}
+_BERT = {
+    **_SMALL,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 48,
+    "max_position_embeddings": 24,
+}
+_GPT = {
+    **_SMALL,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": HEADS,
+    "n_inner": 48,
+    "n_positions": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_STOCK = {
+    "gpt2": (transformers.GPT2Config, _GPT, transformers.GPT2LMHeadModel),
+    "gpt2-untied": (
+        transformers.GPT2Config,
+        {**_GPT, "tie_word_embeddings": False, "activation_function": "gelu_fast"},
+        transformers.GPT2LMHeadModel,
+    ),
+    "bert": (transformers.BertConfig, _BERT, transformers.BertForPreTraining),
+    "bert-tanh": (transformers.BertConfig, {**_BERT, "hidden_act": "gelu_new"}, transformers.BertForPreTraining),
+    "megatron-bert": (transformers.MegatronBertConfig, _BERT, transformers.MegatronBertForPreTraining),
+    "masked-lm": (transformers.MegatronBertConfig, _BERT, transformers.MegatronBertForMaskedLM),
+}
+
+
+def _stock(directory: Path, kind: str, **changes: Any) -> Path:
+    """Save a stock model whose tensors all differ."""
+    config_class, entries, model_class = _STOCK[kind]
+    model = model_class(config_class(**{**entries, **changes}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(directory)
+    return directory
+
+
+def _load(directory: Path, rank: int) -> dict[str, Any]:
+    """A rank's file as Megatron-LM would load it, with nothing but torch."""
+    path = directory / f"release/mp_rank_{rank:02d}/model_optim_rng.pt"
+    content: dict[str, Any] = torch.load(path, weights_only=False, map_location="cpu")
+    return content
+
+
+@pytest.mark.parametrize("kind", list(_STOCK))
+def test_there_and_back_is_bit_exact(tmp_path: Path, kind: str) -> None:
+    """Catches a cut, an order or a padding that writing and reading do not see alike, and entries lost on the way."""
+    source = _stock(tmp_path / "hub", kind)
+    convert(source, tmp_path / "m4", to="megatron-lm", tp_size=4, verify=True)
+    convert(tmp_path / "m4", tmp_path / "m2", to="megatron-lm", tp_size=2, verify=True)
+    assert convert(tmp_path / "m2", tmp_path / "back", to="hub", verify=True).verified
+    stored, returned = (load_file(path / "model.safetensors") for path in (source, tmp_path / "back"))
+    assert {name: tensor.dtype for name, tensor in stored.items()} == {n: t.dtype for n, t in returned.items()}
+    assert all(torch.equal(tensor, returned[name]) for name, tensor in stored.items())
+    before, after = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "back"))
+    assert {name: after[name] for name in before if name in after} == before
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "megatron-bert"])
+def test_any_way_around(tmp_path: Path, kind: str) -> None:
+    """Catches a degree that is only right when it is the first or the last."""
+    source = _stock(tmp_path / "hub", kind)
+    convert(source, tmp_path / "tp", to="tp", tp_size=4)
+    convert(tmp_path / "tp", tmp_path / "megatron-lm", to="megatron-lm", tp_size=8)
+    convert(tmp_path / "megatron-lm", tmp_path / "tp-again", to="tp", tp_size=2)
+    assert verify(source, tmp_path / "tp-again").equal
+    assert verify(source, tmp_path / "megatron-lm", logits=True).equal
+
+
+@pytest.mark.parametrize("has_binary_head", [True, False])
+def test_equals_what_megatron_lm_saves(tmp_path: Path, has_binary_head: bool) -> None:
+    """Catches a file that only this package reads: names, nesting and bits are those of the independent generator."""
+    for variant in (
+        Variant(tp=4, gelu="fused", divisor=128),
+        Variant(kind="bert", tp=4, divisor=128, has_binary_head=has_binary_head),
+    ):
+        directory = tmp_path / variant.kind
+        source = write(directory / "source", variant, make_weights(variant))
+        convert(source, directory / "hub", to="hub", vocab_size=VOCAB)
+        convert(directory / "hub", directory / "written", to="megatron-lm", tp_size=4)
+        for rank in range(4):
+            expected = torch.load(source / f"iter_0001000/mp_rank_{rank:02d}/model_optim_rng.pt", weights_only=False)
+            written = _load(directory / "written", rank)
+            a, b = _flat(expected["model"]), _flat(written["model"])
+            assert list(a) == list(b) or set(a) == set(b)
+            for name, tensor in a.items():
+                rows = _real_rows(name, tensor, rank)
+                assert torch.equal(tensor[:rows], b[name][:rows]), name
+            stated, meant = vars(written["args"]), vars(expected["args"])
+            same = {name for name in meant if name in stated} - {"vocab_size"}
+            assert {name: stated[name] for name in same} == {name: meant[name] for name in same}
+            assert (written["checkpoint_version"], written["iteration"]) == (3.0, 0)
+    assert (tmp_path / "gpt/written/latest_checkpointed_iteration.txt").read_text() == "release"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return {prefix: value}
+    return {name: tensor for key, item in value.items() for name, tensor in _flat(item, f"{prefix}/{key}").items()}
+
+
+def _real_rows(name: str, tensor: torch.Tensor, rank: int) -> int:
+    """Rows that are not padding, which the two fill differently."""
+    if "word_embeddings" in name or name.endswith("lm_head/bias"):
+        return max(0, min(len(tensor), VOCAB - rank * len(tensor)))
+    return len(tensor)
+
+
+def test_padding_takes_no_probability(tmp_path: Path) -> None:
+    """Catches padded words that a BERT finds likely, or rows that are not a multiple of 128 times the degree."""
+    convert(_stock(tmp_path / "hub", "bert"), tmp_path / "m", to="megatron-lm", tp_size=2)
+    ranks = [_load(tmp_path / "m", rank)["model"] for rank in range(2)]
+    bias = torch.cat([rank["lm_head"]["bias"] for rank in ranks])
+    words = torch.cat([rank["language_model"]["embedding"]["word_embeddings"]["weight"] for rank in ranks])
+    assert words.shape == (256, 32)
+    assert torch.equal(bias[VOCAB:], torch.full((256 - VOCAB,), -10000.0))
+    assert not words[VOCAB:].any()
+
+
+def test_files_are_whole(tmp_path: Path) -> None:
+    """Catches wrong checksums, lengths or alignments, which torch itself reads over."""
+    convert(_stock(tmp_path / "hub", "gpt2"), tmp_path / "m", to="megatron-lm", tp_size=2)
+    path = tmp_path / "m/release/mp_rank_01/model_optim_rng.pt"
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    loaded = torch.load(path, weights_only=False, mmap=True)
+    assert torch.equal(
+        loaded["model"]["language_model"]["embedding"]["word_embeddings"]["weight"],
+        _load(tmp_path / "m", 1)["model"]["language_model"]["embedding"]["word_embeddings"]["weight"],
+    )
+    for tensor in _flat(loaded["model"]).values():
+        assert tensor.untyped_storage().data_ptr() % 64 == 0
+
+
+def test_large_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches archives over 4 GB written with fields of 32 bits: with a lower limit every field is the large one."""
+    monkeypatch.setattr(torch_zip, "_LONG", 100)
+    variant = Variant()
+    source = write(tmp_path / "source", variant, make_weights(variant))
+    convert(source, tmp_path / "m", to="megatron-lm", tp_size=2, vocab_size=VOCAB)
+    path = tmp_path / "m/release/mp_rank_00/model_optim_rng.pt"
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert any(info.extra[:2] == b"\x01\x00" for info in archive.infolist())
+    assert verify(source, tmp_path / "m").equal
+    assert torch.load(path, weights_only=False)["checkpoint_version"] == 3.0
+
+
+def test_a_dry_run_knows_the_size(tmp_path: Path) -> None:
+    """Catches a plan whose sizes are not those of the files, on which the check of free space rests."""
+    source = _stock(tmp_path / "hub", "bert")
+    planned = convert(source, tmp_path / "m", to="megatron-lm", tp_size=2, dry_run=True)
+    convert(source, tmp_path / "m", to="megatron-lm", tp_size=2)
+    files = {str(path.relative_to(tmp_path / "m")): path.stat().st_size for path in (tmp_path / "m").rglob("*.*")}
+    assert planned.files == files
+
+
+def test_what_megatron_lm_has_not(tmp_path: Path) -> None:
+    """Catches a checkpoint that Megatron-LM would load and compute something else with."""
+    changes: list[tuple[str, dict[str, Any], str]] = [
+        ("gpt2", {"activation_function": "relu", "scale_attn_by_inverse_layer_idx": True}, "relu.*inverse_layer_idx"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+        ("bert", {"type_vocab_size": 3}, "type_vocab_size=3"),
+        ("bert", {"hidden_act": "silu"}, "silu"),
+    ]
+    for index, (kind, change, message) in enumerate(changes):
+        source = _stock(tmp_path / f"{index}", kind, **change)
+        with pytest.raises(UnsupportedError, match=f"(?s){message}"):
+            convert(source, tmp_path / "m", to="megatron-lm", tp_size=2)
+    source = _stock(tmp_path / "uneven", "gpt2", n_inner=44)
+    with pytest.raises(PartitionError, match="intermediate_size=44 is not divisible by tp_size=8"):
+        convert(source, tmp_path / "m", to="megatron-lm", tp_size=8)
+    with pytest.raises(UnsupportedError, match="vocab_size=90 was given"):
+        convert(source, tmp_path / "m", to="megatron-lm", tp_size=4, vocab_size=90)
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_older_one_is_replaced(tmp_path: Path) -> None:
+    """Catches --overwrite refusing what was written here, whose ranks lie in a directory, or leaving ranks behind."""
+    source = _stock(tmp_path / "hub", "gpt2")
+    convert(source, tmp_path / "m", to="megatron-lm", tp_size=4)
+    convert(source, tmp_path / "m", to="megatron-lm", tp_size=2, overwrite=True)
+    assert len(list((tmp_path / "m/release").iterdir())) == 2

@@ -1,0 +1,324 @@
+"""Damaged sources: whatever is wrong with them, a conversion ends in success or in an exception of ours.
+
+Each case is a small checkpoint with one random mutation, which the number of the case decides. Never another exception,
+never a part of a destination, and for the slowest of them never more than seconds.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_megatron.checkpoint.unpickle import UnpickleError, read_pickle
+from hf_megatron.errors import HfMegatronError
+from hf_megatron_conversion import convert
+from hf_megatron_conversion.formats import read_model
+from tests.conversion.checkpoints import save_stock
+from tests.conversion.megatron_lm.generator import VOCAB, Variant, make_weights, write
+
+# The kinds of checkpoint, and how many damaged ones of each are tried: 2400 in all.
+_CASES = {"hub": 500, "sharded": 400, "bin": 300, "tp": 500, "megatron": 400, "megatron-legacy": 300}
+_BATCHES = 10
+_MAX_SECONDS = 20.0
+
+Mutation = Callable[[Path, random.Random], None]
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One undamaged checkpoint of every kind."""
+    root = tmp_path_factory.mktemp("pristine")
+    hub = save_stock(root / "hub")
+    save_stock(root / "sharded", max_shard_size="20KB")
+    convert(hub, root / "tp", to="tp", tp_size=2)
+    shutil.copytree(hub, root / "bin")
+    torch.save(load_file(hub / "model.safetensors"), root / "bin/pytorch_model.bin")
+    (root / "bin/model.safetensors").unlink()
+    for name, variant in (("megatron", Variant()), ("megatron-legacy", Variant(kind="bert", is_zip=False))):
+        write(root / name, variant, make_weights(variant))
+    return {name: root / name for name in _CASES}
+
+
+# --- Mutations.
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _header_size(path: Path, content: bytes) -> int:
+    """Bytes at the start of a file that are not weights."""
+    if path.suffix == ".safetensors":
+        return 8 + int(struct.unpack("<Q", content[:8])[0])
+    return min(len(content), 6000) if path.suffix in (".pt", ".bin") else len(content)
+
+
+def truncate(directory: Path, rng: random.Random) -> None:
+    path = rng.choice(_files(directory))
+    content = path.read_bytes()
+    limit = _header_size(path, content) if rng.random() < 0.7 else len(content)
+    path.write_bytes(content[: rng.randrange(limit)])
+
+
+def flip(directory: Path, rng: random.Random) -> None:
+    path = rng.choice(_files(directory))
+    content = bytearray(path.read_bytes())
+    limit = _header_size(path, bytes(content))
+    for _ in range(rng.choice([1, 1, 2, 5, 20])):
+        content[rng.randrange(limit)] = rng.randrange(256)
+    path.write_bytes(content)
+
+
+def flip_at_the_end(directory: Path, rng: random.Random) -> None:
+    """Where zip archives have their directory."""
+    path = rng.choice(_files(directory))
+    content = bytearray(path.read_bytes())
+    for _ in range(rng.choice([1, 3])):
+        content[-1 - rng.randrange(min(len(content), 2000))] = rng.randrange(256)
+    path.write_bytes(content)
+
+
+def replace_by_directory(directory: Path, rng: random.Random) -> None:
+    path = rng.choice(_files(directory))
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_loop(directory: Path, rng: random.Random) -> None:
+    path = rng.choice(_files(directory))
+    path.unlink()
+    path.symlink_to(path)
+
+
+def remove(directory: Path, rng: random.Random) -> None:
+    rng.choice(_files(directory)).unlink()
+
+
+def replace_json(directory: Path, rng: random.Random) -> None:
+    """JSON that is not an object, or not what is expected in it."""
+    choices = [path for path in _files(directory) if path.suffix == ".json"]
+    path = rng.choice(choices or _files(directory))
+    path.write_text(rng.choice(["[]", "3", '"x"', "null", "{}", "", "[" * 5000, '{"a": ' * 3000, "NaN"]))
+
+
+_VALUES: list[Any] = [None, True, -1, 0, 3, 2**70, 1.5, float("inf"), "x", [], [1], {}, {"a": 1}, ["GPT2Model"]]
+
+
+def change_config(directory: Path, rng: random.Random) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {"model_type": "gpt2"}
+    for _ in range(rng.choice([1, 2])):
+        config[rng.choice(list(config))] = rng.choice(_VALUES)
+    path.write_text(json.dumps(config))
+
+
+def change_header(directory: Path, rng: random.Random) -> None:
+    """Offsets that are negative, overlap or leave gaps, shapes and dtypes that do not fit: a valid header otherwise."""
+    choices = [path for path in _files(directory) if path.suffix == ".safetensors"]
+    if not choices:
+        change_config(directory, rng)
+        return
+    path = rng.choice(choices)
+    content = path.read_bytes()
+    end = _header_size(path, content)
+    header = json.loads(content[8:end])
+    name = rng.choice([name for name in header if name != "__metadata__"])
+    entry = header[name]
+    kind = rng.choice(["offsets", "negative", "other", "shape", "dtype", "entry", "metadata", "drop", "rename"])
+    first, last = entry["data_offsets"]
+    if kind == "offsets":
+        entry["data_offsets"] = [first + rng.choice([-8, -4, 4, 8]), last]
+    elif kind == "negative":
+        entry["data_offsets"] = [-last, -first]
+    elif kind == "other":
+        entry["data_offsets"] = (
+            rng.choice(list(header.values()))["data_offsets"] if "__metadata__" not in header else [0, 4]
+        )
+    elif kind == "shape":
+        entry["shape"] = rng.choice([[], [-1], entry["shape"][::-1], [2**40, 2**40], entry["shape"] + [1], "x", [1.0]])
+    elif kind == "dtype":
+        entry["dtype"] = rng.choice(["F16", "I32", "F4", None, 3, "BOOL"])
+    elif kind == "entry":
+        header[name] = rng.choice(_VALUES)
+    elif kind == "metadata":
+        metadata = header.setdefault("__metadata__", {})
+        info = "DCP_SHARDING_INFO"
+        values: list[Any] = [{}, [], "x", {name: {"saved_offsets": [float("inf")]}}, {name: 3}]
+        metadata[info if info in metadata else "format"] = json.dumps(rng.choice(values))
+    elif kind == "drop":
+        del header[name]
+    else:
+        header[f"{name}x"] = header.pop(name)
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + content[end:])
+
+
+def change_pickle(directory: Path, rng: random.Random) -> None:
+    """Flip bytes of a pickle inside an archive whose checksums are right: what the unpickler gets to see."""
+    choices = [path for path in _files(directory) if zipfile.is_zipfile(path)]
+    if not choices:
+        flip(directory, rng)
+        return
+    path = rng.choice(choices)
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            if name.endswith("data.pkl"):
+                content = _flipped(content, rng)
+            archive.writestr(name, content)
+
+
+def _flipped(content: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        changed[rng.randrange(len(changed))] = rng.randrange(256)
+    return bytes(changed[: rng.randrange(len(changed))] if rng.random() < 0.1 else changed)
+
+
+_MUTATIONS: list[Mutation] = [
+    truncate,
+    flip,
+    flip,
+    flip_at_the_end,
+    replace_by_directory,
+    replace_by_loop,
+    remove,
+    replace_json,
+    change_config,
+    change_header,
+    change_header,
+    change_pickle,
+]
+
+
+def _damaged(pristine: dict[str, Path], kind: str, case: int, directory: Path) -> Mutation:
+    rng = random.Random(f"{kind} {case}")
+    shutil.copytree(pristine[kind], directory, symlinks=True)
+    mutation = rng.choice(_MUTATIONS)
+    mutation(directory, rng)
+    return mutation
+
+
+def _options(kind: str, case: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"to": ["hub", "tp", "megatron-lm"][case % 3]}
+    if options["to"] != "hub":
+        options["tp_size"] = 2
+    return {**options, "vocab_size": VOCAB} if kind.startswith("megatron") else options
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(_BATCHES))
+@pytest.mark.parametrize("kind", list(_CASES))
+def test_damaged_sources(pristine: dict[str, Path], tmp_path: Path, kind: str, batch: int) -> None:
+    """Catches tracebacks, hangs, endless memory and partial outputs, wherever a source may be damaged."""
+    refused = 0
+    for case in range(batch, _CASES[kind], _BATCHES):
+        source, destination = tmp_path / f"{case}", tmp_path / "out"
+        mutation = _damaged(pristine, kind, case, source)
+        started = time.perf_counter()
+        what = f"{kind}, case {case}: {mutation.__name__}"
+        try:
+            convert(source, destination, **_options(kind, case))
+        except HfMegatronError:
+            refused += 1
+            assert not destination.exists(), what
+        except Exception as error:
+            raise AssertionError(what) from error
+        else:
+            # What was not noticed has to be a whole checkpoint.
+            read_model(destination)
+            shutil.rmtree(destination)
+        assert time.perf_counter() - started < _MAX_SECONDS, what
+        shutil.rmtree(source)
+        assert list(tmp_path.iterdir()) == [], what
+    assert refused > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(5))
+def test_damaged_sources_on_the_command_line(pristine: dict[str, Path], tmp_path: Path, part: int) -> None:
+    """Catches what a process does and a function call does not: 50 cases end with exit code 0 or 2 and no traceback."""
+    kinds = list(_CASES)
+    script = (
+        "import json, sys\n"
+        "from hf_megatron_conversion import cli\n"
+        "print(json.dumps([cli.run(line) for line in json.loads(sys.argv[1])]))\n"
+    )
+    lines = []
+    for case in range(1000 + part * 10, 1010 + part * 10):
+        kind = kinds[case % len(kinds)]
+        _damaged(pristine, kind, case, tmp_path / f"{case}")
+        options = _options(kind, case)
+        line = ["convert", f"{tmp_path / str(case)}", f"{tmp_path / f'out-{case}'}"]
+        lines.append([*line, *(word for name, value in options.items() for word in (_FLAGS[name], str(value)))])
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(lines)],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout.splitlines()[-1])
+    assert set(codes) <= {0, 2}
+    assert "Traceback" not in done.stderr
+    assert "defect of hf-megatron" not in done.stderr
+    for code, line in zip(codes, lines, strict=True):
+        assert Path(line[2]).exists() == (code == 0)
+    assert not list(tmp_path.glob(".*"))
+
+
+_FLAGS = {"to": "--to", "tp_size": "--tp", "vocab_size": "--vocab-size"}
+
+
+@pytest.mark.parametrize("batch", [0, *(pytest.param(batch, marks=pytest.mark.slow) for batch in range(1, 10))])
+def test_damaged_pickles(batch: int, tmp_path: Path) -> None:
+    """Catches an unpickler that a damaged length, memo index or nesting makes hang, or run out of memory."""
+    variant = Variant(tp=1, layers=1)
+    write(tmp_path, variant, make_weights(variant))
+    with zipfile.ZipFile(tmp_path / "iter_0001000/mp_rank_00/model_optim_rng.pt") as archive:
+        content = archive.read("model_optim_rng/data.pkl")
+    for case in range(batch * 100, batch * 100 + 100):
+        rng = random.Random(case)
+        with suppress(UnpickleError):
+            read_pickle(io.BytesIO(_flipped(content, rng)), lambda persistent_id: persistent_id)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02r\xff\xff\xff\x7f.",
+        b"\x80\x02Nr\xff\xff\xff\x7f.",
+        b"\x80\x02X\xff\xff\xff\x7f.",
+        b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
+        b"\x80\x02\x8b\xff\xff\xff\x7f.",
+        b"(" * 10000 + b".",
+        b"\x80\x02}" + b"q\x00h\x00h\x00s" * 50 + b".",
+        b"\x80\x02)" + b"2\x86" * 60 + b"}" + b"q\x00" + b".",
+        b"\x80\x02}(" + b")" + b"2\x86" * 60 + b"K\x01u.",
+        b"c" + b"x" * 10**6 + b"\n",
+    ],
+)
+def test_pickles_made_to_hurt(content: bytes) -> None:
+    """Catches memory reserved for a memo, a string or a number that is not there, and hashing without an end."""
+    started = time.perf_counter()
+    with suppress(UnpickleError):
+        read_pickle(io.BytesIO(content))
+    assert time.perf_counter() - started < 2
