@@ -221,8 +221,8 @@ def _check_processes(args: Any) -> None:
     num_processes = dist.get_world_size() if dist.is_initialized() else 1
     if args is not None and args.world_size != num_processes:
         raise ParallelStateError(
-            f"there are {num_processes} processes, but TrainingArguments sees {args.world_size}. On a machine without a "
-            "GPU, pass TrainingArguments(use_cpu=True)."
+            f"there are {num_processes} processes, but TrainingArguments sees {args.world_size}. On a machine without "
+            "a GPU, pass TrainingArguments(use_cpu=True)."
         )
 
 

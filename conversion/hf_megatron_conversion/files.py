@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,13 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from hf_megatron.checkpoint import itemsize
+from hf_megatron.checkpoint import LazyTensor, itemsize
+from hf_megatron.errors import CheckpointIncompleteError
 from hf_megatron.partition import Box
 from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
 
 __all__ = ["CopiedFile", "OutputFile", "Part", "SafetensorsFile", "TextFile"]
 
 _COPY_BYTES = 256 * 2**20
+# What copy_file_range says where it does not work; None is for systems that do not have it.
+_CANNOT_COPY = (None, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM)
 
 
 class OutputFile(Protocol):
@@ -91,6 +95,9 @@ class SafetensorsFile:
         stream.write(self._header)
         advance(len(self._header))
         for part in self._ordered:
+            extent = part.tensor.extent(part.box) if isinstance(part.tensor, LazyTensor) else None
+            if extent is not None and _copy_range(*extent, stream, advance):
+                continue
             for box in bounded(part.box, part.tensor.dtype):
                 data = raw_bytes(part.tensor.read(box)).numpy()
                 stream.write(data.data)
@@ -140,14 +147,36 @@ class CopiedFile:
 
     def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
         """Copy it, inside the kernel where that is possible."""
-        with self.source.open("rb") as original:
-            try:
-                while copied := os.copy_file_range(original.fileno(), stream.fileno(), _COPY_BYTES):
-                    advance(copied)
-            except (AttributeError, OSError):
-                # Not on this system, or not between these two file systems; a full disk fails here again.
-                original.seek(0)
-                stream.seek(0)
-                stream.truncate()
+        if not _copy_range(self.source, 0, self.nbytes, stream, advance):
+            with self.source.open("rb") as original:
                 shutil.copyfileobj(original, stream)
-                advance(self.nbytes)
+            advance(self.nbytes)
+
+
+def _copy_range(source: Path, start: int, stop: int, stream: BinaryIO, advance: Callable[[int], None]) -> bool:
+    """Have the kernel append bytes ``[start, stop)`` of a file, without a detour through this process's memory.
+
+    Returns:
+        False if it cannot, on this system or between these two file systems, and has not begun to.
+
+    Raises:
+        CheckpointIncompleteError: The file became shorter since it was opened.
+    """
+    stream.flush()
+    position = start
+    with source.open("rb") as original:
+        while position < stop:
+            try:
+                size = min(stop - position, _COPY_BYTES)
+                copied = os.copy_file_range(original.fileno(), stream.fileno(), size, offset_src=position)
+            except (AttributeError, OSError) as error:
+                if position > start or getattr(error, "errno", None) not in _CANNOT_COPY:
+                    raise
+                return False
+            if copied == 0:
+                raise CheckpointIncompleteError(f"{source} became shorter while it was copied.")
+            position += copied
+            advance(copied)
+    # What was written past its back has to be counted in.
+    stream.seek(0, os.SEEK_END)
+    return True

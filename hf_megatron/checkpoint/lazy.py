@@ -96,6 +96,20 @@ class LazyTensor:
             result[_relative(common, box).slices] = self._read_piece(piece, common)
         return result
 
+    def extent(self, box: Box) -> tuple[Path, int, int] | None:
+        """Where the bytes of ``box`` lie, row-major and without a gap: file, first byte, and one past the last.
+
+        None if they do not.
+        """
+        for piece in self.pieces:
+            if box.numel and piece.box.intersection(box) == box:
+                strides, inside = piece.strides or _row_major(piece.box.shape), _relative(box, piece.box)
+                if _runs(strides, box.shape)[1] == box.numel:
+                    offset = sum(i * stride for i, stride in zip(inside.offset, strides, strict=True))
+                    start = piece.data_start + offset * itemsize(self.dtype)
+                    return piece.path, start, start + box.numel * itemsize(self.dtype)
+        return None
+
     def get_shape(self) -> list[int]:
         """Shape of the full tensor, as safetensors' slices give it."""
         return list(self.shape)
