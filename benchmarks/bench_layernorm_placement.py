@@ -53,7 +53,7 @@ class Panel:
 class Setting:
     """Everything the trainings share; lengths in tokens, ``every`` in steps for a point of the curves."""
 
-    panels: tuple[Panel, ...] = (Panel(4, 1e-3), Panel(24, 3e-4), Panel(24, 1e-3))
+    panels: tuple[Panel, ...] = (Panel(4, 1e-3), Panel(24, 1e-3))
     seeds: tuple[int, ...] = (1, 2, 3)
     hidden: int = 64
     heads: int = 2
@@ -62,7 +62,7 @@ class Setting:
     vocab: int = 1024
     length: int = 32
     batch: int = 32
-    steps: int = 800
+    steps: int = 600
     warm_up: int = 100
     every: int = 20
 

@@ -88,12 +88,19 @@ class LazyTensor:
         if box is None:
             box = Box.whole(self.shape)
         assert len(box.shape) == len(self.shape), f"{self.name}: {box} is not a box of {self.shape}"
-        parts = [(piece, common) for piece in self.pieces if (common := piece.box.intersection(box)) is not None]
-        if len(parts) == 1:
-            return self._read_piece(*parts[0])
         result = torch.empty(box.shape, dtype=torch_dtype(self.dtype))
-        for piece, common in parts:
-            result[_relative(common, box).slices] = self._read_piece(piece, common)
+        memory, whole = _memory(result), _row_major(box.shape)
+        for piece in self.pieces:
+            if (common := piece.box.intersection(box)) is None:
+                continue
+            place = _relative(common, box)
+            if _runs(whole, common.shape)[1] == common.numel:
+                start = itemsize(self.dtype) * sum(i * stride for i, stride in zip(place.offset, whole, strict=True))
+                self._read_piece(piece, common, memory[start : start + common.numel * itemsize(self.dtype)])
+            else:
+                part = torch.empty(common.shape, dtype=result.dtype)
+                self._read_piece(piece, common, _memory(part))
+                result[place.slices] = part
         return result
 
     def extent(self, box: Box) -> tuple[Path, int, int] | None:
@@ -133,26 +140,38 @@ class LazyTensor:
             offset[dim], shape[dim] = start, max(stop - start, 0)
         return self.read(Box(tuple(offset), tuple(shape)))
 
-    def _read_piece(self, piece: Piece, box: Box) -> torch.Tensor:
-        import torch
-
-        result = torch.empty(box.shape, dtype=torch_dtype(self.dtype))
+    def _read_piece(self, piece: Piece, box: Box, target: memoryview) -> None:
+        """Read the part of a piece inside ``box`` into memory, row-major."""
         strides = piece.strides or _row_major(piece.box.shape)
-        box, item = _relative(box, piece.box), itemsize(self.dtype)
-        start = piece.data_start + item * sum(i * stride for i, stride in zip(box.offset, strides, strict=True))
+        item = itemsize(self.dtype)
+        offset = _relative(box, piece.box).offset
+        start = piece.data_start + item * sum(i * stride for i, stride in zip(offset, strides, strict=True))
         runs, size = _runs(strides, box.shape)
         size *= item
         with io.BufferedReader(io.FileIO(piece.path), _BUFFER_BYTES) as file:
             if size < _MIN_RUN_BYTES and strides != _row_major(piece.box.shape):
-                span = 1 + sum((n - 1) * stride for n, stride in zip(box.shape, strides, strict=True))
-                everything = torch.empty(span, dtype=result.dtype)
-                self._read_into(file, start, _memory(everything))
-                return result.copy_(everything.as_strided(box.shape, strides))
-            target, position = _memory(result), 0
+                self._read_span(file, start, strides, box.shape, target)
+                return
+            position = 0
             for run in runs:
                 self._read_into(file, start + item * run, target[position : position + size])
                 position += size
-        return result
+
+    def _read_span(
+        self,
+        file: io.BufferedReader[io.FileIO],
+        start: int,
+        strides: tuple[int, ...],
+        shape: tuple[int, ...],
+        target: memoryview,
+    ) -> None:
+        """Read everything from the first element to the last, and pick the elements that are wanted."""
+        import torch
+
+        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        everything = torch.empty(span, dtype=torch_dtype(self.dtype))
+        self._read_into(file, start, _memory(everything))
+        target[:] = _memory(everything.as_strided(shape, strides).contiguous())
 
     def _read_into(self, file: io.BufferedReader[io.FileIO], start: int, target: memoryview) -> None:
         file.seek(start)

@@ -85,7 +85,7 @@ class NgramMasking:
         words = self.words(token_ids)
         if not words:
             return []
-        room = max(1, int(self.mlm_probability * sum(map(len, words)) + 1e-9))  # 0.15 * 40 may round below 6
+        room = int(self.mlm_probability * sum(map(len, words)))
         order = torch.randperm(len(words), generator=generator).tolist()
         drawn = torch.multinomial(self._ngram_weights, len(words), replacement=True, generator=generator) + 1
         ngrams: list[range] = []
