@@ -104,16 +104,13 @@ def verify(a: str | Path, b: str | Path, *, logits: bool = False, progress: Prog
 
 
 def _read_both(a: Path, b: Path) -> tuple[Model, Model]:
-    """Open two checkpoints, of which a Megatron-LM one may learn from the other what its own files do not say."""
-    if format_of(a).name == format_of(b).name == "megatron-lm":
-        model_a = read_model(a)
-        model_b = read_model(b, _hint(model_a))
-        return (model_a if model_a.has_known_vocab_size else read_model(a, _hint(model_b))), model_b
-    if format_of(a).name == "megatron-lm":
+    """Open two checkpoints; one without a config.json may learn from the other what its own files do not say."""
+    if not format_of(a).has_config and format_of(b).has_config:
         model_b = read_model(b)
         return read_model(a, _hint(model_b)), model_b
     model_a = read_model(a)
-    return model_a, read_model(b, _hint(model_a))
+    model_b = read_model(b, _hint(model_a))
+    return (model_a if model_a.has_known_vocab_size else read_model(a, _hint(model_b))), model_b
 
 
 def _hint(model: Model) -> Given:

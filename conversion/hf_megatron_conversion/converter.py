@@ -163,7 +163,7 @@ def _open(source: str | Path, target: Path, options: Options, given: Given) -> M
     """Open the source, after refusing what can be refused without its weights."""
     directory = source_directory(source, config_only=True)
     check_overlap(target, directory)
-    if format_of(directory).name != "megatron-lm":
+    if format_of(directory).has_config:
         config = given.config or load_config(directory / "config.json")
         check_options(options, config, table_for(config))
     model = read_model(source_directory(source), given)

@@ -94,7 +94,7 @@ def make_plan(model: Model, options: Options, source_name: str) -> Plan:
     target = Target(model=model, tensors=tensors, tp_size=tp_size, max_shard_size=options.max_shard_size)
     model_type = options.model_type or target_format.default_model_type
     config = _config(model, model_type, code)
-    mismatch = model.table.stock_mismatch(config) if model_type == "stock" and options.to != "megatron-lm" else None
+    mismatch = model.table.stock_mismatch(config) if model_type == "stock" and target_format.has_config else None
     card = model_card(
         model=model,
         tensors=tensors,

@@ -12,7 +12,9 @@ __all__ = ["source_directory"]
 _logger = logging.getLogger(__name__)
 
 _SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
-_WEIGHTS = ["model*.safetensors", "shard-*.safetensors"]
+# "*" matches slashes too.
+_WEIGHTS = ["model*.safetensors", "shard-*.safetensors", "*mp_rank_*/model_optim_rng.pt", "*mp_rank_*/model_rng.pt"]
+_WHAT_IT_IS = ["config.json", "latest_checkpointed_iteration.txt"]
 _PICKLED_WEIGHTS = ["pytorch_model*.bin"]
 
 
@@ -21,7 +23,7 @@ def source_directory(source: str | Path, *, config_only: bool = False) -> Path:
 
     Args:
         source: The directory, or the id of a repository on the Hub.
-        config_only: Of a repository, fetch config.json and nothing else.
+        config_only: Of a repository, fetch only what says what it holds.
 
     Raises:
         CheckpointFormatError: There is neither a directory nor a repository of this name (or no way to reach it).
@@ -46,9 +48,9 @@ def _download(repository: str, config_only: bool) -> Path:
 
     try:
         if config_only:
-            return fetch(["config.json"])
+            return fetch(_WHAT_IT_IS)
         directory = fetch(_SIDE_FILES + _WEIGHTS)
-        if not any(directory.glob("*.safetensors")):
+        if not any(directory.glob("*.safetensors")) and not any(directory.rglob("mp_rank_*")):
             _logger.info("%s has no safetensors files; fetching its pickled weights.", repository)
             directory = fetch(_SIDE_FILES + _PICKLED_WEIGHTS)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:

@@ -18,8 +18,6 @@ from hf_megatron.errors import DestinationError
 
 __all__ = ["Staging", "check_destination", "check_overlap"]
 
-_RELEASE = "release"  # the only directory in a checkpoint that is written here, a megatron-lm one
-
 
 def check_overlap(destination: Path, source: Path) -> None:
     """Raise DestinationError if one of the two directories is the other one or lies in it."""
@@ -48,7 +46,7 @@ def check_destination(destination: Path, *, overwrite: bool) -> Path:
         raise _exists(destination)
     if not destination.is_dir():
         raise DestinationError(f"The destination {destination} is not a directory; remove it first.")
-    kept = [path.name for path in destination.iterdir() if path.is_dir() and path.name != _RELEASE]
+    kept = [path.name for path in destination.iterdir() if path.is_dir() and not _is_release(path)]
     if kept:
         raise DestinationError(
             f"The destination {destination} holds directories ({', '.join(sorted(kept)[:5])}), which no checkpoint "
@@ -155,6 +153,12 @@ class Staging:
             else:
                 # Killed between the two renames of publish.
                 path.rename(self._destination)
+
+
+def _is_release(directory: Path) -> bool:
+    """Whether this is the directory of a megatron-lm checkpoint, the only one in what is written here."""
+    is_named = directory.name == "release" and directory.with_name("latest_checkpointed_iteration.txt").is_file()
+    return is_named and all(path.name.startswith("mp_rank_") for path in directory.iterdir())
 
 
 def _exists(destination: Path) -> DestinationError:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hf_megatron.checkpoint.lazy import LazyTensor
 from hf_megatron.checkpoint.torch_file import StoredArray, open_torch_file
+from hf_megatron.checkpoint.unpickle import Global
 from hf_megatron.errors import CheckpointFormatError
 
 __all__ = ["open_pickle"]
@@ -27,5 +28,8 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
 
 def _lazy(path: Path, name: object, value: object) -> LazyTensor:
     if not isinstance(name, str) or not isinstance(value, StoredArray):
-        raise CheckpointFormatError(f"{path}: {name!r} is a {type(value).__name__}; only named tensors are expected.")
+        kind = value.name if isinstance(value, Global) else type(value).__name__
+        raise CheckpointFormatError(
+            f"{path}: {name!r} is a {kind}; only named tensors, of types that safetensors has, are expected."
+        )
     return value.lazy(name)

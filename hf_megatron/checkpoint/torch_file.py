@@ -74,8 +74,6 @@ class _Storage:
     @property
     def dtype(self) -> str:
         """In safetensors' spelling."""
-        if self.type not in _STORAGES:
-            raise CheckpointFormatError(f"A tensor is a {self.type}, which safetensors cannot hold.")
         return _STORAGES[self.type]
 
 
@@ -252,7 +250,8 @@ def _storage(persistent_id: Any) -> _Storage:
 def _with_places(path: Path, read: Unpickled, start: Callable[[_Storage], int]) -> Any:
     """The pickle's value with its tensors in place of the calls that would rebuild them.
 
-    Anything that is not a container of named things is left as it is.
+    Of a tensor of a type that safetensors does not have, the name of the type takes the place. Anything that is not a
+    container of named things is left as it is.
     """
     done: dict[int, dict[Any, Any]] = {}
 
@@ -268,8 +267,10 @@ def _with_places(path: Path, read: Unpickled, start: Callable[[_Storage], int]) 
             return value
         if value.function in _REBUILD_PARAMETER and value.arguments:
             return place(value.arguments[0], depth + 1)
-        if value.function in _REBUILD_TENSOR:
-            return _array(path, value.arguments, start)
+        if value.function in _REBUILD_TENSOR and value.arguments:
+            storage = value.arguments[0]
+            is_known = not isinstance(storage, _Storage) or storage.type in _STORAGES
+            return _array(path, value.arguments, start) if is_known else Global(storage.type)
         return value
 
     return place(read.value, 0)

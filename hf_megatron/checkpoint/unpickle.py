@@ -99,6 +99,8 @@ def read_pickle(stream: Stream, load_persistent: Callable[[Any], Any] | None = N
             for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _Bounded(stream))):
                 machine.step(opcode.name, argument)
         (value,) = machine.stack
+        if isinstance(value, _Mark):
+            raise ValueError("no value")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError) as error:
         raise UnpickleError(f"it is not a pickle, or a damaged one ({type(error).__name__})") from error
     return Unpickled(value, tuple(dict.fromkeys(machine.names)))

@@ -113,11 +113,13 @@ class Format(Protocol):
         name: On the command line.
         default_model_type: Whose ``model_type`` a directory of this format carries unless asked otherwise.
         is_cut: Whether it is written for a tensor-parallel degree.
+        has_config: Whether a config.json in its directories says what model they hold. If not, it is worked out.
     """
 
     name: FormatName
     default_model_type: ModelType
     is_cut: bool
+    has_config: bool
 
     def recognises(self, directory: Path) -> bool:
         """Whether the directory is of this format, by the names of its files."""

@@ -29,6 +29,7 @@ class HubFormat:
     name: FormatName = "hub"
     default_model_type: ModelType = "stock"
     is_cut = False
+    has_config = True
 
     def recognises(self, directory: Path) -> bool:
         """Always: what is no other format is read as this one, whose reader says what is wrong."""

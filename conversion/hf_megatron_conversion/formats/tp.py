@@ -26,6 +26,7 @@ class TpFormat:
     name: FormatName = "tp"
     default_model_type: ModelType = "megatron"
     is_cut = True
+    has_config = True
 
     def recognises(self, directory: Path) -> bool:
         """Whether there is a rank's file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,23 @@ def test_where_a_checkpoint_may_lie(tmp_path: Path) -> None:
         convert(tmp_path / place, destination, to="hub", vocab_size=VOCAB)
         stored = load_file(destination / "model.safetensors")
         assert torch.equal(stored["transformer.wte.weight"], weights["words"])
+
+
+def test_a_repository_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a repository of Megatron-LM's files refused for want of a config.json, or fetched in part."""
+    weights = make_weights(Variant())
+    snapshot = write(tmp_path / "snapshot", Variant(), weights)
+    fetched: list[str] = []
+
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        fetched.extend(allow_patterns)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    convert("some/megatron", tmp_path / "hub", to="hub", vocab_size=VOCAB)
+    assert (tmp_path / "hub/model.safetensors").is_file()
+    for path in snapshot.rglob("*.*"):
+        assert any(fnmatch(str(path.relative_to(snapshot)), pattern) for pattern in fetched)
 
 
 def test_padding_of_the_vocabulary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

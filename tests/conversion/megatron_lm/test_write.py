@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 from hf_megatron.errors import PartitionError, UnsupportedError
 from hf_megatron_conversion import convert, torch_zip, verify
 from tests.conversion.megatron_lm.generator import HEADS, VOCAB, Variant, make_weights, write
+from tests.repository import ROOT
 
 _SMALL: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0}
 _BERT = {
@@ -207,3 +211,30 @@ def test_an_older_one_is_replaced(tmp_path: Path) -> None:
     convert(source, tmp_path / "m", to="megatron-lm", tp_size=4)
     convert(source, tmp_path / "m", to="megatron-lm", tp_size=2, overwrite=True)
     assert len(list((tmp_path / "m/release").iterdir())) == 2
+
+
+def _peak(source: Path, destination: Path, *options: str) -> int:
+    """Peak resident memory of a conversion in a process of its own."""
+    command = [sys.executable, "-m", "hf_megatron_conversion", "convert", str(source), str(destination), *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "conversion")])}
+    done = subprocess.run([*command, "--json"], env=environment, check=True, capture_output=True, text=True)
+    return int(json.loads(done.stdout)["peak_rss_bytes"])
+
+
+@pytest.mark.slow
+def test_memory_does_not_depend_on_the_size(tmp_path: Path) -> None:
+    """Catches a file, or a rank, held in memory: eight times the layers take no more of it."""
+    peaks: dict[str, list[int]] = {}
+    for layers in (3, 24):
+        config = transformers.GPT2Config(n_layer=layers, n_embd=512, n_head=8, vocab_size=5000, n_positions=64)
+        here = tmp_path / str(layers)
+        transformers.GPT2LMHeadModel(config).save_pretrained(here / "hub")
+        for name, source, options in (
+            ("to tp", "hub", ("--to", "tp", "--tp", "4")),
+            ("to megatron-lm", "hub", ("--to", "megatron-lm", "--tp", "4")),
+            ("from megatron-lm", "to megatron-lm", ("--to", "hub")),
+            ("between degrees", "to megatron-lm", ("--to", "megatron-lm", "--tp", "2")),
+        ):
+            peaks.setdefault(name, []).append(_peak(here / source, here / name, *options))
+    # The models are 46 and 312 MB.
+    assert {name: large - small for name, (small, large) in peaks.items() if large - small > 40e6} == {}

@@ -142,13 +142,10 @@ def test_arguments_have_their_stock_places(bert_dir: BertDir, placement: str, he
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tp_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("variant", ["base", "untied", "padding_at_the_end"])
+@pytest.mark.parametrize("tp_size", [2, 4])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_everything_equals_stock(
-    pool: Pool, bert_dir: BertDir, placement: str, head: str, variant: str, tp_size: int
-) -> None:
-    """Catches what only one combination of head, variant, dtype, kernel and padding gets wrong."""
-    directory, paddings = bert_dir(placement, head, variant), ("none", "right", "left")
+def test_everything_equals_stock(pool: Pool, bert_dir: BertDir, placement: str, head: str, tp_size: int) -> None:
+    """Catches what only one combination of head, dtype, kernel and padding gets wrong."""
+    directory, paddings = bert_dir(placement, head), ("none", "left")
     run_at(pool, tp_size, _compare, placement, head, directory, tp_size, ALL_KERNELS, paddings, timeout=250)

@@ -25,6 +25,7 @@ class MegatronLmFormat:
     name: FormatName = "megatron-lm"
     default_model_type: ModelType = "stock"
     is_cut = True
+    has_config = False
 
     def recognises(self, directory: Path) -> bool:
         """Whether there are iterations, or ranks of one."""

@@ -83,8 +83,8 @@ def is_megatron_lm(directory: Path) -> bool:
     """Whether the directory has the form of a Megatron-LM checkpoint, or is one iteration of one."""
     if not directory.is_dir():
         return False
-    names = {path.name for path in directory.iterdir()}
-    return _TRACKER in names or any(_ITERATION.fullmatch(name) or _RANK.fullmatch(name) for name in names)
+    iterations = [path for path in directory.iterdir() if _ITERATION.fullmatch(path.name) and path.is_dir()]
+    return (directory / _TRACKER).exists() or any(map(_rank_directories, [directory, *iterations]))
 
 
 def iteration_directory(directory: Path) -> Path:
