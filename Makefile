@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Each worker has up to ten ranks of its own, most of them waiting: more than four workers would cost memory for nothing.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 PACKAGES := hf_megatron,hf_megatron_conversion
 
 .DEFAULT_GOAL := help
@@ -39,10 +41,10 @@ typecheck: install ## mypy --strict
 	$(BIN)/mypy
 
 test: install ## The tests that run in minutes on a CPU
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL)
 
 test-all: install ## All tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" $(PARALLEL)
 
 test-gpu: install ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
