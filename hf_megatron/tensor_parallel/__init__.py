@@ -11,6 +11,7 @@ from hf_megatron.tensor_parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from hf_megatron.tensor_parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from hf_megatron.tensor_parallel.mappings import (
     copy_to_tensor_parallel_region,
     gather_from_tensor_parallel_region,
@@ -46,4 +47,5 @@ __all__ = [
     "synchronize_random_state",
     "tp_plan_of",
     "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]

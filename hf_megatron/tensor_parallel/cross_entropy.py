@@ -17,7 +17,7 @@ from hf_megatron.errors import PartitionError
 from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
-__all__ = ["vocab_parallel_cross_entropy"]
+__all__ = ["check_target", "vocab_parallel_cross_entropy"]
 
 
 def vocab_parallel_cross_entropy(
@@ -50,7 +50,7 @@ def vocab_parallel_cross_entropy(
 
     Collective: all-reduce over tp, forward, of T maxima; then one of 2 x T sums (3 x T with label smoothing).
     """
-    _check_target(target, vocab_size, ignore_index)
+    check_target(target, vocab_size, ignore_index)
     losses: torch.Tensor = _VocabParallelCrossEntropy.apply(
         group, logits, target, vocab_size, ignore_index, label_smoothing
     )
@@ -61,7 +61,8 @@ def vocab_parallel_cross_entropy(
     return losses.sum() / num_items_in_batch
 
 
-def _check_target(target: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
+def check_target(target: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Raise PartitionError if a target is neither a token of the vocabulary nor ``ignore_index``."""
     # A target outside of every shard would count as a loss of log(sum): wrong, and no error. Reading the answer back
     # would stall a GPU, and inside a compiled graph there is nobody to raise to, so there the device asserts.
     is_valid = ((target >= 0) & (target < vocab_size)) | (target == ignore_index)

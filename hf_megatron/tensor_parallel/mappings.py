@@ -33,7 +33,7 @@ __all__ = [
 
 
 # torch 2.13 renamed it and warns about the old name.
-_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 
 def copy_to_tensor_parallel_region(group: TensorParallelGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -138,7 +138,7 @@ def _gathered(group: TensorParallelGroup, shard: torch.Tensor, dim: int, size: i
     padded = rows.new_zeros((largest, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     gathered = padded.new_empty((group.size * largest, *rows.shape[1:]))
-    _all_gather(gathered, padded, group=group.process_group)
+    all_gather_single(gathered, padded, group=group.process_group)
     # torch.chunk fills every rank but the last ones, so the padding is at the end of all.
     return gathered[:size].movedim(0, dim)
 

@@ -16,6 +16,7 @@ StockDir = Callable[[str], Path]
 
 B, S, H, V, LAYERS = 3, 9, 48, 131, 2
 FLOAT = 4
+PREDICTED = int((make_batch("right")["labels"][:, 1:] != -100).sum())
 
 
 def _record_steps(
@@ -53,9 +54,12 @@ def test_collectives_of_a_training_step(
 ) -> None:
     """Catches a collective too many (a separate one for the QKV bias, one per replica), or of vocabulary width."""
     hidden, tokens = B * S * H, B * S
-    forward = all_reduces(hidden, *[hidden, hidden] * LAYERS, tokens, (3 if label_smoothing else 2) * tokens)
-    # From the head down: its input, then per layer the MLP's and the attention's, which carries the QKV bias along.
-    backward = all_reduces(hidden, *[hidden, hidden + 3 * H] * LAYERS)
+    # The head and the loss: statistics of the tokens that are predicted, and their hidden states' gradient.
+    statistics = (4 if label_smoothing else 3) * PREDICTED * tp_size
+    head = [("_allgather_base_", statistics * FLOAT), *all_reduces(PREDICTED * H)]
+    forward = [*all_reduces(hidden, *[hidden, hidden] * LAYERS), *head]
+    # From the last layer down: the MLP's, and the attention's, which carries the QKV bias along.
+    backward = all_reduces(*[hidden, hidden + 3 * H] * LAYERS)
     rows = -(-V // tp_size) * tp_size  # shards are padded to the largest for the gather, then trimmed
     expected = {
         "forward": forward,
@@ -71,7 +75,7 @@ def test_checkpointing_repeats_only_the_recomputed_half(pool: Pool, stock_dir: S
     """Catches recomputation that sends more than it has to: per layer the attention's output, not the MLP's."""
     (seen, _) = run_at(pool, 2, _record_steps, stock_dir("base"), 2, 0.0, True)
     hidden = B * S * H
-    assert seen["backward"] == all_reduces(hidden, *[hidden, hidden, hidden + 3 * H] * LAYERS)
+    assert seen["backward"] == all_reduces(*[hidden, hidden, hidden + 3 * H] * LAYERS)
 
 
 def test_one_process_communicates_with_nobody(stock_dir: StockDir) -> None:

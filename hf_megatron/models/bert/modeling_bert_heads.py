@@ -80,6 +80,14 @@ class MegatronBertLMPredictionHead(ParallelModule):
         logits: torch.Tensor = self.decoder(self.transform(hidden_states), embedding, self.bias)
         return logits
 
+    def loss(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, embedding: torch.Tensor, **loss_arguments: Any
+    ) -> torch.Tensor:
+        """The loss at [T, H] hidden states, replicated, by :meth:`VocabParallelHead.loss`."""
+        transformed = self.transform(hidden_states)
+        loss: torch.Tensor = self.decoder.loss(transformed, labels, embedding, self.bias, **loss_arguments)
+        return loss
+
 
 class MegatronBertHeads(nn.Module):
     """The pretraining heads under the stock names; the second one is there if ``has_sentence_order``."""
@@ -92,8 +100,13 @@ class MegatronBertHeads(nn.Module):
 
 
 class _MaskedLM(MegatronBertPreTrainedModel):
-    """What the two classes with a masked-LM head share."""
+    """What the two classes with a masked-LM head share.
 
+    Attributes:
+        fuses_head_and_loss: Set to False, outputs have logits in training too, gathered on every rank.
+    """
+
+    fuses_head_and_loss = True
     _tied_weights_keys = None  # a tied decoder has no parameters of its own
     has_vocab_parallel_loss = True
 
@@ -123,17 +136,21 @@ class _MaskedLM(MegatronBertPreTrainedModel):
         In training with labels only the labelled positions are computed, about 15% of a masked batch, and there are no
         logits; otherwise the logits are [B, S, V], replicated.
         """
-        embedding = self.bert.embeddings.word_embeddings.weight
-        if labels is None or not self.training:
-            logits = self.cls.predictions(hidden_states, embedding)
-            loss = None if labels is None else self._loss(logits, labels, loss_arguments)
-            return loss, self.cls.predictions.decoder.gather(logits)
-        is_labelled = labels != loss_arguments.get("ignore_index", -100)
-        logits = self.cls.predictions(hidden_states[is_labelled], embedding)  # [number of labels, V_p]
-        return self._loss(logits, labels[is_labelled], loss_arguments), None
-
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, loss_arguments: dict[str, Any]) -> torch.Tensor:
-        return masked_lm_loss(self.tp_group, logits, labels, vocab_size=self.config.vocab_size, **loss_arguments)
+        predictions, embedding = self.cls.predictions, self.bert.embeddings.word_embeddings.weight
+        vocab_size = self.config.vocab_size
+        own_loss = getattr(self, "_loss_function", None)  # set by ``model.loss_function = ...``
+        if labels is not None and self.training and self.fuses_head_and_loss and own_loss is None:
+            if not torch.compiler.is_compiling():  # how many labels there are is not known to a compiler
+                is_labelled = labels != loss_arguments.get("ignore_index", -100)
+                hidden_states, labels = hidden_states[is_labelled], labels[is_labelled]
+            return predictions.loss(hidden_states, labels, embedding, **loss_arguments), None
+        shard = predictions(hidden_states, embedding)  # [B, S, V_p], split on the last dim
+        logits = predictions.decoder.gather(shard)
+        if labels is None:
+            return None, logits
+        if own_loss is not None:
+            return own_loss(logits, labels, vocab_size=vocab_size, **loss_arguments), logits
+        return masked_lm_loss(self.tp_group, shard, labels, vocab_size=vocab_size, **loss_arguments), logits
 
 
 class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):

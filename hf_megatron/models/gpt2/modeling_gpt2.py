@@ -34,7 +34,13 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
 from hf_megatron.models.pretrained import MegatronModelMixin
-from hf_megatron.modules import ParallelAttention, VocabParallelHead, causal_lm_loss, gathers_attentions
+from hf_megatron.modules import (
+    ParallelAttention,
+    VocabParallelHead,
+    causal_lm_loss,
+    gathers_attentions,
+    next_token_labels,
+)
 from hf_megatron.partition import GPT2, PartitionTable
 from hf_megatron.tensor_parallel import (
     ColumnParallelLinear,
@@ -181,8 +187,13 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
 
 
 class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
-    """GPT-2 with the language-modeling head, whose logits stay cut along the vocabulary in training."""
+    """GPT-2 with the language-modeling head, which in training computes the loss without the logits.
 
+    Attributes:
+        fuses_head_and_loss: Set to False, outputs have logits in training too, gathered on every rank.
+    """
+
+    fuses_head_and_loss = True
     _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2LMHeadModel")
     _tied_weights_keys = None  # a tied head has no parameter of its own
     has_vocab_parallel_loss = True
@@ -237,19 +248,36 @@ class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, kept, :]
-        logits = self.lm_head(hidden_states, self.transformer.wte.weight)  # [B, S, V_p], split on the last dim
-
-        loss = None
-        if labels is not None:
-            loss = causal_lm_loss(self.tp_group, logits, labels, vocab_size=self.config.vocab_size, **loss_kwargs)
-        needs_logits = labels is None or not self.training or self.tp_group.size == 1
+        loss, logits = self._loss_and_logits(hidden_states, labels, loss_kwargs)
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
-            logits=self.lm_head.gather(logits) if needs_logits else None,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss_and_logits(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, loss_kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The loss, a scalar, if there are labels [B, S]; the logits [B, S, V], unless the loss is all it takes.
+
+        All of them are replicated.
+        """
+        embedding, vocab_size = self.transformer.wte.weight, self.config.vocab_size
+        own_loss = getattr(self, "_loss_function", None)  # set by ``model.loss_function = ...``
+        if labels is not None and self.training and self.fuses_head_and_loss and own_loss is None:
+            targets = loss_kwargs.pop("shift_labels", None)
+            if targets is None:
+                targets = next_token_labels(labels, loss_kwargs.get("ignore_index", -100))
+            return self.lm_head.loss(hidden_states, targets, embedding, **loss_kwargs), None
+        shard = self.lm_head(hidden_states, embedding)  # [B, S, V_p], split on the last dim
+        logits = self.lm_head.gather(shard)
+        if labels is None:
+            return None, logits
+        if own_loss is not None:
+            return own_loss(logits, labels, vocab_size=vocab_size, **loss_kwargs), logits
+        return causal_lm_loss(self.tp_group, shard, labels, vocab_size=vocab_size, **loss_kwargs), logits
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:

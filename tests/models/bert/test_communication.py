@@ -45,17 +45,20 @@ def _record_steps(head: str, directory: Path, tp_size: int, checkpointing: bool 
 def test_collectives_of_a_training_step(pool: Pool, bert_dir: BertDir, placement: str, head: str, tp_size: int) -> None:
     """Catches an f for each of query, key and value, a norm that communicates, and anything of vocabulary width.
 
-    Per layer there are two forward and two backward. The embedding adds one forward; a masked-LM head two small ones
-    for its loss forward and one backward, all three of the size of the labelled positions.
+    Per layer there are two forward and two backward. The embedding adds one forward; a masked-LM head
+    one of the labelled positions' statistics and one of their hidden states' gradient.
     """
     hidden = B * S * H
     body = all_reduces(*[hidden] * (1 + 2 * LAYERS))
     has_vocabulary = head != "ForSequenceClassification"
     rows = -(-V // tp_size) * tp_size  # shards are padded to the largest for the gather, then trimmed
     gather = [("_allgather_base_", rows * B * S * 4)] if has_vocabulary else []
+    head_and_loss = (
+        [("_allgather_base_", 3 * LABELLED * tp_size * 4), *all_reduces(LABELLED * H)] if has_vocabulary else []
+    )
     expected = {
-        "forward": [*body, *(all_reduces(LABELLED, 2 * LABELLED) if has_vocabulary else [])],
-        "backward": [*(all_reduces(LABELLED * H) if has_vocabulary else []), *all_reduces(*[hidden] * 2 * LAYERS)],
+        "forward": [*body, *head_and_loss],
+        "backward": all_reduces(*[hidden] * 2 * LAYERS),
         "optimizer": [],
         "evaluation": [*body, *gather],
     }
@@ -71,7 +74,7 @@ def test_checkpointing_repeats_only_the_recomputed_half(pool: Pool, bert_dir: Be
     """
     (seen, _) = run_at(pool, 2, _record_steps, "ForMaskedLM", bert_dir(placement, "ForMaskedLM"), 2, True)
     per_layer = 3 if placement == "pre" else 4
-    assert seen["backward"] == all_reduces(LABELLED * H, *[B * S * H] * per_layer * LAYERS)
+    assert seen["backward"] == all_reduces(*[B * S * H] * per_layer * LAYERS)
 
 
 def test_one_process_communicates_with_nobody(bert_dir: BertDir) -> None:
