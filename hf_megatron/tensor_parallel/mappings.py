@@ -49,7 +49,7 @@ def copy_to_tensor_parallel_region(group: TensorParallelGroup, *tensors: torch.T
 
     Collective: all-reduce over tp, backward, of all the gradients' elements.
     """
-    if group.size == 1:
+    if group.size == 1 or not torch.is_grad_enabled():
         return tensors
     outputs: tuple[torch.Tensor, ...] = _Copy.apply(group, *tensors)
     return outputs
@@ -127,8 +127,8 @@ def _all_reduced(group: TensorParallelGroup, tensors: list[torch.Tensor]) -> lis
         for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
     ]
     # Views keep the whole buffer alive, and a parameter keeps its gradient: a bias would hold on to activations.
-    largest = max(totals, key=torch.Tensor.numel)
-    return [total if total is largest else total.clone() for total in totals]
+    largest = max(total.numel() for total in totals)
+    return [total if total.numel() == largest else total.clone() for total in totals]
 
 
 def _gathered(group: TensorParallelGroup, shard: torch.Tensor, dim: int, size: int) -> torch.Tensor:

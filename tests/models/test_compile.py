@@ -1,0 +1,86 @@
+"""Compiled models against eager ones, in training and in inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_megatron import MegatronBertConfig, MegatronBertForMaskedLM, MegatronGPT2Config, MegatronGPT2LMHeadModel
+from tests.models.reference import Pool, full_gradients, layout, run_at
+
+V, S = 131, 16
+
+
+def _model(architecture: str, tp_size: int, dropout: float) -> Any:
+    if architecture == "gpt2":
+        config = MegatronGPT2Config(
+            vocab_size=V,
+            n_embd=16,
+            n_layer=2,
+            n_head=4,
+            n_positions=S,
+            attn_pdrop=dropout,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+        )
+        return MegatronGPT2LMHeadModel.from_config(config, distributed_config=layout(tp_size), seed=0).double()
+    config = MegatronBertConfig(
+        vocab_size=V,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=S,
+        attention_probs_dropout_prob=dropout,
+        hidden_dropout_prob=dropout,
+    )
+    return MegatronBertForMaskedLM.from_config(config, distributed_config=layout(tp_size), seed=0).double()
+
+
+def _compare(architecture: str, tp_size: int, dropout: float, backend: str) -> None:
+    torch.compiler.reset()
+    model = _model(architecture, tp_size, dropout)
+    options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
+    compiled = torch.compile(model, fullgraph=True, backend=backend, options=options)
+    ids = torch.arange(2 * S).view(2, S)
+    labels = torch.where(ids % 3 == 0, ids, -100)
+    results = []
+    for forward in (model, compiled):
+        torch.manual_seed(3)
+        model.train().zero_grad()
+        loss = forward(input_ids=ids, labels=labels).loss
+        loss.backward()
+        gradients = full_gradients(model)
+        with torch.no_grad():
+            logits = forward.eval()(input_ids=ids).logits
+        results.append((loss.detach(), gradients, logits))
+    (loss, gradients, logits), (compiled_loss, compiled_gradients, compiled_logits) = results
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(compiled_logits, logits)
+    assert compiled_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled_gradients[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# The compiler uses parts of torch that torch deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize(
+    ("architecture", "dropout", "backend"),
+    [
+        ("gpt2", 0.1, "aot_eager"),
+        pytest.param("bert", 0.1, "aot_eager", marks=pytest.mark.slow),
+        pytest.param("gpt2", 0.1, "inductor", marks=pytest.mark.slow),
+        pytest.param("bert", 0.1, "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_is_one_graph_that_equals_eager(
+    pool: Pool, architecture: str, dropout: float, backend: str, tp_size: int
+) -> None:
+    """Catches a graph break anywhere in a model, and a compiled step with other masks, loss, gradients or logits.
+
+    aot_eager finds everything that does not trace, forward and backward; inductor also generates code.
+    """
+    run_at(pool, tp_size, _compare, architecture, tp_size, dropout, backend, timeout=280)
