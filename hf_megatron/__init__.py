@@ -45,12 +45,12 @@ if TYPE_CHECKING:
         MegatronBertForTokenClassification,
     )
     from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
-    from hf_megatron.models.gpt2.modeling_gpt2 import (
+    from hf_megatron.models.gpt2.modeling_gpt2 import MegatronGPT2Model
+    from hf_megatron.models.gpt2.modeling_gpt2_heads import (
         MegatronGPT2ForQuestionAnswering,
         MegatronGPT2ForSequenceClassification,
         MegatronGPT2ForTokenClassification,
         MegatronGPT2LMHeadModel,
-        MegatronGPT2Model,
     )
     from hf_megatron.trainer import MegatronTrainer
 

@@ -5,6 +5,7 @@
     |-- UnsupportedError(ValueError)          a feature that the parallel models do not have
     |-- DataError(ValueError)                 examples or a tokenizer that cannot be trained on
     |-- ParallelStateError(RuntimeError)      process group, world size, use outside of a group
+    |-- DivergenceError(FloatingPointError)   a training step that would make the weights inf or nan
     `-- CheckpointError(ValueError)           a checkpoint that cannot be used or written
         |-- CheckpointFormatError             not a format or spelling we know
         |   `-- CheckpointShapeError(RuntimeError)  a tensor does not have the shape its configuration gives it
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointShapeError",
     "DataError",
     "DestinationError",
+    "DivergenceError",
     "HfMegatronError",
     "ParallelStateError",
     "PartitionError",
@@ -47,6 +49,10 @@ class DataError(HfMegatronError, ValueError):
 
 class ParallelStateError(HfMegatronError, RuntimeError):
     """The process group does not fit what was asked for."""
+
+
+class DivergenceError(HfMegatronError, FloatingPointError):
+    """A training step's gradients are inf or nan; the step was not taken."""
 
 
 class CheckpointError(HfMegatronError, ValueError):

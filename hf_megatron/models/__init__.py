@@ -11,12 +11,12 @@ from hf_megatron.models.bert.modeling_bert_heads import (
     MegatronBertForTokenClassification,
 )
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
-from hf_megatron.models.gpt2.modeling_gpt2 import (
+from hf_megatron.models.gpt2.modeling_gpt2 import MegatronGPT2Model
+from hf_megatron.models.gpt2.modeling_gpt2_heads import (
     MegatronGPT2ForQuestionAnswering,
     MegatronGPT2ForSequenceClassification,
     MegatronGPT2ForTokenClassification,
     MegatronGPT2LMHeadModel,
-    MegatronGPT2Model,
 )
 
 __all__ = [

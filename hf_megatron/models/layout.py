@@ -20,11 +20,9 @@ def check_distributed_config(config: DistributedConfig) -> None:
     """Refuse a layout these models do not have, or that does not fit the number of processes.
 
     Raises:
-        UnsupportedError: Sequence parallelism, pipeline stages, experts, or a plan of the user's.
+        UnsupportedError: Pipeline stages, experts, or a plan of the user's.
         ParallelStateError: The sizes multiply to another number than there are processes.
     """
-    if config.enable_sequence_parallel:
-        raise UnsupportedError("enable_sequence_parallel=True is not supported; leave it False.")
     if config.pp_size > 1 or config.ep_size > 1:
         raise UnsupportedError(
             f"pp_size={config.pp_size} and ep_size={config.ep_size}: these models have no pipeline stages and no "

@@ -51,9 +51,11 @@ class MegatronModelMixin:
 
     Attributes:
         tp_group: The tensor-parallel group; one rank unless the model was loaded or built on several.
+        sequence_parallel: Whether its ranks share the positions of a sequence outside of attention and MLP.
     """
 
     tp_group: TensorParallelGroup = SINGLE
+    sequence_parallel: bool = False
     # Whether the loss takes num_items_in_batch and label_smoothing, as the vocabulary-parallel ones do. The losses of
     # the other heads are the stock ones, means over their own batch, and Trainer has to know.
     has_vocab_parallel_loss: ClassVar[bool] = False
@@ -140,7 +142,7 @@ class MegatronModelMixin:
     def maybe_distribute_model(cls, model: Any, distributed_config: DistributedConfig | None, mesh_manager: Any) -> Any:
         """Cut the parameters; put the ranks' random streams and the seed for new weights in step."""
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
-        if mesh_manager is None:
+        if mesh_manager is None or distributed_config is None:
             return model
         mesh = mesh_manager.get_mesh("tp")
         device = torch.device(mesh.device_type)
@@ -151,6 +153,7 @@ class MegatronModelMixin:
         for module in model.modules():
             if isinstance(module, MegatronModelMixin):
                 module.tp_group, module._initialization_seed = group, seed
+                module.sequence_parallel = distributed_config.enable_sequence_parallel and group.size > 1
         return model
 
     @torch.no_grad()

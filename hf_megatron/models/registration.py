@@ -6,17 +6,17 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, BertTokenizerFast, GPT2TokenizerFast
 
 from hf_megatron.models.bert import configuration_bert, modeling_bert, modeling_bert_heads
-from hf_megatron.models.gpt2 import configuration_gpt2, modeling_gpt2
+from hf_megatron.models.gpt2 import configuration_gpt2, modeling_gpt2, modeling_gpt2_heads
 
 __all__ = ["register"]
 
 _GPT2 = {
     "AutoModel": modeling_gpt2.MegatronGPT2Model,
-    "AutoModelForCausalLM": modeling_gpt2.MegatronGPT2LMHeadModel,
-    "AutoModelForPreTraining": modeling_gpt2.MegatronGPT2LMHeadModel,
-    "AutoModelForQuestionAnswering": modeling_gpt2.MegatronGPT2ForQuestionAnswering,
-    "AutoModelForSequenceClassification": modeling_gpt2.MegatronGPT2ForSequenceClassification,
-    "AutoModelForTokenClassification": modeling_gpt2.MegatronGPT2ForTokenClassification,
+    "AutoModelForCausalLM": modeling_gpt2_heads.MegatronGPT2LMHeadModel,
+    "AutoModelForPreTraining": modeling_gpt2_heads.MegatronGPT2LMHeadModel,
+    "AutoModelForQuestionAnswering": modeling_gpt2_heads.MegatronGPT2ForQuestionAnswering,
+    "AutoModelForSequenceClassification": modeling_gpt2_heads.MegatronGPT2ForSequenceClassification,
+    "AutoModelForTokenClassification": modeling_gpt2_heads.MegatronGPT2ForTokenClassification,
 }
 _BERT = {
     "AutoModel": modeling_bert.MegatronBertModel,

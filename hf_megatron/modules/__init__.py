@@ -1,13 +1,15 @@
 """Parts of transformer models built on the parallel layers, shared by the architectures."""
 
-from hf_megatron.modules.attention import ParallelAttention, gathers_attentions
-from hf_megatron.modules.heads import VocabParallelHead, causal_lm_loss, masked_lm_loss, next_token_labels
+from hf_megatron.modules.activations import activation
+from hf_megatron.modules.attention import ParallelAttention
+from hf_megatron.modules.heads import VocabParallelHead, causal_lm_loss, masked_lm_loss, next_token_labels, tied_weight
 
 __all__ = [
     "ParallelAttention",
     "VocabParallelHead",
+    "activation",
     "causal_lm_loss",
-    "gathers_attentions",
     "masked_lm_loss",
     "next_token_labels",
+    "tied_weight",
 ]

@@ -7,9 +7,7 @@ Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3 and figure 3b.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import wraps
 from typing import Any
 
 import torch
@@ -22,34 +20,10 @@ from hf_megatron.tensor_parallel import (
     ParallelModule,
     TensorParallelGroup,
     attention_dropout,
-    gather_from_tensor_parallel_region,
 )
 from hf_megatron.tensor_parallel.random import private_cuda_stream
 
-__all__ = ["ParallelAttention", "gathers_attentions"]
-
-
-def gathers_attentions(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the forward of a stock base model whose attention modules are parallel ones.
-
-    Where attention probabilities are asked for, each module gives those of this rank's heads; the result has all of
-    them, [B, N, S_q, S_k] per layer, replicated.
-
-    Collective: all-gather over tp, forward, per layer, if attentions are asked for.
-    """
-
-    @wraps(forward)
-    def forward_and_gather(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return_dict = kwargs.pop("return_dict", self.config.return_dict)
-        outputs = forward(self, *args, return_dict=True, **kwargs)
-        if self.tp_group.size > 1 and outputs.attentions is not None:
-            outputs.attentions = tuple(
-                gather_from_tensor_parallel_region(self.tp_group, part, dim=1, size=self.config.num_attention_heads)
-                for part in outputs.attentions
-            )
-        return outputs if return_dict else outputs.to_tuple()
-
-    return forward_and_gather
+__all__ = ["ParallelAttention"]
 
 
 class ParallelAttention(ParallelModule):

@@ -6,16 +6,20 @@ Shapes: B batch, S sequence, H hidden, V vocabulary, V_p this rank's part of it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_megatron.partition import Spec, VocabSplit
 from hf_megatron.tensor_parallel import (
     ParallelModule,
+    SequenceParallelRegion,
     TensorParallelGroup,
+    VocabParallelEmbedding,
     copy_to_tensor_parallel_region,
     gather_from_tensor_parallel_region,
     local,
@@ -23,7 +27,7 @@ from hf_megatron.tensor_parallel import (
     vocab_parallel_linear_cross_entropy,
 )
 
-__all__ = ["VocabParallelHead", "causal_lm_loss", "masked_lm_loss", "next_token_labels"]
+__all__ = ["VocabParallelHead", "causal_lm_loss", "masked_lm_loss", "next_token_labels", "tied_weight"]
 
 
 class VocabParallelHead(ParallelModule):
@@ -58,6 +62,7 @@ class VocabParallelHead(ParallelModule):
         hidden_states: torch.Tensor,
         embedding: torch.Tensor,
         bias: torch.Tensor | None = None,
+        region: SequenceParallelRegion | None = None,
     ) -> torch.Tensor:
         """This rank's logits.
 
@@ -73,7 +78,10 @@ class VocabParallelHead(ParallelModule):
         Collective: all-reduce over tp, backward, of the hidden states' gradient. With a region all-gather over tp,
         forward, and reduce-scatter over tp, backward.
         """
-        (hidden_states,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)
+        if region is None:
+            (hidden_states,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)
+        else:
+            hidden_states = region.enter(hidden_states)
         return F.linear(hidden_states, *self._local(embedding, bias))
 
     def loss(
@@ -82,28 +90,34 @@ class VocabParallelHead(ParallelModule):
         labels: torch.Tensor,
         embedding: torch.Tensor,
         bias: torch.Tensor | None = None,
+        region: SequenceParallelRegion | None = None,
         **loss_arguments: Any,
     ) -> torch.Tensor:
         """The loss of predicting the labels, in less memory and time than by way of the logits.
 
         Args:
-            hidden_states: [..., H], replicated.
+            hidden_states: [..., H], replicated; with a region [..., S_p, H], split on the sequence.
             labels: [...], replicated; positions with ``ignore_index`` are not computed.
             embedding: As for :meth:`forward`.
             bias: As for :meth:`forward`.
+            region: As for :meth:`forward`.
             **loss_arguments: See :func:`vocab_parallel_linear_cross_entropy`.
 
         Returns:
             A scalar, replicated; float32, or float64 for float64 hidden states.
 
-        Collective: as :func:`vocab_parallel_linear_cross_entropy`, all of it forward.
+        Collective: as :func:`vocab_parallel_linear_cross_entropy`, all of it forward. With a region all-gather over tp,
+        forward, and reduce-scatter over tp, backward, in the place of its all-reduce.
         """
+        if region is not None:
+            hidden_states = region.enter(hidden_states)
         return vocab_parallel_linear_cross_entropy(
             self.tp_group,
             hidden_states.reshape(-1, self.in_features),
             *self._local(embedding, bias),
             labels.reshape(-1).to(hidden_states.device),
             vocab_size=self.out_features,
+            reduce_gradient=region is None,
             **loss_arguments,
         )
 
@@ -122,6 +136,29 @@ class VocabParallelHead(ParallelModule):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, is_tied={self.weight is None}"
         return ", ".join(part for part in (sizes, super().extra_repr()) if part)
+
+
+def tied_weight(
+    model: nn.Module, embedding: VocabParallelEmbedding, head: VocabParallelHead, labels: torch.Tensor | None
+) -> AbstractContextManager[torch.Tensor]:
+    """Around the forward pass of a model, to get the word embedding's weight for its head.
+
+    Args:
+        model: The model they belong to.
+        embedding: The word embedding.
+        head: The head, tied or not.
+        labels: The labels, if there are any.
+
+    Returns:
+        A context manager with a weight that is split on dim 0, a DTensor [V, H] or a plain tensor [V_p, H].
+    """
+    weight = embedding.weight
+    # Elsewhere the second gradient costs next to nothing (a GPU), or the weight is whole in its module only (FSDP2).
+    pays = weight.is_cpu and not torch.compiler.is_compiling() and not isinstance(model, FSDPModule)
+    has_gradient = model.training and labels is not None and torch.is_grad_enabled() and weight.requires_grad
+    if pays and has_gradient and head.weight is None:
+        return embedding.sharing_gradient()
+    return nullcontext(weight)
 
 
 def next_token_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:

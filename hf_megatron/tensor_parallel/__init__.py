@@ -4,45 +4,59 @@ from hf_megatron.tensor_parallel.cross_entropy import vocab_parallel_cross_entro
 from hf_megatron.tensor_parallel.group import SINGLE, TensorParallelGroup, local
 from hf_megatron.tensor_parallel.layers import (
     ColumnParallelLinear,
+    HiddenDropout,
     ParallelModule,
     ReplicatedEmbedding,
     ReplicatedLayerNorm,
     ReplicatedLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    column_products,
+    replicated_parameters,
 )
 from hf_megatron.tensor_parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from hf_megatron.tensor_parallel.mappings import (
     copy_to_tensor_parallel_region,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_parallel_region,
     reduce_from_tensor_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     scatter_to_tensor_parallel_region,
 )
+from hf_megatron.tensor_parallel.products import gathered_products
 from hf_megatron.tensor_parallel.random import (
     attention_dropout,
     broadcast_from_first_rank,
     synchronize_random_state,
 )
+from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion
 from hf_megatron.tensor_parallel.style import head_tp_plan_of, parallelize_module, tp_plan_of
 
 __all__ = [
     "SINGLE",
     "ColumnParallelLinear",
+    "HiddenDropout",
     "ParallelModule",
     "ReplicatedEmbedding",
     "ReplicatedLayerNorm",
     "ReplicatedLinear",
     "RowParallelLinear",
+    "SequenceParallelRegion",
     "TensorParallelGroup",
     "VocabParallelEmbedding",
     "attention_dropout",
     "broadcast_from_first_rank",
+    "column_products",
     "copy_to_tensor_parallel_region",
+    "gather_from_sequence_parallel_region",
     "gather_from_tensor_parallel_region",
+    "gathered_products",
     "head_tp_plan_of",
     "local",
     "parallelize_module",
     "reduce_from_tensor_parallel_region",
+    "reduce_scatter_to_sequence_parallel_region",
+    "replicated_parameters",
     "scatter_to_tensor_parallel_region",
     "synchronize_random_state",
     "tp_plan_of",

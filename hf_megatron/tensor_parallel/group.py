@@ -33,6 +33,10 @@ class TensorParallelGroup:
             return SINGLE
         return cls(mesh.get_group(), mesh.size(), mesh.get_local_rank())
 
+    def __deepcopy__(self, memo: dict[int, object]) -> TensorParallelGroup:
+        # The copy of a module takes part in the same group; a process group cannot be copied.
+        return self
+
 
 SINGLE = TensorParallelGroup(None, 1, 0)
 """One process that holds everything; with it no layer communicates."""

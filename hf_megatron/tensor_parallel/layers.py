@@ -3,35 +3,43 @@
 Every parameter keeps its full, unsharded shape and name: on one rank it is an ordinary tensor, on several a DTensor
 whose placement says how it is cut. The forward pass runs on this rank's part, with the communication written out.
 
-Shapes: B batch, S sequence, H hidden, P ranks; ``in`` and ``out`` are full sizes, ``out_p`` is this rank's part.
+Shapes: B batch, S sequence, H hidden, P ranks; ``in`` and ``out`` are full sizes, ``_p`` marks this rank's part.
 
 Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import Replicated, Spec, Split, VocabSplit, chunk_range
 from hf_megatron.tensor_parallel.group import SINGLE, TensorParallelGroup, local
 from hf_megatron.tensor_parallel.mappings import (
-    copy_to_tensor_parallel_region,
     reduce_from_tensor_parallel_region,
 )
+from hf_megatron.tensor_parallel.products import copied_product
+from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion
+from hf_megatron.tensor_parallel.tied import sparse_lookup, tied_rows
 
 __all__ = [
     "ColumnParallelLinear",
+    "HiddenDropout",
     "ParallelModule",
     "ReplicatedEmbedding",
     "ReplicatedLayerNorm",
     "ReplicatedLinear",
     "RowParallelLinear",
     "VocabParallelEmbedding",
+    "column_products",
+    "replicated_parameters",
 ]
 
 WeightLayout = Literal["out_in", "in_out"]
@@ -45,6 +53,15 @@ class ParallelModule(nn.Module):
     """
 
     tp_group: TensorParallelGroup = SINGLE
+
+    @cached_property
+    def _hf_tp_plan(self) -> str:
+        # What peft asks of a layer before it adapts it; hf_megatron.peft has put an answer here by then. It would take
+        # a replicated layer or an embedding for the stock one it derives from.
+        raise UnsupportedError(
+            f"peft cannot tell how a {type(self).__name__} is cut over the ranks. Call hf_megatron.peft.get_peft_model "
+            "in place of peft.get_peft_model, and hf_megatron.peft.load_adapter in place of PeftModel.from_pretrained."
+        )
 
     def partition_specs(self) -> Mapping[str, Spec]:
         """The cut of each own parameter; parameters that are not named are replicated."""
@@ -141,26 +158,60 @@ class ColumnParallelLinear(_ParallelLinear):
         spec = self._specs.get("bias")
         return self.bias is not None and isinstance(spec, Replicated) and spec.used is not None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
         """Multiply by this rank's columns.
 
         Args:
-            x: [..., in], replicated.
+            x: [..., in], replicated; with a region [..., S_p, in], split on the sequence.
+            region: Where x comes from, if it is split on the sequence.
 
         Returns:
             [..., out_p], split on the last dim.
 
         Collective: all-reduce over tp, backward, of x's gradient, unless ``is_input_copied``; a bias that is held whole
-        sends its gradient along.
+        sends its gradient along. With a region, those of :func:`column_products`.
         """
+        if region is not None:
+            return column_products(x, region, self)[0]
         group, weight = self.tp_group, local(self.weight)
         bias = None if self.bias is None else local(self.bias)
-        if bias is not None and self._bias_is_sliced and group.size > 1:
-            x, bias = copy_to_tensor_parallel_region(group, x, bias)
-            bias = cast(Replicated, self._specs["bias"]).part(bias, group.size, group.rank)
-        elif not self.is_input_copied:
-            (x,) = copy_to_tensor_parallel_region(group, x)
-        return self._multiply(x, weight, bias)
+        if group.size == 1 or self.is_input_copied:
+            return self._multiply(x, weight, bias)
+        index = None
+        if self._bias_is_sliced:
+            everything = torch.arange(self.out_features, device=x.device)
+            index = cast(Replicated, self._specs["bias"]).part(everything, group.size, group.rank)
+        is_transposed = self.weight_layout == "out_in"
+        return copied_product(group, x, weight, bias, is_transposed=is_transposed, bias_index=index)
+
+    def add_bias(self, product: torch.Tensor, region: SequenceParallelRegion) -> torch.Tensor:
+        """[..., out_p] with this rank's part of the bias, if there is one."""
+        if self.bias is None:
+            return product
+        if not self._bias_is_sliced:
+            return product + local(self.bias)
+        bias = region.parameter(self.bias)
+        return product + cast(Replicated, self._specs["bias"]).part(bias, self.tp_group.size, self.tp_group.rank)
+
+
+def column_products(
+    x: torch.Tensor, region: SequenceParallelRegion, *layers: ColumnParallelLinear
+) -> tuple[torch.Tensor, ...]:
+    """Several column-parallel layers on one input from a sequence-parallel region.
+
+    Args:
+        x: [..., S_p, in], split on the sequence.
+        region: The region x comes from.
+        layers: Layers of one weight layout.
+
+    Returns:
+        For each layer [..., S, out_p], split on the last dim.
+
+    Collective: one all-gather over tp, forward, and one with a reduce-scatter, backward, for all layers.
+    """
+    is_transposed = layers[0].weight_layout == "out_in"
+    products = region.enter_products(x, [local(layer.weight) for layer in layers], is_transposed=is_transposed)
+    return tuple(layer.add_bias(product, region) for layer, product in zip(layers, products, strict=True))
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -188,22 +239,28 @@ class RowParallelLinear(_ParallelLinear):
         default = {"weight": Split(0 if weight_layout == "in_out" else 1), "bias": Replicated()}
         super().__init__(in_features, out_features, bias=bias, weight_layout=weight_layout, specs=specs or default)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
         """Multiply by this rank's rows and sum over the ranks.
 
         Args:
             x: [..., in_p], split on the last dim.
+            region: Where the output goes to, if that is split on the sequence.
 
         Returns:
-            [..., out], replicated.
+            [..., out], replicated; with a region [..., S_p, out], split on the sequence.
 
-        Collective: all-reduce over tp, forward, of the output.
+        Collective: all-reduce over tp, forward, of the output. With a region reduce-scatter over tp, forward, and
+        all-gather over tp, backward.
         """
         weight = local(self.weight)
-        bias = None if self.bias is None else local(self.bias)
+        bias = None if self.bias is None else _used(self.bias, region)
         if self.tp_group.size == 1:
             return self._multiply(x, weight, bias)
-        product = reduce_from_tensor_parallel_region(self.tp_group, self._multiply(x, weight, None))
+        partial_sum = self._multiply(x, weight, None)
+        if region is None:
+            product = reduce_from_tensor_parallel_region(self.tp_group, partial_sum)
+        else:
+            product = region.leave(partial_sum)
         return product if bias is None else product + bias
 
 
@@ -213,6 +270,8 @@ class VocabParallelEmbedding(ParallelModule, nn.Embedding):
     ``num_embeddings`` and ``padding_idx`` are global. No rank but the one that holds the padding row may freeze a row
     for it, and a token of another rank must not reach the padding row's gradient.
     """
+
+    _shared_rows: torch.Tensor | None = None
 
     def partition_specs(self) -> Mapping[str, Spec]:
         return {"weight": VocabSplit()}
@@ -228,17 +287,38 @@ class VocabParallelEmbedding(ParallelModule, nn.Embedding):
 
         Collective: all-reduce over tp, forward, of the output.
         """
-        group, weight = self.tp_group, local(self.weight)
+        group = self.tp_group
         if group.size == 1:
-            return F.embedding(input_ids, weight, self.padding_idx)
+            return self._look_up(input_ids, self.padding_idx)
         start, stop = chunk_range(self.num_embeddings, group.size, group.rank)
         self._check_range(input_ids)
         is_mine = (input_ids >= start) & (input_ids < stop)
         padding = self.padding_idx
         local_padding = padding - start if padding is not None and start <= padding < stop else None
-        embedded = F.embedding(torch.where(is_mine, input_ids - start, 0), weight, local_padding)
+        embedded = self._look_up(torch.where(is_mine, input_ids - start, 0), local_padding)
         # Row 0 stood in for the tokens of other ranks; zeroing the output keeps their gradients out of it.
         return reduce_from_tensor_parallel_region(group, embedded.masked_fill(~is_mine[..., None], 0.0))
+
+    def _look_up(self, rows: torch.Tensor, padding: int | None) -> torch.Tensor:
+        if self._shared_rows is not None:
+            return sparse_lookup(self._shared_rows, rows, padding)
+        return F.embedding(rows, local(self.weight), padding)
+
+    @contextmanager
+    def sharing_gradient(self) -> Iterator[torch.Tensor]:
+        """Within it, lookups add their gradients to that of a head with the same weight, of which they are a few rows.
+
+        Otherwise they would fill a gradient of their own, mostly with zeros, for autograd to add. On a CPU that takes
+        as long as a layer.
+
+        Yields:
+            The weight for the head [V_p, H], split on dim 0.
+        """
+        self._shared_rows, for_head = tied_rows(local(self.weight))
+        try:
+            yield for_head
+        finally:
+            self._shared_rows = None
 
     def _check_range(self, input_ids: torch.Tensor) -> None:
         # An id outside of the vocabulary belongs to no shard and would silently embed as zero; one rank raises.
@@ -269,11 +349,35 @@ class ReplicatedEmbedding(ParallelModule, nn.Embedding):
 
 
 class ReplicatedLayerNorm(ParallelModule, nn.LayerNorm):
-    """``nn.LayerNorm`` that every rank holds whole. Input and output are replicated."""
+    """``nn.LayerNorm`` that every rank holds whole."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., H] to [..., H], both replicated, without communication."""
+    def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
+        """[..., H] to [..., H], both replicated or, with a region, both split on the sequence; no communication."""
         bias = cast("torch.Tensor | None", self.bias)
-        return F.layer_norm(
-            x, self.normalized_shape, local(self.weight), None if bias is None else local(bias), self.eps
-        )
+        weight, bias = _used(self.weight, region), None if bias is None else _used(bias, region)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class HiddenDropout(nn.Dropout):
+    """``nn.Dropout`` on hidden states, with the same mask whether they are replicated or split on the sequence."""
+
+    def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
+        """[..., H] to [..., H], both replicated or, with a region, both split on the sequence; no communication."""
+        if region is None or not self.training or not self.p:
+            return super().forward(x)
+        return region.dropout(x, self.p)
+
+
+def replicated_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of a module's parameters that every rank holds whole, in the order of its submodules."""
+    for child in module.modules():
+        if isinstance(child, ParallelModule):
+            specs = child.partition_specs()
+            for name, parameter in child._parameters.items():
+                if parameter is not None and isinstance(specs.get(name, Replicated()), Replicated):
+                    yield parameter
+
+
+def _used(parameter: torch.Tensor, region: SequenceParallelRegion | None) -> torch.Tensor:
+    """A parameter that is held whole, as a plain tensor to compute with."""
+    return local(parameter) if region is None else region.parameter(parameter)

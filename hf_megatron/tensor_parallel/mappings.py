@@ -8,14 +8,21 @@ Each function is the identity on one rank. On several it is one collective, in t
     gather_from_tensor_parallel_region          all-gather along a dim   this rank's slice      -
     scatter_to_tensor_parallel_region           this rank's slice        all-gather             -
 
+    With sequence parallelism the second paper's g and g-bar take the places of f and g:
+
+    gather_from_sequence_parallel_region        all-gather               reduce-scatter         g
+    reduce_scatter_to_sequence_parallel_region  reduce-scatter           all-gather             g-bar
+
 None of them changes a tensor it was given. An all-reduce in place on an incoming gradient would also change the
 gradient of whatever else received it: in ``y = copy_to(x) + z`` autograd hands one tensor to both branches.
 
-Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3, operators f and g of figure 3.
+Sources: Shoeybi et al. 2019, arXiv:1909.08053, section 3, operators f and g of figure 3; Korthikanti et al. 2022,
+arXiv:2205.05198, section 4.2, operators g and g-bar of figures 5 and 6.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,14 +33,19 @@ from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
 __all__ = [
     "copy_to_tensor_parallel_region",
+    "gather_from_sequence_parallel_region",
     "gather_from_tensor_parallel_region",
     "reduce_from_tensor_parallel_region",
+    "reduce_scatter_to_sequence_parallel_region",
     "scatter_to_tensor_parallel_region",
 ]
 
 
-# torch 2.13 renamed it and warns about the old name.
-all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+# torch 2.13 renamed them and warns about the old names.
+if hasattr(dist, "all_gather_single"):
+    all_gather_single, reduce_scatter_single = dist.all_gather_single, dist.reduce_scatter_single
+else:
+    all_gather_single, reduce_scatter_single = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
 
 def copy_to_tensor_parallel_region(group: TensorParallelGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -114,6 +126,51 @@ def scatter_to_tensor_parallel_region(group: TensorParallelGroup, tensor: torch.
     return output
 
 
+def gather_from_sequence_parallel_region(
+    group: TensorParallelGroup, tensor: torch.Tensor, *, dim: int, size: int
+) -> torch.Tensor:
+    """Enter the parallel region with all positions: the second paper's ``g``.
+
+    Args:
+        group: The tensor-parallel group.
+        tensor: Split on ``dim`` as ``torch.chunk`` cuts ``size``, sizes may be uneven.
+        dim: The dimension it is split on, the sequence.
+        size: Size of that dimension when whole.
+
+    Returns:
+        The full tensor, replicated. What is computed from it differs per rank, so its gradient is a partial sum, of
+        which the backward pass makes this rank's slice whole.
+
+    Collective: all-gather over tp, forward; reduce-scatter over tp, backward. Both of ``size`` rounded up to a multiple
+    of the degree.
+    """
+    if group.size == 1:
+        return tensor
+    output: torch.Tensor = _GatherSequence.apply(group, tensor, dim % tensor.dim(), size)
+    return output
+
+
+def reduce_scatter_to_sequence_parallel_region(
+    group: TensorParallelGroup, tensor: torch.Tensor, *, dim: int
+) -> torch.Tensor:
+    """Leave the parallel region, each rank with its part of the positions: the second paper's ``g-bar``.
+
+    Args:
+        group: The tensor-parallel group.
+        tensor: A partial sum on each rank, any shape; left as it is.
+        dim: The dimension to split, the sequence, cut as ``torch.chunk`` cuts it.
+
+    Returns:
+        This rank's slice of the sum over ranks, split on ``dim``.
+
+    Collective: reduce-scatter over tp, forward; all-gather over tp, backward.
+    """
+    if group.size == 1:
+        return tensor
+    output: torch.Tensor = _ReduceScatter.apply(group, tensor, dim % tensor.dim())
+    return output
+
+
 def _all_reduced(group: TensorParallelGroup, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Sums over ranks of several tensors of one dtype, with one collective; the arguments stay as they are."""
     if len(tensors) == 1:
@@ -131,16 +188,75 @@ def _all_reduced(group: TensorParallelGroup, tensors: list[torch.Tensor]) -> lis
     return [total if total.numel() == largest else total.clone() for total in totals]
 
 
-def _gathered(group: TensorParallelGroup, shard: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """The full tensor from shards that may differ in size: padded to the largest, gathered, trimmed."""
+def start_all_gather(
+    group: TensorParallelGroup, shard: torch.Tensor, dim: int, size: int, *, is_async: bool = True
+) -> Callable[[], torch.Tensor]:
+    """Begin to gather shards that may differ in size: padded to the largest, gathered, trimmed.
+
+    Args:
+        group: The tensor-parallel group.
+        shard: Split on ``dim`` as ``torch.chunk`` cuts ``size``.
+        dim: The dimension it is split on, not negative.
+        size: Size of that dimension when whole.
+        is_async: Whether to return before the collective is done. A compiler orders things itself, and knows no other.
+
+    Returns:
+        A function that waits, and has the full tensor.
+    """
     largest = chunk_range(size, group.size, 0)[1]
     rows = shard.movedim(dim, 0)
     padded = rows.new_zeros((largest, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     gathered = padded.new_empty((group.size * largest, *rows.shape[1:]))
-    all_gather_single(gathered, padded, group=group.process_group)
-    # torch.chunk fills every rank but the last ones, so the padding is at the end of all.
-    return gathered[:size].movedim(0, dim)
+    is_async = is_async and not torch.compiler.is_compiling()
+    work = all_gather_single(gathered, padded, group=group.process_group, async_op=is_async)
+
+    def finish() -> torch.Tensor:
+        if work is not None:
+            work.wait()
+        # torch.chunk fills every rank but the last ones, so the padding is at the end of all.
+        return gathered[:size].movedim(0, dim)
+
+    return finish
+
+
+def _gathered(group: TensorParallelGroup, shard: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    return start_all_gather(group, shard, dim, size, is_async=False)()
+
+
+def start_reduce_scatter(
+    group: TensorParallelGroup, tensor: torch.Tensor, dim: int, *, is_async: bool = True
+) -> Callable[[], torch.Tensor]:
+    """Begin to sum over ranks; slices may differ in size, so zeros fill up what is sent.
+
+    Args:
+        group: The tensor-parallel group.
+        tensor: A partial sum, left as it is.
+        dim: The dimension to split, not negative, cut as ``torch.chunk`` cuts it.
+        is_async: As for :func:`start_all_gather`.
+
+    Returns:
+        A function that waits, and has this rank's slice of the sum.
+    """
+    rows = tensor.movedim(dim, 0)
+    largest = chunk_range(rows.shape[0], group.size, 0)[1]
+    padded = rows.new_zeros((group.size * largest, *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    total = padded.new_empty((largest, *rows.shape[1:]))
+    is_async = is_async and not torch.compiler.is_compiling()
+    work = reduce_scatter_single(total, padded, group=group.process_group, async_op=is_async)
+    start, stop = chunk_range(rows.shape[0], group.size, group.rank)
+
+    def finish() -> torch.Tensor:
+        if work is not None:
+            work.wait()
+        return total[: stop - start].movedim(0, dim).contiguous()
+
+    return finish
+
+
+def _reduce_scattered(group: TensorParallelGroup, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    return start_reduce_scatter(group, tensor, dim, is_async=False)()
 
 
 def _sliced(group: TensorParallelGroup, tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -192,6 +308,28 @@ class _Scatter(torch.autograd.Function):
         ctx.group, ctx.dim, ctx.size = group, dim, tensor.shape[dim]
         # A copy, as a view would keep the whole tensor alive.
         return _sliced(group, tensor, dim).clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        return None, _gathered(ctx.group, gradient, ctx.dim, ctx.size), None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: TensorParallelGroup, tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _gathered(group, tensor, dim, size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
+        return None, _reduce_scattered(ctx.group, gradient, ctx.dim), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: TensorParallelGroup, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        ctx.group, ctx.dim, ctx.size = group, dim, tensor.shape[dim]
+        return _reduce_scattered(group, tensor, dim)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None]:

@@ -5,6 +5,9 @@ group. Outside of the parallel region activations are replicated, so ordinary dr
 rank. Inside, each rank holds other heads: there one seed is drawn from the stream per call, and every *global* head
 gets its own sub-seed from it. So a head sees the same mask on whichever rank it lies, at any degree.
 
+Where sequence parallelism splits the activations outside of the parallel region, each rank draws the mask of the whole
+sequence and keeps its part; so the stream and the masks are those of a run without it.
+
 The default generator is what Trainer saves, what ``torch.utils.checkpoint`` replays and what ``torch.manual_seed``
 sets, so resuming, recomputation and reproducibility need nothing of ours.
 """
@@ -16,10 +19,18 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
+from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
-__all__ = ["attention_dropout", "broadcast_from_first_rank", "private_cuda_stream", "synchronize_random_state"]
+__all__ = [
+    "attention_dropout",
+    "broadcast_from_first_rank",
+    "private_cuda_stream",
+    "sliced_dropout",
+    "synchronize_random_state",
+]
 
 # Sub-seeds are seed + head, and must not exceed what a torch.Generator accepts.
 _MAX_SEED = 2**62
@@ -43,6 +54,29 @@ def attention_dropout(probabilities: torch.Tensor, p: float, first_head: int) ->
     seed = torch.randint(_MAX_SEED, ())
     keep: torch.Tensor = _attention_keep_mask(probabilities.detach(), seed, p, first_head)
     return probabilities * keep * (1.0 / (1.0 - p))
+
+
+def sliced_dropout(group: TensorParallelGroup, x: torch.Tensor, p: float, *, dim: int, size: int) -> torch.Tensor:
+    """Dropout on activations that are split on ``dim``, with the mask one rank would draw for them whole.
+
+    The price is drawing the whole mask on each rank; only this rank's slice of it is kept.
+
+    Args:
+        group: The tensor-parallel group.
+        x: Split on ``dim`` as ``torch.chunk`` cuts ``size``.
+        p: Probability of dropping an element.
+        dim: The dimension it is split on.
+        size: Size of that dimension when whole.
+
+    Returns:
+        Like ``x``, with dropped elements zero and the others scaled by ``1 / (1 - p)``.
+    """
+    shape = list(x.shape)
+    shape[dim] = size
+    start, stop = chunk_range(size, group.size, group.rank)
+    # Drawn by dropout itself and in x's dtype, as the generator's numbers depend on the kernel on a GPU.
+    is_kept = F.dropout(x.new_ones(shape), p).narrow(dim, start, stop - start) != 0
+    return x * is_kept * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
 
 
 @torch.library.custom_op("hf_megatron::attention_keep_mask", mutates_args=())

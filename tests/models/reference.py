@@ -104,9 +104,11 @@ def reference_loss(
     return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-def layout(tp_size: int, fsdp_size: int = 1) -> DistributedConfig | None:
+def layout(tp_size: int, fsdp_size: int = 1, *, sequence_parallel: bool = False) -> DistributedConfig | None:
     """What to pass as ``distributed_config``; None in one plain process."""
-    return None if tp_size * fsdp_size == 1 else DistributedConfig(tp_size=tp_size, fsdp_size=fsdp_size)
+    if tp_size * fsdp_size == 1:
+        return None
+    return DistributedConfig(tp_size=tp_size, fsdp_size=fsdp_size, enable_sequence_parallel=sequence_parallel)
 
 
 def run_at(

@@ -33,6 +33,7 @@ LAYOUTS = {
     "tp2 x fsdp2": {"tp_size": 2, "fsdp_size": 2},
     "fsdp2": {"tp_size": 1, "fsdp_size": 2},
     "tp2 x replicate2": {"tp_size": 2, "dp_replicate_size": 2},
+    "tp2 x fsdp2, split sequences": {"tp_size": 2, "fsdp_size": 2, "enable_sequence_parallel": True},
 }
 
 
@@ -69,7 +70,13 @@ def _train_and_save(stock_directory: Path, directory: Path, sizes: dict[str, int
 
 @pytest.mark.parametrize(
     ("variant", "layout"),
-    [("base", "tp2 x fsdp2"), ("base", "fsdp2"), ("base", "tp2 x replicate2"), ("untied", "tp2 x fsdp2")],
+    [
+        ("base", "tp2 x fsdp2"),
+        ("base", "fsdp2"),
+        ("base", "tp2 x replicate2"),
+        ("untied", "tp2 x fsdp2"),
+        ("base", "tp2 x fsdp2, split sequences"),
+    ],
 )
 def test_training_equals_one_process(
     pool: Pool, stock_dir: StockDir, tmp_path: Path, variant: str, layout: str

@@ -25,10 +25,11 @@ def _prompts(padding: str) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _compare_generation(directory: Path, tp_size: int, attention: str) -> None:
+def _compare_generation(directory: Path, tp_size: int, attention: str, sequence_parallel: bool) -> None:
     load: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": attention}
     stock = GPT2LMHeadModel.from_pretrained(directory, **load)
-    ours = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(tp_size), **load)
+    split = layout(tp_size, sequence_parallel=sequence_parallel)
+    ours = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=split, **load)
     for options in (
         {"do_sample": False},
         {"do_sample": False, "use_cache": False},
@@ -45,12 +46,21 @@ def _compare_generation(directory: Path, tp_size: int, attention: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "attention", "tp_size"),
-    [("base", "sdpa", 1), ("base", "sdpa", 2), ("base", "sdpa", 4), ("untied", "eager", 2)],
+    ("variant", "attention", "tp_size", "sequence_parallel"),
+    [
+        ("base", "sdpa", 1, False),
+        ("base", "sdpa", 2, False),
+        ("base", "sdpa", 4, False),
+        ("untied", "eager", 2, False),
+        ("base", "sdpa", 2, True),
+        ("base", "eager", 4, True),
+    ],
 )
-def test_tokens_equal_stock(pool: Pool, stock_dir: StockDir, variant: str, attention: str, tp_size: int) -> None:
+def test_tokens_equal_stock(
+    pool: Pool, stock_dir: StockDir, variant: str, attention: str, tp_size: int, sequence_parallel: bool
+) -> None:
     """Catches logits that are not whole, caches that hold the wrong heads, and padding that is attended to."""
-    run_at(pool, tp_size, _compare_generation, stock_dir(variant), tp_size, attention)
+    run_at(pool, tp_size, _compare_generation, stock_dir(variant), tp_size, attention, sequence_parallel)
 
 
 def _compare_static_cache(directory: Path, tp_size: int) -> None:

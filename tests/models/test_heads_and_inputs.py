@@ -39,6 +39,8 @@ from tests.models.reference import (
 StockDir = Callable[[str], Path]
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 
+LAYOUTS = [(1, False), (2, False), (4, False), (2, True), (4, True)]  # tp_size, and sequence parallelism
+
 HEADS: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel], dict[str, torch.Tensor]]] = {
     "base": (GPT2Model, MegatronGPT2Model, {}),
     "sequence": (
@@ -59,11 +61,13 @@ HEADS: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel], dict[str, t
 }
 
 
-def _load_pair(stock: type[PreTrainedModel], ours: type[PreTrainedModel], directory: Path, tp_size: int) -> Pair:
+def _load_pair(
+    stock: type[PreTrainedModel], ours: type[PreTrainedModel], directory: Path, tp_size: int, sequence_parallel: bool
+) -> Pair:
     options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
-    return (
-        stock.from_pretrained(directory, **options),
-        ours.from_pretrained(directory, distributed_config=layout(tp_size), **options),
+    split = layout(tp_size, sequence_parallel=sequence_parallel)
+    return stock.from_pretrained(directory, **options), ours.from_pretrained(
+        directory, distributed_config=split, **options
     )
 
 
@@ -82,9 +86,9 @@ def _assert_outputs_agree(actual: Any, expected: Any, valid: torch.Tensor) -> No
             assert_agrees(name, *(x[valid] if is_per_token else x for x in (actual[name], expected[name])))
 
 
-def _compare_head(head: str, directory: Path, tp_size: int) -> None:
+def _compare_head(head: str, directory: Path, tp_size: int, sequence_parallel: bool) -> None:
     stock_class, our_class, labels = HEADS[head]
-    stock, ours = _load_pair(stock_class, our_class, directory, tp_size)
+    stock, ours = _load_pair(stock_class, our_class, directory, tp_size, sequence_parallel)
     batch = make_batch("right")
     valid = batch["attention_mask"].bool()
     inputs = {**batch, **labels, "output_attentions": True, "output_hidden_states": True}
@@ -94,7 +98,11 @@ def _compare_head(head: str, directory: Path, tp_size: int) -> None:
     expected, actual = stock(**inputs), ours(**inputs)
     _assert_outputs_agree(actual, expected, valid)
     for outputs in (expected, actual):
-        (outputs.last_hidden_state[valid].square().mean() if head == "base" else outputs.loss).backward()
+        loss = outputs.last_hidden_state[valid].square().mean() if head == "base" else outputs.loss
+        # Whoever looks at hidden states and attentions may train on them.
+        (
+            loss + sum(x[valid].square().mean() for x in outputs.hidden_states) + outputs.attentions[0][0].max()
+        ).backward()
     assert_all_agree("gradient", full_gradients(ours), full_gradients(stock))
 
     attentions = ours(**inputs, return_dict=False, use_cache=False)[-1]
@@ -102,16 +110,16 @@ def _compare_head(head: str, directory: Path, tp_size: int) -> None:
         assert_agrees("attentions in a tuple", mine.movedim(2, 1)[valid], theirs.movedim(2, 1)[valid])
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize(("tp_size", "sequence_parallel"), LAYOUTS)
 @pytest.mark.parametrize("head", HEADS)
-def test_heads_equal_stock(pool: Pool, tmp_path: Path, head: str, tp_size: int) -> None:
-    """Catches a head that is cut or reduced twice, and attentions or hidden states of this rank's heads only."""
+def test_heads_equal_stock(pool: Pool, tmp_path: Path, head: str, tp_size: int, sequence_parallel: bool) -> None:
+    """Catches a head that is cut or reduced twice, and attentions or hidden states of this rank's part only."""
     save_stock(tmp_path, HEADS[head][0], num_labels=3, classifier_dropout=0.0)
-    run_at(pool, tp_size, _compare_head, head, tmp_path, tp_size)
+    run_at(pool, tp_size, _compare_head, head, tmp_path, tp_size, sequence_parallel)
 
 
-def _compare_inputs(directory: Path, tp_size: int) -> None:
-    stock, ours = _load_pair(GPT2LMHeadModel, MegatronGPT2LMHeadModel, directory, tp_size)
+def _compare_inputs(directory: Path, tp_size: int, sequence_parallel: bool) -> None:
+    stock, ours = _load_pair(GPT2LMHeadModel, MegatronGPT2LMHeadModel, directory, tp_size, sequence_parallel)
     ids = token_ids()
     everywhere = torch.ones_like(ids).bool()
     embeddings = torch.randn(3, 9, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -144,10 +152,10 @@ def _compare_inputs(directory: Path, tp_size: int) -> None:
         caches = [expected.past_key_values, actual.past_key_values]
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
-def test_inputs_equal_stock(pool: Pool, stock_dir: StockDir, tp_size: int) -> None:
+@pytest.mark.parametrize(("tp_size", "sequence_parallel"), LAYOUTS)
+def test_inputs_equal_stock(pool: Pool, stock_dir: StockDir, tp_size: int, sequence_parallel: bool) -> None:
     """Catches arguments that are dropped on the way, and a cache whose length or mask a rank gets wrong."""
-    run_at(pool, tp_size, _compare_inputs, stock_dir("base"), tp_size)
+    run_at(pool, tp_size, _compare_inputs, stock_dir("base"), tp_size, sequence_parallel)
 
 
 def _share_of_equal_probabilities(ours: bool, upcast: bool, directory: Path) -> float:

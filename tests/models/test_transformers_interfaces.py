@@ -24,11 +24,13 @@ from transformers.distributed.mixin import DistributedMixin
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.distributed.tensor_parallel import TensorParallelLayer
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2LMHeadModel, GPT2Model
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel, GPT2Model
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
+from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel, MegatronGPT2Model
 from hf_megatron.checkpoint.sharded import SHARDING_INFO, is_shard
 from hf_megatron.tensor_parallel.style import STYLE_NAME
 from tests.models.reference import TINY
@@ -90,10 +92,12 @@ SIGNATURES: list[tuple[Callable[..., Any], list[str], str]] = [
     (TensorParallelLayer.install_forward, ["self", "module", "mesh"], "handing modules their group"),
     (ALL_ATTENTION_FUNCTIONS.get_interface, ["attn_implementation", "default"], "choosing an attention kernel"),
     (OutputRecorder.__init__, ["self", "target_class", "index", "layer_name"], "output_attentions"),
+    (capture_outputs, ["func"], "output_hidden_states and output_attentions of our forward of the base model"),
+    (merge_with_config_defaults, ["func"], "use_cache in our forward of the base model"),
     (
-        GPT2Attention.forward,
-        ["self", "hidden_states", "past_key_values", "attention_mask"],
-        "our attention in the place of the stock one, inside the stock block",
+        create_causal_mask,
+        ["config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids"],
+        "the mask in our forward of the base model",
     ),
     (
         GPT2LMHeadModel.forward,
@@ -125,15 +129,15 @@ def test_signatures(function: Callable[..., Any], names: list[str], use: str) ->
     assert found == names, f"{function.__qualname__} changed; it serves {use}"
 
 
-def test_our_forward_takes_what_the_stock_one_takes() -> None:
+@pytest.mark.parametrize(
+    ("ours", "stock"), [(MegatronGPT2LMHeadModel, GPT2LMHeadModel), (MegatronGPT2Model, GPT2Model)]
+)
+def test_our_forward_takes_what_the_stock_one_takes(ours: type, stock: type) -> None:
     """Catches an argument of a newer stock forward that ours would pass on to the attention kernel."""
-    ours = inspect.signature(inspect.unwrap(MegatronGPT2LMHeadModel.forward, stop=_is_our_function))
-    stock = inspect.signature(inspect.unwrap(GPT2LMHeadModel.forward))
-    assert list(ours.parameters) == list(stock.parameters)
-
-
-def _is_our_function(function: Any) -> bool:
-    return bool(function.__code__.co_filename == inspect.getsourcefile(MegatronGPT2LMHeadModel))
+    source = inspect.getsourcefile(ours)
+    written = inspect.unwrap(ours.forward, stop=lambda function: function.__code__.co_filename == source)
+    names = [name for name in inspect.signature(written).parameters if name != "region"]
+    assert names == list(inspect.signature(inspect.unwrap(stock.forward)).parameters)
 
 
 def test_loading_hands_over_what_the_loader_overrides_need(
@@ -222,8 +226,8 @@ def test_the_format_of_tp_directories(stock_dir: StockDir, tmp_path: Path) -> No
     assert offsets["transformer.h.0.attn.c_attn.weight"]["saved_offsets"] == [0, 0]
 
 
-def test_the_stock_model_asks_its_modules_for_what_ours_have() -> None:
-    """Catches stock's GPT2Model using a submodule ours replace in a new way, by running it on ours."""
+def test_our_model_has_the_modules_of_the_stock_one() -> None:
+    """Catches a submodule of a newer stock GPT2Model that ours lacks."""
     ours = MegatronGPT2LMHeadModel(MegatronGPT2Config(**TINY)).transformer
     assert [name for name, _ in GPT2Model(ours.config).named_children()] == [name for name, _ in ours.named_children()]
     assert {name for name, _ in GPT2Model(ours.config).named_parameters()} == {n for n, _ in ours.named_parameters()}

@@ -15,8 +15,12 @@ from hf_megatron.tensor_parallel import (
     SINGLE,
     TensorParallelGroup,
     copy_to_tensor_parallel_region,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_parallel_region,
+    gathered_products,
+    mappings,
     reduce_from_tensor_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     scatter_to_tensor_parallel_region,
 )
 from tests.tensor_parallel.ranks import TP_SIZES, Pool, assert_close, group, proven, same_on_all_ranks
@@ -221,6 +225,94 @@ def test_scatter_keeps_this_ranks_slice(pool: Pool, tp_size: int, dim: int) -> N
     assert torch.equal(same_on_all_ranks([gradient for _, gradient, _ in results]), _values(1))
 
 
+# ----------------------------------------------------- sequence parallelism
+
+
+def _enter(dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tp = group()
+    shard = Split(dim % 3).shard(_values(0), tp.size, tp.rank).clone().requires_grad_()
+    full = gather_from_sequence_parallel_region(tp, shard, dim=dim, size=SHAPE[dim])
+    gradient = _values(1 + tp.rank)
+    full.backward(gradient)
+    assert shard.grad is not None
+    assert torch.equal(gradient, _values(1 + tp.rank))
+    return full.detach(), shard.grad, shard.detach()
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -2])
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_entering_sums_the_gradients_of_each_part(pool: Pool, tp_size: int, dim: int) -> None:
+    """Catches a gradient that is this rank's slice of a partial sum, or another rank's slice of the sum."""
+    results = pool(tp_size).run(_enter, dim)
+    assert torch.equal(same_on_all_ranks([full for full, *_ in results]), _values(0))
+    total = sum((_values(1 + rank) for rank in range(tp_size)), torch.zeros(()))
+    for (_, gradient, _), expected in zip(results, Split(dim % 3).split(total, tp_size), strict=True):
+        assert_close(gradient, expected)
+
+
+def _leave(dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tp = group()
+    source = _values(tp.rank).requires_grad_()
+    partial_sum = source * 1.0
+    shard = reduce_scatter_to_sequence_parallel_region(tp, partial_sum, dim=dim)
+    shard.backward(Split(dim % 3).shard(_values(10), tp.size, tp.rank))
+    assert source.grad is not None
+    return shard.detach(), source.grad, partial_sum.detach()
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -2])
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_leaving_keeps_this_ranks_part_of_the_sum(pool: Pool, tp_size: int, dim: int) -> None:
+    """Catches parts filled up in the middle, a gradient that is not gathered, and an argument that is changed."""
+    results = pool(tp_size).run(_leave, dim)
+    total = sum((_values(rank) for rank in range(tp_size)), torch.zeros(()))
+    for (shard, _, _), expected in zip(results, Split(dim % 3).split(total, tp_size), strict=True):
+        assert_close(shard, expected)
+        assert shard.shape == expected.shape
+    assert torch.equal(same_on_all_ranks([gradient for _, gradient, _ in results]), _values(10))
+    for rank, (_, _, after) in enumerate(results):
+        assert torch.equal(after, _values(rank))
+
+
+def _multiply(is_transposed: bool, is_fused: bool, is_frozen: bool = False) -> list[torch.Tensor | None]:
+    """Two products of one split input, and the gradients of input and weights."""
+    tp = group()
+    shard = Split(1).shard(_values(0), tp.size, tp.rank).clone().requires_grad_()
+    weights = [_values(5 + tp.rank + 10 * i, (7, 4 + i)).requires_grad_(not is_frozen) for i in range(2)]
+    stored = [weight.t() if is_transposed else weight for weight in weights]
+    if is_fused:
+        products = gathered_products(tp, shard, stored, length=SHAPE[1], is_transposed=is_transposed)
+    else:
+        full = gather_from_sequence_parallel_region(tp, shard, dim=1, size=SHAPE[1])
+        products = tuple(full @ weight for weight in weights)
+    with patch.object(mappings, "all_gather_single", wraps=mappings.all_gather_single) as gather:
+        torch.stack([(product**2).sum() for product in products]).sum().backward()
+    again = 1 if is_fused and not is_frozen else 0
+    assert gather.call_count == again, f"{gather.call_count} gathers in the backward pass"
+    return [*(product.detach() for product in products), shard.grad, *(weight.grad for weight in weights)]
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_products_behind_a_gather(pool: Pool, tp_size: int, is_transposed: bool) -> None:
+    """Catches gradients of the products mixed up, weights taken for transposed, and an input gathered for each one."""
+    expected = pool(tp_size).run(_multiply, is_transposed, False)
+    for actual, reference in zip(pool(tp_size).run(_multiply, is_transposed, True), expected, strict=True):
+        for tensor, value in zip(actual, reference, strict=True):
+            assert tensor is not None
+            assert value is not None
+            assert_close(tensor, value)
+
+
+def test_products_with_frozen_weights(pool: Pool) -> None:
+    """Catches a gather for gradients that nobody wants."""
+    for actual, reference in zip(*(pool(2).run(_multiply, False, fused, True) for fused in (True, False)), strict=True):
+        assert actual[3:] == reference[3:] == [None, None]
+        assert actual[2] is not None
+        assert reference[2] is not None
+        assert_close(actual[2], reference[2])
+
+
 def test_one_rank_communicates_nothing() -> None:
     """Catches copies and collectives, which need a process group, in a plain process."""
     x = _values(0)
@@ -228,3 +320,5 @@ def test_one_rank_communicates_nothing() -> None:
     assert reduce_from_tensor_parallel_region(SINGLE, x) is x
     assert gather_from_tensor_parallel_region(SINGLE, x, dim=0, size=5) is x
     assert scatter_to_tensor_parallel_region(SINGLE, x, dim=0) is x
+    assert gather_from_sequence_parallel_region(SINGLE, x, dim=0, size=5) is x
+    assert reduce_scatter_to_sequence_parallel_region(SINGLE, x, dim=0) is x

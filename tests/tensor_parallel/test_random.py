@@ -16,7 +16,7 @@ from hf_megatron.tensor_parallel import (
     scatter_to_tensor_parallel_region,
     synchronize_random_state,
 )
-from hf_megatron.tensor_parallel.random import _attention_keep_mask
+from hf_megatron.tensor_parallel.random import _attention_keep_mask, sliced_dropout
 from tests.tensor_parallel.ranks import TP_SIZES, Pool, group, proven, same_on_all_ranks
 
 Dropout = Callable[[torch.Tensor, float, int], torch.Tensor]
@@ -176,3 +176,30 @@ def test_one_rank_is_in_step_with_itself() -> None:
     before = torch.get_rng_state()
     synchronize_random_state(SINGLE, CPU)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def _drop_slice(p: float, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This rank's slice after dropout, its gradient, and the state in which the default generator is left."""
+    torch.manual_seed(12)
+    tp = group()
+    whole = torch.randn(3, size, 7, generator=torch.Generator().manual_seed(1))
+    part = scatter_to_tensor_parallel_region(tp, whole, dim=1).requires_grad_()
+    dropped = sliced_dropout(tp, part, p, dim=-2, size=size)
+    dropped.sum().backward()
+    assert part.grad is not None
+    return dropped.detach(), part.grad, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+@pytest.mark.parametrize(("tp_size", "size"), [(1, 5), (2, 5), (4, 8), (4, 5)])  # 5 over 4 are 2, 2, 1 and none
+def test_slices_are_dropped_as_the_whole_is(pool: Pool, tp_size: int, size: int, p: float) -> None:
+    """Catches a mask drawn for the slice, which is another one and leaves the ranks' streams at different places."""
+    torch.manual_seed(12)
+    whole = torch.randn(3, size, 7, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    expected = torch.nn.functional.dropout(whole, p)
+    expected.sum().backward()
+    assert whole.grad is not None
+    results = pool(tp_size).run(_drop_slice, p, size)
+    torch.testing.assert_close(torch.cat([dropped for dropped, _, _ in results], dim=1), expected.detach())
+    torch.testing.assert_close(torch.cat([gradient for _, gradient, _ in results], dim=1), whole.grad)
+    assert torch.equal(same_on_all_ranks([state for _, _, state in results]), torch.get_rng_state())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from transformers import BertConfig
 from transformers import MegatronBertConfig as StockMegatronBertConfig
 
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import BERT_POST, BERT_PRE, PartitionTable
+from hf_megatron.presets import preset_named
 from hf_megatron.tensor_parallel import tp_plan_of
 
 __all__ = ["MegatronBertConfig", "table_of_placement"]
@@ -69,6 +70,19 @@ class ParallelBertConfig(BertConfig):
     def base_model_tp_plan(self) -> dict[str, str]:
         """The plan for the modules that this placement has."""
         return tp_plan_of(table_of_placement(self.layernorm_placement), modules=("encoder.layer.*.attention.self",))
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> Self:
+        """The configuration of one of the paper's models, such as ``bert-3.9b``.
+
+        Args:
+            name: See ``hf_megatron.presets``.
+            **changes: What is to differ, such as ``layernorm_placement="post"``.
+
+        Raises:
+            UnsupportedError: There is no BERT of this name; the message lists those there are.
+        """
+        return cls(**{**preset_named(name, architecture=BERT_PRE.architecture).sizes, **changes})
 
     @classmethod
     def get_config_dict(

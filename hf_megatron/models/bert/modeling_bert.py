@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert.modeling_bert import (
@@ -28,18 +27,24 @@ from transformers.models.bert.modeling_bert import (
 )
 from transformers.pytorch_utils import apply_chunking_to_forward
 
+from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.bert.configuration_bert import MegatronBertConfig, table_of_placement
+from hf_megatron.models.forward import gathers_outputs
 from hf_megatron.models.pretrained import MegatronModelMixin
-from hf_megatron.modules import ParallelAttention, gathers_attentions
+from hf_megatron.modules import ParallelAttention, activation
 from hf_megatron.partition import PartitionTable
 from hf_megatron.tensor_parallel import (
     ColumnParallelLinear,
+    HiddenDropout,
     ReplicatedEmbedding,
     ReplicatedLayerNorm,
     ReplicatedLinear,
     RowParallelLinear,
+    SequenceParallelRegion,
     VocabParallelEmbedding,
+    column_products,
     copy_to_tensor_parallel_region,
+    replicated_parameters,
 )
 
 __all__ = ["MegatronBertModel", "MegatronBertPreTrainedModel"]
@@ -54,8 +59,15 @@ def _table(config: MegatronBertConfig) -> PartitionTable:
 def _norm(config: MegatronBertConfig, *, placement: str) -> nn.Module:
     """A LayerNorm where the configuration's placement has one, else nothing."""
     if config.layernorm_placement != placement:
-        return nn.Identity()
+        return _NoNorm()
     return ReplicatedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class _NoNorm(nn.Identity):
+    """Takes the arguments of a LayerNorm, and gives back the first."""
+
+    def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
+        return x
 
 
 class MegatronBertEmbeddings(BertEmbeddings):
@@ -101,29 +113,38 @@ class MegatronBertSelfAttention(ParallelAttention):
         )
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        region: SequenceParallelRegion | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend.
 
         Args:
-            hidden_states: [B, S, H], replicated.
+            hidden_states: [B, S, H], replicated; with a region [B, S_p, H], split on the sequence.
             attention_mask: As for :meth:`ParallelAttention.attend`.
+            region: Where the hidden states come from, if they are split on the sequence.
             **kwargs: For the attention kernel.
 
         Returns:
             The context [B, S, H_p], split by heads, and the probabilities [B, N_p, S, S] where they are kept.
 
-        Collective: all-reduce over tp, backward, of the input's gradient: one for all three projections.
+        Collective: all-reduce over tp, backward, of the input's gradient: one for all three projections. With a region
+        those of :func:`column_products`, also for all three.
         """
-        (hidden_states,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)
-        query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
+        if region is None:
+            (hidden_states,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)
+            query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
+        else:
+            query, key, value = column_products(hidden_states, region, self.query, self.key, self.value)
         return self.attend(query, key, value, attention_mask, **kwargs)
 
 
 class MegatronBertOutput(nn.Module):
     """Back to the hidden size by rows, dropout, and onto the residual; ``post`` normalises the sum.
 
-    Collective: all-reduce over tp, forward.
+    Collective: all-reduce over tp, forward. With a region those of :class:`RowParallelLinear`.
     """
 
     def __init__(self, config: MegatronBertConfig, in_features: int, module: str) -> None:
@@ -131,16 +152,22 @@ class MegatronBertOutput(nn.Module):
         specs = _table(config).module_specs(f"{module}.dense")
         self.dense = RowParallelLinear(in_features, config.hidden_size, specs=specs)
         self.LayerNorm = _norm(config, placement="post")
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = HiddenDropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """[B, S, in_p] split on the last dim and [B, S, H] replicated, to [B, S, H] replicated."""
-        output: torch.Tensor = self.LayerNorm(residual + self.dropout(self.dense(hidden_states)))
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor, region: SequenceParallelRegion | None = None
+    ) -> torch.Tensor:
+        """[B, S, in_p] split on the last dim, and a residual [B, S, H], to [B, S, H].
+
+        Residual and output are replicated or, with a region, split on the sequence.
+        """
+        added = self.dropout(self.dense(hidden_states, region), region)
+        output: torch.Tensor = self.LayerNorm(residual + added, region)
         return output
 
 
 class MegatronBertAttention(nn.Module):
-    """Attention with its projections and residual: [B, S, H] to [B, S, H], both replicated."""
+    """Attention with its projections and residual: [B, S, H] to [B, S, H], laid out as :class:`MegatronBertLayer`'s."""
 
     def __init__(self, config: MegatronBertConfig, layer_idx: int) -> None:
         super().__init__()
@@ -149,39 +176,41 @@ class MegatronBertAttention(nn.Module):
         self.output = MegatronBertOutput(config, config.hidden_size, f"{_LAYER}.attention.output")
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        region: SequenceParallelRegion | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """As the class says.
 
-        Collective: all-reduce over tp, forward; all-reduce over tp, backward.
+        Collective: all-reduce over tp, forward; all-reduce over tp, backward. With a region those of the layers.
         """
-        context, _ = self.self(self.ln(hidden_states), attention_mask, **kwargs)
-        output: torch.Tensor = self.output(context, hidden_states)
+        context, _ = self.self(self.ln(hidden_states, region), attention_mask, region, **kwargs)
+        output: torch.Tensor = self.output(context, hidden_states, region)
         return output
 
 
 class MegatronBertIntermediate(nn.Module):
-    """H to 4H by columns and the activation: [B, S, H] replicated to [B, S, 4H_p] split on the last dim."""
+    """H to 4H by columns and the activation: [B, S, H] to [B, S, 4H_p] split on the last dim."""
 
     def __init__(self, config: MegatronBertConfig) -> None:
         super().__init__()
         specs = _table(config).module_specs(f"{_LAYER}.intermediate.dense")
         self.dense = ColumnParallelLinear(config.hidden_size, config.intermediate_size, specs=specs)
-        self.intermediate_act_fn = (
-            ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
-        )
+        self.intermediate_act_fn = activation(config.hidden_act)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """As the class says.
+    def forward(self, hidden_states: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
+        """As the class says; the input is replicated or, with a region, split on the sequence.
 
-        Collective: all-reduce over tp, backward.
+        Collective: all-reduce over tp, backward. With a region those of :class:`ColumnParallelLinear`.
         """
-        output: torch.Tensor = self.intermediate_act_fn(self.dense(hidden_states))
+        output: torch.Tensor = self.intermediate_act_fn(self.dense(hidden_states, region))
         return output
 
 
 class MegatronBertLayer(GradientCheckpointingLayer):
-    """One layer: [B, S, H] to [B, S, H], both replicated."""
+    """One layer: [B, S, H] to [B, S, H], both replicated or, with a region, split on the sequence."""
 
     def __init__(self, config: MegatronBertConfig, layer_idx: int) -> None:
         super().__init__()
@@ -199,13 +228,19 @@ class MegatronBertLayer(GradientCheckpointingLayer):
         *,
         encoder_attention_mask: None = None,
         past_key_values: None = None,
+        region: SequenceParallelRegion | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """The arguments of the stock layer; those of decoders are always None, as the configuration refuses them.
 
-        Collective: two all-reduces over tp, forward; two backward.
+        Collective: two all-reduces over tp, forward; two backward. With a region those of the layers, and one
+        all-reduce over tp, backward, for the gradients of all norms and biases that are held whole.
         """
-        hidden_states = self.attention(hidden_states, attention_mask, **kwargs)
+        if region is not None:
+            region = region.sharing(replicated_parameters(self))
+        hidden_states = self.attention(hidden_states, attention_mask, region, **kwargs)
+        if region is not None:
+            return self.feed_forward(hidden_states, region)
         output: torch.Tensor = apply_chunking_to_forward(
             self.feed_forward_chunk, self.chunk_size_feed_forward, 1, hidden_states
         )
@@ -213,12 +248,20 @@ class MegatronBertLayer(GradientCheckpointingLayer):
 
     def feed_forward_chunk(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The MLP on some of the positions: [B, S', H] to [B, S', H], both replicated."""
-        output: torch.Tensor = self.output(self.intermediate(self.ln(hidden_states)), hidden_states)
+        return self.feed_forward(hidden_states, None)
+
+    def feed_forward(self, hidden_states: torch.Tensor, region: SequenceParallelRegion | None) -> torch.Tensor:
+        """The MLP: [B, S, H] to [B, S, H], laid out as the layer's."""
+        inner = self.intermediate(self.ln(hidden_states, region), region)
+        output: torch.Tensor = self.output(inner, hidden_states, region)
         return output
 
 
 class MegatronBertEncoder(BertEncoder):
-    """All layers, and with ``pre`` the norm that makes up for the ones moved inside."""
+    """All layers, and with ``pre`` the norm that makes up for the ones moved inside.
+
+    With a region the hidden states are split on the sequence from here to the end of it.
+    """
 
     def __init__(self, config: MegatronBertConfig) -> None:
         nn.Module.__init__(self)
@@ -227,9 +270,20 @@ class MegatronBertEncoder(BertEncoder):
         self.ln = _norm(config, placement="pre")
 
     @wraps(BertEncoder.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        outputs = super().forward(*args, **kwargs)
-        outputs.last_hidden_state = self.ln(outputs.last_hidden_state)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        region: SequenceParallelRegion | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        if region is None:
+            outputs = super().forward(hidden_states, *args, **kwargs)
+            outputs.last_hidden_state = self.ln(outputs.last_hidden_state)
+        else:
+            outputs = super().forward(region.scatter(hidden_states), *args, region=region, **kwargs)
+            last = self.ln(outputs.last_hidden_state, region.sharing(replicated_parameters(self.ln)))
+            outputs.last_hidden_state = region.gather(last)
         return outputs
 
 
@@ -257,6 +311,15 @@ class MegatronBertPreTrainedModel(MegatronModelMixin, BertPreTrainedModel):
     def partition_table_of(cls, config: MegatronBertConfig) -> PartitionTable:
         return _table(config)
 
+    def _init_pretrained(self, config: MegatronBertConfig) -> None:
+        layout = getattr(config, "distributed_config", None)
+        if config.chunk_size_feed_forward and layout is not None and layout.enable_sequence_parallel:
+            raise UnsupportedError(
+                f"chunk_size_feed_forward={config.chunk_size_feed_forward} with enable_sequence_parallel=True: ranks "
+                "hold different positions, and cannot go through them in step. Set one of them to 0 or False."
+            )
+        super()._init_pretrained(config)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -282,4 +345,4 @@ class MegatronBertModel(MegatronBertPreTrainedModel, BertModel):
         if self.pooler is None:
             del self._tp_plan["pooler.dense"]
 
-    forward = gathers_attentions(BertModel.forward)
+    forward = gathers_outputs(BertModel.forward)

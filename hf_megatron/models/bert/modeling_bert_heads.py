@@ -7,13 +7,13 @@ Shapes: B batch, S sequence, H hidden, V vocabulary; ``_p`` marks this rank's pa
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert.modeling_bert import (
     BertForMaskedLM,
@@ -30,7 +30,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.bert.configuration_bert import MegatronBertConfig
 from hf_megatron.models.bert.modeling_bert import MegatronBertModel, MegatronBertPreTrainedModel
-from hf_megatron.modules import VocabParallelHead, masked_lm_loss
+from hf_megatron.modules import VocabParallelHead, activation, masked_lm_loss, tied_weight
 from hf_megatron.partition import BERT_PRE, Spec, VocabSplit
 from hf_megatron.tensor_parallel import ParallelModule, ReplicatedLayerNorm, ReplicatedLinear, head_tp_plan_of
 
@@ -52,8 +52,7 @@ class MegatronBertPredictionHeadTransform(BertPredictionHeadTransform):
     def __init__(self, config: MegatronBertConfig) -> None:
         nn.Module.__init__(self)
         self.dense = ReplicatedLinear(config.hidden_size, config.hidden_size)
-        activation = config.prediction_head_act or config.hidden_act
-        self.transform_act_fn = ACT2FN[activation] if isinstance(activation, str) else activation
+        self.transform_act_fn = activation(config.prediction_head_act or config.hidden_act)
         self.LayerNorm = ReplicatedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
@@ -128,16 +127,23 @@ class _MaskedLM(MegatronBertPreTrainedModel):
             predictions.bias = nn.Parameter(bias, requires_grad=predictions.bias.requires_grad)
         return resized
 
+    def _embedding(self, labels: torch.Tensor | None) -> AbstractContextManager[torch.Tensor]:
+        """Around the encoder, for the word embedding's weight, split on dim 0."""
+        return tied_weight(self, self.bert.embeddings.word_embeddings, self.cls.predictions.decoder, labels)
+
     def _masked_lm(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, loss_arguments: dict[str, Any]
+        self,
+        hidden_states: torch.Tensor,
+        embedding: torch.Tensor,
+        labels: torch.Tensor | None,
+        loss_arguments: dict[str, Any],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Loss and logits of the masked-LM head.
 
         In training with labels only the labelled positions are computed, about 15% of a masked batch, and there are no
         logits; otherwise the logits are [B, S, V], replicated.
         """
-        predictions, embedding = self.cls.predictions, self.bert.embeddings.word_embeddings.weight
-        vocab_size = self.config.vocab_size
+        predictions, vocab_size = self.cls.predictions, self.config.vocab_size
         own_loss = getattr(self, "_loss_function", None)  # set by ``model.loss_function = ...``
         if labels is not None and self.training and self.fuses_head_and_loss and own_loss is None:
             if not torch.compiler.is_compiling():  # how many labels there are is not known to a compiler
@@ -200,15 +206,16 @@ class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
             raise UnsupportedError("sentence_order_label and next_sentence_label are the same argument; give one.")
         order = sentence_order_label if next_sentence_label is None else next_sentence_label
         loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
-        outputs = self.bert(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        loss, logits = self._masked_lm(outputs.last_hidden_state, labels, loss_arguments)
+        with self._embedding(labels) as embedding:
+            outputs = self.bert(
+                input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        loss, logits = self._masked_lm(outputs.last_hidden_state, embedding, labels, loss_arguments)
         order_logits = self.cls.seq_relationship(outputs.pooler_output)
         if order is not None:
             order_loss = F.cross_entropy(order_logits.view(-1, 2), order.view(-1))
@@ -249,15 +256,16 @@ class MegatronBertForMaskedLM(_MaskedLM, BertForMaskedLM):
         **kwargs: Any,
     ) -> MaskedLMOutput:
         loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
-        outputs = self.bert(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        loss, logits = self._masked_lm(outputs.last_hidden_state, labels, loss_arguments)
+        with self._embedding(labels) as embedding:
+            outputs = self.bert(
+                input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        loss, logits = self._masked_lm(outputs.last_hidden_state, embedding, labels, loss_arguments)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from transformers import GPT2Config
 
 from hf_megatron.partition import GPT2
+from hf_megatron.presets import preset_named
 from hf_megatron.tensor_parallel import tp_plan_of
 
 __all__ = ["MegatronGPT2Config"]
@@ -35,6 +36,19 @@ class MegatronGPT2Config(GPT2Config):
     def _named_sizes(self) -> dict[str, Any]:
         names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "add_cross_attention")
         return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> Self:
+        """The configuration of one of the paper's models, such as ``gpt2-8.3b``.
+
+        Args:
+            name: See ``hf_megatron.presets``.
+            **changes: What is to differ, such as ``vocab_size=51200``.
+
+        Raises:
+            UnsupportedError: There is no GPT-2 of this name; the message lists those there are.
+        """
+        return cls(**{**preset_named(name, architecture=GPT2.architecture).sizes, **changes})
 
     @classmethod
     def get_config_dict(

@@ -1,7 +1,7 @@
-"""GPT-2 whose attention, MLP, embedding and head are cut over tensor-parallel ranks.
+"""GPT-2 whose attention, MLP and embedding are cut over tensor-parallel ranks.
 
-The classes derive from transformers' GPT-2, whose forwards, outputs, masks, generation and heads they keep; what is
-replaced are the modules that hold parameters. Names and shapes of the parameters are the stock ones.
+The classes derive from transformers' GPT-2, whose outputs, masks, generation and heads they keep; what is replaced are
+the modules that hold parameters. Names and shapes of the parameters are the stock ones.
 
 Shapes: B batch, S sequence, H hidden, N heads, V vocabulary, P ranks; ``_p`` marks this rank's part.
 
@@ -16,51 +16,31 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
-from transformers.models.gpt2.modeling_gpt2 import (
-    GPT2Block,
-    GPT2ForQuestionAnswering,
-    GPT2ForSequenceClassification,
-    GPT2ForTokenClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
-    GPT2PreTrainedModel,
-)
-from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2Model, GPT2PreTrainedModel
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from hf_megatron.errors import UnsupportedError
+from hf_megatron.models.forward import gathers_outputs
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
 from hf_megatron.models.pretrained import MegatronModelMixin
-from hf_megatron.modules import (
-    ParallelAttention,
-    VocabParallelHead,
-    causal_lm_loss,
-    gathers_attentions,
-    next_token_labels,
-)
+from hf_megatron.modules import ParallelAttention, activation
 from hf_megatron.partition import GPT2, PartitionTable
 from hf_megatron.tensor_parallel import (
     ColumnParallelLinear,
+    HiddenDropout,
     ReplicatedEmbedding,
     ReplicatedLayerNorm,
-    ReplicatedLinear,
     RowParallelLinear,
+    SequenceParallelRegion,
     VocabParallelEmbedding,
-    head_tp_plan_of,
-    synchronize_random_state,
+    replicated_parameters,
 )
 
-__all__ = [
-    "MegatronGPT2ForQuestionAnswering",
-    "MegatronGPT2ForSequenceClassification",
-    "MegatronGPT2ForTokenClassification",
-    "MegatronGPT2LMHeadModel",
-    "MegatronGPT2Model",
-    "MegatronGPT2PreTrainedModel",
-]
+__all__ = ["MegatronGPT2Model", "MegatronGPT2PreTrainedModel"]
 
 
 class MegatronGPT2Attention(ParallelAttention):
@@ -88,31 +68,34 @@ class MegatronGPT2Attention(ParallelAttention):
         self.c_proj = RowParallelLinear(
             hidden, hidden, weight_layout="in_out", specs=GPT2.module_specs("h.*.attn.c_proj")
         )
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.resid_dropout = HiddenDropout(config.resid_pdrop)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
+        region: SequenceParallelRegion | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend.
 
         Args:
-            hidden_states: [B, S, H], replicated.
+            hidden_states: [B, S, H], replicated; with a region [B, S_p, H], split on the sequence.
             past_key_values: Cache with this rank's heads.
             attention_mask: As for :meth:`ParallelAttention.attend`.
+            region: Where the hidden states lie, if they are split on the sequence.
             **kwargs: For the attention kernel.
 
         Returns:
-            [B, S, H], replicated, and the probabilities [B, N_p, S, S_k], split by heads, where they are kept.
+            Hidden states as they came, and the probabilities [B, N_p, S, S_k], split by heads, where they are kept.
 
-        Collective: all-reduce over tp, forward, in ``c_proj``; all-reduce over tp, backward, in ``c_attn``.
+        Collective: all-reduce over tp, forward, in ``c_proj``; all-reduce over tp, backward, in ``c_attn``. With a
+        region those of the layers.
         """
-        query, key, value = self.c_attn(hidden_states).chunk(3, dim=-1)
+        query, key, value = self.c_attn(hidden_states, region).chunk(3, dim=-1)
         context, probabilities = self.attend(query, key, value, attention_mask, past_key_values, **kwargs)
-        return self.resid_dropout(self.c_proj(context)), probabilities
+        return self.resid_dropout(self.c_proj(context, region), region), probabilities
 
 
 class MegatronGPT2MLP(nn.Module):
@@ -126,20 +109,28 @@ class MegatronGPT2MLP(nn.Module):
         self.c_proj = RowParallelLinear(
             inner, hidden, weight_layout="in_out", specs=GPT2.module_specs("h.*.mlp.c_proj")
         )
-        self.act = ACT2FN[config.activation_function]
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.act = activation(config.activation_function)
+        self.dropout = HiddenDropout(config.resid_pdrop)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[B, S, H] to [B, S, H], both replicated; in between [B, S, 4H_p], split on the last dim.
+    def forward(self, hidden_states: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
+        """[B, S, H] to [B, S, H], both replicated or, with a region, split on the sequence.
 
-        Collective: all-reduce over tp, forward, in ``c_proj``; all-reduce over tp, backward, in ``c_fc``.
+        In between it is [B, S, 4H_p], split on the last dim.
+
+        Collective: all-reduce over tp, forward, in ``c_proj``; all-reduce over tp, backward, in ``c_fc``. With a region
+        those of the layers.
         """
-        output: torch.Tensor = self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+        inner = self.act(self.c_fc(hidden_states, region))
+        output: torch.Tensor = self.dropout(self.c_proj(inner, region), region)
         return output
 
 
 class MegatronGPT2Block(GPT2Block):
-    """One layer; its input and output [B, S, H] are replicated, and so are norms, residuals and their dropout."""
+    """One layer.
+
+    Its input and output [B, S, H] are replicated, and so are norms, residuals and their dropout. With a region they are
+    split on the sequence, [B, S_p, H].
+    """
 
     def __init__(self, config: MegatronGPT2Config, layer_idx: int) -> None:
         nn.Module.__init__(self)
@@ -147,6 +138,27 @@ class MegatronGPT2Block(GPT2Block):
         self.attn = MegatronGPT2Attention(config, layer_idx)
         self.ln_2 = ReplicatedLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = MegatronGPT2MLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        region: SequenceParallelRegion | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As the class says; the other arguments are those of the attention.
+
+        Collective: two all-reduces over tp, forward; two backward. With a region those of the layers, and one
+        all-reduce over tp, backward, for the gradients of all norms and biases that are held whole.
+        """
+        if region is not None:
+            region = region.sharing(replicated_parameters(self))
+        attended, _ = self.attn(self.ln_1(hidden_states, region), past_key_values, attention_mask, region, **kwargs)
+        hidden_states = attended + hidden_states
+        output: torch.Tensor = hidden_states + self.mlp(self.ln_2(hidden_states, region), region)
+        return output
 
 
 class MegatronGPT2PreTrainedModel(MegatronModelMixin, GPT2PreTrainedModel):
@@ -177,155 +189,96 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
         self.embed_dim = config.hidden_size
         self.wte = VocabParallelEmbedding(config.vocab_size, self.embed_dim)
         self.wpe = ReplicatedEmbedding(config.max_position_embeddings, self.embed_dim)
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.drop = HiddenDropout(config.embd_pdrop)
         self.h = nn.ModuleList([MegatronGPT2Block(config, i) for i in range(config.num_hidden_layers)])
         self.ln_f = ReplicatedLayerNorm(self.embed_dim, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
 
-    forward = gathers_attentions(GPT2Model.forward)
-
-
-class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
-    """GPT-2 with the language-modeling head, which in training computes the loss without the logits.
-
-    Attributes:
-        fuses_head_and_loss: Set to False, outputs have logits in training too, gathered on every rank.
-    """
-
-    fuses_head_and_loss = True
-    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2LMHeadModel")
-    _tied_weights_keys = None  # a tied head has no parameter of its own
-    has_vocab_parallel_loss = True
-    accepts_loss_kwargs = True
-
-    def __init__(self, config: MegatronGPT2Config) -> None:
-        self._init_pretrained(config)
-        self.loss_type = "ForCausalLM"  # labels are shifted: Trainer counts the predicted tokens only
-        self.transformer = MegatronGPT2Model(config)
-        self.lm_head = VocabParallelHead(config.n_embd, config.vocab_size, is_tied=config.tie_word_embeddings)
-        self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The head if it has a weight of its own."""
-        return None if self.lm_head.weight is None else self.lm_head
-
-    @can_return_tuple  # type: ignore[untyped-decorator]
-    @wraps(GPT2LMHeadModel.forward)
+    @gathers_outputs
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs  # type: ignore[untyped-decorator]
+    @wraps(GPT2Model.forward)
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        *,
+        region: SequenceParallelRegion | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithCrossAttentions:
-        loss_kwargs = {
-            name: kwargs.pop(name)
-            for name in ("shift_labels", "num_items_in_batch", "ignore_index", "label_smoothing")
-            if name in kwargs
-        }
-        outputs = self.transformer(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        # Written out, as the stock one has no place for where the hidden states become split and whole again.
+        if encoder_hidden_states is not None:
+            raise UnsupportedError("encoder_hidden_states: these models have no cross-attention; leave it out.")
+        for name in ("output_attentions", "output_hidden_states"):  # recorded on the way, by capture_outputs
+            kwargs.pop(name, None)
+        if input_ids is not None and inputs_embeds is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            inputs_embeds = self.wte(input_ids.view(-1, input_ids.shape[-1]))
+            batch_shape = input_ids.shape[:-1]
+        elif input_ids is None and inputs_embeds is not None:
+            batch_shape = inputs_embeds.shape[:-2]
+        else:
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+        if attention_mask is not None and attention_mask.ndim < 4:
+            attention_mask = attention_mask.view(inputs_embeds.shape[0], -1)
+        attention_mask = create_causal_mask(
+            config=self.config,
             inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            use_cache=use_cache,
-            **kwargs,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
         )
-        hidden_states = outputs.last_hidden_state
-        if not isinstance(logits_to_keep, int) or logits_to_keep:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            hidden_states = hidden_states[:, kept, :]
-        loss, logits = self._loss_and_logits(hidden_states, labels, loss_kwargs)
-        return CausalLMOutputWithCrossAttentions(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+        hidden_states = inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device)
+        if token_type_ids is not None:
+            hidden_states = hidden_states + self.wte(token_type_ids.view(-1, inputs_embeds.shape[1]))
+        cache = None if self.gradient_checkpointing and self.training else past_key_values
+        hidden_states = self._transform(
+            hidden_states, cache, attention_mask, region, position_ids=position_ids, use_cache=use_cache, **kwargs
+        )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states.view(*batch_shape, *hidden_states.shape[-2:]),
+            past_key_values=past_key_values if use_cache else None,
         )
 
-    def _loss_and_logits(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, loss_kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The loss, a scalar, if there are labels [B, S]; the logits [B, S, V], unless the loss is all it takes.
+    def _transform(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None,
+        attention_mask: torch.Tensor | None,
+        region: SequenceParallelRegion | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """From the embeddings' dropout to the last norm.
 
-        All of them are replicated.
+        Args:
+            hidden_states: The sum of the embeddings [B, S, H], replicated.
+            past_key_values: As for the attention.
+            attention_mask: As for the attention.
+            region: Where to split the hidden states on the sequence, if they are to be.
+            **kwargs: For the attention kernel.
+
+        Returns:
+            [B, S, H], replicated; with a region [B, S_p, H], split on the sequence.
         """
-        embedding, vocab_size = self.transformer.wte.weight, self.config.vocab_size
-        own_loss = getattr(self, "_loss_function", None)  # set by ``model.loss_function = ...``
-        if labels is not None and self.training and self.fuses_head_and_loss and own_loss is None:
-            targets = loss_kwargs.pop("shift_labels", None)
-            if targets is None:
-                targets = next_token_labels(labels, loss_kwargs.get("ignore_index", -100))
-            return self.lm_head.loss(hidden_states, targets, embedding, **loss_kwargs), None
-        shard = self.lm_head(hidden_states, embedding)  # [B, S, V_p], split on the last dim
-        logits = self.lm_head.gather(shard)
-        if labels is None:
-            return None, logits
-        if own_loss is not None:
-            return own_loss(logits, labels, vocab_size=vocab_size, **loss_kwargs), logits
-        return causal_lm_loss(self.tp_group, shard, labels, vocab_size=vocab_size, **loss_kwargs), logits
-
-    @wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Stock ``generate``; every rank must call it, and sampling gives every rank the same tokens.
-
-        Collective: broadcast over tp of the random state, once.
-        """
-        synchronize_random_state(self.tp_group, self.device)
-        return super().generate(*args, **kwargs)
-
-
-class MegatronGPT2ForSequenceClassification(MegatronGPT2PreTrainedModel, GPT2ForSequenceClassification):
-    """GPT-2 that classifies a sequence by its last token; the head is replicated."""
-
-    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForSequenceClassification")
-
-    def __init__(self, config: MegatronGPT2Config) -> None:
-        self._init_pretrained(config)
-        self.num_labels = config.num_labels
-        self.transformer = MegatronGPT2Model(config)
-        self.score = ReplicatedLinear(config.n_embd, self.num_labels, bias=False)
-        self.post_init()
-
-
-class MegatronGPT2ForTokenClassification(MegatronGPT2PreTrainedModel, GPT2ForTokenClassification):
-    """GPT-2 that classifies every token; the head is replicated."""
-
-    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForTokenClassification")
-
-    def __init__(self, config: MegatronGPT2Config) -> None:
-        self._init_pretrained(config)
-        self.num_labels = config.num_labels
-        self.transformer = MegatronGPT2Model(config)
-        # The stock class looks for two names, of which its config has neither, before it settles on 0.1.
-        candidates = (getattr(config, "classifier_dropout", None), getattr(config, "hidden_dropout", None), 0.1)
-        self.dropout = nn.Dropout(next(p for p in candidates if p is not None))
-        self.classifier = ReplicatedLinear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-
-class MegatronGPT2ForQuestionAnswering(MegatronGPT2PreTrainedModel, GPT2ForQuestionAnswering):
-    """GPT-2 that marks the start and the end of an answer; the head is replicated."""
-
-    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForQuestionAnswering")
-
-    def __init__(self, config: MegatronGPT2Config) -> None:
-        self._init_pretrained(config)
-        self.num_labels = config.num_labels
-        self.transformer = MegatronGPT2Model(config)
-        self.qa_outputs = ReplicatedLinear(config.hidden_size, 2)
-        self.post_init()
+        if region is not None:
+            hidden_states = region.scatter(hidden_states)
+        hidden_states = self.drop(hidden_states, region)
+        for block in self.h:
+            hidden_states = block(hidden_states, past_key_values, attention_mask, region=region, **kwargs)
+        if region is not None:
+            region = region.sharing(replicated_parameters(self.ln_f))
+        normalised: torch.Tensor = self.ln_f(hidden_states, region)
+        return normalised

@@ -1,0 +1,74 @@
+"""What the forwards of the base models share: sequence parallelism for the call, and outputs that are whole."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+from hf_megatron.tensor_parallel import SequenceParallelRegion, gather_from_tensor_parallel_region
+
+__all__ = ["gathers_outputs", "region_of_call"]
+
+
+def region_of_call(
+    model: Any, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> SequenceParallelRegion | None:
+    """Where the layers of this call keep their hidden states, if those are split on the sequence.
+
+    A sequence with fewer positions than there are ranks is not split: a step of decoding has one.
+
+    Args:
+        model: A model of this package.
+        input_ids: [..., S].
+        inputs_embeds: [..., S, H], in the place of ``input_ids``.
+    """
+    if not model.sequence_parallel or (input_ids is None and inputs_embeds is None):
+        return None
+    length = inputs_embeds.shape[-2] if inputs_embeds is not None else input_ids.shape[-1]  # type: ignore[union-attr]
+    return SequenceParallelRegion(model.tp_group, length) if length >= model.tp_group.size else None
+
+
+def gathers_outputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the forward of a base model whose modules are parallel ones.
+
+    Where attention probabilities are asked for, each module gives those of this rank's heads; the result has all of
+    them, [B, N, S_q, S_k] per layer, replicated. With sequence parallelism each layer gives the hidden states of this
+    rank's positions; the result has all of them, [B, S, H], replicated.
+
+    A head that gathers the last hidden states itself hands in the call's ``region``; they are then left split.
+
+    Collective: all-gather over tp, forward, per layer, if attentions are asked for; with sequence parallelism another
+    for the last hidden states, and per layer, if hidden states are asked for.
+    """
+    signature = inspect.signature(forward)
+
+    @wraps(forward)
+    def forward_and_gather(self: Any, *args: Any, region: SequenceParallelRegion | None = None, **kwargs: Any) -> Any:
+        return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        is_for_head = region is not None
+        if not is_for_head and self.sequence_parallel:
+            given = signature.bind(self, *args, **kwargs).arguments
+            region = region_of_call(self, given.get("input_ids"), given.get("inputs_embeds"))
+        outputs = forward(self, *args, return_dict=True, region=region, **kwargs)
+        if self.tp_group.size > 1 and outputs.attentions is not None:
+            outputs.attentions = tuple(
+                gather_from_tensor_parallel_region(self.tp_group, part, dim=1, size=self.config.num_attention_heads)
+                for part in outputs.attentions
+            )
+        if region is not None:
+            if outputs.hidden_states is not None:
+                outputs.hidden_states = tuple(_whole(region, state) for state in outputs.hidden_states)
+            if not is_for_head:
+                outputs.last_hidden_state = _whole(region, outputs.last_hidden_state)
+        return outputs if return_dict else outputs.to_tuple()
+
+    return forward_and_gather
+
+
+def _whole(region: SequenceParallelRegion, state: torch.Tensor | None) -> torch.Tensor | None:
+    """[..., S, H], replicated, of [..., S_p, H], unless it is that already or was not asked for."""
+    return state if state is None or state.shape[-2] == region.length else region.gather(state)

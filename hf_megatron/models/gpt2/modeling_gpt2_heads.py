@@ -1,0 +1,198 @@
+"""GPT-2 with its heads: language modeling, and the fine-tuning tasks.
+
+The language-modeling head is cut along the vocabulary; those of the other tasks are replicated.
+
+Shapes: B batch, S sequence, H hidden, V vocabulary; ``_p`` marks this rank's part.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.models.gpt2.modeling_gpt2 import (
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+)
+from transformers.utils import can_return_tuple
+
+from hf_megatron.models.forward import region_of_call
+from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
+from hf_megatron.models.gpt2.modeling_gpt2 import MegatronGPT2Model, MegatronGPT2PreTrainedModel
+from hf_megatron.modules import VocabParallelHead, causal_lm_loss, next_token_labels, tied_weight
+from hf_megatron.partition import GPT2
+from hf_megatron.tensor_parallel import (
+    ReplicatedLinear,
+    SequenceParallelRegion,
+    head_tp_plan_of,
+    synchronize_random_state,
+)
+
+__all__ = [
+    "MegatronGPT2ForQuestionAnswering",
+    "MegatronGPT2ForSequenceClassification",
+    "MegatronGPT2ForTokenClassification",
+    "MegatronGPT2LMHeadModel",
+]
+
+
+class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
+    """GPT-2 with the language-modeling head, which in training computes the loss without the logits.
+
+    Attributes:
+        fuses_head_and_loss: Set to False, outputs have logits in training too, gathered on every rank.
+    """
+
+    fuses_head_and_loss = True
+    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2LMHeadModel")
+    _tied_weights_keys = None  # a tied head has no parameter of its own
+    has_vocab_parallel_loss = True
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: MegatronGPT2Config) -> None:
+        self._init_pretrained(config)
+        self.loss_type = "ForCausalLM"  # labels are shifted: Trainer counts the predicted tokens only
+        self.transformer = MegatronGPT2Model(config)
+        self.lm_head = VocabParallelHead(config.n_embd, config.vocab_size, is_tied=config.tie_word_embeddings)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head if it has a weight of its own."""
+        return None if self.lm_head.weight is None else self.lm_head
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    @wraps(GPT2LMHeadModel.forward)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithCrossAttentions:
+        loss_kwargs: dict[str, Any] = {
+            name: kwargs.pop(name)
+            for name in ("shift_labels", "num_items_in_batch", "ignore_index", "label_smoothing")
+            if name in kwargs
+        }
+        region = region_of_call(self.transformer, input_ids, inputs_embeds)
+        with tied_weight(self, self.transformer.wte, self.lm_head, labels) as embedding:
+            outputs = self.transformer(
+                input_ids,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                use_cache=use_cache,
+                region=region,
+                **kwargs,
+            )
+        hidden_states = outputs.last_hidden_state
+        if not isinstance(logits_to_keep, int) or logits_to_keep:
+            if region is not None:
+                hidden_states, region = region.gather(hidden_states), None
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden_states = hidden_states[:, kept, :]
+        loss, logits = self._loss_and_logits(hidden_states, embedding, labels, region, loss_kwargs)
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss_and_logits(
+        self,
+        hidden_states: torch.Tensor,
+        embedding: torch.Tensor,
+        labels: torch.Tensor | None,
+        region: SequenceParallelRegion | None,
+        loss_kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The loss, a scalar, if there are labels [B, S]; the logits [B, S, V], unless the loss is all it takes.
+
+        All of them are replicated; the hidden states [B, S_p, H] are split on the sequence if there is a region.
+        """
+        vocab_size = self.config.vocab_size
+        own_loss = getattr(self, "_loss_function", None)  # set by ``model.loss_function = ...``
+        if labels is not None and self.training and self.fuses_head_and_loss and own_loss is None:
+            targets = loss_kwargs.pop("shift_labels", None)
+            if targets is None:
+                targets = next_token_labels(labels, loss_kwargs.get("ignore_index", -100))
+            return self.lm_head.loss(hidden_states, targets, embedding, region=region, **loss_kwargs), None
+        shard = self.lm_head(hidden_states, embedding, region=region)  # [B, S, V_p], split on the last dim
+        logits = self.lm_head.gather(shard)
+        if labels is None:
+            return None, logits
+        if own_loss is not None:
+            return own_loss(logits, labels, vocab_size=vocab_size, **loss_kwargs), logits
+        return causal_lm_loss(self.tp_group, shard, labels, vocab_size=vocab_size, **loss_kwargs), logits
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock ``generate``; every rank must call it, and sampling gives every rank the same tokens.
+
+        Collective: broadcast over tp of the random state, once.
+        """
+        synchronize_random_state(self.tp_group, self.device)
+        return super().generate(*args, **kwargs)
+
+
+class MegatronGPT2ForSequenceClassification(MegatronGPT2PreTrainedModel, GPT2ForSequenceClassification):
+    """GPT-2 that classifies a sequence by its last token; the head is replicated."""
+
+    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForSequenceClassification")
+
+    def __init__(self, config: MegatronGPT2Config) -> None:
+        self._init_pretrained(config)
+        self.num_labels = config.num_labels
+        self.transformer = MegatronGPT2Model(config)
+        self.score = ReplicatedLinear(config.n_embd, self.num_labels, bias=False)
+        self.post_init()
+
+
+class MegatronGPT2ForTokenClassification(MegatronGPT2PreTrainedModel, GPT2ForTokenClassification):
+    """GPT-2 that classifies every token; the head is replicated."""
+
+    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForTokenClassification")
+
+    def __init__(self, config: MegatronGPT2Config) -> None:
+        self._init_pretrained(config)
+        self.num_labels = config.num_labels
+        self.transformer = MegatronGPT2Model(config)
+        # The stock class looks for two names, of which its config has neither, before it settles on 0.1.
+        candidates = (getattr(config, "classifier_dropout", None), getattr(config, "hidden_dropout", None), 0.1)
+        self.dropout = nn.Dropout(next(p for p in candidates if p is not None))
+        self.classifier = ReplicatedLinear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class MegatronGPT2ForQuestionAnswering(MegatronGPT2PreTrainedModel, GPT2ForQuestionAnswering):
+    """GPT-2 that marks the start and the end of an answer; the head is replicated."""
+
+    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForQuestionAnswering")
+
+    def __init__(self, config: MegatronGPT2Config) -> None:
+        self._init_pretrained(config)
+        self.num_labels = config.num_labels
+        self.transformer = MegatronGPT2Model(config)
+        self.qa_outputs = ReplicatedLinear(config.hidden_size, 2)
+        self.post_init()

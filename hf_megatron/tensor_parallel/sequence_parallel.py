@@ -1,0 +1,104 @@
+"""Sequence parallelism: what lies between the parallel regions, on this rank's part of the sequence only.
+
+With tensor parallelism alone every rank holds all positions there and does the same work on them: norms, dropout,
+residuals. With sequence parallelism each rank keeps and computes its own positions. Its parallel regions begin with an
+all-gather and end with a reduce-scatter, which together send what the all-reduces sent.
+
+A :class:`SequenceParallelRegion` belongs to one call of a model and is handed down to the layers. A layer that gets
+none runs as without sequence parallelism; so a call can do without it, and short ones do.
+
+Shapes: B batch, S sequence, S_p this rank's positions of it, H hidden.
+
+Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from hf_megatron.tensor_parallel.group import TensorParallelGroup, local
+from hf_megatron.tensor_parallel.mappings import (
+    copy_to_tensor_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    scatter_to_tensor_parallel_region,
+)
+from hf_megatron.tensor_parallel.products import gathered_products
+from hf_megatron.tensor_parallel.random import sliced_dropout
+
+__all__ = ["SequenceParallelRegion"]
+
+_SEQUENCE_DIM = -2
+
+
+@dataclass(frozen=True)
+class SequenceParallelRegion:
+    """Hidden states [B, S_p, H], split on the sequence as ``torch.chunk`` cuts it; parts may be uneven, or empty.
+
+    Attributes:
+        group: The tensor-parallel group.
+        length: S.
+        shared: What :meth:`sharing` has added, by the parameters' ids.
+    """
+
+    group: TensorParallelGroup
+    length: int
+    shared: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    def sharing(self, parameters: Iterable[torch.Tensor]) -> SequenceParallelRegion:
+        """The region with parameters that are held whole and used in it; a block calls this once, for all of them.
+
+        Each rank sees other positions, so the gradients of norms and biases are partial sums. The backward pass makes
+        them whole together, when it has come to the last one.
+
+        Collective: all-reduce over tp, backward, of all of these parameters' gradients.
+        """
+        parameters = list(parameters)
+        copies = copy_to_tensor_parallel_region(self.group, *(local(parameter) for parameter in parameters))
+        return replace(self, shared={id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)})
+
+    def parameter(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter that is shared, replicated, to be used on this rank's positions or heads."""
+        return self.shared[id(parameter)]
+
+    def scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """Begin: [B, S, H], replicated, to [B, S_p, H].
+
+        Collective: all-gather over tp, backward.
+        """
+        return scatter_to_tensor_parallel_region(self.group, x, dim=_SEQUENCE_DIM)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """End: [B, S_p, H] to [B, S, H], replicated, with a gradient that is the same on all ranks.
+
+        Collective: all-gather over tp, forward.
+        """
+        return gather_from_tensor_parallel_region(self.group, x, dim=_SEQUENCE_DIM, size=self.length)
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Enter a parallel region: [B, S_p, H] to [B, S, H], replicated, with a gradient that is a partial sum.
+
+        Collective: all-gather over tp, forward; reduce-scatter over tp, backward.
+        """
+        return gather_from_sequence_parallel_region(self.group, x, dim=_SEQUENCE_DIM, size=self.length)
+
+    def enter_products(
+        self, x: torch.Tensor, weights: Sequence[torch.Tensor], *, is_transposed: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """Enter a parallel region that begins with products, see :func:`gathered_products`."""
+        return gathered_products(self.group, x, weights, length=self.length, is_transposed=is_transposed)
+
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        """Leave a parallel region: partial sums [B, S, H] to [B, S_p, H].
+
+        Collective: reduce-scatter over tp, forward; all-gather over tp, backward.
+        """
+        return reduce_scatter_to_sequence_parallel_region(self.group, x, dim=_SEQUENCE_DIM)
+
+    def dropout(self, x: torch.Tensor, p: float) -> torch.Tensor:
+        """Dropout on [B, S_p, H] with the mask that the whole sequence would get on one rank."""
+        return sliced_dropout(self.group, x, p, dim=_SEQUENCE_DIM, size=self.length)

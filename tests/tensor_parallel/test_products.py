@@ -1,0 +1,54 @@
+"""Products whose communication travels while other products are computed; their values are tested with the layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_megatron.tensor_parallel import ColumnParallelLinear
+from tests.tensor_parallel.ranks import Pool, group
+
+
+class _Order(TorchDispatchMode):
+    """The names of products and collectives, as they are issued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if name in ("mm", "addmm", "allreduce_"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _order() -> tuple[list[str], list[bool]]:
+    layer = ColumnParallelLinear(4, 6)
+    layer.set_tensor_parallel(group())
+    x = torch.ones(3, 4, requires_grad=True)
+    output = layer(x)
+    are_async = []
+    original: Any = dist.all_reduce
+
+    def all_reduce(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+        are_async.append(async_op)
+        return original(*args, async_op=async_op, **kwargs)
+
+    dist.all_reduce = all_reduce
+    try:
+        with _Order() as order:
+            output.sum().backward()
+    finally:
+        dist.all_reduce = original
+    return order.names, are_async
+
+
+def test_the_sum_travels_while_the_weight_s_gradient_is_computed(pool: Pool) -> None:
+    """Catches a sum that is waited for before the next product, or begun after it."""
+    for names, are_async in pool(2).run(_order):
+        assert names == ["mm", "allreduce_", "mm"]
+        assert are_async == [True]
