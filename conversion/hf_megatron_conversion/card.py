@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from hf_megatron.checkpoint import DTYPES, itemsize
+from hf_megatron_conversion.card_text import card_text
 from hf_megatron_conversion.files import TextFile
 from hf_megatron_conversion.formats.base import Model
 from hf_megatron_conversion.tensors import Readable
@@ -26,7 +27,7 @@ def model_card(
     verified: bool,
     mismatch: str | None,
 ) -> TextFile:
-    """The source's README.md with a section on this conversion, or a card of that section only.
+    """The source's README.md with a section on this conversion; a card of what the configuration says if it has none.
 
     The section of an earlier conversion is replaced; the rest (licence, authors, intended use) stays as it is.
 
@@ -65,7 +66,7 @@ def model_card(
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     section = f"{_BEGIN}\n## Conversion\n\n| | |\n| --- | --- |\n{table}\n\nMade with `hf-megatron convert`.\n{_END}\n"
     path = model.directory / "README.md"
-    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else _front_matter(model)
+    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else _new_card(config, architecture)
     return TextFile("README.md", _with_section(before, section).encode())
 
 
@@ -83,10 +84,9 @@ def _origin(model: Model) -> str:
     return f"{model.format}{degree}{version}"
 
 
-def _front_matter(model: Model) -> str:
-    return (
-        f"---\nlibrary_name: transformers\ntags:\n- {model.table.architecture}\n---\n\n# {model.model_class.stock}\n\n"
-    )
+def _new_card(config: Mapping[str, Any], title: str) -> str:
+    summary = "The checkpoint came without a card. What stands here follows from its configuration."
+    return card_text(config, title=title, summary=summary)
 
 
 def _with_section(card: str, section: str) -> str:

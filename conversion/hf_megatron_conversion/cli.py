@@ -33,7 +33,7 @@ __all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     name="hf-megatron",
-    help="GPT-2 and BERT the Megatron way: convert checkpoints, look into them, compare them.",
+    help="GPT-2 and BERT the Megatron way: convert checkpoints, look into them, plan and evaluate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -148,6 +148,96 @@ def verify(
     del shown["mismatched"]
     title = "The same model" if verification.equal else "Not the same model"
     return _finish(title, result, as_json, shown=shown, code=_DONE if verification.equal else _CHECK_FAILED)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A size of the paper such as gpt2-8.3b, a config.json, a directory, or a repository."
+        ),
+    ],
+    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")] = 1,
+    dp: Annotated[int, typer.Option("--dp", help="Data-parallel degree.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", help="Pipeline stages: 1, as these models have none.")] = 1,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="Find the best TP x DP for so many GPUs instead.")
+    ] = None,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", help="Sequences a rank computes at a time.")] = 1,
+    seq: Annotated[
+        int | None, typer.Option("--seq", help="Tokens per sequence; the model's longest by default.")
+    ] = None,
+    accumulation: Annotated[int, typer.Option("--accumulation", help="Micro-batches per optimizer step.")] = 1,
+    device: Annotated[
+        str, typer.Option("--device", help="v100-32gb, a100-80gb, h100, h200, or a JSON file that describes one.")
+    ] = "a100-80gb",
+    precision: Annotated[
+        Literal["fp32", "amp", "bf16", "master"],
+        typer.Option("--precision", help="amp: float32 weights, 16-bit autocast; master: 16-bit, float32 copies."),
+    ] = "amp",
+    recompute: Annotated[
+        Literal["none", "selective", "full"], typer.Option("--recompute", help="What the backward pass computes again.")
+    ] = "none",
+    attention: Annotated[Literal["sdpa", "eager"], typer.Option("--attention", help="Fused, or written out.")] = "sdpa",
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel", help="Split along the sequence what TP replicates.")
+    ] = False,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Data-parallel ranks share weights and optimizer.")] = False,
+    dropout: Annotated[bool, typer.Option("--dropout/--no-dropout", help="The configuration's dropout.")] = True,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw memory by kind over TP degrees.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Say what training needs per rank, whether it fits, and how long a step takes, before anything is rented."""
+    result, shown = _import_library("hf_megatron_conversion.planning").plan_run(
+        model,
+        device=device,
+        precision=precision,
+        sequence_length=seq,
+        pp_size=pp,
+        num_gpus=gpus,
+        plot=plot,
+        tp_size=tp,
+        dp_size=dp,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        recompute=recompute,
+        attention=attention,
+        sequence_parallel=sequence_parallel,
+        fsdp=fsdp,
+        dropout=dropout,
+    )
+    return _finish(model, result, as_json, shown=shown)
+
+
+@app.command()
+def evaluate(
+    task: Annotated[Literal["wikitext103", "lambada"], typer.Argument(metavar="TASK", help="wikitext103 or lambada.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A hub or tp directory, or a repository, of a causal language model.")
+    ],
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="wiki.test.tokens, or lambada_test.jsonl.")],
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree.")] = 1,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", metavar="DIR", help="The tokenizer, if MODEL has none.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", min=1, help="How far windows advance: 32; more is quicker.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences at a time.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"] | None,
+        typer.Option("--dtype", help="What to compute in; the checkpoint's by default."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Measure WikiText-103 perplexity or LAMBADA accuracy by the protocol of Megatron-LM's paper."""
+    result = _import_library("hf_megatron_conversion.evaluation").evaluate(
+        task, model, data=data, tp_size=tp, tokenizer=tokenizer, dtype=dtype, batch_size=batch_size, stride=stride
+    )
+    return _DONE if result is None else _finish(f"{task} of {model}", result, as_json)
 
 
 def main() -> None:

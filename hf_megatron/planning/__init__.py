@@ -1,0 +1,35 @@
+"""What a training run needs, and how fast it is, before any machine is rented: from the partition table, without torch.
+
+    from hf_megatron.planning import MACHINES, ModelShape, Run, plan
+
+    shape = ModelShape.from_config(config.to_dict())
+    result = plan(shape, Run(tp_size=8, micro_batch=8, recompute="full"), MACHINES["a100-80gb"])
+    print(result.memory.peak, result.fits, result.time.total)
+
+``hf-megatron plan`` is the same on the command line.
+"""
+
+from hf_megatron.planning.machine import MACHINES, Machine, machine_named
+from hf_megatron.planning.memory import MemoryPlan, plan_memory
+from hf_megatron.planning.planner import Plan, StepTime, layouts, plan
+from hf_megatron.planning.run import PRECISIONS, Precision, Run
+from hf_megatron.planning.shape import ModelShape
+from hf_megatron.planning.traffic import Collective, collectives
+
+__all__ = [
+    "MACHINES",
+    "PRECISIONS",
+    "Collective",
+    "Machine",
+    "MemoryPlan",
+    "ModelShape",
+    "Plan",
+    "Precision",
+    "Run",
+    "StepTime",
+    "collectives",
+    "layouts",
+    "machine_named",
+    "plan",
+    "plan_memory",
+]

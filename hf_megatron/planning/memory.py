@@ -1,0 +1,142 @@
+"""Bytes on the rank that needs most of them, by kind.
+
+Parameters, gradients and optimizer follow from the partition table, to the byte. Activations are summed up from
+``activations``. The peak is the larger of two moments: the loss, when all activations are there and no gradient is, and
+the end of the backward pass, when it is the other way around. In between, each layer trades one for the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import ceil, prod
+
+from hf_megatron.planning.activations import (
+    Kept,
+    kept_by_embedding,
+    kept_by_head,
+    kept_by_layer,
+    kept_by_loss,
+    kept_for_recomputation,
+)
+from hf_megatron.planning.run import Run
+from hf_megatron.planning.shape import ModelShape
+
+__all__ = ["MemoryPlan", "gathered_parts", "local_numel", "plan_memory"]
+
+_STEP_COUNTER = 4  # bytes; torch's Adam has one for each parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on one rank.
+
+    Attributes:
+        parameters: Weights.
+        gradients: Their gradients.
+        optimizer: Adam's state.
+        activations: What autograd holds at the end of the forward pass, without the loss; and where layers are
+            recomputed, one layer while that happens.
+        logits_and_loss: The largest that logits, softmax and their gradient are together.
+        communication: Buffers of collectives; with FSDP also the parameters that are gathered.
+        peak: The most there is at any moment. Less than the sum, since activations go as gradients come.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits_and_loss: int
+    communication: int
+    peak: int
+
+
+def plan_memory(shape: ModelShape, run: Run) -> MemoryPlan:
+    """What a training step needs on rank 0, which holds the largest shards."""
+    precision = run.precision
+    shards = run.dp_size if run.fsdp else 1
+    count, tensors = local_numel(shape, run.tp_size, shards)
+    parameters, gradients = count * precision.parameter, count * precision.gradient
+    optimizer = count * precision.optimizer + tensors * _STEP_COUNTER
+
+    one_layer = _total(kept_by_layer(shape, run))
+    recomputed = one_layer if run.recompute == "full" else 0
+    per_layer = kept_for_recomputation(shape, run).bytes if recomputed else one_layer
+    ends = _total((*kept_by_embedding(shape, run), *kept_by_head(shape, run)))
+    if recomputed and run.attention == "eager" and shape.is_causal:
+        ends += run.micro_batch * run.sequence_length**2 * precision.residual  # the mask, an input of every layer
+    activations = ends + shape.num_layers * per_layer
+    logits, loss = _loss_bytes(shape, run)
+    communication = _communication_bytes(shape, run)
+
+    # Micro-batches after the first find the gradients of those before.
+    at_loss = activations + logits + loss + (gradients if run.accumulation > 1 else 0)
+    at_end = gradients + per_layer + recomputed + _second_embedding_gradient(shape, run)
+    return MemoryPlan(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations + recomputed,
+        logits_and_loss=logits + loss,
+        communication=communication,
+        peak=parameters + optimizer + communication + max(at_loss, at_end),
+    )
+
+
+def local_numel(shape: ModelShape, tp_size: int, shards: int = 1) -> tuple[int, int]:
+    """Elements of all parameters on rank 0, and the number of parameters.
+
+    Args:
+        shape: The model.
+        tp_size: Tensor-parallel degree.
+        shards: Over how many ranks FSDP2 cuts dim 0 of each tensor-parallel shard; short ones are padded.
+    """
+    tensors = shape.table.tensors(shape.config, shape.model_class).values()
+    shapes = [tensor.spec.shard_shape(tensor.shape, tp_size, 0) for tensor in tensors]
+    return sum(ceil(size[0] / shards) * prod(size[1:]) for size in shapes), len(shapes)
+
+
+def _total(kept: Iterable[Kept]) -> int:
+    return sum(tensor.bytes for tensor in kept)
+
+
+def _loss_bytes(shape: ModelShape, run: Run) -> tuple[int, int]:
+    """The logits or what takes their place in the backward pass, and what the loss keeps."""
+    elements, compute = run.predicted(shape) * ceil(shape.vocab_size / run.tp_size), run.precision.compute
+    logits = elements * compute
+    gradient = elements * 4 + (elements * compute if compute < 4 else 0)  # computed in float32, then cast
+    kept = _total(kept_by_loss(shape, run))
+    # One rank returns its logits with the loss, so that they are still there.
+    return (logits + gradient if run.tp_size == 1 and shape.is_causal else max(logits, gradient)), kept
+
+
+def _communication_bytes(shape: ModelShape, run: Run) -> int:
+    buffers = 0
+    if run.tp_size > 1:
+        buffers += run.tokens * shape.hidden_size * run.precision.compute  # the sum, beside what is added up
+    if run.dp_size > 1:
+        parts = list(gathered_parts(shape, run.tp_size))
+        largest, root = max(parts), parts[0]
+        if run.fsdp:
+            # The parts outside of the layers stay gathered; of the layers, one is used while the next one comes.
+            buffers += (root + 2 * parts[1]) * run.precision.compute
+        buffers += largest * run.precision.gradient
+    return buffers
+
+
+def gathered_parts(shape: ModelShape, tp_size: int) -> Iterator[int]:
+    """Elements on one tensor-parallel rank that FSDP2 gathers together: outside of the layers, and one layer."""
+    total, _ = local_numel(shape, tp_size)
+    layer = sum(
+        prod(tensor.spec.shard_shape(tensor.shape, tp_size, 0))
+        for name, tensor in shape.table.tensors(shape.config, shape.model_class).items()
+        if ".0." in name
+    )
+    yield total - shape.num_layers * layer
+    yield layer
+
+
+def _second_embedding_gradient(shape: ModelShape, run: Run) -> int:
+    """A tied embedding's gradient comes twice, from the head and from the lookup, and is added up at the end."""
+    is_tied = shape.has_vocabulary_head and bool(shape.config.get("tie_word_embeddings", True))
+    return ceil(shape.vocab_size / run.tp_size) * shape.hidden_size * run.precision.gradient if is_tied else 0

@@ -1,0 +1,177 @@
+"""The plan of a training run: memory, arithmetic, communication and time of one step, on one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hf_megatron.planning.machine import Machine
+from hf_megatron.planning.memory import MemoryPlan, local_numel, plan_memory
+from hf_megatron.planning.roofline import Operation, head_operations, layer_operations, optimizer_bytes
+from hf_megatron.planning.run import Run
+from hf_megatron.planning.shape import ModelShape
+from hf_megatron.planning.traffic import Collective, collectives, seconds
+
+__all__ = ["Plan", "StepTime", "layouts", "plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one optimizer step on one rank.
+
+    Attributes:
+        forward: Computing the forward pass.
+        backward: Computing the backward pass.
+        recomputation: Computing again what was not kept.
+        tensor_parallel: Collectives of tensor parallelism.
+        data_parallel: Collectives of data parallelism that the backward pass does not hide.
+        optimizer: Clipping and Adam.
+    """
+
+    forward: float
+    backward: float
+    recomputation: float
+    tensor_parallel: float
+    data_parallel: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(vars(self).values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run needs and how long its steps take.
+
+    Attributes:
+        shape: The model.
+        run: How it is trained.
+        machine: On what.
+        num_parameters: Of the whole model.
+        memory: Bytes on one rank.
+        fits: Whether the peak is within what a GPU has to offer.
+        model_flops: Floating-point operations of one step over all ranks, without recomputation.
+        collectives: Of one step.
+        time: Of one step.
+        scaling_efficiency: One rank's time for the same micro-batches, if it had the memory, divided by the time of
+            all ranks that share one together.
+    """
+
+    shape: ModelShape
+    run: Run
+    machine: Machine
+    num_parameters: int
+    memory: MemoryPlan
+    fits: bool
+    model_flops: int
+    collectives: tuple[Collective, ...]
+    time: StepTime
+    scaling_efficiency: float
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that a rank sends to others in one step."""
+        ranks = {"tp": self.run.tp_size, "dp": self.run.dp_size}
+        return round(sum(c.count * c.bytes_sent(ranks[c.group]) for c in self.collectives))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks."""
+        return self.run.tokens * self.run.accumulation * self.run.dp_size / self.time.total
+
+    @property
+    def flops_utilisation(self) -> float:
+        """Model FLOPs per second as a share of the peak of all GPUs (MFU)."""
+        compute = self.run.precision.compute
+        peak = self.machine.flops_16bit if compute == 2 else self.machine.flops_32bit
+        return self.model_flops / self.time.total / (self.run.num_ranks * peak)
+
+
+def plan(shape: ModelShape, run: Run, machine: Machine) -> Plan:
+    """Plan one training step.
+
+    Raises:
+        PartitionError: The degree or another size does not fit the model.
+        UnsupportedError: A sequence that is longer than the model allows.
+    """
+    run.check(shape)
+    memory, time = plan_memory(shape, run), _step_time(shape, run, machine)
+    alone = _step_time(shape, replace(run, tp_size=1, dp_size=1, fsdp=False, sequence_parallel=False), machine)
+    return Plan(
+        shape=shape,
+        run=run,
+        machine=machine,
+        num_parameters=local_numel(shape, 1)[0],
+        memory=memory,
+        fits=memory.peak <= machine.usable_bytes,
+        model_flops=model_flops(shape, run),
+        collectives=tuple(collectives(shape, run)),
+        time=time,
+        scaling_efficiency=alone.total / (run.tp_size * time.total),
+    )
+
+
+def model_flops(shape: ModelShape, run: Run) -> int:
+    """Operations of the matrix products of one step over all ranks: three times the forward pass's."""
+    whole = replace(run, tp_size=1, sequence_parallel=False, attention="eager")
+    forward = shape.num_layers * sum(o.flops for o in layer_operations(shape, whole))
+    forward += sum(o.flops for o in head_operations(shape, whole))
+    return 3 * forward * run.accumulation * run.dp_size
+
+
+def layouts(shape: ModelShape, run: Run, machine: Machine, num_ranks: int) -> list[Plan]:
+    """Every way to divide ``num_ranks`` GPUs into tensor- and data-parallel ones, the best first.
+
+    Best is what fits and trains most tokens per second; what does not fit comes last, by its peak. A tensor-parallel
+    group stays inside a node.
+
+    Args:
+        shape: The model.
+        run: Batch, precision and so on; its degrees are replaced.
+        machine: The machine.
+        num_ranks: Number of GPUs.
+    """
+    plans = []
+    for tp_size in range(1, min(num_ranks, machine.gpus_per_node) + 1):
+        if num_ranks % tp_size:
+            continue
+        candidate = replace(run, tp_size=tp_size, dp_size=num_ranks // tp_size)
+        try:
+            plans.append(plan(shape, candidate, machine))
+        except ValueError:  # a degree that the model cannot be cut to
+            continue
+    return sorted(plans, key=lambda p: (not p.fits, -p.tokens_per_second if p.fits else p.memory.peak))
+
+
+def _step_time(shape: ModelShape, run: Run, machine: Machine) -> StepTime:
+    layer, head = list(layer_operations(shape, run)), list(head_operations(shape, run))
+    forward = shape.num_layers * _forward(layer, machine) + _forward(head, machine)
+    backward = sum(
+        times * sum(operation.backward_seconds(machine) for operation in operations)
+        for times, operations in ((shape.num_layers, layer), (1, head))
+    )
+    again: list[Operation] = []
+    if run.recompute == "full":
+        again = layer
+    elif run.recompute == "selective" and run.keeps_probabilities(shape):
+        again = [operation for operation in layer if operation.name in _ATTENTION]
+    travel = {"tp": 0.0, "dp": 0.0}
+    for collective in collectives(shape, run):
+        travel[collective.group] += seconds(collective, run, machine)
+    # Gradients are reduced while those of earlier layers are computed; the last micro-batch's backward hides them.
+    return StepTime(
+        forward=forward * run.accumulation,
+        backward=backward * run.accumulation,
+        recomputation=shape.num_layers * _forward(again, machine) * run.accumulation,
+        tensor_parallel=travel["tp"],
+        data_parallel=max(0.0, travel["dp"] - backward),
+        optimizer=optimizer_bytes(shape, run) / machine.bandwidth,
+    )
+
+
+_ATTENTION = ("scores and context", "scale and mask", "softmax", "attention dropout")
+
+
+def _forward(operations: list[Operation], machine: Machine) -> float:
+    return sum(operation.forward_seconds(machine) for operation in operations)

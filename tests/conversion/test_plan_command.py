@@ -1,0 +1,171 @@
+"""``hf-megatron plan`` as a user or a script meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_megatron.presets import PRESETS
+from hf_megatron_conversion import cli, convert
+from tests.repository import ROOT
+
+_KEYS = {
+    "num_parameters",
+    "bytes_per_rank",
+    "collectives_per_step",
+    "bytes_communicated_per_step",
+    "step_seconds",
+    "scaling_efficiency",
+}
+_LARGEST = ["gpt2-8.3b", "--tp", "8", "--micro-batch", "8", "--seq", "1024", "--recompute", "full"]
+
+
+def _run(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, dict[str, Any], str]:
+    code = cli.run(["plan", *map(str, arguments), "--json"])
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1
+    return code, json.loads(out), err
+
+
+def test_keys_that_scripts_rely_on(capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches keys gone missing, and options that do not arrive."""
+    options = ["--dp", "4", "--device", "v100-32gb", "--precision", "master", "--accumulation", "2", "--no-dropout"]
+    code, result, _ = _run(capfd, *_LARGEST, *options, "--sequence-parallel", "--fsdp", "--attention", "eager")
+    assert (code, set(result) >= _KEYS) == (0, True)
+    assert result["num_parameters"] == 8_314_143_744
+    kinds = {"parameters", "gradients", "optimizer", "activations", "logits_and_loss", "communication", "peak"}
+    assert set(result["bytes_per_rank"]) == kinds
+    assert all(isinstance(size, int) for size in result["bytes_per_rank"].values())
+    assert result["collectives_per_step"] == sum(c["count"] for c in result["collectives"]) > 0
+    assert result["bytes_communicated_per_step"] > 0
+    assert result["step_seconds"] == pytest.approx(sum(result["seconds"].values()))
+    assert 0 < result["scaling_efficiency"] < 1
+    assert result["run"] == {
+        "micro_batch": 8,
+        "sequence_length": 1024,
+        "accumulation": 2,
+        "tp_size": 8,
+        "dp_size": 4,
+        "fsdp": True,
+        "sequence_parallel": True,
+        "recompute": "full",
+        "attention": "eager",
+        "precision": "master",
+        "dropout": False,
+        "labelled": 0.15,
+        "device": "cuda",
+    }
+
+
+def test_layouts_for_a_number_of_gpus(capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches advice that is not the best of the layouts listed."""
+    code, result, _ = _run(capfd, "gpt2-8.3b", "--gpus", "16", "--micro-batch", "4", "--recompute", "full")
+    assert code == 0
+    fitting = [way for way in result["layouts"] if way["fits"]]
+    best = max(fitting, key=lambda way: way["tokens_per_second"])
+    assert (result["run"]["tp_size"], result["run"]["dp_size"]) == (best["tp_size"], best["dp_size"])
+    assert {way["tp_size"] * way["dp_size"] for way in result["layouts"]} == {16}
+
+
+@pytest.mark.parametrize("kind", ["file", "hub", "tp", "megatron-lm"])
+def test_what_can_be_planned(kind: str, tied: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a checkpoint that has to be converted, or read whole, before anything can be planned."""
+    model = tied
+    if kind in ("tp", "megatron-lm"):
+        model = tmp_path / kind
+        convert(tied, model, to=kind, tp_size=2)  # type: ignore[arg-type]
+    elif kind == "file":
+        model = tied / "config.json"
+    code, result, _ = _run(capfd, model, "--tp", "2")
+    assert (code, result["num_parameters"]) == (0, 64_464)
+    assert result["run"]["sequence_length"] == 32  # the model's positions
+
+
+def test_a_table_for_people(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Catches an answer without its verdict, its kinds of memory or the source of its figures, and a plot not drawn."""
+    plot = tmp_path / "memory.png"
+    assert cli.run(["plan", *_LARGEST, "--gpus", "8", "--device", "h100", "--plot", str(plot)]) == 0
+    out = capfd.readouterr().out
+    for part in ("8,314,143,744", "optimizer", "peak", "fits", "all-reduce", "layouts", "TP 8 x DP 1", "nccl-tests"):
+        assert part in out
+    assert plot.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["gpt3"], "gpt2-8.3b"),
+        (["gpt2-8.3b", "--tp", "5"], "num_attention_heads=24"),
+        (["gpt2-8.3b", "--pp", "2"], "no pipeline stages"),
+        (["gpt2-8.3b", "--device", "tpu"], "v100-32gb"),
+        (["gpt2-8.3b", "--device", "absent.json"], "absent.json"),
+        (["gpt2-8.3b", "--seq", "4096"], "1024 positions"),
+        (["gpt2-8.3b", "--precision", "fp8"], "fp8"),
+        (["absent.json"], "absent.json"),
+        ([], "MODEL"),
+    ],
+)
+def test_what_cannot_be_planned(arguments: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback, or a refusal that does not say what to do."""
+    code, result, err = _run(capfd, *arguments)
+    assert code == 2
+    assert set(result) == {"error", "error_type"}
+    assert told in err
+    assert "Traceback" not in err
+
+
+def test_planning_needs_neither_torch_nor_transformers() -> None:
+    """Catches an import that makes a plan wait for seconds."""
+    watched = (
+        "import sys; from hf_megatron_conversion.cli import run; code = run(sys.argv[1:]); "
+        "sys.exit(code or bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'conversion'}"}
+    command = [sys.executable, "-c", watched, "plan", *_LARGEST, "--gpus", "64"]
+    assert subprocess.run(command, env=environment, check=False, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def _write_sparse(directory: Path, name: str) -> Path:
+    """A stock checkpoint with every header and no bytes on the disk."""
+    preset = PRESETS[name]
+    config = preset.table.config_of(preset.sizes, preset.model_class, stock=True)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in preset.table.tensors(config, preset.model_class).values():
+        start, end = end, end + 2 * prod(tensor.shape)
+        header[tensor.name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    with (directory / "model.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+    return directory
+
+
+@pytest.mark.parametrize(("name", "tp_size"), [("gpt2-8.3b", 8), ("bert-3.9b", 4)])
+@pytest.mark.parametrize("to", ["tp", "megatron-lm"])
+def test_the_largest_models_are_planned_and_their_checkpoints_too(
+    name: str, tp_size: int, to: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a plan or a dry run that reads or allocates what it counts, and one that counts something else."""
+    source = _write_sparse(tmp_path / "source", name)
+    code, planned, _ = _run(capfd, source, "--tp", str(tp_size), "--precision", "bf16")
+    assert code == 0
+    conversion = convert(source, tmp_path / "out", to=to, tp_size=tp_size, dry_run=True)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+    weights = [size for file, size in conversion.files.items() if file.endswith((".safetensors", ".pt"))]
+    assert len(weights) == tp_size
+    if to == "megatron-lm":
+        # Every rank's file holds what the rank does, a padded vocabulary, and some kilobytes around it.
+        assert max(weights) == pytest.approx(planned["bytes_per_rank"]["parameters"], rel=0.002)
+    else:
+        assert sum(weights) == pytest.approx(2 * planned["num_parameters"], rel=1e-4)

@@ -1,0 +1,94 @@
+"""The paper's models by name: their sizes, and the model classes built from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_megatron import (
+    MegatronBertConfig,
+    MegatronBertForPreTraining,
+    MegatronGPT2Config,
+    MegatronGPT2LMHeadModel,
+)
+from hf_megatron.errors import UnsupportedError
+from hf_megatron.planning import ModelShape
+from hf_megatron.planning.memory import local_numel
+from hf_megatron.presets import PRESETS, preset_named
+
+# Layers, hidden size, heads: tables 1, 2 and 4 of the paper.
+_PAPER = {
+    "gpt2-355m": (24, 1024, 16),
+    "gpt2-1.2b": (40, 1536, 16),
+    "gpt2-2.5b": (54, 1920, 20),
+    "gpt2-4.2b": (64, 2304, 24),
+    "gpt2-8.3b": (72, 3072, 24),
+    "gpt2-8.3b-32heads": (72, 3072, 32),
+    "bert-336m": (24, 1024, 16),
+    "bert-1.3b": (24, 2048, 32),
+    "bert-3.9b": (48, 2560, 40),
+}
+
+
+def test_sizes_are_the_paper_s() -> None:
+    """Catches a model with the heads of the other table: the evaluated 8.3B has 24, the scaling study's 32."""
+    shapes = {name: ModelShape.from_config(preset.config) for name, preset in PRESETS.items()}
+    assert {name: (s.num_layers, s.hidden_size, s.num_heads) for name, s in shapes.items()} == _PAPER
+    assert {s.hidden_size // s.num_heads for name, s in shapes.items() if name.startswith("bert")} == {64}
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("gpt2-355m", 354.8),
+        ("gpt2-1.2b", 1212.0),
+        ("gpt2-2.5b", 2488.6),
+        ("gpt2-4.2b", 4196.9),
+        ("gpt2-8.3b", 8314.1),
+        ("bert-336m", 336.2),
+        ("bert-1.3b", 1280.6),
+        ("bert-3.9b", 3869.1),
+    ],
+)
+def test_parameter_counts(name: str, millions: float) -> None:
+    """Catches a size that is not the paper's: 355M, 1.2B, 2.5B, 4.2B, 8.3B; 336M, 1.3B, 3.9B."""
+    count, _ = local_numel(ModelShape.from_config(PRESETS[name].config), 1)
+    assert round(count / 1e6, 1) == millions
+
+
+def test_parameter_count_with_the_paper_s_padded_vocabulary() -> None:
+    """Catches a vocabulary that cannot be changed: the scaling study pads it to 51,200."""
+    config = MegatronGPT2Config.from_preset("gpt2-8.3b-32heads", vocab_size=51200).to_dict()
+    assert round(local_numel(ModelShape.from_config(config), 1)[0] / 1e9, 2) == 8.32
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_models_have_as_many_parameters_as_planned(name: str) -> None:
+    """Catches a preset, a table or a model class that disagree; 8.3B and 3.9B among them, on the meta device."""
+    config_class, model_class = (
+        (MegatronGPT2Config, MegatronGPT2LMHeadModel)
+        if name.startswith("gpt2")
+        else (MegatronBertConfig, MegatronBertForPreTraining)
+    )
+    with torch.device("meta"):
+        model = model_class.from_config(config_class.from_preset(name))
+    assert model.num_parameters() == local_numel(ModelShape.from_config(PRESETS[name].config), 1)[0]
+
+
+def test_what_is_asked_for_differently() -> None:
+    """Catches changes that are dropped, under either spelling, and values that the presets do not pass on."""
+    config = MegatronGPT2Config.from_preset("GPT2-8.3B", num_attention_heads=16, resid_pdrop=0.0)
+    assert (config.n_head, config.resid_pdrop, config.n_embd, config.model_type) == (16, 0.0, 3072, "megatron_gpt2")
+    bert = MegatronBertConfig.from_preset("bert-3.9b", layernorm_placement="post")
+    assert (bert.layernorm_placement, bert.vocab_size, bert.layer_norm_eps) == ("post", 30522, 1e-5)
+    assert MegatronBertConfig.from_preset("bert-3.9b").layernorm_placement == "pre"
+
+
+def test_unknown_presets_are_refused_with_the_known_ones() -> None:
+    """Catches a message that leaves one guessing, and a GPT-2 configuration with BERT's sizes."""
+    with pytest.raises(UnsupportedError, match=r"no preset 'gpt3'.*gpt2-8\.3b.*bert-3\.9b"):
+        preset_named("gpt3")
+    with pytest.raises(UnsupportedError, match=r"no preset 'bert-336m'; choose one of gpt2-355m, (?!.*bert-)"):
+        MegatronGPT2Config.from_preset("bert-336m")
+    with pytest.raises(UnsupportedError, match="choose one of bert-336m"):
+        MegatronBertConfig.from_preset("gpt2-355m")

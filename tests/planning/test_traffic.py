@@ -1,0 +1,71 @@
+"""Planned collectives are the ones that ranks really issue."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import pytest
+
+from hf_megatron.planning import MACHINES, PRECISIONS, collectives
+from hf_megatron.planning.traffic import Collective, seconds
+from tests.models.collectives import Recorder
+from tests.models.reference import Pool
+from tests.planning.models import forward, make_model, make_run, make_shape
+
+
+def _record(kind: str, tp_size: int, recompute: bool) -> Mapping[int, int]:
+    """How many all-reduces of each size a step has."""
+    model = make_model(kind, tp_size)
+    if recompute:
+        model.gradient_checkpointing_enable()
+    with Recorder() as recorder:
+        forward(model, kind).loss.backward()
+    assert {name for name, _ in recorder.seen} == {"allreduce_"}
+    return Counter(size for _, size in recorder.seen)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "bert-pre", "bert-post"])
+@pytest.mark.parametrize("tp_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_collectives_of_a_step(kind: str, recompute: bool, tp_size: int, pool: Pool) -> None:
+    """Catches a collective that is planned and not issued, issued and not planned, or of another size."""
+    run = make_run(tp_size=tp_size, recompute="full" if recompute else "none")
+    planned: Counter[int] = Counter()
+    for collective in collectives(make_shape(kind), run):
+        assert (collective.operation, collective.group) == ("all-reduce", "tp")
+        planned[collective.bytes] += collective.count
+    for recorded in pool(tp_size).run(_record, kind, tp_size, recompute):
+        assert recorded == planned
+
+
+def test_data_parallel_gradients_travel_once_per_step_and_fsdp_s_parameters_twice() -> None:
+    """Catches traffic that grows with the micro-batches where it does not, and the other way around."""
+    shape = make_shape("gpt2")
+    parameters = 4 * 233_216  # bytes; the small model's weights in float32
+    planned = list(collectives(shape, make_run(dp_size=4, accumulation=3)))
+    assert sum(c.count * c.bytes for c in planned) == parameters
+    fsdp = list(collectives(shape, make_run(dp_size=4, accumulation=3, fsdp=True)))
+    assert {c.operation for c in fsdp} == {"all-gather", "reduce-scatter"}
+    scattered = sum(c.count * c.bytes for c in fsdp if c.operation == "reduce-scatter")
+    gathered = sum(c.count * c.bytes for c in fsdp if c.operation == "all-gather")
+    assert scattered == 3 * parameters
+    assert 3 * parameters < gathered < 6 * parameters  # what lies outside of the layers stays
+
+
+def test_a_ring_sends_each_byte_almost_twice() -> None:
+    """Catches a collective's payload taken for what travels, and a sum that costs no more than a gather."""
+    summed = Collective(purpose="", operation="all-reduce", group="tp", count=1, bytes=800)
+    gathered = Collective(purpose="", operation="all-gather", group="tp", count=1, bytes=800)
+    assert (summed.bytes_sent(8), gathered.bytes_sent(8)) == (1400, 700)
+
+
+def test_rings_that_leave_a_node_share_its_network() -> None:
+    """Catches data-parallel traffic at the speed of the links inside a node."""
+    machine = MACHINES["v100-32gb"]
+    gradients = Collective(purpose="", operation="all-reduce", group="dp", count=1, bytes=10**9)
+    run = make_run(tp_size=8, dp_size=2, precision=PRECISIONS["master"])
+    inside = seconds(gradients, run, machine)
+    across = seconds(gradients, make_run(tp_size=8, dp_size=4), machine)
+    assert inside == pytest.approx(1e9 / machine.link_bandwidth, rel=0.01)
+    assert across == pytest.approx(8 * 1.5e9 / machine.node_bandwidth, rel=0.01)
