@@ -1,29 +1,33 @@
-"""Pretrain a small BERT from text, in one process or on tensor-parallel ranks.
+"""Pretrain a BERT from text, in one process or on tensor-parallel ranks, by the Megatron-LM paper's recipe.
 
     python examples/pretrain_bert.py --output bert
     torchrun --nproc-per-node 2 examples/pretrain_bert.py --output bert --layernorm-placement post --text book.txt
+    accelerate launch --num_processes 8 examples/pretrain_bert.py --output bert --tp 4 --bf16 --preset bert-336m \
+        --dataset wikimedia/wikipedia 20231101.en --tokenizer google-bert/bert-base-uncased --length 512 \
+        --batch 1024 --micro-batch 32 --steps 2000000 --learning-rate 1e-4
 
-It trains a WordPiece tokenizer and then the model, as the Megatron-LM paper does: whole-word n-gram masking, sentence
-order, Adam with a linear warm-up and decay. However many ranks there are, they learn the same weights, up to rounding.
-Without --text it learns from the help topics that come with Python.
+Whole-word n-gram masking and sentence order, Adam, weight decay, clipping, the shape of the learning rate and the
+initial weights are the paper's; sizes and steps are small ones unless given. The model is cut over all processes, or
+with --tp N over groups of N, which then share the batch. However many ranks there are, they learn the same weights, up
+to rounding. Without --text or --dataset it learns from the help topics of Python.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.optim.lr_scheduler import LambdaLR
+from datasets import load_dataset
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
-from transformers.utils import logging
 
-from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining
+from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining, MegatronTrainer
 from hf_megatron.data import DataCollatorForMegatronBertPretraining, sentence_order_pairs, tokenize_sentences
+from hf_megatron.recipe import BERT_PRETRAINING, scale_residual_outputs
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,110 +35,119 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="directory for the model and its tokenizer")
     parser.add_argument("--text", type=Path, nargs="+", help="UTF-8 text files, each a document")
+    parser.add_argument("--dataset", nargs="+", help="data set on the Hub and its configuration; column text of train")
     parser.add_argument("--tokenizer", help="directory or repository of a tokenizer, instead of training one")
-    parser.add_argument("--layernorm-placement", choices=["pre", "post"], default="pre")
     parser.add_argument("--vocab-size", type=int, default=4096, help="largest vocabulary to train")
+    parser.add_argument("--layernorm-placement", choices=["pre", "post"], default="pre")
+    parser.add_argument("--preset", help="a model of the paper, such as bert-336m, instead of the next three")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4, help="the number of ranks has to divide it")
+    parser.add_argument("--heads", type=int, default=4, help="the tensor-parallel degree has to divide it")
     parser.add_argument("--length", type=int, default=128, help="longest sequence, in tokens")
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
+    parser.add_argument("--micro-batch", type=int, help="sequences computed at a time, to save memory")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--warm-up", type=int, default=50, help="steps until the peak learning rate")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="at its peak")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--keep-activations", action="store_true", help="for the backward pass: more memory, less time")
+    parser.add_argument("--tp", type=int, help="tensor-parallel degree; all processes if not given")
     parser.add_argument("--seed", type=int, default=1909)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     return parser.parse_args()
 
 
-def read_texts(files: list[Path] | None) -> list[str]:
+def read_texts(args: argparse.Namespace) -> Iterable[str]:
     """The documents to learn from."""
-    if files is None:
-        from pydoc_data.topics import topics
+    if args.dataset is not None:
+        column: Iterable[str] = load_dataset(*args.dataset, split="train")["text"]
+        return column
+    if args.text is not None:
+        return [file.read_text(encoding="utf-8") for file in args.text]
+    from pydoc_data.topics import topics
 
-        return [topics[name] for name in sorted(topics)]
-    return [file.read_text(encoding="utf-8") for file in files]
+    return [topics[name] for name in sorted(topics)]
 
 
-def train_tokenizer(texts: list[str], args: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """The tokenizer asked for, or a lower-case WordPiece one that the first rank trains and saves and all load."""
+def make_tokenizer(texts: Iterable[str], args: argparse.Namespace, *, is_first: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer asked for, or one that the first process trains on the texts and saves, and all load."""
     if args.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-        tokenizer.save_pretrained(args.output)
-    elif int(os.environ.get("RANK", "0")) == 0:
+        return AutoTokenizer.from_pretrained(args.tokenizer)
+    if is_first and not args.resume:
         tokenizer = BertTokenizerFast(model_max_length=args.length)
         tokenizer = tokenizer.train_new_from_iterator(texts, args.vocab_size, show_progress=False)
         tokenizer.save_pretrained(args.output)
-    if dist.is_initialized():
-        dist.barrier()
     return AutoTokenizer.from_pretrained(args.output)
 
 
-def batches(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches without end. The seed makes them the same on all ranks, as tensor parallelism needs them."""
+def make_pairs(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """As many sentence-order pairs as there are steps for; the texts are cut and swapped anew each time around.
+
+    The seed makes them the same on all ranks, as tensor parallelism needs them.
+    """
     documents = [tokenize_sentences(tokenizer, text) for text in texts]
-    collate = DataCollatorForMegatronBertPretraining(tokenizer, seed=args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    while True:
-        # Cut, swapped and masked anew in each epoch.
-        pairs = list(sentence_order_pairs(documents, tokenizer, max_length=args.length, generator=generator))
-        if not pairs:
+    pairs: list[dict[str, Any]] = []
+    while len(pairs) < args.steps * args.batch:
+        cut = list(sentence_order_pairs(documents, tokenizer, max_length=args.length, generator=generator))
+        if not cut:
             raise SystemExit("There are no two sentences in the text; give more with --text.")
-        for chosen in torch.randperm(len(pairs), generator=generator).split(args.batch):
-            yield collate([pairs[i] for i in chosen])
-
-
-def train(model: MegatronBertForPreTraining, data: Iterator[dict[str, torch.Tensor]], args: argparse.Namespace) -> None:
-    """Train, and print the mean loss of the steps since the line before."""
-    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=args.learning_rate
-    )
-    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / args.warm_up, 1 - step / args.steps))
-    losses: list[float] = []
-    for step in range(1, args.steps + 1):
-        batch = {name: tensor.to(model.device) for name, tensor in next(data).items()}
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if (step % 20 == 0 or step == args.steps) and model.tp_group.rank == 0:
-            print(f"step {step:5d}  loss {sum(losses) / len(losses):.4f}", flush=True)
-            losses.clear()
+        pairs += cut
+    return pairs
 
 
 def main() -> None:
     """Train the tokenizer and the model, and save both."""
     args = parse_arguments()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    layout = None
-    if "WORLD_SIZE" in os.environ:  # set by torchrun
-        dist.init_process_group()
-        layout = DistributedConfig(tp_size=dist.get_world_size())
-    texts = read_texts(args.text)
-    tokenizer = train_tokenizer(texts, args)
-    config = MegatronBertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        intermediate_size=4 * args.hidden,
-        max_position_embeddings=args.length,
-        layernorm_placement=args.layernorm_placement,
-        pad_token_id=tokenizer.pad_token_id,
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate
+    tp_size = args.tp or world_size
+    arguments = BERT_PRETRAINING.arguments(
+        args.output,
+        batch=args.batch,
+        micro_batch=args.micro_batch,
+        data_parallel_size=world_size // tp_size,
+        max_steps=args.steps,
+        learning_rate=args.learning_rate,
+        bf16=args.bf16,
+        activation_checkpointing=not args.keep_activations,
+        seed=args.seed,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=20,
+        save_total_limit=2,
+        report_to=[],
     )
-    torch.manual_seed(args.seed)
-    model = MegatronBertForPreTraining.from_config(config, distributed_config=layout)
-    train(model, batches(texts, tokenizer, args), args)
-    model.save_pretrained(args.output)
-    if layout is not None:
-        dist.destroy_process_group()
+    texts = read_texts(args)
+    with arguments.main_process_first():
+        tokenizer = make_tokenizer(texts, args, is_first=arguments.process_index == 0)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": args.length,
+        "layernorm_placement": args.layernorm_placement,
+    }
+    if args.preset is None:
+        config = MegatronBertConfig(
+            hidden_size=args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            intermediate_size=4 * args.hidden,
+            **sizes,
+        )
+    else:
+        config = MegatronBertConfig.from_preset(args.preset, **sizes)
+    layout = DistributedConfig(tp_size=tp_size, fsdp_size=world_size // tp_size) if world_size > 1 else None
+    model = MegatronBertForPreTraining.from_config(config, distributed_config=layout, seed=args.seed)
+    scale_residual_outputs(model)
+    trainer = MegatronTrainer(
+        model,
+        arguments,
+        train_dataset=make_pairs(texts, tokenizer, args),
+        data_collator=DataCollatorForMegatronBertPretraining(tokenizer),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=args.resume)
+    trainer.save_model()
 
 
 if __name__ == "__main__":

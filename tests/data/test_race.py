@@ -1,0 +1,105 @@
+"""RACE: reading it, and the examples made of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import DataCollatorForMultipleChoice, PreTrainedTokenizerBase
+
+from hf_megatron.data import RaceQuestion, RaceQuestions, read_race
+from hf_megatron.errors import DataError
+
+_ARTICLE = "The import statement finds a module and binds a name. " * 4
+_OPTIONS = ["a module", "a name", "nothing at all", "an exception"]
+
+
+def _question(question: str = "It binds _ .", answer: str = "B", example_id: str = "high7.txt") -> RaceQuestion:
+    return RaceQuestion(example_id=example_id, article=_ARTICLE, question=question, options=_OPTIONS, answer=answer)
+
+
+def _write(file: Path, name: str, answers: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "id": name,
+        "article": _ARTICLE,
+        "questions": [f"Question {i}" for i in range(len(answers))],
+        "options": [_OPTIONS] * len(answers),
+        "answers": list(answers),
+    }
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_reading_a_split(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Catches a level left out, and answers of one question given to another."""
+    _write(tmp_path / "dev/middle/1.txt", "middle1.txt", "CA")
+    _write(tmp_path / "dev/high/2.txt", "high2.txt", "D")
+    questions = read_race(tmp_path / "dev")
+    assert [(q["question"], q["answer"]) for q in questions] == [
+        ("Question 0", "D"),
+        ("Question 0", "C"),
+        ("Question 1", "A"),
+    ]
+    assert RaceQuestions(questions, tokenizer).references == [
+        {"option": 3, "level": "high"},
+        {"option": 2, "level": "middle"},
+        {"option": 0, "level": "middle"},
+    ]
+    assert len(read_race(tmp_path / "dev/middle")) == 2
+
+
+def test_other_directories_are_refused(tmp_path: Path) -> None:
+    """Catches an empty data set, and a KeyError without the file's name."""
+    with pytest.raises(DataError, match=r"holds no \.txt files"):
+        read_race(tmp_path)
+    (tmp_path / "1.txt").write_text('{"id": "high1.txt"}')
+    with pytest.raises(DataError, match=r"1\.txt is not in RACE's format \(KeyError: 'questions'\)"):
+        read_race(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("question", "filled"), [("It binds _ .", "It binds a name ."), ("What does it bind?", "What does it bind? a name")]
+)
+def test_examples_are_those_of_the_tokenizer(tokenizer: PreTrainedTokenizerBase, question: str, filled: str) -> None:
+    """Catches segments the wrong way round, and an option that is not put into the gap."""
+    example = RaceQuestions([_question(question)], tokenizer)[0]
+    expected = tokenizer(filled, _ARTICLE)
+    for name in ("input_ids", "token_type_ids", "attention_mask"):
+        assert len(example[name]) == 4
+        assert example[name][1] == expected[name], name
+    assert example["label"] == 1
+
+
+def test_long_texts_are_cut(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Catches sequences over the limit, and an option cut where the article should be."""
+    example = RaceQuestions([_question("What? " * 30)], tokenizer, max_length=40, max_option_length=12)[0]
+    for ids, types in zip(example["input_ids"], example["token_type_ids"], strict=True):
+        assert len(ids) == len(types) == 40
+        assert types.index(1) == 12 + 2
+    short = RaceQuestions([_question("What?")], tokenizer, max_length=40, max_option_length=36)[0]
+    assert [types.index(1) for types in short["token_type_ids"]] == [
+        len(tokenizer(f"What? {option}")["input_ids"]) for option in _OPTIONS
+    ]
+
+
+def test_batches(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Catches examples that the collator of transformers does not take."""
+    questions = RaceQuestions([_question(), _question("Why is that so?", "D")], tokenizer)
+    batch = DataCollatorForMultipleChoice(tokenizer)([questions[0], questions[1]])
+    assert batch["input_ids"].shape[:2] == (2, 4)
+    assert batch["labels"].tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("changes", [{"answer": "E"}, {"answer": ""}, {"example_id": "college1.txt"}])
+def test_impossible_questions_are_refused(tokenizer: PreTrainedTokenizerBase, changes: dict[str, Any]) -> None:
+    """Catches a label of -1, and questions of a level that no score is given for."""
+    with pytest.raises(DataError, match="a question of RACE has an id that begins with middle or high"):
+        RaceQuestions([_question(**changes)], tokenizer)
+
+
+def test_lengths_without_room_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Catches examples without an article."""
+    with pytest.raises(DataError, match=r"max_length=131 leaves no room for an article .* choose at least 132"):
+        RaceQuestions([_question()], tokenizer, max_length=131)

@@ -1,0 +1,1 @@
+"""Tests of the examples, by their command lines."""

@@ -1,0 +1,44 @@
+"""A BERT so small that an example trains it in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Directory of a stock BERT with random weights, without dropout, and of its tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny-bert")
+    texts = [topics[name] for name in sorted(topics)[:30]]
+    tokenizer = BertTokenizerFast(model_max_length=64).train_new_from_iterator(texts, 600, show_progress=False)
+    tokenizer.save_pretrained(directory)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def text_files(tmp_path: Path) -> list[str]:
+    """Two documents."""
+    files = []
+    for name in ("assert", "import"):
+        file = tmp_path / f"{name}.txt"
+        file.write_text(topics[name], encoding="utf-8")
+        files.append(str(file))
+    return files

@@ -1,0 +1,223 @@
+"""The fine-tuning examples: they learn what there is to learn, write what they promise, and do so by any launcher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import BertForSequenceClassification
+
+from hf_megatron import MegatronBertForQuestionAnswering
+from tests.examples.commands import launch, losses, run_here
+
+_FACTS = [
+    ("finds a module", "What does the import statement find?"),
+    ("binds a name", "What else does it do with what it finds?"),
+    ("evaluates an expression", "What does the assert statement do first?"),
+    ("raises an exception", "What does it do where that is false?"),
+]
+_TEXT = "The import statement finds a module and then binds a name. The assert statement evaluates an expression, and "
+_TEXT += "raises an exception where that is false."
+_COPIES = 20  # of what there is to learn, in place of epochs, each of which ends with a checkpoint
+_LEARN = ["--learning-rate=3e-3", "--batch=4", "--length=48"]
+
+
+def _squad(directory: Path, version: str) -> list[str]:
+    """An official file of four questions, of which two have no answer in version 2.0, and one with copies of them."""
+    questions = [
+        {
+            "id": f"q{i}",
+            "question": question,
+            "answers": [{"text": answer, "answer_start": _TEXT.index(answer)}] if version == "1.1" or i < 2 else [],
+        }
+        for i, (answer, question) in enumerate(_FACTS)
+    ]
+    for name, copies in (("dev", 1), ("train", _COPIES)):
+        paragraphs = [{"context": _TEXT, "qas": questions * copies}]
+        content = {"version": version, "data": [{"title": "Python", "paragraphs": paragraphs}]}
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    files = [f"--train={directory / 'train.json'}", f"--validation={directory / 'dev.json'}"]
+    return [f"--version={version}", *files, "--stride=16", "--question-length=20", *_LEARN]
+
+
+def _race(directory: Path) -> list[str]:
+    for split, copies in (("dev", 1), ("train", _COPIES // 2)):
+        for level in ("middle", "high"):
+            (directory / split / level).mkdir(parents=True)
+            content = {
+                "id": f"{level}1.txt",
+                "article": _TEXT,
+                "questions": [question for _, question in _FACTS] * copies,
+                "options": [[answer for answer, _ in _FACTS]] * 4 * copies,
+                "answers": ["A", "B", "C", "D"] * copies,
+            }
+            (directory / split / level / "1.txt").write_text(json.dumps(content))
+    dev = directory / "dev"
+    return [
+        f"--train={directory / 'train'}",
+        "--validation",
+        str(dev),
+        str(dev / "high"),
+        "--option-length=24",
+        *_LEARN,
+    ]
+
+
+def _pairs(directory: Path, task: str) -> list[str]:
+    """Pairs whose classes the first word tells."""
+    header, classes = {
+        "mnli": ("index\tsentence1\tsentence2\tgold_label", ("entailment", "neutral", "contradiction")),
+        "qqp": ("id\tquestion1\tquestion2\tis_duplicate", ("0", "1")),
+    }[task]
+    words = ["import", "assert", "raise"]
+    rows = [f"{i}\t{words[i % len(classes)]} {i}\tstatement {i}\t{classes[i % len(classes)]}" for i in range(48)]
+    for name, count in (("train", 48), ("dev_matched", 12)):
+        (directory / f"{name}.tsv").write_text("\n".join([header, *rows[:count]]) + "\n")
+    return [task, f"--train={directory / 'train.tsv'}", "--validation", str(directory / "dev_matched.tsv"), *_LEARN]
+
+
+def _metrics(output: Path) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text())
+    return metrics
+
+
+def test_squad_learns_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str) -> None:
+    """Catches labels, logits and words of an answer that do not belong together."""
+    arguments = [*_squad(tmp_path, "1.1"), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=2"]
+    run_here(monkeypatch, "finetune_squad", *arguments)
+    assert _metrics(tmp_path / "out") == {"exact_match": 100.0, "f1": 100.0}
+    predictions = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert predictions == {f"q{i}": answer for i, (answer, _) in enumerate(_FACTS)}
+    assert type(MegatronBertForQuestionAnswering.from_pretrained(tmp_path / "out")) is MegatronBertForQuestionAnswering
+
+
+def test_squad_learns_what_has_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str) -> None:
+    """Catches an answer that is given although the model takes the question for unanswerable, and the reverse."""
+    arguments = [*_squad(tmp_path, "2.0"), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=2"]
+    run_here(monkeypatch, "finetune_squad", *arguments)
+    metrics = _metrics(tmp_path / "out")
+    names = ("exact", "HasAns_f1", "NoAns_f1", "best_f1")
+    assert {name: metrics[name] for name in names} == dict.fromkeys(names, 100.0)
+    predictions = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert predictions == {"q0": _FACTS[0][0], "q1": _FACTS[1][0], "q2": "", "q3": ""}
+    odds = json.loads((tmp_path / "out/null_odds.json").read_text())
+    assert [odds[f"q{i}"] > 0 for i in range(4)] == [False, False, True, True]
+
+
+def test_race_learns_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str) -> None:
+    """Catches options and labels that do not belong together, and splits or levels that go missing."""
+    arguments = [*_race(tmp_path), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=2"]
+    run_here(monkeypatch, "finetune_race", *arguments)
+    assert _metrics(tmp_path / "out") == {
+        "dev": {"accuracy": 1.0, "accuracy_high": 1.0, "accuracy_middle": 1.0},
+        "high": {"accuracy": 1.0, "accuracy_high": 1.0},
+    }
+
+
+@pytest.mark.parametrize("task", ["mnli", "qqp"])
+def test_pairs_learn_their_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str, task: str) -> None:
+    """Catches classes that are mixed up between training and testing, or without their names in the saved model."""
+    arguments = [*_pairs(tmp_path, task), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=2"]
+    run_here(monkeypatch, "finetune_sentence_pairs", *arguments)
+    assert _metrics(tmp_path / "out") == {"dev_matched": {"accuracy": 1.0}}
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["id2label"]["0"] == {"mnli": "entailment", "qqp": "not_duplicate"}[task]
+
+
+def test_data_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str) -> None:
+    """Catches columns and splits by other names than the data sets have on the Hub."""
+    hub = {
+        ("rajpurkar/squad",): {
+            "id": ["q0"],
+            "title": ["Python"],
+            "context": [_TEXT],
+            "question": [_FACTS[0][1]],
+            "answers": [{"text": ["finds a module"], "answer_start": [21]}],
+        },
+        ("ehovy/race", "all"): {
+            "example_id": ["high1.txt"],
+            "article": [_TEXT],
+            "answer": ["B"],
+            "question": ["It _ ."],
+            "options": [["a", "b", "c", "d"]],
+        },
+        ("nyu-mll/glue", "mnli"): {"premise": ["a"], "hypothesis": ["b"], "label": [1], "idx": [0]},
+    }
+
+    def load_dataset(*name: str) -> datasets.DatasetDict:
+        rows = datasets.Dataset.from_dict(hub[name])
+        splits = ("train", "validation", "test", "validation_matched", "validation_mismatched")
+        return datasets.DatasetDict(dict.fromkeys(splits, rows))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    common = [f"--model={tiny_bert}", "--epochs=1", "--batch=1", "--length=64"]
+    run_here(monkeypatch, "finetune_squad", *common, "--question-length=20", f"--output={tmp_path / 'squad'}")
+    run_here(monkeypatch, "finetune_race", *common, "--option-length=24", f"--output={tmp_path / 'race'}")
+    run_here(monkeypatch, "finetune_sentence_pairs", "mnli", *common, f"--output={tmp_path / 'mnli'}")
+    assert set(_metrics(tmp_path / "squad")) == {"exact_match", "f1"}
+    assert set(_metrics(tmp_path / "race")) == {"validation", "test"}
+    assert set(_metrics(tmp_path / "mnli")) == {"validation_matched", "validation_mismatched"}
+
+
+_EXAMPLES = {
+    "finetune_squad": lambda directory: _squad(directory, "2.0"),
+    "finetune_race": _race,
+    "finetune_sentence_pairs": lambda directory: _pairs(directory, "mnli"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher", "processes"),
+    [
+        ("finetune_squad", "torchrun", 2),
+        pytest.param("finetune_sentence_pairs", "torchrun", 4, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, launcher, 2, marks=pytest.mark.slow)
+            for name in _EXAMPLES
+            for launcher in ("python", "torchrun", "accelerate")
+            if (name, launcher) != ("finetune_squad", "torchrun")
+        ),
+    ],
+)
+def test_launchers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str, name: str, launcher: str, processes: int
+) -> None:
+    """Catches a launcher whose processes do not find each other, and ranks that learn something else than one process
+    does: with four processes two groups of two share the batch."""
+    arguments = [*_EXAMPLES[name](tmp_path), f"--model={tiny_bert}", "--epochs=1", "--tp=2"]
+    if launcher == "python":
+        arguments.remove("--tp=2")
+    launch(launcher, name, *arguments, f"--output={tmp_path / 'ranks'}", processes=processes)
+    run_here(monkeypatch, name, *[a for a in arguments if a != "--tp=2"], f"--output={tmp_path / 'one'}")
+    expected = losses(tmp_path / "one")
+    assert expected
+    assert losses(tmp_path / "ranks") == pytest.approx(expected, rel=1e-3)
+    ours, theirs = _metrics(tmp_path / "ranks"), _metrics(tmp_path / "one")
+    if name == "finetune_squad":
+        assert ours == pytest.approx(theirs, abs=1e-2)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.slow
+def test_what_is_saved_is_for_everybody(tmp_path: Path, tiny_bert: str) -> None:
+    """Catches a model in shards, which stock classes do not load."""
+    output = tmp_path / "out"
+    launch(
+        "torchrun",
+        "finetune_sentence_pairs",
+        *_pairs(tmp_path, "mnli"),
+        f"--model={tiny_bert}",
+        f"--output={output}",
+        "--epochs=1",
+    )
+    assert (output / "model.safetensors").exists()
+    config = json.loads((output / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    model, info = BertForSequenceClassification.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert model.classifier.weight.shape == torch.Size([3, 48])

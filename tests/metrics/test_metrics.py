@@ -1,0 +1,231 @@
+"""The metrics of the fine-tuning tasks, loaded as evaluate modules, against a slow restatement of the definitions."""
+
+from __future__ import annotations
+
+import random
+import socket
+from typing import Any
+
+import evaluate
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_megatron.errors import DataError
+from hf_megatron.metrics import METRICS, metric_path
+from hf_megatron.metrics.answers import exact_match, normalise, token_f1, token_f1_v2
+
+# ---------------------------------------------------------------- the definitions again, as loops
+
+_PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+
+
+def _slow_words(text: str) -> list[str]:
+    """The words of a normalised answer. An article is one that no letter, digit or underscore touches."""
+    kept = "".join(character for character in text.lower() if character not in _PUNCTUATION)
+    pieces, run = "", ""
+    for character in [*kept, " "]:
+        if character.isalnum() or character == "_":
+            run += character
+        else:
+            pieces += (" " if run in ("a", "an", "the") else run) + character
+            run = ""
+    return pieces.split()
+
+
+def _slow_f1(prediction: str, reference: str) -> float:
+    left = _slow_words(reference)
+    num_words, num_expected, num_common = 0, len(left), 0
+    for word in _slow_words(prediction):
+        num_words += 1
+        if word in left:
+            left.remove(word)
+            num_common += 1
+    return 0.0 if num_common == 0 else 2 * num_common / (num_words + num_expected)
+
+
+def _slow_squad(predictions: dict[str, str], references: dict[str, list[str]]) -> dict[str, float]:
+    exact = [max(_slow_words(predictions[q]) == _slow_words(t) for t in texts) for q, texts in references.items()]
+    f1 = [max(_slow_f1(predictions[q], t) for t in texts) for q, texts in references.items()]
+    return {"exact_match": 100 * sum(exact) / len(exact), "f1": 100 * sum(f1) / len(f1)}
+
+
+def _slow_squad_v2(
+    predictions: dict[str, str], probabilities: dict[str, float], references: dict[str, list[str]], threshold: float
+) -> dict[str, float]:
+    results: dict[str, float] = {}
+    for name in ("exact", "f1"):
+        raw, final = {}, {}
+        for question, texts in references.items():
+            scores = []
+            for text in [text for text in texts if _slow_words(text)] or [""]:
+                if name == "exact" or not _slow_words(text) or not _slow_words(predictions[question]):
+                    scores.append(float(_slow_words(text) == _slow_words(predictions[question])))
+                else:
+                    scores.append(_slow_f1(predictions[question], text))
+            raw[question] = max(scores)
+            no_answer = 0.0 if texts else 1.0
+            final[question] = no_answer if probabilities[question] > threshold else raw[question]
+        for prefix, group in (
+            ("", list(references)),
+            ("HasAns_", [q for q, texts in references.items() if texts]),
+            ("NoAns_", [q for q, texts in references.items() if not texts]),
+        ):
+            if group:
+                results[f"{prefix}{name}"] = 100 * sum(final[q] for q in group) / len(group)
+                results[f"{prefix}total"] = len(group)
+        # The best of: the k questions most surely answerable are answered, the others are not.
+        order = sorted(probabilities, key=probabilities.__getitem__)
+        totals = []
+        for k in range(len(order) + 1):
+            answered = [raw[q] if references[q] else float(predictions[q] == "") for q in order[:k]]
+            totals.append(sum(answered) + sum(not references[q] for q in order[k:]))
+        best = max(totals)
+        first = next(k for k, total in enumerate(totals) if total > best - 1e-9)
+        results[f"best_{name}"] = 100 * best / len(order)
+        results[f"best_{name}_thresh"] = probabilities[order[first - 1]] if first else 0.0
+    return results
+
+
+# ---------------------------------------------------------------- answers to compare
+
+_ANSWERS = ["The 308", "308", "a an the", "Denver Broncos", "denver  broncos!", "x86_64", "its (own) the-end", "\u00c9"]
+_LETTERS = st.text(alphabet="aAn theTHE.,-'_ \n\t1\u00e9\u00bd", max_size=30)
+
+
+def _perturbed(text: str, draw: random.Random) -> str:
+    words = text.split() or ["nothing"]
+    kind = draw.randrange(4)
+    if kind == 0:
+        return " ".join(words[:-1])
+    if kind == 1:
+        return " ".join([*words, "the", draw.choice(_ANSWERS)])
+    return text.upper() + "." if kind == 2 else " ".join(draw.sample(words, len(words)))
+
+
+def _questions(kind: str, seed: int = 0) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Predictions of a kind for 60 questions with one to three reference answers, one of them sometimes an article."""
+    draw = random.Random(seed)
+    references = {f"q{i}": draw.sample(_ANSWERS, draw.randint(1, 3)) for i in range(60)}
+    make = {
+        "random": lambda texts: draw.choice(_ANSWERS),
+        "empty": lambda texts: "",
+        "exact": lambda texts: texts[-1],
+        "perturbed": lambda texts: _perturbed(texts[0], draw),
+    }[kind]
+    return {question: make(texts) for question, texts in references.items()}, references
+
+
+def _rows(references: dict[str, list[str]]) -> list[dict[str, Any]]:
+    return [{"id": q, "answers": {"text": t, "answer_start": [0] * len(t)}} for q, t in references.items()]
+
+
+KINDS = ["random", "empty", "exact", "perturbed"]
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("a metric asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@given(prediction=_LETTERS, reference=_LETTERS)
+def test_words_and_f1(prediction: str, reference: str) -> None:
+    """Catches articles cut out of words, punctuation taken for white space, and words counted more often than they
+    occur."""
+    assert normalise(prediction).split() == _slow_words(prediction)
+    assert exact_match(prediction, reference) == (_slow_words(prediction) == _slow_words(reference))
+    assert token_f1(prediction, reference) == pytest.approx(_slow_f1(prediction, reference))
+
+
+def test_what_is_empty_once_normalised() -> None:
+    """Catches one definition of F1 for both versions: two empty answers have 0 in SQuAD 1.1 and 1 in SQuAD 2.0."""
+    assert (token_f1("The.", "a"), token_f1_v2("The.", "a")) == (0.0, 1.0)
+    assert (token_f1("", "word"), token_f1_v2("", "word")) == (0.0, 0.0)
+    assert normalise("  The\u2014cat, an end.\n") == "\u2014cat end"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_squad(kind: str) -> None:
+    """Catches a mean over the wrong number, the first reference in place of the best, and shares for percent."""
+    predictions, references = _questions(kind)
+    metric = evaluate.load(metric_path("squad"))
+    rows = [{"id": question, "prediction_text": text} for question, text in predictions.items()]
+    scores = metric.compute(predictions=rows, references=_rows(references))
+    assert scores == pytest.approx(_slow_squad(predictions, references))
+    if kind == "exact":
+        assert scores["exact_match"] == 100.0
+
+
+def test_squad_without_reference_answers_is_refused() -> None:
+    """Catches SQuAD 2.0 measured as 1.1."""
+    metric = evaluate.load(metric_path("squad"))
+    with pytest.raises(DataError, match="question q has no reference answer; take the metric squad_v2"):
+        metric.compute(predictions=[{"id": "q", "prediction_text": "x"}], references=_rows({"q": []}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("repeated", [False, True], ids=["distinct", "repeated"])
+def test_squad_v2(kind: str, threshold: float, repeated: bool) -> None:
+    """Catches the answers of one group counted in another, a best threshold found on scores to which one was applied
+    already, and another order of questions that are equally sure."""
+    predictions, references = _questions(kind, seed=1)
+    draw = random.Random(2)
+    for question in references:
+        if draw.random() < 0.5:
+            references[question] = []
+    probabilities = {question: round(draw.random(), 1 if repeated else 9) for question in predictions}
+    rows = [
+        {"id": question, "prediction_text": text, "no_answer_probability": probabilities[question]}
+        for question, text in predictions.items()
+    ]
+    metric = evaluate.load(metric_path("squad_v2"))
+    scores = metric.compute(predictions=rows, references=_rows(references), no_answer_threshold=threshold)
+    assert scores == pytest.approx(_slow_squad_v2(predictions, probabilities, references, threshold))
+
+
+def test_squad_v2_with_answerable_questions_only() -> None:
+    """Catches a division by the number of questions of a kind that does not occur."""
+    rows = [{"id": "q", "prediction_text": "x", "no_answer_probability": 0.1}]
+    scores = evaluate.load(metric_path("squad_v2")).compute(predictions=rows, references=_rows({"q": ["x"]}))
+    assert scores == {
+        "exact": 100.0,
+        "total": 1,
+        "HasAns_exact": 100.0,
+        "HasAns_total": 1,
+        "best_exact": 100.0,
+        "best_exact_thresh": 0.1,
+        "f1": 100.0,
+        "HasAns_f1": 100.0,
+        "best_f1": 100.0,
+        "best_f1_thresh": 0.1,
+    }
+
+
+def test_accuracy() -> None:
+    """Catches a share of the wrong number."""
+    metric = evaluate.load(metric_path("accuracy"))
+    assert metric.compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2]) == {"accuracy": 0.75}
+
+
+def test_race_by_level() -> None:
+    """Catches levels that are mixed up, and a mean of the levels in place of that of the questions."""
+    levels = ["middle", "high", "high", "high"]
+    references = [{"option": option, "level": level} for option, level in zip([0, 1, 2, 3], levels, strict=True)]
+    metric = evaluate.load(metric_path("race"))
+    scores = metric.compute(predictions=[0, 0, 2, 3], references=references)
+    assert scores == {"accuracy": 0.75, "accuracy_middle": 1.0, "accuracy_high": pytest.approx(2 / 3)}
+    assert metric.compute(predictions=[0], references=references[:1]) == {"accuracy": 1.0, "accuracy_middle": 1.0}
+
+
+def test_metrics_describe_themselves() -> None:
+    """Catches a metric that is listed and not there."""
+    for name in METRICS:
+        metric = evaluate.load(metric_path(name))
+        assert metric.description
+        assert "predictions" in metric.inputs_description
+    with pytest.raises(DataError, match="no metric 'bleu' in this package; choose one of accuracy, race, squad"):
+        metric_path("bleu")
