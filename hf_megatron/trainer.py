@@ -5,13 +5,16 @@ What it adds to the stock class, which refuses or miscounts each of these for a 
 - tensor parallelism on a CPU;
 - checkpoints with optimizer state, that resume at the same or at another layout;
 - metrics and predictions that hold every example once, and token counts that count every token once;
-- label smoothing and the mean over predicted tokens in the model's own vocabulary-parallel loss.
+- label smoothing and the mean over predicted tokens in the model's own vocabulary-parallel loss;
+- overflow in float16 that every rank notices, and an end before inf or nan reaches the weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +24,28 @@ from accelerate import Accelerator, ParallelismConfig
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_megatron.errors import ParallelStateError, UnsupportedError
+from hf_megatron.errors import DivergenceError, ParallelStateError, UnsupportedError
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.training_state import (
     begin_checkpoint,
     finish_checkpoint,
     load_optimizer,
     load_random_state,
+    remove_old_checkpoints,
     save_optimizer,
     save_random_state,
+    tidy_checkpoints,
 )
 
 __all__ = ["MegatronTrainer"]
 
 logger = logging.get_logger(__name__)
+
+# Gradients that overflow at this scale are too large, or not numbers, whatever the scale.
+_SMALLEST_LOSS_SCALE = 1e-4
 
 
 class _AnyDeviceParallelismConfig(ParallelismConfig):
@@ -70,6 +78,34 @@ class MegatronTrainer(Trainer):
         if self._has_own_loss:
             # The stock smoother reads whole logits, which there are none of in training. compute_loss passes it on.
             self.label_smoother = None
+        self._loss_of_step: torch.Tensor | float = 0.0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method; an error says in which step and on which rank it was, and where to go on from.
+
+        Raises:
+            DivergenceError: The gradients of a step are inf or nan. The step was not taken.
+        """
+        self._share_overflows()
+        tidy_checkpoints(Path(self.args.output_dir), is_first=self.is_world_process_zero())
+        try:
+            return super().train(*args, **kwargs)
+        except Exception as error:
+            error.add_note(self._circumstances(error))
+            raise
+
+    def _circumstances(self, error: Exception) -> str:
+        place = f"On rank {self.args.process_index} of {self.args.world_size}, in step {self.state.global_step + 1}."
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            place += (
+                " A collective failed, because another rank ended or does not come: the first error in the log, or the "
+                "launcher's root cause, tells why."
+            )
+        directory = Path(self.args.output_dir)
+        last = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+        if last is None:
+            return f"{place} No checkpoint was saved."
+        return f"{place} The last complete checkpoint is {last}; train(resume_from_checkpoint=True) goes on from it."
 
     # ------------------------------------------------------------------ layout
 
@@ -79,6 +115,11 @@ class MegatronTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         return model if isinstance(model, MegatronModelMixin) else None
+
+    @property
+    def _is_adapted(self) -> bool:
+        """Whether peft has adapted the model: then the adapter is what is trained, saved and loaded."""
+        return hasattr(self.accelerator.unwrap_model(self.model), "get_base_model")
 
     @property
     def _has_own_loss(self) -> bool:
@@ -136,7 +177,69 @@ class MegatronTrainer(Trainer):
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    # ------------------------------------------------------------------ numbers that are none
+
+    def _share_overflows(self) -> None:
+        """In float16, have every rank skip a step that overflowed on one of them."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and self.is_distributed_loading_by_transformers:
+            self.accelerator.scaler = _SharedGradScaler(
+                self.accelerator.device.type,
+                init_scale=scaler.get_scale(),
+                growth_factor=scaler.get_growth_factor(),
+                backoff_factor=scaler.get_backoff_factor(),
+                growth_interval=scaler.get_growth_interval(),
+            )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self._loss_of_step = self._loss_of_step + loss
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The last thing that Trainer does before it takes the step.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._check_step(float(norm))
+        return norm
+
+    def _check_step(self, norm: float) -> None:
+        """Warn of numbers that do no harm, and raise before inf or nan gets into the weights."""
+        loss, self._loss_of_step = float(self._loss_of_step), 0.0
+        step, scaler = self.state.global_step + 1, self.accelerator.scaler
+        numbers = f"the norm of the gradients is {norm}, the loss {loss} on rank {self.args.process_index}"
+        if math.isfinite(norm):
+            if not math.isfinite(loss):
+                logger.warning(f"Step {step}: {numbers}. Is there a batch without any label?")
+        elif scaler is None:
+            raise DivergenceError(
+                f"step {step}: {numbers}. The step was not taken, so that the weights are those after step {step - 1}. "
+                "Look at the batch of that step; lower the learning rate, or lengthen the warm-up."
+            )
+        elif scaler.get_scale() < _SMALLEST_LOSS_SCALE:
+            raise DivergenceError(
+                f"step {step}: {numbers}, at a loss scale of {scaler.get_scale():g}: no scale will do. Lower the "
+                "learning rate, or train in bfloat16."
+            )
+        elif self.is_world_process_zero():
+            scale = scaler.get_scale()
+            logger.warning(f"Step {step}: the gradients overflow at a loss scale of {scale:g}; skipped, to scale less.")
+
     # ------------------------------------------------------------------ checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False, *, stock: bool = False) -> None:
+        """As the stock method; every rank must call it.
+
+        Args:
+            output_dir: Where to save; ``args.output_dir`` if None.
+            stock: Write the stock ``model_type``, so that the directory loads in transformers without this package. The
+                tensors are the same either way, and an adapter is an ordinary one anyway.
+        """
+        if not stock or self._own_model is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        save_stock = partial(self._own_model.save_pretrained, stock=True)
+        with _attribute(self._own_model, "save_pretrained", save_stock):
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.hp_search_backend is None and trial is None:
@@ -162,16 +265,11 @@ class MegatronTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(destination))
         if is_first:
-            rotate_checkpoints(
-                output_dir=str(run_directory),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            remove_old_checkpoints(run_directory, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _save_model_into(self, directory: Path) -> None:
-        """The model as it lies: each rank's shards if it is cut, else as ``save_model`` does."""
-        if self._own_model is None or not self.is_distributed_loading_by_transformers:
+        """The model as it lies: each rank's shards if it is cut, else, and for an adapter, as ``save_model`` does."""
+        if self._own_model is None or self._is_adapted or not self.is_distributed_loading_by_transformers:
             self.save_model(str(directory), _internal_call=True)
             return
         self.model.save_pretrained(directory, distributed_checkpoint=True)
@@ -191,13 +289,13 @@ class MegatronTrainer(Trainer):
         self.state.save_to_json(str(directory / "trainer_state.json"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._own_model is None:
+        if self._own_model is None or self._is_adapted:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._own_model.load_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self._own_model is None:
+        if self._own_model is None or self._is_adapted:
             super()._load_best_model()
         else:
             logger.info(f"Loading the best model, {self.state.best_model_checkpoint} ({self.state.best_metric}).")
@@ -214,6 +312,25 @@ class MegatronTrainer(Trainer):
                 f"{checkpoint} has no random state for data-parallel rank {self._data_parallel_rank} (it was saved by "
                 "fewer); dropout and shuffling go on with other random numbers."
             )
+
+
+class _SharedGradScaler(torch.amp.GradScaler):
+    """A loss scale that is the same on all ranks.
+
+    Each sees its own part of the gradients. The stock class asks the others only if the first gradient of all is cut:
+    not with an adapter, whose first half is replicated, and not for plain tensors. (torch has such a class for FSDP,
+    whose flag has a shape that fused optimizers do not take.)
+    """
+
+    def _unscale_grads_(self, *args: Any, **kwargs: Any) -> dict[torch.device, torch.Tensor]:
+        """As the stock method.
+
+        Collective: all-reduce over all processes of one flag per device.
+        """
+        flags: dict[torch.device, torch.Tensor] = super()._unscale_grads_(*args, **kwargs)
+        for flag in flags.values():
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flags
 
 
 def _check_processes(args: Any) -> None:

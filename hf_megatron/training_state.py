@@ -2,20 +2,26 @@
 
 A checkpoint directory holds the model (a ``tp`` directory if the model is cut, else a Hub directory), ``optimizer/`` in
 torch's distributed format under parameter names, ``scheduler.pt``, one random state per data-parallel rank and
-``trainer_state.json``. It is written under a hidden name and renamed when complete, so that whatever carries the name
-of a checkpoint is one.
+``trainer_state.json``.
+
+Whatever carries the name of a checkpoint is one: it is written under a hidden name and renamed when complete, and
+renamed before it is deleted. What a run that was killed has left under hidden names the next run removes.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+from transformers.trainer_utils import sort_checkpoints
 
 from hf_megatron.errors import CheckpointIncompleteError
 from hf_megatron.models.layout import barrier, one_process_allowed
@@ -26,18 +32,34 @@ __all__ = [
     "finish_checkpoint",
     "load_optimizer",
     "load_random_state",
+    "remove_old_checkpoints",
     "save_optimizer",
     "save_random_state",
+    "tidy_checkpoints",
 ]
 
 OPTIMIZER_DIRECTORY = "optimizer"
+
+# The names below, and what save_pretrained puts beside the directory it is given.
+_HIDDEN = re.compile(r"\.+checkpoint-\d+\..+")
+
+
+def tidy_checkpoints(run_directory: Path, *, is_first: bool) -> None:
+    """Remove what a run that was killed has left; every rank must call it, before it looks for checkpoints."""
+    if is_first and run_directory.is_dir():
+        for path in [path for path in run_directory.iterdir() if _HIDDEN.fullmatch(path.name)]:
+            checkpoint = path.with_name(path.stem.lstrip("."))
+            if path.suffix == ".old" and not checkpoint.exists():  # killed while this one was about to be replaced
+                path.rename(checkpoint)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+    barrier()
 
 
 def begin_checkpoint(destination: Path, *, is_first: bool) -> Path:
     """An empty directory beside ``destination`` to write a checkpoint into; every rank must call it.
 
-    The name is hidden, so that nothing takes the directory for a checkpoint before it is one. What an earlier run left
-    under this name is removed.
+    The name is hidden, so that nothing takes the directory for a checkpoint before it is one.
     """
     fresh = destination.with_name(f".{destination.name}.incomplete")
     if is_first:
@@ -52,7 +74,6 @@ def finish_checkpoint(fresh: Path, destination: Path, *, is_first: bool) -> None
     barrier()
     if is_first:
         old = destination.with_name(f".{destination.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         if destination.exists():
             destination.rename(old)
         fresh.rename(destination)
@@ -60,9 +81,20 @@ def finish_checkpoint(fresh: Path, destination: Path, *, is_first: bool) -> None
     barrier()
 
 
+def remove_old_checkpoints(run_directory: Path, limit: int | None, best: str | None) -> None:
+    """Keep the ``limit`` newest checkpoints, of which the best one is one, as Trainer's ``save_total_limit`` asks."""
+    checkpoints = [Path(path) for path in sort_checkpoints(str(run_directory), use_mtime=True)]
+    if not limit or limit < 0 or len(checkpoints) <= limit:
+        return
+    kept = {checkpoints[-1]} | ({Path(best)} if best is not None else set())
+    surplus = len(checkpoints) - max(limit, len(kept))
+    for path in [path for path in checkpoints if path not in kept][:surplus]:
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleted")), ignore_errors=True)
+
+
 def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
     """Save the optimizer's state under parameter names, each rank its own part; every rank must call it."""
-    with one_process_allowed():
+    with one_process_allowed(), _without_empty_groups(optimizer):
         save_optimizer_distributed(model, optimizer, str(directory / OPTIMIZER_DIRECTORY))
 
 
@@ -80,8 +112,20 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, dir
         )
     # With gradients in place torch takes the optimizer for one that has stepped, and silently restores nothing.
     model.zero_grad(set_to_none=True)
-    with one_process_allowed():
+    with one_process_allowed(), _without_empty_groups(optimizer):
         load_optimizer_distributed(model, optimizer, str(path))
+
+
+@contextmanager
+def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Hide parameter groups without parameters, at which torch raises an IndexError; an adapter has no biases, say."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        filled = iter(optimizer.param_groups)
+        optimizer.param_groups = [next(filled) if group["params"] else group for group in groups]
 
 
 def save_random_state(directory: Path, data_parallel_rank: int) -> None:

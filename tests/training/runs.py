@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from peft import LoraConfig
 from transformers import TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 import hf_megatron
 from hf_megatron import MegatronTrainer
+from hf_megatron.peft import get_peft_model
+from tests.models.reference import Pool
+
+_T = TypeVar("_T")
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "tp2": {"tp_size": 2},
+    "tp4": {"tp_size": 4},
+    "tp2 x fsdp2": {"tp_size": 2, "fsdp_size": 2},
+    "tp2 x replicate2": {"tp_size": 2, "dp_replicate_size": 2},
+    "tp2, split sequences": {"tp_size": 2, "enable_sequence_parallel": True},
+    "tp4, split sequences": {"tp_size": 4, "enable_sequence_parallel": True},
+    "tp2 x fsdp2, split sequences": {"tp_size": 2, "fsdp_size": 2, "enable_sequence_parallel": True},
+}
 
 # All layouts of the tests divide 8; 48 examples are whole batches at every one of them.
 NUM_EXAMPLES, LENGTH, GLOBAL_BATCH = 48, 12, 8
@@ -31,6 +48,7 @@ class Run:
         config: Changes to the configuration, dropout for example.
         arguments: Changes to the TrainingArguments.
         resume: Checkpoint to resume from.
+        lora: Arguments of the LoraConfig if an adapter is to be trained.
     """
 
     model: Path
@@ -40,6 +58,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     resume: Path | None = None
+    lora: dict[str, Any] | None = None
 
     @property
     def world_size(self) -> int:
@@ -91,6 +110,9 @@ def make_trainer(run: Run, log: Log | None = None, **options: Any) -> MegatronTr
         setattr(config, name, value)
     layout = DistributedConfig(**run.layout) if run.layout else None
     model = model_class.from_pretrained(run.model, config=config, distributed_config=layout)
+    if run.lora is not None:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(**run.lora))
     data_parallel_size = run.world_size // run.layout.get("tp_size", 1)
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": GLOBAL_BATCH // data_parallel_size,
@@ -138,3 +160,18 @@ def predict(run: Run) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float
     trainer = make_trainer(run)
     output = trainer.predict(examples(11, seed=1))
     return output.predictions, output.label_ids, output.metrics["test_loss"]
+
+
+def on_ranks(pool: Pool, job: Callable[..., _T], run: Run, *arguments: Any) -> _T:
+    """Rank 0's result of a job at the run's layout; without a layout it runs in this process."""
+    if not run.layout:
+        return job(run, *arguments)
+    return pool(run.world_size).run(job, run, *arguments, timeout=240)[0]
+
+
+def assert_same_steps(steps: list[Step], expected: list[Step], tolerance: float = 1e-5) -> None:
+    assert [(s.step, s.tokens, s.learning_rate) for s in steps] == [
+        (e.step, e.tokens, e.learning_rate) for e in expected
+    ]
+    for s, e in zip(steps, expected, strict=True):
+        assert (s.loss, s.grad_norm) == pytest.approx((e.loss, e.grad_norm), rel=tolerance), f"step {s.step}"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,16 +17,17 @@ from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, Trainer
 from hf_megatron import MegatronTrainer
 from hf_megatron.errors import CheckpointIncompleteError
 from tests.models.reference import Pool, save_stock
-from tests.training.runs import Run, Step, examples, full_weights, make_trainer, predict, train
-
-_T = TypeVar("_T")
-
-LAYOUTS: dict[str, dict[str, int]] = {
-    "tp2": {"tp_size": 2},
-    "tp4": {"tp_size": 4},
-    "tp2 x fsdp2": {"tp_size": 2, "fsdp_size": 2},
-    "tp2 x replicate2": {"tp_size": 2, "dp_replicate_size": 2},
-}
+from tests.training.runs import (
+    LAYOUTS,
+    Run,
+    assert_same_steps,
+    examples,
+    full_weights,
+    make_trainer,
+    on_ranks,
+    predict,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,26 +53,13 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def on_ranks(pool: Pool, job: Callable[..., _T], run: Run, *arguments: Any) -> _T:
-    """Rank 0's result of a job at the run's layout; without a layout it runs in this process."""
-    if not run.layout:
-        return job(run, *arguments)
-    return pool(run.world_size).run(job, run, *arguments, timeout=240)[0]
-
-
-def assert_same_steps(steps: list[Step], expected: list[Step], tolerance: float = 1e-5) -> None:
-    assert [(s.step, s.tokens, s.learning_rate) for s in steps] == [
-        (e.step, e.tokens, e.learning_rate) for e in expected
-    ]
-    for s, e in zip(steps, expected, strict=True):
-        assert (s.loss, s.grad_norm) == pytest.approx((e.loss, e.grad_norm), rel=tolerance), f"step {s.step}"
-
-
 _FAST = {
     ("MegatronGPT2LMHeadModel", "tp2", 1),
     ("MegatronGPT2LMHeadModel", "tp4", 1),
     ("MegatronGPT2LMHeadModel", "tp2 x replicate2", 1),
     ("MegatronBertForMaskedLM", "tp2 x fsdp2", 2),
+    ("MegatronGPT2LMHeadModel", "tp2 x fsdp2, split sequences", 2),
+    ("MegatronBertForMaskedLM", "tp2, split sequences", 1),
 }
 _GRID = [
     pytest.param(*case, marks=() if case in _FAST else pytest.mark.slow)
@@ -154,7 +141,10 @@ def test_predictions_hold_every_example_once(pool: Pool, gpt2: Path, tmp_path: P
         assert loss == pytest.approx(expected[2], rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", pytest.param("tp2 x fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout",
+    ["one", "tp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("tp2 x fsdp2", "tp2, split sequences"))],
+)
 def test_resuming_at_the_same_layout_changes_no_bit(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches a random stream, a moment, a step counter or a place in the data that is not restored; dropout is on."""
     dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
@@ -175,6 +165,7 @@ def test_resuming_at_the_same_layout_changes_no_bit(pool: Pool, gpt2: Path, tmp_
         pytest.param("tp4", "one", marks=pytest.mark.slow),
         pytest.param("tp2 x fsdp2", "tp4", marks=pytest.mark.slow),
         pytest.param("one", "tp2 x fsdp2", marks=pytest.mark.slow),
+        pytest.param("tp2, split sequences", "tp4", marks=pytest.mark.slow),
     ],
 )
 def test_resuming_at_another_layout(pool: Pool, gpt2: Path, tmp_path: Path, first: str, second: str) -> None:

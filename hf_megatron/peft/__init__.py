@@ -1,0 +1,102 @@
+"""LoRA through peft on models that are cut over ranks.
+
+    from peft import LoraConfig
+    from hf_megatron.peft import get_peft_model, load_adapter
+
+    model = get_peft_model(model, LoraConfig(r=8, target_modules=["c_attn"], task_type="CAUSAL_LM"))
+
+An adapter adds ``B(A(x))`` to a layer's output. Its halves are cut like the weight they adapt, and each half is one of
+this package's own layers, which communicate as they always do (``r`` is the adapter's rank, B S batch and sequence):
+
+    adapted layer               A [r, in]                      B [out, r]              collective for the adapter
+    ColumnParallelLinear        ReplicatedLinear               ColumnParallelLinear    backward, [B, S, r]
+      behind a shared ``f``     ReplicatedLinear, summed       ColumnParallelLinear    backward, [r, in]
+    RowParallelLinear           RowParallelLinear              ReplicatedLinear        forward, [B, S, r]
+    ReplicatedLinear            ReplicatedLinear               ReplicatedLinear        none
+
+What is saved is an ordinary adapter, whole tensors under the stock names: it loads with plain peft on the stock model,
+and an ordinary adapter loads here at any degree.
+
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import peft
+from peft import LoraConfig, PeftModel
+
+from hf_megatron.errors import UnsupportedError
+from hf_megatron.models.pretrained import MegatronModelMixin
+from hf_megatron.peft.model import join_data_parallel_ranks, with_our_methods
+from hf_megatron.peft.targets import adapting
+
+__all__ = ["get_peft_model", "load_adapter"]
+
+
+def get_peft_model(
+    model: MegatronModelMixin, config: LoraConfig, adapter_name: str = "default", **kwargs: Any
+) -> PeftModel:
+    """Add a fresh LoRA adapter, as ``peft.get_peft_model`` does for the stock model.
+
+    The adapter's initial values are the ones that stock peft draws from the same random state, at every degree.
+
+    Args:
+        model: A model of this package, at any layout; changed in place. Every rank must make this call.
+        config: Which layers to adapt, and how. Without ``target_modules`` it is what peft takes for the stock model;
+            ``"all-linear"`` is every linear layer but the output head.
+        adapter_name: Name of the adapter.
+        **kwargs: As for ``peft.get_peft_model``.
+
+    Returns:
+        A ``PeftModel`` whose ``save_pretrained`` every rank must call; the first one writes.
+
+    Raises:
+        UnsupportedError: The configuration asks for something that adapters on a cut model do not have.
+
+    Collective: broadcast over all processes of each adapter's initial values.
+    """
+    if not isinstance(model, MegatronModelMixin):
+        raise UnsupportedError(
+            f"hf_megatron.peft adapts models of this package, not {type(model).__name__}; use peft.get_peft_model."
+        )
+    if getattr(getattr(model.config, "distributed_config", None), "enable_sequence_parallel", False):  # type: ignore[attr-defined]
+        raise UnsupportedError("LoRA with enable_sequence_parallel=True is not supported; leave it False.")
+    with adapting(model, config):
+        adapted = peft.get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
+    adapted.__class__ = with_our_methods(type(adapted))
+    join_data_parallel_ranks(adapted)
+    return adapted
+
+
+def load_adapter(
+    model: MegatronModelMixin,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> PeftModel:
+    """Add an adapter that was saved here or by stock peft, as ``PeftModel.from_pretrained`` does for the stock model.
+
+    Args:
+        model: A model of this package, at any layout; changed in place. Every rank must make this call.
+        directory: Where ``adapter_config.json`` and ``adapter_model.safetensors`` lie, or a name on the Hub.
+        adapter_name: Name to give the adapter.
+        is_trainable: Whether to train it further.
+        **kwargs: For the download, such as ``revision`` and ``token``.
+
+    Returns:
+        The adapted model, see :func:`get_peft_model`.
+
+    Raises:
+        UnsupportedError: The adapter is not LoRA, or uses what adapters on a cut model do not have.
+        CheckpointIncompleteError: The adapter lacks weights.
+    """
+    config = peft.PeftConfig.from_pretrained(os.fspath(directory), **kwargs)
+    config.inference_mode = not is_trainable
+    adapted = get_peft_model(model, config, adapter_name)
+    adapted.load_adapter(os.fspath(directory), adapter_name, is_trainable=is_trainable, **kwargs)
+    return adapted

@@ -1,0 +1,160 @@
+"""LoRA layers whose halves are cut like the weight they adapt.
+
+Shapes: B batch, S sequence, ``r`` the adapter's rank; ``in`` and ``out`` are full sizes, ``in_p`` is this rank's part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from hf_megatron.errors import UnsupportedError
+from hf_megatron.partition import chunk_range
+from hf_megatron.tensor_parallel import (
+    ColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    TensorParallelGroup,
+    copy_to_tensor_parallel_region,
+    local,
+    parallelize_module,
+)
+
+__all__ = ["ADAPTABLE", "ParallelLora", "is_managed_by_fsdp"]
+
+ADAPTABLE = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
+
+
+def is_managed_by_fsdp(parameter: torch.Tensor) -> bool:
+    """Whether FSDP has cut a parameter, which it gathers when it is used and whose gradient it averages."""
+    return isinstance(parameter, DTensor) and "fsdp" in (parameter.device_mesh.mesh_dim_names or ())
+
+
+class ParallelLora(LoraLinear):  # type: ignore[misc]
+    """The LoRA layer of peft around one of ours; its halves are replaced by layers that are cut."""
+
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        # Over all ranks. The stock method takes the sizes of this rank's part.
+        return module.in_features, module.out_features
+
+    def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, r, *args, **kwargs)
+        base = self.get_base_layer()
+        with torch.device("meta"):  # they get the weights that peft drew, and must draw none
+            halves = _halves_of(base, r)
+        for holder, half in zip((self.lora_A, self.lora_B), halves, strict=True):
+            half.weight = holder[adapter_name].weight
+            if isinstance(base.weight, DTensor):
+                _share(half, base)
+            holder[adapter_name] = half
+        dropout = self.lora_dropout[adapter_name]
+        if isinstance(base, RowParallelLinear) and isinstance(dropout, nn.Dropout) and base.tp_group.size > 1:
+            self.lora_dropout[adapter_name] = _SplitDropout(dropout.p, base.in_features, base.tp_group)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As the stock method, but for ``safe_merge``, which there has no effect on a DTensor.
+
+        Raises:
+            ValueError: With ``safe_merge``, if the sum is not finite.
+
+        Collective: with ``safe_merge`` an all-reduce over tp of one number per adapter.
+        """
+        weight, group = self.get_base_layer().weight, self.get_base_layer().tp_group
+        for adapter in check_adapters_to_merge(self, adapter_names) if safe_merge else ():
+            if adapter in self.lora_A:
+                is_finite = torch.isfinite(local(weight) + local(self.get_delta_weight(adapter))).all().float()
+                if group.size > 1:
+                    dist.all_reduce(is_finite, dist.ReduceOp.MIN, group=group.process_group)
+                if not is_finite:
+                    raise ValueError(f"merging the adapter {adapter!r} would make weights inf or nan.")
+        super().merge(adapter_names=adapter_names)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What merging adds to the weight: of the weight's shape, cut as it is."""
+        weight = self.get_base_layer().weight
+        a, b = (local(half[adapter].weight) for half in (self.lora_A, self.lora_B))
+        delta = b @ a * self.scaling[adapter]
+        if getattr(self.get_base_layer(), "weight_layout", "out_in") == "in_out":
+            delta = delta.t().contiguous()
+        if not isinstance(weight, DTensor):
+            return delta
+        if is_managed_by_fsdp(weight):
+            raise UnsupportedError(
+                "an adapter cannot be merged into weights that FSDP has cut once more. Save the adapter, load it with "
+                "fsdp_size=1 and dp_replicate_size=1, and merge it there."
+            )
+        return DTensor.from_local(
+            delta,
+            weight.device_mesh,
+            weight.placements,
+            run_check=False,
+            shape=weight.shape,
+            stride=weight.stride(),
+        )
+
+
+class _SharedInputLinear(ReplicatedLinear):
+    """A for an input that went through ``f`` already, together with other layers'.
+
+    Then the input's gradient has to stay a partial sum, which that ``f`` makes whole, and the weight's is one too.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., r], both replicated.
+
+        Collective: all-reduce over tp, backward, of the weight's gradient.
+        """
+        (weight,) = copy_to_tensor_parallel_region(self.tp_group, local(self.weight))
+        return F.linear(x, weight)
+
+
+class _SplitDropout(nn.Dropout):
+    """Dropout on activations that are split on the last dim, with the mask one rank would draw for them whole.
+
+    So every degree trains on the same masks, and the default generator stays in step on all ranks. The price is drawing
+    the whole mask on each of them.
+    """
+
+    def __init__(self, p: float, size: int, group: TensorParallelGroup) -> None:
+        super().__init__(p)
+        self.size, self.group = size, group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_p] to [..., in_p], split on the last dim."""
+        if not self.training:
+            return x
+        start, stop = chunk_range(self.size, self.group.size, self.group.rank)
+        mask = F.dropout(x.new_ones(*x.shape[:-1], self.size), self.p)
+        return x * mask[..., start:stop].clone()  # not a view, which would keep the whole mask until backward
+
+
+def _halves_of(base: nn.Module, r: int) -> tuple[nn.Module, nn.Module]:
+    """Layers A and B for an adapted layer, without weights."""
+    if isinstance(base, ColumnParallelLinear):
+        # The rows of B belong to the columns of the weight, and are cut as those are: in three blocks if they are.
+        specs = {"weight": dataclasses.replace(base.partition_specs()["weight"], dim=0)}  # type: ignore[type-var]
+        is_copied = base.is_input_copied
+        a = (_SharedInputLinear if is_copied else ReplicatedLinear)(base.in_features, r, bias=False)
+        return a, ColumnParallelLinear(r, base.out_features, bias=False, specs=specs, is_input_copied=is_copied)
+    assert isinstance(base, (RowParallelLinear, ReplicatedLinear))
+    a_class = RowParallelLinear if isinstance(base, RowParallelLinear) else ReplicatedLinear
+    return a_class(base.in_features, r, bias=False), ReplicatedLinear(r, base.out_features, bias=False)
+
+
+def _share(half: nn.Module, base: nn.Module) -> None:
+    """Make a half's weight the first rank's on all ranks, and keep this rank's part of it.
+
+    Collective: broadcast over all processes, whose random states need not be in step.
+    """
+    if half.weight.device.type != "meta":
+        dist.broadcast(half.weight.detach(), src=0)
+    if base.tp_group.size > 1:
+        parallelize_module(half, base.weight.device_mesh["tp"])

@@ -1,0 +1,149 @@
+"""What an adapted model does otherwise than peft's: saving by all ranks, and gradients of data-parallel ranks."""
+
+from __future__ import annotations
+
+import shutil
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from peft import LoraConfig, PeftModel
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from hf_megatron.errors import CheckpointIncompleteError
+from hf_megatron.models.layout import barrier, is_first_rank
+from hf_megatron.peft.layers import is_managed_by_fsdp
+from hf_megatron.peft.targets import adapting
+from hf_megatron.tensor_parallel import ParallelModule, local, parallelize_module
+
+__all__ = ["join_data_parallel_ranks", "with_our_methods"]
+
+
+class _MegatronPeftModel(PeftModel):
+    """The methods that take the place of peft's."""
+
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Save the adapters, as the stock method does; every rank of a model that is cut must call it.
+
+        The files are written elsewhere and moved into place when they are complete.
+
+        Collective: all-gather over tp of each tensor of an adapter.
+        """
+        is_collective = self.get_base_model().is_distributed_loading_by_transformers
+        if kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = self._adapter_tensors()
+        if is_main_process and (is_first_rank() or not is_collective):
+            directory = Path(save_directory).absolute()
+            fresh = directory.with_name(f".{directory.name}.saving")
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            if (directory / "README.md").is_file():
+                shutil.copy(directory / "README.md", fresh)  # peft brings a model card up to date
+            super().save_pretrained(str(fresh), *args, **kwargs)
+            _move_into(fresh, directory)
+        if is_collective:
+            barrier()
+
+    def _adapter_tensors(self) -> dict[str, torch.Tensor]:
+        """What of the state dict may belong to an adapter, whole, on the CPU; the stock method gathers everything."""
+        has_bias = any(config.bias != "none" for config in self.peft_config.values())
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            if "lora_" in name or ".modules_to_save." in name or (has_bias and name.endswith("bias")):
+                tensors[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+        return tensors
+
+    def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type:
+        # adapter_config.json names it where there is no task type.
+        stock: type = getattr(transformers, self.get_base_model()._partition_class().stock)
+        return stock
+
+    def add_adapter(self, adapter_name: str, peft_config: LoraConfig, *args: Any, **kwargs: Any) -> None:
+        """As the stock method, for what :func:`hf_megatron.peft.get_peft_model` accepts."""
+        with adapting(self.get_base_model(), peft_config):
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        join_data_parallel_ranks(self)
+
+    def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method, which does not say that weights are missing.
+
+        Raises:
+            CheckpointIncompleteError: The adapter lacks weights.
+        """
+        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        if result.missing_keys:
+            raise CheckpointIncompleteError(f"the adapter {model_id} lacks {', '.join(result.missing_keys)}.")
+        return result
+
+
+@cache
+def with_our_methods(stock: type[PeftModel]) -> type[PeftModel]:
+    """The class that peft has for a task, with our methods before its own."""
+    return type(stock.__name__, (_MegatronPeftModel, stock), {"__doc__": stock.__doc__})
+
+
+def _move_into(fresh: Path, directory: Path) -> None:
+    """Give complete files their place, each at once; what else lies in the directory stays."""
+    if not directory.exists():
+        fresh.rename(directory)
+        return
+    for path in sorted(path for path in fresh.rglob("*") if path.is_file()):
+        target = directory / path.relative_to(fresh)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    shutil.rmtree(fresh)
+
+
+@torch.no_grad()
+def join_data_parallel_ranks(model: PeftModel) -> None:
+    """Do for an adapter what FSDP does for the parameters it manages, to which it was added afterwards.
+
+    Its gradients are averaged over the data-parallel ranks, on each of which it is whole (but for tp).
+
+    Collective: all-reduce over fsdp and over dp_replicate, backward, of each of the adapter's gradients.
+    """
+    mesh_manager = getattr(model.get_base_model(), "_mesh_manager", None)
+    if mesh_manager is None:
+        return
+    meshes = [mesh_manager.get_mesh(name) for name in ("fsdp", "dp_replicate")]
+    groups = [mesh.get_group() for mesh in meshes if mesh.size() > 1]
+    if not groups:
+        return
+    for name, module in model.named_modules():
+        if ".modules_to_save." in name and isinstance(module, ParallelModule):
+            _take_from_fsdp(module, mesh_manager.get_mesh("tp"))
+    for parameter in model.parameters():
+        if is_managed_by_fsdp(parameter) or hasattr(parameter, "_is_averaged"):
+            continue
+        needs_gradient = parameter.requires_grad  # that of an adapter which is not active does not
+        parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(_average_gradient, groups))
+        parameter.requires_grad_(needs_gradient)
+        parameter._is_averaged = True
+
+
+def _take_from_fsdp(module: ParallelModule, tp_mesh: DeviceMesh) -> None:
+    """Give the copy of a module whose parameters FSDP has cut parameters of its own, cut over tp alone.
+
+    Collective: all-gather over fsdp and tp of each.
+    """
+    if not any(is_managed_by_fsdp(parameter) for parameter in module.parameters(recurse=False)):
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        module._parameters[name] = nn.Parameter(parameter.full_tensor(), requires_grad=parameter.requires_grad)
+    if tp_mesh.size() > 1:
+        parallelize_module(module, tp_mesh)
+
+
+def _average_gradient(groups: list[dist.ProcessGroup], parameter: torch.Tensor) -> None:
+    # What was accumulated before is the same on all ranks, and stays what it is.
+    gradient = local(parameter.grad)
+    for group in groups:
+        dist.all_reduce(gradient, group=group)
+        gradient /= group.size()

@@ -1,0 +1,157 @@
+"""An adapted model computes what stock peft computes on the stock model, at every degree."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.models.reference import (
+    Pool,
+    assert_agrees,
+    assert_all_agree,
+    assert_all_equal,
+    assert_replicas_equal,
+    assert_same_on_all_ranks,
+    run_at,
+)
+from tests.peft.adapters import (
+    Case,
+    logits,
+    our_base,
+    our_model,
+    stock_loss,
+    stock_model,
+    trainable_gradients,
+    trainable_weights,
+)
+
+CASES = ("gpt2", "bert", "classifier")
+
+
+def _compare(case: Case, seed: int) -> None:
+    """A step's loss and gradients in training mode, with the same random numbers."""
+    stock, ours = stock_model(case), our_model(case)
+    assert_all_equal(trainable_weights(ours), trainable_weights(stock))
+    torch.manual_seed(seed)
+    expected = stock_loss(case, stock.train(), case.inputs, case.labels)
+    torch.manual_seed(seed)
+    loss = ours.train()(**case.inputs, **case.labels).loss
+    assert_agrees("loss", loss, expected)
+    assert_same_on_all_ranks("the random state afterwards", torch.rand(3))
+    expected.backward()
+    loss.backward()
+    assert_all_agree("gradient", trainable_gradients(ours), trainable_gradients(stock))
+    assert_replicas_equal(ours)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_are_those_of_stock_peft(
+    pool: Pool, request: pytest.FixtureRequest, name: str, tp_size: int
+) -> None:
+    """Catches a half that is cut otherwise than its weight, a partial sum that stays one, or is added up twice."""
+    case = replace(request.getfixturevalue(name), layout={"tp_size": tp_size} if tp_size > 1 else {})
+    run_at(pool, tp_size, _compare, case, 0)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("name", ["gpt2", "classifier"])
+def test_adapter_dropout_has_the_masks_of_one_rank(
+    pool: Pool, request: pytest.FixtureRequest, name: str, tp_size: int
+) -> None:
+    """Catches the same mask on every rank's own part, and generators that drift apart because the parts differ."""
+    case = request.getfixturevalue(name)
+    # With several draws per layer: the base layers' dropout is off, or its masks would differ from stock's.
+    case = replace(case, lora={**case.lora, "lora_dropout": 0.3}, layout={"tp_size": tp_size} if tp_size > 1 else {})
+    run_at(pool, tp_size, _compare, case, 3)
+
+
+def _compare_shares(case: Case) -> None:
+    """Each data-parallel rank takes one example, twice; the mean of their losses is the whole batch's."""
+    stock, ours = stock_model(case), our_model(case)
+    data_parallel_rank = dist.get_rank() // case.layout["tp_size"]
+    for _ in range(2):
+        losses = []
+        for row in (0, 1):
+            inputs, labels = ({n: v[row : row + 1] for n, v in d.items()} for d in (case.inputs, case.labels))
+            losses.append(stock_loss(case, stock, inputs, labels))
+            if row == data_parallel_rank:
+                ours(**inputs, **labels).loss.backward()
+        (sum(losses) / 2).backward()
+    assert_all_agree("gradient", trainable_gradients(ours), trainable_gradients(stock))
+
+
+@pytest.mark.parametrize("share", ["fsdp_size", "dp_replicate_size"])
+@pytest.mark.parametrize("name", ["gpt2", "classifier"])
+def test_data_parallel_ranks_average_the_gradients(
+    pool: Pool, request: pytest.FixtureRequest, name: str, share: str
+) -> None:
+    """Catches adapters that each data-parallel rank trains on its own, as FSDP does not know them."""
+    case = replace(request.getfixturevalue(name), layout={"tp_size": 2, share: 2})
+    pool(4).run(_compare_shares, case)
+
+
+def _all_linear(case: Case) -> set[str]:
+    return set(our_model(case).targeted_module_names)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", None])
+@pytest.mark.parametrize("name", CASES)
+def test_targets_that_peft_chooses_are_the_same(request: pytest.FixtureRequest, name: str, targets: str | None) -> None:
+    """Catches layers left out because they are no nn.Linear, and heads that peft leaves alone."""
+    case = request.getfixturevalue(name)
+    case = replace(case, lora={**case.lora, "target_modules": targets})
+    if targets is None and name == "classifier":
+        assert _all_linear(case) == {n for n in _all_linear(case) if n.endswith(("query", "value"))}  # as for BERT
+        return
+    expected = set(stock_model(case).targeted_module_names)
+    assert _all_linear(case) == expected
+
+
+def _generate(case: Case) -> torch.Tensor:
+    tokens: torch.Tensor = our_model(case).eval().generate(**case.inputs, max_new_tokens=5, do_sample=False)
+    return tokens
+
+
+def test_generates_as_stock_peft_does(pool: Pool, gpt2: Case) -> None:
+    """Catches an adapter that is left out, or doubled, when keys and values come from the cache."""
+    stock = stock_model(gpt2).eval()
+    expected = stock.generate(**gpt2.inputs, max_new_tokens=5, do_sample=False)
+    for tokens in pool(2).run(_generate, replace(gpt2, layout={"tp_size": 2})):
+        assert torch.equal(tokens, expected)
+
+
+def _logits_of_half_precision(case: Case) -> tuple[torch.Tensor, set[torch.dtype]]:
+    model = our_model(case)
+    return logits(case, model), {parameter.dtype for parameter in trainable_weights(model).values()}
+
+
+def test_adapters_of_a_half_precision_model_are_float32(pool: Pool, gpt2: Case) -> None:
+    """Catches a cast that loses the cut or stays half precise, in which small steps vanish."""
+    case = replace(gpt2, dtype=torch.bfloat16)
+    expected = logits(case, stock_model(case))
+    for actual, dtypes in pool(2).run(_logits_of_half_precision, replace(case, layout={"tp_size": 2})):
+        assert dtypes == {torch.float32}
+        # bfloat16 keeps 8 bits, and the sums over ranks are rounded once more.
+        torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.1 * float(expected.std()))
+
+
+def _second_adapter(case: Case) -> None:
+    model = our_model(case)
+    first, base = logits(case, model), logits(case, our_base(case))
+    model.add_adapter("second", replace(case, lora={**case.lora, "r": 2}).config)
+    assert_agrees("the first adapter's logits", logits(case, model), first)
+    model.set_adapter("second")
+    assert float((logits(case, model) - first).abs().max()) > 0.01
+    with model.disable_adapter():
+        assert_agrees("the base model's logits", logits(case, model), base)
+    model.set_adapter("default")
+    assert_agrees("the first adapter's logits again", logits(case, model), first)
+
+
+def test_a_second_adapter_is_cut_too(pool: Pool, gpt2: Case) -> None:
+    """Catches an adapter added later that goes past this package, and one that is mixed up with the first."""
+    pool(2).run(_second_adapter, replace(gpt2, layout={"tp_size": 2}))

@@ -1,0 +1,105 @@
+"""MegatronTrainer trains adapters: the same steps at every layout, and checkpoints that hold the adapter alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import GPT2LMHeadModel
+
+from hf_megatron.peft import load_adapter
+from tests.models.reference import Pool, save_stock
+from tests.peft.adapters import GPT2_TARGETS, quiet_peft, trainable_weights
+from tests.training.runs import LAYOUTS, Run, assert_same_steps, make_trainer, on_ranks, train
+
+LORA: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 16,
+    "target_modules": list(GPT2_TARGETS),
+    "lora_dropout": 0.1,
+    "task_type": "CAUSAL_LM",
+}
+DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_stock(tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2 x fsdp2", pytest.param("tp2 x replicate2", marks=pytest.mark.slow)])
+def test_every_layout_takes_the_same_steps(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
+    """Catches adapters that a layout trains otherwise; under tensor parallelism alone with dropout on."""
+    tp_only = "x" not in layout
+    run = Run(
+        gpt2,
+        tmp_path / "one",
+        config=DROPOUT if tp_only else {},
+        lora=LORA if tp_only else {**LORA, "lora_dropout": 0.0},
+        arguments={"label_smoothing_factor": 0.1},
+    )
+    expected, weights = train(run)
+    cut = replace(run, output=tmp_path / "cut", layout=LAYOUTS[layout])
+    steps, cut_weights = on_ranks(pool, train, cut)
+    assert_same_steps(steps, expected)
+    assert weights.keys() == cut_weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(cut_weights[name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("second", ["tp2", "one", pytest.param("tp2 x fsdp2", marks=pytest.mark.slow)])
+def test_checkpoints_hold_the_adapter_and_resume(pool: Pool, gpt2: Path, tmp_path: Path, second: str) -> None:
+    """Catches the base model in every checkpoint, an adapter that is not loaded, or another optimizer's state."""
+    same = second == "tp2"
+    lora = LORA if same else {**LORA, "lora_dropout": 0.0}
+    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS["tp2"], config=DROPOUT if same else {}, lora=lora)
+    steps, weights = on_ranks(pool, train, run)
+    checkpoint = run.output / "checkpoint-3"
+    assert (checkpoint / "adapter_model.safetensors").is_file()
+    assert not list(checkpoint.glob("*model-0*")), "the base model"
+    again = replace(run, output=tmp_path / "again", layout=LAYOUTS.get(second, {}), resume=checkpoint)
+    resumed_steps, resumed_weights = on_ranks(pool, train, again)
+    if same:
+        assert resumed_steps == steps[3:]
+    else:
+        assert_same_steps(resumed_steps, steps[3:])
+    for name, weight in weights.items():
+        torch.testing.assert_close(resumed_weights[name], weight, rtol=0 if same else 1e-4, atol=0 if same else 1e-5)
+
+
+def _train_for_the_best(run: Run) -> tuple[str, dict[str, torch.Tensor]]:
+    trainer = make_trainer(run)
+    trainer.train()
+    trainer.save_model(str(run.output / "final"))
+    return str(trainer.state.best_model_checkpoint), trainable_weights(trainer.model)
+
+
+def _adapter_of(run: Run, directory: str) -> dict[str, torch.Tensor]:
+    base = make_trainer(replace(run, lora=None)).model
+    return trainable_weights(load_adapter(base, directory, is_trainable=True))
+
+
+def test_the_best_adapter_is_loaded_at_the_end(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
+    """Catches the last step's adapter where the best was asked for, and a final one that stock peft cannot load."""
+    arguments = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "greater_is_better": True,  # of the loss: so the first one is the best
+    }
+    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS["tp2"], lora=LORA, arguments=arguments)
+    best, weights = on_ranks(pool, _train_for_the_best, run)
+    assert Path(best).name == "checkpoint-2"
+    for name, weight in on_ranks(pool, _adapter_of, run, best).items():
+        assert torch.equal(weights[name], weight), name
+    with quiet_peft():
+        stock = PeftModel.from_pretrained(
+            GPT2LMHeadModel.from_pretrained(gpt2), run.output / "final", is_trainable=True
+        )
+    for name, weight in trainable_weights(stock).items():
+        assert torch.equal(weights[name], weight), name
