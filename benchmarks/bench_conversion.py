@@ -1,7 +1,7 @@
 """How fast and in how much memory checkpoints are converted, next to a plain copy of the same files.
 
     python benchmarks/bench_conversion.py                      # GPT-2 355M and 2.5B: writes results/conversion.json
-    python benchmarks/bench_conversion.py --models gpt2-355m   # the smaller one only; needs 6 GB of disk instead of 40
+    python benchmarks/bench_conversion.py --models gpt2-355m   # the smaller one only; needs 5 GB of disk instead of 35
     python benchmarks/bench_conversion.py --quick              # a tiny one, to see that it runs
 
 What is measured is told in README.md beside this file.
@@ -166,17 +166,23 @@ def measure(size: Size, directory: Path, base: int, repetitions: int) -> Iterato
     generate(directory / "hub", size)
     (directory / "scratch").mkdir()
     largest = max(prod(t.shape) for t in GPT2.tensors(size.config(), GPT2.classes[0]).values()) * itemsize("F32")
-    for direction in DIRECTIONS:
+    for index, direction in enumerate(DIRECTIONS):
         source = directory / direction.source
         # What comes back to "hub" must not replace the model that everything starts from.
         target = directory / ("hub again" if direction.destination == "hub" else direction.destination)
         copies, runs = [], []
         for _ in range(repetitions):
-            copies.append(copy_seconds(source, directory / "scratch"))
             shutil.rmtree(target, ignore_errors=True)
+            copies.append(copy_seconds(source, directory / "scratch"))
             runs.append(convert(source, target, direction.options))
+        copied = sum(path.stat().st_size for path in files_of(source))
+        # What no later direction starts from makes room: three models at most are on the disk, copies among them.
+        needed = {later.source for later in DIRECTIONS[index + 1 :]}
+        for path in {source, target}:
+            if path.name not in needed:
+                shutil.rmtree(path)
         run = min(runs, key=lambda run: run["seconds"])
-        num_bytes, copied = run["bytes_written"], sum(path.stat().st_size for path in files_of(source))
+        num_bytes = run["bytes_written"]
         speed, copy_speed = num_bytes / run["seconds"], copied / min(copies)
         peak = max(run["peak_rss_bytes"] for run in runs)
         yield {
@@ -219,20 +225,32 @@ def environment() -> dict[str, Any]:
     }
 
 
-def show(name: str, rows: list[dict[str, Any]]) -> None:
-    """Print a table as README.md has it."""
-    print(f"\n{name}\n\n| from | to | GB | s | MB/s | copy MB/s | share of copy | peak MB |")
+def show(row: dict[str, Any]) -> None:
+    """Print a row of the table that README.md has."""
+    speeds = f"{row['bytes_per_second'] / MEGA:.0f} | {row['copy_bytes_per_second'] / MEGA:.0f}"
+    print(
+        f"| {row['from']} | {row['to']} | {row['bytes'] / 1e9:.2f} | {row['seconds']:.1f} | {speeds} | "
+        f"{row['share_of_copy']:.2f} | {row['peak_rss_bytes'] / MEGA:.0f} |",
+        flush=True,
+    )
+
+
+def report_on(size: Size, parent: Path | None, repetitions: int) -> dict[str, Any]:
+    """All that is measured with one model."""
+    base = base_bytes()
+    rows: list[dict[str, Any]] = []
+    print("| from | to | GB | s | MB/s | copy MB/s | share of copy | peak MB |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for row in rows:
-        speeds = f"{row['bytes_per_second'] / MEGA:.0f} | {row['copy_bytes_per_second'] / MEGA:.0f}"
-        print(
-            f"| {row['from']} | {row['to']} | {row['bytes'] / 1e9:.2f} | {row['seconds']:.1f} | {speeds} | "
-            f"{row['share_of_copy']:.2f} | {row['peak_rss_bytes'] / MEGA:.0f} |"
-        )
+    with tempfile.TemporaryDirectory(dir=parent) as directory:
+        for row in measure(size, Path(directory), base, repetitions):
+            show(row)
+            rows.append(row)
+    print(f"\nbefore a file is opened: {base / MEGA:.0f} MB")
+    return {"environment": environment(), "base_rss_bytes": base, "directions": rows}
 
 
 def main() -> None:
-    """Measure, print, and write results/conversion.json."""
+    """Measure, print, and put what was measured into results/conversion.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--directory", type=Path, help="where to work; default: the system's temporary directory")
@@ -240,18 +258,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model, and nothing is written")
     arguments = parser.parse_args()
     sizes: Mapping[str, Size] = QUICK if arguments.quick else {name: SIZES[name] for name in arguments.models}
-    base = base_bytes()
-    report: dict[str, Any] = {"environment": environment(), "base_rss_bytes": base, "models": {}}
+    file = RESULTS / "conversion.json"
+    # Of the models that are not measured now, what was measured before stays.
+    results = json.loads(file.read_text()) if file.exists() else {}
     for name, size in sizes.items():
-        with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-            rows = list(measure(size, Path(directory), base, arguments.repetitions))
-        report["models"][name] = rows
-        show(name, rows)
+        print(f"\n{name}\n")
+        results[name] = report_on(size, arguments.directory, arguments.repetitions)
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-        report["dry_run_gpt2-8.3b"] = dry_run(Path(directory))
-    print(f"\nbase: {base / MEGA:.0f} MB; dry run of 8.3B: {report['dry_run_gpt2-8.3b']['seconds_with_start']:.1f} s")
+        results["dry run of gpt2-8.3b"] = dry_run(Path(directory))
+    print(f"dry run of 8.3B: {results['dry run of gpt2-8.3b']['seconds_with_start']:.1f} s")
     if not arguments.quick:
-        (RESULTS / "conversion.json").write_text(json.dumps(report, indent=2) + "\n")
+        file.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hf_megatron.checkpoint import DTYPES, itemsize
 from hf_megatron.partition import Box
 from hf_megatron_conversion.formats import format_of, read_model
-from hf_megatron_conversion.formats.base import Given, Model
+from hf_megatron_conversion.formats.base import Given, Model, warn_of_padding
 from hf_megatron_conversion.progress import Progress, Silent
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
@@ -80,6 +80,8 @@ def verify(a: str | Path, b: str | Path, *, logits: bool = False, progress: Prog
         UnsupportedError: A model that is not offered here.
     """
     model_a, model_b = _read_both(source_directory(a), source_directory(b))
+    for model in (model_a, model_b):
+        warn_of_padding(model)
     differences = _config_differences(model_a, model_b)
     found, largest = compare(model_a.tensors, model_b.tensors, progress or Silent())
     differences.update(found)

@@ -97,10 +97,13 @@ def print_error(message: str, kind: str, *, as_json: bool) -> None:
 
 def print_table(title: str, rows: Mapping[str, object]) -> None:
     """Print names and values to stdout."""
-    table = Table("", "", title=Text(title), show_header=False, title_justify="left", title_style="bold")
+    table = Table("", "", show_header=False)
     for name, value in rows.items():
         table.add_row(name.replace("_", " "), Text(_shown(value)))
-    Console().print(table)
+    console = Console()
+    # Not as the table's title, which is broken where the table ends.
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(table)
 
 
 def human_bytes(num_bytes: int) -> str:

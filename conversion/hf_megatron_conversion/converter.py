@@ -17,7 +17,7 @@ from hf_megatron.partition import table_for
 from hf_megatron_conversion.comparison import compare, finite
 from hf_megatron_conversion.execute import execute
 from hf_megatron_conversion.formats import FormatName, format_of, read_model
-from hf_megatron_conversion.formats.base import Given, Model, ModelType, load_config
+from hf_megatron_conversion.formats.base import Given, Model, ModelType, load_config, warn_of_padding
 from hf_megatron_conversion.plan import Options, Plan, check_options, make_plan
 from hf_megatron_conversion.progress import Progress, Silent
 from hf_megatron_conversion.source import source_directory
@@ -168,6 +168,7 @@ def _open(source: str | Path, target: Path, options: Options, given: Given) -> M
         check_options(options, config, table_for(config))
     model = read_model(source_directory(source), given)
     check_options(options, model.config, model.table)
+    warn_of_padding(model)
     if model.dropped:
         _logger.info("Not needed by the model and left out: %s.", ", ".join(model.dropped))
     return model

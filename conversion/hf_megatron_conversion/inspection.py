@@ -9,7 +9,7 @@ from pathlib import Path
 from hf_megatron.checkpoint import itemsize
 from hf_megatron_conversion.card import dtype_names
 from hf_megatron_conversion.formats import FormatName, read_model
-from hf_megatron_conversion.formats.base import Given
+from hf_megatron_conversion.formats.base import Given, warn_of_padding
 from hf_megatron_conversion.source import source_directory
 
 __all__ = ["Inspection", "inspect"]
@@ -61,6 +61,7 @@ def inspect(path: str | Path) -> Inspection:
         UnsupportedError: A model that is not offered here.
     """
     model = read_model(source_directory(path), Given(is_only_described=True))
+    warn_of_padding(model)
     sizes = {name: prod(tensor.shape) for name, tensor in model.tensors.items()}
     return Inspection(
         format=model.format,

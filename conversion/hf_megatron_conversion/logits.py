@@ -8,7 +8,8 @@ model is in memory at a time, which is why this stands apart from conversion.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from hf_megatron.errors import CheckpointFormatError, HfMegatronError
 from hf_megatron_conversion.formats.base import Model
 from hf_megatron_conversion.formats.megatron_lm import Opened
 from hf_megatron_conversion.megatron_forward import megatron_outputs
@@ -109,11 +111,11 @@ def outputs(
     if isinstance(model.opened, Opened) and not is_stock:
         with torch.inference_mode():
             return megatron_outputs(model.opened, ids, token_types, dtype)
-    module = _module(model, model.tensors if tensors is None else tensors, is_stock=is_stock)
-    if "MultipleChoice" in model.model_class.stock:
-        ids, token_types = ids.unsqueeze(1), token_types.unsqueeze(1)  # [B, number of choices, S]
-    has_types = module.config.to_dict().get("type_vocab_size", 1) > 1 and model.table.architecture == "bert"
-    with torch.inference_mode():
+    with _refusing(model), torch.inference_mode():
+        module = _module(model, model.tensors if tensors is None else tensors, is_stock=is_stock)
+        if "MultipleChoice" in model.model_class.stock:
+            ids, token_types = ids.unsqueeze(1), token_types.unsqueeze(1)  # [B, number of choices, S]
+        has_types = module.config.to_dict().get("type_vocab_size", 1) > 1 and model.table.architecture == "bert"
         result = module(input_ids=ids, **({"token_type_ids": token_types} if has_types else {}))
     return [tensor for tensor in result.to_tuple() if isinstance(tensor, torch.Tensor)]
 
@@ -165,4 +167,22 @@ def _stock_config(model: Model) -> Any:
     """The stock library's configuration object for a checkpoint."""
     model_class: Any = getattr(transformers, model.model_class.stock)
     entries = model.table.config_of(model.config, model.model_class, stock=True)
-    return model_class.config_class.from_dict({**entries, "use_cache": False})
+    with _refusing(model):
+        return model_class.config_class.from_dict({**entries, "use_cache": False})
+
+
+@contextmanager
+def _refusing(model: Model) -> Iterator[None]:
+    """Turn whatever transformers raises over entries of a config.json that conversion has no use for into a refusal.
+
+    Raises:
+        CheckpointFormatError: The checkpoint can be converted and not be run.
+    """
+    try:
+        yield
+    except HfMegatronError:
+        raise
+    except Exception as error:
+        raise CheckpointFormatError(
+            f"{model.directory} cannot be run as a {model.model_class.stock}; is its config.json right? {error}"
+        ) from error

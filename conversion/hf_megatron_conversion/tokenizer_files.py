@@ -66,8 +66,9 @@ def tokenizer_facts(directory: Path) -> TokenizerFacts | None:
     elif (directory / "vocab.json").is_file():
         ids |= _json(directory / "vocab.json")
     elif (directory / "vocab.txt").is_file():
-        lines = (directory / "vocab.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-        ids |= {line: index for index, line in enumerate(lines)}
+        # Not splitlines, which also splits at characters that vocabularies of many languages have as tokens.
+        with (directory / "vocab.txt").open(encoding="utf-8", errors="replace") as lines:
+            ids |= {line.rstrip("\n"): index for index, line in enumerate(lines)}
     else:
         return None
     if (directory / "added_tokens.json").is_file():

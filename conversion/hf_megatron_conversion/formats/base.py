@@ -20,7 +20,16 @@ from hf_megatron_conversion.files import OutputFile
 from hf_megatron_conversion.formats import FormatName
 from hf_megatron_conversion.tensors import Readable
 
-__all__ = ["Format", "Given", "Model", "ModelType", "Target", "load_config", "read_transformers_directory"]
+__all__ = [
+    "Format",
+    "Given",
+    "Model",
+    "ModelType",
+    "Target",
+    "load_config",
+    "read_transformers_directory",
+    "warn_of_padding",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -148,6 +157,16 @@ def load_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointFormatError(f"{file} is not a JSON object.")
     return config
+
+
+def warn_of_padding(model: Model) -> None:
+    """Say so if padding may count as vocabulary."""
+    if not model.has_known_vocab_size:
+        _logger.warning(
+            "Nothing says how much of the vocabulary of %d is padding, so all of it is kept; --vocab-size or "
+            "--tokenizer would.",
+            model.config["vocab_size"],
+        )
 
 
 def read_transformers_directory(directory: Path, given: Given) -> Model:

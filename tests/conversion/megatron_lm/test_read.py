@@ -112,10 +112,11 @@ def test_precedence_of_gelus(tmp_path: Path, arguments: dict[str, Any], gelu: st
 
 
 @pytest.mark.parametrize("names", ["core", "te"])
-@pytest.mark.parametrize(("kind", "gelu"), [("gpt", "fused"), ("gpt", "erf"), ("bert", "fused"), ("bert", "erf")])
+@pytest.mark.parametrize("gelu", ["fused", "erf"])
+@pytest.mark.parametrize("kind", list(_KINDS))
 def test_megatron_core(tmp_path: Path, kind: str, gelu: str, names: str) -> None:
     """Catches the names of Megatron-core, or of its transformer-engine layers, not known."""
-    assert_converts(tmp_path, Variant(kind=kind, gelu=gelu, names=names))
+    assert_converts(tmp_path, Variant(**_KINDS[kind], gelu=gelu, names=names))
 
 
 @pytest.mark.parametrize(
@@ -286,6 +287,7 @@ def test_config_says_what_the_arguments_say(tmp_path: Path) -> None:
     assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.125, 0.125, 0.0625)
     assert config.initializer_range == 0.01
     assert config.eos_token_id is None
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "hub").eos_token_id is None
     bert = Variant(kind="bert")
     write(tmp_path / "bert", bert, make_weights(bert))
     convert(tmp_path / "bert", tmp_path / "bert-hub", to="hub", vocab_size=VOCAB)
@@ -314,6 +316,8 @@ def test_where_a_checkpoint_may_lie(tmp_path: Path) -> None:
     for tp, dp in product(range(2), range(2)):
         save(parallel / f"mp_rank_{tp:02d}_{dp:03d}/model_rng.pt", content_of(variant, old, tp, 0))
         save(parallel / f"mp_rank_{tp:02d}_{dp:03d}/optim.pt", {})
+    with pytest.raises(CheckpointError, match="is the part of one rank; give the directory that holds those of all"):
+        inspect(source / "iter_0001000/mp_rank_00")
     expected = {"release": new, "release/release": new, "source": old, "source/iter_0001000": old, "parallel": old}
     for place, weights in expected.items():
         destination = tmp_path / "out" / place.replace("/", "-")
@@ -349,7 +353,7 @@ def test_padding_of_the_vocabulary(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert kept["bert.embeddings.word_embeddings.weight"].shape[0] == kept["cls.predictions.bias"].shape[0] == 128
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
-    (tokenizer / "vocab.txt").write_text("".join(f"word{i}\n" for i in range(VOCAB)))
+    (tokenizer / "vocab.txt").write_text("".join(f"word\u2028{i}\n" for i in range(VOCAB)), encoding="utf-8")
     convert(source, tmp_path / "cut", to="hub", tokenizer=tokenizer)
     cut = load_file(tmp_path / "cut/model.safetensors")
     assert cut["bert.embeddings.word_embeddings.weight"].shape[0] == cut["cls.predictions.bias"].shape[0] == VOCAB

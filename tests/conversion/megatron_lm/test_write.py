@@ -16,7 +16,8 @@ import transformers
 from safetensors.torch import load_file
 
 from hf_megatron.errors import PartitionError, UnsupportedError
-from hf_megatron_conversion import convert, torch_zip, verify
+from hf_megatron_conversion import convert, tensors, torch_zip, verify
+from hf_megatron_conversion.formats.megatron_lm import views
 from tests.conversion.megatron_lm.generator import HEADS, VOCAB, Variant, make_weights, write
 from tests.repository import ROOT
 
@@ -84,6 +85,22 @@ def test_there_and_back_is_bit_exact(tmp_path: Path, kind: str) -> None:
     assert all(torch.equal(tensor, returned[name]) for name, tensor in stored.items())
     before, after = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "back"))
     assert {name: after[name] for name in before if name in after} == before
+
+
+def test_both_ways_of_reading_what_is_transposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches large matrices, of which only the wanted runs are read, cut elsewhere than small ones."""
+    source = _stock(tmp_path / "hub", "gpt2")
+    monkeypatch.setattr(tensors, "_SLICE_BYTES", 1000)
+    for least in (1, 10**9):
+        monkeypatch.setattr(views, "_MIN_RUN_BYTES", least)
+        convert(source, tmp_path / f"m-{least}", to="megatron-lm", tp_size=4)
+        convert(tmp_path / f"m-{least}", tmp_path / f"tp-{least}", to="tp", tp_size=2)
+        convert(tmp_path / f"m-{least}", tmp_path / f"hub-{least}", to="hub")
+        assert verify(source, tmp_path / f"tp-{least}").equal
+        assert verify(source, tmp_path / f"hub-{least}").equal
+    for rank in range(4):
+        file = f"release/mp_rank_{rank:02d}/model_optim_rng.pt"
+        assert (tmp_path / "m-1" / file).read_bytes() == (tmp_path / f"m-{10**9}" / file).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "megatron-bert"])

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_megatron_conversion.files import OutputFile
 from hf_megatron_conversion.formats import FormatName
 from hf_megatron_conversion.formats.base import Given, Model, ModelType, Target, load_config
 from hf_megatron_conversion.formats.megatron_lm.config import Outside
 from hf_megatron_conversion.formats.megatron_lm.ranks import is_megatron_lm
-from hf_megatron_conversion.formats.megatron_lm.reader import open_megatron_lm
+from hf_megatron_conversion.formats.megatron_lm.reader import Opened, open_megatron_lm
 from hf_megatron_conversion.tokenizer_files import tokenizer_facts
 
 __all__ = ["MegatronLmFormat"]
-
-_logger = logging.getLogger(__name__)
 
 
 class MegatronLmFormat:
@@ -34,13 +32,6 @@ class MegatronLmFormat:
     def read(self, directory: Path, given: Given) -> Model:
         """Open the directory, or one iteration in it."""
         opened = open_megatron_lm(directory, _outside(directory, given))
-        if not opened.has_known_vocab_size:
-            _logger.warning(
-                "Nothing says how much of the vocabulary of %d is padding, so all of it is kept; --vocab-size or "
-                "--tokenizer would.",
-                opened.config["vocab_size"],
-            )
-        end = opened.config.get("eos_token_id")
         return Model(
             directory=directory,
             format=self.name,
@@ -54,7 +45,7 @@ class MegatronLmFormat:
             checkpoint_version=opened.version,
             has_known_vocab_size=opened.has_known_vocab_size,
             opened=opened,
-            generation_config={"bos_token_id": end, "eos_token_id": end} if end is not None else None,
+            generation_config=_generation_config(opened),
         )
 
     def weight_files(self, target: Target) -> Sequence[OutputFile]:
@@ -62,6 +53,13 @@ class MegatronLmFormat:
         from hf_megatron_conversion.formats.megatron_lm.writer import megatron_lm_files
 
         return megatron_lm_files(target)
+
+
+def _generation_config(opened: Opened) -> dict[str, Any] | None:
+    """For a model that can generate: the token at which it stops, null if nobody knows it."""
+    if opened.table.architecture != "gpt2":
+        return None
+    return {name: opened.config[name] for name in ("bos_token_id", "eos_token_id")}
 
 
 def _outside(directory: Path, given: Given) -> Outside:

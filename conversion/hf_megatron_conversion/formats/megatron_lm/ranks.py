@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_megatron.checkpoint import LazyTensor
+from hf_megatron.checkpoint import LazyTensor, listed
 from hf_megatron.checkpoint.torch_file import TENSOR_NAMES, StoredArray, open_torch_file
 from hf_megatron.checkpoint.unpickle import Call
 from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError
@@ -23,6 +23,9 @@ _ITERATION = re.compile(r"iter_\d{7,}|release")
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _DISTRIBUTED = (".metadata", "metadata.json", "common.pt")
 _MAX_LEAVES = 10**6
+# What the arguments called the number of ranks, and of stages, over the years.
+_TP_SIZE = ("tensor_model_parallel_size", "intra_layer_model_parallel_size", "model_parallel_size")
+_PP_SIZE = ("pipeline_model_parallel_size", "inter_layer_model_parallel_size")
 
 # What Megatron's files name besides tensors. None of it is looked up.
 _ALLOWED = TENSOR_NAMES | {
@@ -80,9 +83,11 @@ class Rank:
 
 
 def is_megatron_lm(directory: Path) -> bool:
-    """Whether the directory has the form of a Megatron-LM checkpoint, or is one iteration of one."""
+    """Whether the directory has the form of a Megatron-LM checkpoint, or is one iteration or one rank of one."""
     if not directory.is_dir():
         return False
+    if _is_rank(directory):
+        return True
     iterations = [path for path in directory.iterdir() if _ITERATION.fullmatch(path.name) and path.is_dir()]
     return (directory / _TRACKER).exists() or any(map(_rank_directories, [directory, *iterations]))
 
@@ -96,6 +101,10 @@ def iteration_directory(directory: Path) -> Path:
     """
     if _rank_directories(directory):
         return directory
+    if _is_rank(directory):
+        raise CheckpointIncompleteError(
+            f"{directory} is the part of one rank; give the directory that holds those of all ranks."
+        )
     tracker = directory / _TRACKER
     if tracker.is_file():
         latest = tracker.read_text(encoding="utf-8", errors="replace").strip()[:32]
@@ -137,7 +146,7 @@ def open_ranks(directory: Path, problems: list[str]) -> dict[tuple[int, int], Ra
             problems.append(str(error))
             continue
         arguments = rank.arguments or {}
-        stages = max(stages, _size(arguments, "pipeline_model_parallel_size") or 1)
+        stages = max(stages, _first_size(arguments, _PP_SIZE) or 1)
         is_data_parallel = path.name == "model_rng.pt" and (len(numbers) == 3 or stages == 1)
         if is_data_parallel and len(numbers) > 1 and numbers[-1]:
             continue  # another copy of the same weights
@@ -152,6 +161,10 @@ def open_ranks(directory: Path, problems: list[str]) -> dict[tuple[int, int], Ra
 
 def _fields(rank: Rank) -> dict[str, Any]:
     return {name: getattr(rank, name) for name in rank.__dataclass_fields__}
+
+
+def _is_rank(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in _FILE_NAMES)
 
 
 def _rank_directories(directory: Path) -> list[tuple[tuple[int, ...], Path]]:
@@ -171,24 +184,29 @@ def _missing(ranks: dict[tuple[int, int], Rank], directory: Path) -> Iterator[st
     if not ranks:
         return
     arguments = [rank.arguments for rank in ranks.values() if rank.arguments is not None]
-    known_tp = [_size(a, "tensor_model_parallel_size") or _size(a, "model_parallel_size") for a in arguments]
-    known_pp = [_size(a, "pipeline_model_parallel_size") for a in arguments]
+    known_tp, known_pp = ([_first_size(stated, names) for stated in arguments] for names in (_TP_SIZE, _PP_SIZE))
     tp_size = max([size for size in known_tp if size] or [1 + max(tp for tp, _ in ranks)])
     pp_size = max([size for size in known_pp if size] or [1 + max(pp for _, pp in ranks)])
-    for tp in range(tp_size):
-        for pp in range(pp_size):
-            if (tp, pp) not in ranks:
-                stage = f" stage {pp}" if pp_size > 1 else ""
-                yield f"rank {tp}{stage} of {tp_size} x {pp_size} is missing in {directory}"
-    for tp, pp in ranks:
-        if tp >= tp_size or pp >= pp_size:
-            yield f"rank {tp} stage {pp} is left over: the checkpoint has {tp_size} x {pp_size} ranks and stages"
+    expected = dict.fromkeys((tp, pp) for tp in range(tp_size) for pp in range(pp_size))
+    whole = f"of {tp_size} x {pp_size} ranks and stages"
+    if missing := [_named(place, pp_size) for place in expected if place not in ranks]:
+        yield f"{whole}, missing in {directory}: {listed(missing)}"
+    if left_over := [_named(place, 2) for place in ranks if place not in expected]:
+        yield f"{whole}, left over in {directory}: {listed(left_over)}"
+
+
+def _named(place: tuple[int, int], num_stages: int) -> str:
+    return f"rank {place[0]}" + (f" stage {place[1]}" if num_stages > 1 else "")
+
+
+def _first_size(arguments: dict[str, Any], names: Sequence[str]) -> int | None:
+    return next((size for name in names if (size := _size(arguments, name)) is not None), None)
 
 
 def _size(arguments: dict[str, Any], name: str) -> int | None:
     value = arguments.get(name)
     # What is not a number of ranks is nothing to enumerate.
-    return value if isinstance(value, int) and 0 < value <= 4096 else None
+    return value if isinstance(value, int) and 0 < value <= 1024 else None
 
 
 def _open_rank(path: Path, tp: int, pp: int) -> Rank:

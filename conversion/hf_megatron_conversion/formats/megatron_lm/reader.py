@@ -91,7 +91,7 @@ def open_megatron_lm(directory: Path, given: Outside) -> Opened:
     shards = _each_layer(stored, arguments or {})
     assembly = _Assembly(shards, config, table, version, problems)
     tensors = assembly.tensors(table.tensors(config, model_class))
-    dropped = _left_over(shards, assembly.used, found, problems)
+    dropped = _left_over(shards, assembly.used, config["vocab_size"], problems, is_bert=is_bert)
     if problems:
         raise _refusal(iteration, problems)
     return Opened(
@@ -112,7 +112,7 @@ def open_megatron_lm(directory: Path, given: Outside) -> Opened:
 
 def _refusal(directory: Path, problems: Sequence[str]) -> CheckpointFormatError | CheckpointIncompleteError:
     kind = CheckpointIncompleteError if any("missing" in problem for problem in problems) else CheckpointFormatError
-    lines = listed(list(dict.fromkeys(problems)), separator="\n  ")
+    lines = "\n  ".join(dict.fromkeys(problems))
     return kind(f"{directory} cannot be read as a Megatron-LM checkpoint:\n  {lines}")
 
 
@@ -126,7 +126,7 @@ def _found(
     """What the tensors show; None if those that show it are not there."""
     needed = (_WORDS, _POSITIONS, _FIRST_QKV, _FIRST_UP)
     if missing := [name for name in needed if name not in stored or len(stored[name][0].shape) != 2]:
-        problems += [f"{name} is missing" for name in missing]
+        problems.append(f"missing: {listed(missing)}")
         return None
     words, positions, qkv, up = (stored[name][0].shape for name in needed)
     tp_size, hidden = 1 + max(tp for tp, _ in ranks), words[1]
@@ -160,7 +160,7 @@ def _is_tied(stored: Shards, arguments: Arguments) -> bool:
     untied = arguments.get("untie_embeddings_and_output_weights")
     if isinstance(untied, bool):
         return not untied
-    return _HEAD not in stored or _have_same_values(stored[_HEAD], stored[_WORDS])
+    return _HEAD not in stored or _have_same_words(stored[_HEAD], stored)
 
 
 def _each_layer(stored: Shards, arguments: Arguments) -> Shards:
@@ -175,29 +175,32 @@ def _each_layer(stored: Shards, arguments: Arguments) -> Shards:
     return shards
 
 
-def _left_over(shards: Shards, used: set[str], found: Found, problems: list[str]) -> list[str]:
+def _left_over(shards: Shards, used: set[str], vocab_size: int, problems: list[str], *, is_bert: bool) -> list[str]:
     """Names of what the model does not need; anything but copies of the embedding and a second head is a problem."""
-    dropped = []
+    dropped, surplus = [], []
     for name in sorted(set(shards) - used):
         is_copy = name in (_HEAD, _HEAD_COPY)
-        if is_copy and not _have_same_values(shards[name], shards[_WORDS]) and not (found.is_bert and name == _HEAD):
+        if is_copy and not (is_bert and name == _HEAD) and not _have_same_words(shards[name], shards, vocab_size):
             problems.append(f"{name} should be a copy of {_WORDS}, and differs from it")
         elif is_copy or name in _SECOND_HEAD:
             dropped.append(name)
         else:
-            problems.append(f"{name} is not a part of the model")
+            surplus.append(name)
+    if surplus:
+        problems.append(f"not a part of the model: {listed(surplus)}")
     return dropped
 
 
-def _have_same_values(shards: Sequence[LazyTensor], others: Sequence[LazyTensor]) -> bool:
+def _have_same_words(head: Sequence[LazyTensor], stored: Shards, vocab_size: int | None = None) -> bool:
+    """Whether a head has the values of the word embedding, up to the padding."""
     import torch
 
-    for a, b in zip(shards, others, strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return False
-        if not all(torch.equal(a.read(box), b.read(box)) for box in bounded(Box.whole(a.shape), a.dtype)):
-            return False
-    return True
+    if {shard.shape[1:] for shard in head} != {shard.shape[1:] for shard in stored[_WORDS]}:
+        return False
+    a, b = (joined(shards, 0, vocab_size) for shards in (head, stored[_WORDS]))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(torch.equal(a.read(box), b.read(box)) for box in bounded(Box.whole(a.shape), a.dtype))
 
 
 class _Assembly:
@@ -223,15 +226,20 @@ class _Assembly:
         """Every tensor of the model by its stock name; those that cannot be had are problems."""
         names = megatron_names(self._table, expected, self._sizes["num_hidden_layers"])
         result: dict[str, Readable] = {}
+        missing, unexpected = [], []
         for stock, name in names.items():
             shape = expected[stock].shape
             tensor = self._tensor(stock, name, shape)
             if tensor is None:
-                self._problems.append(f"{name} is missing")
+                missing.append(name)
             elif tensor.shape != shape:
-                self._problems.append(f"{name} is {list(tensor.shape)} in all, expected {list(shape)}")
+                unexpected.append(f"{name} is {list(tensor.shape)} in all, expected {list(shape)}")
             else:
                 result[stock] = tensor
+        if missing:
+            self._problems.append(f"missing: {listed(list(dict.fromkeys(missing)))}")
+        if unexpected:
+            self._problems.append(listed(unexpected))
         return result
 
     def _tensor(self, stock: str, name: str, shape: tuple[int, ...]) -> Readable | None:

@@ -92,12 +92,17 @@ def _alike(group: Sequence[Rank], chunk: int, problems: list[str]) -> Shards:
     """The shards of a stage; every rank has to have the same names, shapes and dtypes."""
     names = dict.fromkeys(name for rank in group for name in rank.chunks[chunk])
     merged: Shards = {}
+    lacking: dict[str, list[str]] = {}
+    differing = []
     for name in names:
         tensors = {rank.tp: rank.chunks[chunk][name] for rank in group if name in rank.chunks[chunk]}
-        if lacking := [str(rank.tp) for rank in group if rank.tp not in tensors]:
-            problems.append(f"{name} is missing in rank {listed(lacking)}")
+        if without := [str(rank.tp) for rank in group if rank.tp not in tensors]:
+            lacking.setdefault(listed(without), []).append(name)
         kinds = {tp: f"{DTYPES[tensor.dtype][1]} {list(tensor.shape)}" for tp, tensor in tensors.items()}
         if len(set(kinds.values())) > 1:
-            problems.append(f"{name} differs: " + listed([f"{kind} on rank {tp}" for tp, kind in kinds.items()]))
+            differing.append(f"{name} is " + listed([f"{kind} on rank {tp}" for tp, kind in kinds.items()]))
         merged[name] = list(tensors.values())
+    problems += [f"missing in rank {ranks}: {listed(tensors)}" for ranks, tensors in lacking.items()]
+    if differing:
+        problems.append(f"{len(differing)} tensors differ between ranks: {listed(differing, '; ')}")
     return merged

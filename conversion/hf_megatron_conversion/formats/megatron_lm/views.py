@@ -6,14 +6,17 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hf_megatron.checkpoint import torch_dtype
+from hf_megatron.checkpoint import itemsize, torch_dtype
 from hf_megatron.partition import Box
 from hf_megatron_conversion.tensors import Readable
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Boxed", "Filled", "Memo", "Padded", "Stacked", "Transposed"]
+__all__ = ["Filled", "Memo", "Padded", "Stacked", "Transposed", "narrowed"]
+
+# What lies in runs of this length is read run by run; of shorter ones everything is read.
+_MIN_RUN_BYTES = 4096
 
 
 class Memo:
@@ -41,7 +44,8 @@ class Transposed:
 
     Attributes:
         tensor: As stored.
-        memo: Keeps the columns that were read last; whoever writes the matrix reads the same ones for each slice.
+        memo: Keeps the columns that were read last, where they lie in short runs: whoever writes the matrix reads the
+            same ones for each slice.
     """
 
     tensor: Readable
@@ -62,10 +66,19 @@ class Transposed:
         """The part inside ``box``."""
         box = Box.whole(self.shape) if box is None else box
         (start, first), (size, width) = box.offset, box.shape
+        if size * itemsize(self.dtype) >= _MIN_RUN_BYTES:
+            return self.tensor.read(Box((first, start), (width, size))).t().contiguous()
         stored = Box((first, 0), (width, self.shape[0]))
         key = (id(self.tensor), first, width)
         whole = self.memo.get(key, lambda: self.tensor.read(stored).t().contiguous())
         return whole[start : start + size]
+
+
+def narrowed(tensor: Readable, dim: int, start: int, stop: int) -> Readable:
+    """Entries ``start`` to ``stop`` of a tensor along ``dim``; of a transposed one, no others are transposed."""
+    if isinstance(tensor, Transposed):
+        return Transposed(narrowed(tensor.tensor, 1 - dim, start, stop), tensor.memo)
+    return Boxed(tensor, Box.whole(tensor.shape).narrowed(dim, start, stop))
 
 
 @dataclass(frozen=True)
@@ -135,19 +148,15 @@ class Padded:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Queries, keys and values of some heads, one head's after the other: 3 x [heads * d, ...] to [heads * 3 * d, ...].
+    """Queries, keys and values of some heads, one head's after the other: 3 x [n * d, ...] to [n * 3 * d, ...].
 
     Attributes:
-        tensors: Where the queries, the keys and the values lie, each [..., h] or [...].
-        starts: The first row of each.
-        rows: How many of each.
+        tensors: The queries, the keys and the values, each [n * d, h] or [n * d].
         head_dim: d.
         memo: Keeps the result.
     """
 
     tensors: Sequence[Readable]
-    starts: Sequence[int]
-    rows: int
     head_dim: int
     memo: Memo = field(compare=False, repr=False)
 
@@ -158,22 +167,21 @@ class Stacked:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[3 * rows, ...]."""
-        return 3 * self.rows, *self.tensors[0].shape[1:]
+        """[3 * n * d, ...]."""
+        rows, *rest = self.tensors[0].shape
+        return 3 * rows, *rest
 
     def read(self, box: Box | None = None) -> torch.Tensor:
         """The part inside ``box``."""
         box = Box.whole(self.shape) if box is None else box
-        return self.memo.get((id(self.tensors[0]), *self.starts, self.rows), self._make)[box.slices].contiguous()
+        return self.memo.get(id(self), self._make)[box.slices].contiguous()
 
     def _make(self) -> torch.Tensor:
         import torch
 
-        parts = []
-        for tensor, start in zip(self.tensors, self.starts, strict=True):
-            part = tensor.read(Box.whole(tensor.shape).narrowed(0, start, start + self.rows))
-            parts.append(part.reshape(-1, self.head_dim, *part.shape[1:]))
-        return torch.stack(parts, dim=1).reshape(self.shape)
+        parts = [tensor.read() for tensor in self.tensors]
+        heads = [part.reshape(-1, self.head_dim, *part.shape[1:]) for part in parts]
+        return torch.stack(heads, dim=1).reshape(self.shape)
 
 
 @dataclass(frozen=True)

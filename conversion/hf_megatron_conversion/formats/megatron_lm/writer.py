@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_megatron.errors import PartitionError, UnsupportedError
-from hf_megatron.partition import Box
 from hf_megatron_conversion.files import OutputFile, TextFile
 from hf_megatron_conversion.formats.base import Target
 from hf_megatron_conversion.formats.megatron_lm.arguments import padded_vocab_size
 from hf_megatron_conversion.formats.megatron_lm.export import arguments_of
 from hf_megatron_conversion.formats.megatron_lm.names import COLUMN, ROW, VOCABULARY, megatron_names, split_layer
-from hf_megatron_conversion.formats.megatron_lm.views import Boxed, Filled, Memo, Padded, Stacked, Transposed
+from hf_megatron_conversion.formats.megatron_lm.views import Filled, Memo, Padded, Stacked, Transposed, narrowed
 from hf_megatron_conversion.tensors import Readable
 from hf_megatron_conversion.torch_zip import TorchZipFile
 
@@ -143,7 +142,7 @@ class _Layout:
             return tensor
         dim = 0 if rest in COLUMN else 1
         size = tensor.shape[dim] // self._tp_size
-        return Boxed(tensor, Box.whole(tensor.shape).narrowed(dim, rank * size, (rank + 1) * size))
+        return narrowed(tensor, dim, rank * size, (rank + 1) * size)
 
     def _outwards(self, stock: str) -> Readable:
         """A stock tensor in Megatron's orientation, matrices [out, in]."""
@@ -156,12 +155,10 @@ class _Layout:
         """Queries, keys and values of a rank's heads."""
         hidden = self._sizes["hidden_size"]
         rows = hidden // self._tp_size
-        if len(stored) == 1:
-            tensors, firsts = [*stored] * 3, [0, hidden, 2 * hidden]
-        else:
-            tensors, firsts = [*stored], [0, 0, 0]
-        head_dim = hidden // self._sizes["num_attention_heads"]
-        return Stacked(tensors, [first + rank * rows for first in firsts], rows, head_dim, self._memo)
+        # GPT-2 has the three one after the other in one tensor.
+        parts = [(stored[0], which * hidden) for which in range(3)] if len(stored) == 1 else [(t, 0) for t in stored]
+        own = [narrowed(tensor, 0, first + rank * rows, first + (rank + 1) * rows) for tensor, first in parts]
+        return Stacked(own, hidden // self._sizes["num_attention_heads"], self._memo)
 
     def _has_no_token_types(self) -> bool:
         (stock,) = self._stock[_TOKEN_TYPES]

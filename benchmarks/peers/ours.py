@@ -1,0 +1,22 @@
+"""This package: straight from the stock checkpoint, every rank reading its own slices."""
+
+from __future__ import annotations
+
+from transformers.distributed import DistributedConfig
+
+from benchmarks.peers.competitors import Built, Setup
+from benchmarks.peers.stock import with_options
+from hf_megatron import MegatronBertForMaskedLM, MegatronGPT2LMHeadModel
+
+__all__ = ["build"]
+
+_CLASSES = {"gpt2": MegatronGPT2LMHeadModel, "bert": MegatronBertForMaskedLM}
+
+
+def build(setup: Setup) -> Built:
+    """Load the model on one rank or cut over several."""
+    layout = DistributedConfig(tp_size=setup.ranks) if setup.ranks > 1 else None
+    model = _CLASSES[setup.workload.model].from_pretrained(
+        setup.checkpoint, distributed_config=layout, dtype=setup.workload.torch_dtype
+    )
+    return with_options(model.to(setup.device), setup)
