@@ -50,7 +50,9 @@ test-gpu: install ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
 bench: install ## Every benchmark; figures go to benchmarks/results
-	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in benchmarks/bench_*.py; do \
+		echo "$$script"; $(BIN)/python -m "benchmarks.$$(basename "$$script" .py)"; \
+	done
 
 build: install ## Source distribution and wheel, checked and tried in a fresh environment
 	rm -rf build dist

@@ -6,8 +6,8 @@
     python -m benchmarks.bench_training_step --redraw         # tables and figure of the data that is there
     python -m benchmarks.bench_training_step --quick          # tiny models, to see that it runs
 
-Writes results/training_step.{json,md,png}. What is measured, and what it does not show, is told in README.md beside this
-file. Needs Linux.
+Writes results/training_step.{json,md,png}. What is measured, and what it does not show, is told in README.md beside
+this file. Needs Linux.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ def measure(workload: Workload, configurations: Sequence[Configuration], setting
         for workers in list(fleet):
             try:
                 found[workers.name] = first_look(workers)
+                if setting.device == "cuda":
+                    found[workers.name]["planned_bytes"] = planned_bytes(workload, workers.configuration)
             except WorkerError as error:
                 print(error, file=sys.stderr)
                 failed[workers.name] = str(error).splitlines()[-1]
@@ -119,6 +121,25 @@ def first_look(workers: Workers) -> dict[str, Any]:
         "memory": [workers.ask("memory") for _ in range(MEMORY_SAMPLES)],
         "communication": workers.ask("communication"),
     }
+
+
+def planned_bytes(workload: Workload, configuration: Configuration) -> int:
+    """What the planner says that our model allocates at the most in such a step on a GPU, without an optimizer."""
+    from hf_megatron.planning import PRECISIONS, ModelShape, Run, plan_memory
+
+    plan = plan_memory(
+        ModelShape.from_config(workload.stock_config().to_dict()),
+        Run(
+            micro_batch=workload.batch,
+            sequence_length=workload.sequence,
+            tp_size=configuration.ranks,
+            recompute="full" if configuration.competitor == "ours-recomputed" else "none",
+            precision=PRECISIONS["fp32" if workload.dtype == "float32" else "bf16"],
+            dropout=False,
+            labelled=workload.labelled,
+        ),
+    )
+    return plan.peak - plan.optimizer
 
 
 def check_same_work(found: Mapping[str, Mapping[str, Any]], tolerances: Mapping[str, float]) -> None:

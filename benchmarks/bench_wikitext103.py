@@ -42,11 +42,10 @@ class Setting:
     tokens: int = 20_000
     window: int = 1024
     stride: int = 32
-    batch_size: int = 8
     loop_windows: int = 24
 
 
-QUICK = Setting(hidden=32, layers=1, heads=2, vocabulary=97, tokens=400, window=64, batch_size=4, loop_windows=4)
+QUICK = Setting(hidden=32, layers=1, heads=2, vocabulary=97, tokens=400, window=64, loop_windows=4)
 
 
 class Words:
@@ -90,7 +89,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     model = make_model(setting)
     ids = torch.randint(setting.vocabulary, (setting.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     text = " ".join(map(str, ids))
-    options: dict[str, Any] = {"window": setting.window, "stride": setting.stride, "batch_size": setting.batch_size}
+    options: dict[str, Any] = {"window": setting.window, "stride": setting.stride}
     half = len(ids) // 2
     evaluate_wikitext103(model, Words(), " ".join(map(str, ids[: 2 * setting.window])), **options)  # warms up
     runs = [evaluate_wikitext103(model, Words(), " ".join(map(str, ids[:half])), **options)]

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
@@ -87,12 +88,23 @@ class MegatronTrainer(Trainer):
             DivergenceError: The gradients of a step are inf or nan. The step was not taken.
         """
         self._share_overflows()
+        self._limit_waiting()
         tidy_checkpoints(Path(self.args.output_dir), is_first=self.is_world_process_zero())
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
             error.add_note(self._circumstances(error))
             raise
+
+    def _limit_waiting(self) -> None:
+        """Give up on a rank that does not come to a collective after ``args.ddp_timeout`` seconds.
+
+        TrainingArguments comes too late for it where the model was loaded first, and transformers waits for two hours;
+        no argument reaches the groups of a mesh.
+        """
+        if self.is_distributed_loading_by_transformers:
+            for group in _world.pg_map:
+                _set_pg_timeout(self.args.ddp_timeout_delta, group)
 
     def _circumstances(self, error: Exception) -> str:
         place = f"On rank {self.args.process_index} of {self.args.world_size}, in step {self.state.global_step + 1}."

@@ -6,6 +6,7 @@ Query, key and value are three matrices, because ``ColwiseParallel`` cuts a fuse
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -146,7 +147,7 @@ def build(setup: Setup) -> Built:
 
     def loss(batch: Batch) -> torch.Tensor:
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-        value = F.cross_entropy(model(batch["input_ids"]).flatten(0, 1).float(), targets.flatten())
-        return value
+        return F.cross_entropy(model(batch["input_ids"]).flatten(0, 1).float(), targets.flatten())
 
-    return Built(model, loss, model.positions.weight, loss_parallel if setup.ranks > 1 else Built.around_step)
+    positions = model.get_parameter("positions.weight")
+    return Built(model, loss, positions, loss_parallel if setup.ranks > 1 else nullcontext)

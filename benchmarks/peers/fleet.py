@@ -33,11 +33,12 @@ class Workers:
         job: What they are to do.
         scratch: Directory for what they print and for their rendezvous.
         search_path: A directory to import from after all others.
+        name: What to call them; their configuration's name if None.
     """
 
-    def __init__(self, job: Job, scratch: Path, search_path: Path | None = None) -> None:
+    def __init__(self, job: Job, scratch: Path, search_path: Path | None = None, name: str | None = None) -> None:
         self.configuration = job.configuration
-        self.name = job.configuration.name
+        self.name = name or job.configuration.name
         self._logs = [scratch / f"{self.name}-{rank}.log" for rank in range(self.configuration.ranks)]
         self._processes = [self._start(job, rank, scratch, search_path) for rank in range(self.configuration.ranks)]
 

@@ -1,8 +1,8 @@
 """megatron-core's GPTModel and BertModel with its local layers, on a CPU, with the stock checkpoint's weights.
 
 It is written for CUDA. On a CPU it needs what is patched here, each found by its error, and these settings: parameters
-initialised on the CPU, and the fusions off that are CUDA kernels. Its attention is the unfused one, which is what it has
-without Transformer Engine. ``triton`` is imported by it and has to be there, though nothing of it is called.
+initialised on the CPU, and the fusions off that are CUDA kernels. Its attention is the unfused one, which is what it
+has without Transformer Engine. ``triton`` is imported by it and has to be there, though nothing of it is called.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _bert_layers = import_module("megatron.core.models.bert.bert_layer_specs")
 _gpt_layers = import_module("megatron.core.models.gpt.gpt_layer_specs")
 for _name, _module in list(sys.modules.items()):  # wherever it was imported to
     if _name.startswith("megatron.") and hasattr(_module, "get_cuda_rng_tracker"):
-        _module.get_cuda_rng_tracker = lambda *_, **__: _NoTracker()
+        _module.__dict__["get_cuda_rng_tracker"] = lambda *_, **__: _NoTracker()
 
 
 def _model(workload: Workload, ranks: int) -> Any:
@@ -178,7 +178,8 @@ def build(setup: Setup) -> Built:
     def bert_loss(batch: Batch) -> torch.Tensor:
         ids, labels = batch["input_ids"], batch["labels"]
         losses, _ = model(ids, whole, tokentype_ids=torch.zeros_like(ids), lm_labels=labels.clamp(min=0))  # [B, S]
-        return losses[labels != -100].float().mean()
+        loss: torch.Tensor = losses[labels != -100].float().mean()
+        return loss
 
     loss = gpt2_loss if workload.model == "gpt2" else bert_loss
     return Built(model, loss, model.embedding.position_embeddings.weight)

@@ -94,7 +94,7 @@ def start_peak(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
-    """The most memory since :func:`start_peak`: ``resident`` in physical memory, ``allocated`` on the GPU if there is one."""
+    """The most memory since :func:`start_peak`, by kind: ``resident``, and on a GPU ``allocated`` by torch."""
     peak = {"resident": _status("VmHWM")}
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers.distributed import DistributedConfig
 
 from benchmarks.peers.competitors import Built, Setup
@@ -10,7 +12,7 @@ from hf_megatron import MegatronBertForMaskedLM, MegatronGPT2LMHeadModel
 
 __all__ = ["build"]
 
-_CLASSES = {"gpt2": MegatronGPT2LMHeadModel, "bert": MegatronBertForMaskedLM}
+_CLASSES: dict[str, Any] = {"gpt2": MegatronGPT2LMHeadModel, "bert": MegatronBertForMaskedLM}
 
 
 def build(setup: Setup) -> Built:

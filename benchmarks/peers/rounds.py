@@ -1,7 +1,8 @@
 """Samples in turns, their spread, and ratios between configurations.
 
-A sample is dropped if others kept the machine busy meanwhile. It is taken again a few times, so that a short disturbance
-costs time and no data. Two configurations are compared round by round, so that what changes slowly cancels out.
+A sample is dropped if others kept the machine busy meanwhile. It is taken again a few times, so that a short
+disturbance costs time and no data. Two configurations are compared round by round, so that what changes slowly cancels
+out.
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ class Spread:
 
 
 def sample(workers: Workers, command: str, max_foreign_cores: float = MAX_FOREIGN_CORES) -> Sample:
-    """One step of all ranks; what takes time is over when the slowest of them is done.
+    """Let all ranks do something once.
 
     Returns:
-        ``forward``, ``backward`` and ``step``, their sum, each of the rank for which it was longest, in seconds;
-        ``processor``, of all ranks together; ``loss``; ``foreign``, the cores that were busy with something else;
-        ``waited``, the seconds that threads of these ranks were ready to run and had no core.
+        Every number of their replies, of the rank for which it is largest: what takes time is over when the slowest is
+        done. And ``foreign``, the cores that were busy with anything else meanwhile; ``waited``, the seconds that
+        threads of these ranks were ready to run and had no core, which some do in a quiet machine too.
     """
     for _ in range(ATTEMPTS):
         load, waited = workers.foreign_load(), workers.waited_seconds()
@@ -66,15 +67,8 @@ def sample(workers: Workers, command: str, max_foreign_cores: float = MAX_FOREIG
         if foreign <= max_foreign_cores:
             break
         _wait_for_quiet(workers, max_foreign_cores)
-    return {
-        "forward": max(reply["forward"] for reply in replies),
-        "backward": max(reply["backward"] for reply in replies),
-        "step": max(reply["forward"] + reply["backward"] for reply in replies),
-        "processor": sum(reply["processor"] for reply in replies),
-        "loss": replies[0]["loss"],
-        "foreign": foreign,
-        "waited": waited,
-    }
+    numbers = {name for name, value in replies[0].items() if isinstance(value, int | float)}
+    return {**{name: max(reply[name] for reply in replies) for name in numbers}, "foreign": foreign, "waited": waited}
 
 
 def _wait_for_quiet(workers: Workers, max_foreign_cores: float) -> None:
@@ -89,6 +83,8 @@ def _wait_for_quiet(workers: Workers, max_foreign_cores: float) -> None:
 def take_rounds(
     fleet: Sequence[Workers],
     rounds: int,
+    command: str = "step",
+    figure: str = "step",
     *,
     max_foreign_cores: float = MAX_FOREIGN_CORES,
     max_seconds: float = float("inf"),
@@ -99,6 +95,8 @@ def take_rounds(
     Args:
         fleet: The configurations' workers.
         rounds: How many rounds.
+        command: What a sample is.
+        figure: Which of its numbers to tell, in seconds.
         max_foreign_cores: What others may use of the machine.
         max_seconds: No round is begun after this time.
         tell: Is told how far it has got.
@@ -114,8 +112,8 @@ def take_rounds(
             break
         shuffle(order)
         for workers in order:
-            samples[workers.name].append(sample(workers, "step", max_foreign_cores))
-        seconds = ", ".join(f"{w.name} {samples[w.name][-1]['step']:.3f}" for w in fleet)
+            samples[workers.name].append(sample(workers, command, max_foreign_cores))
+        seconds = ", ".join(f"{w.name} {samples[w.name][-1][figure]:.3f}" for w in fleet)
         tell(f"round {index + 1}: {seconds} s")
     return samples
 

@@ -83,7 +83,8 @@ class Worker:
         self._batch = batch_of(job.workload, self._device)
         torch.set_num_threads(job.configuration.threads)
         competitor = COMPETITORS[job.configuration.competitor]
-        if self._ranks > 1 or competitor.module == "megatron_core":
+        needs_group = self._ranks > 1 or competitor.module == "megatron_core"
+        if needs_group and not dist.is_initialized():
             has_card_each = job.device == "cuda" and torch.cuda.device_count() >= self._ranks
             dist.init_process_group(
                 "nccl" if has_card_each else "gloo",
@@ -123,12 +124,13 @@ class Worker:
             for parameter in self._built.model.parameters():
                 _local(parameter).sum()
         clock.mark()
-        return {
-            "seconds": clock.intervals()[0],
-            "before": before,
-            "peak": peak_bytes(self._device),
-            "weights": self._weight_bytes(),
-        }
+        seconds = clock.intervals()[0]
+        return {"seconds": seconds, "before": before, "peak": peak_bytes(self._device), "weights": self._weight_bytes()}
+
+    def unload(self) -> Reply:
+        """Let go of the model."""
+        self._built = None
+        return {"resident": start_peak(self._device)}
 
     def check(self) -> Reply:
         """Warm up; the loss and the norm of one gradient, to be compared with the others'."""
@@ -141,7 +143,7 @@ class Worker:
         return {"loss": _number(loss), "gradient_norm": norm}
 
     def step(self) -> Reply:
-        """A sample: seconds of forward and of backward, and processor seconds of both."""
+        """A sample: seconds of forward, of backward, of both, and their processor seconds."""
         self._barrier()
         clock, started = Clock(self._device), time.process_time()
         for _ in range(self._job.repetitions):
@@ -150,7 +152,8 @@ class Worker:
         processor = time.process_time() - started
         marks = clock.intervals()
         mean = {name: sum(marks[start::3]) / self._job.repetitions for name, start in (("forward", 0), ("backward", 1))}
-        return {**mean, "processor": processor / self._job.repetitions, "loss": _number(loss)}
+        step = mean["forward"] + mean["backward"]
+        return {**mean, "step": step, "processor": processor / self._job.repetitions, "loss": _number(loss)}
 
     def memory(self) -> Reply:
         """The most memory in a forward and backward pass, next to that before it."""
@@ -168,7 +171,7 @@ class Worker:
             with Collectives() as forward:
                 loss = self._model.loss(self._batch)
             with Collectives() as backward:
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
         self._forget()
         return {
             name: {"count": dict(seen.count), "bytes": dict(seen.bytes)}
@@ -193,7 +196,7 @@ class Worker:
         return {"operators": sorted(rows, key=lambda row: -row["seconds"])[: int(most)]}
 
     def optimizer(self) -> Reply:
-        """Seconds of each of five AdamW steps, after a first that allocates; fused if torch can for these parameters."""
+        """Seconds of five AdamW steps, after a first that allocates; fused if torch can with these parameters."""
         self._forward_backward(Clock(self._device))
         kind, optimizer = "fused", torch.optim.AdamW(self._model.model.parameters(), lr=0.0, fused=True)
         try:
@@ -254,7 +257,7 @@ class Worker:
             clock.mark()
             loss = self._model.loss(self._batch)
             clock.mark()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             clock.mark()
         return loss
 

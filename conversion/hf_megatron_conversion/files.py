@@ -94,14 +94,23 @@ class SafetensorsFile:
         """Write the header, then every tensor a bounded slice at a time."""
         stream.write(self._header)
         advance(len(self._header))
+        buffer = bytearray()
         for part in self._ordered:
             extent = part.tensor.extent(part.box) if isinstance(part.tensor, LazyTensor) else None
             if extent is not None and _copy_range(*extent, stream, advance):
                 continue
             for box in bounded(part.box, part.tensor.dtype):
-                data = raw_bytes(part.tensor.read(box)).numpy()
-                stream.write(data.data)
-                advance(data.nbytes)
+                num_bytes = box.numel * itemsize(part.tensor.dtype)
+                if isinstance(part.tensor, LazyTensor):
+                    # Into the same memory each time: getting new memory from the system takes longer than reading.
+                    if num_bytes > len(buffer):
+                        buffer = bytearray(num_bytes)
+                    data = memoryview(buffer)[:num_bytes]
+                    part.tensor.read_into(data, box)
+                else:
+                    data = raw_bytes(part.tensor.read(box)).numpy().data
+                stream.write(data)
+                advance(num_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from math import prod
 from pathlib import Path
 from types import EllipsisType
@@ -24,6 +25,11 @@ __all__ = ["LazyTensor", "Piece"]
 _BUFFER_BYTES = 8192
 # Of runs shorter than this everything between the first and the last is read at once.
 _MIN_RUN_BYTES = 64
+# What lies in one run is read to many places at once, if they are not too short: the kernel takes so many, and a system
+# call at most 2 GB.
+_MIN_SCATTERED_BYTES = 512
+_MAX_TARGETS = 1024
+_MAX_SCATTERED_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,21 +93,34 @@ class LazyTensor:
 
         if box is None:
             box = Box.whole(self.shape)
-        assert len(box.shape) == len(self.shape), f"{self.name}: {box} is not a box of {self.shape}"
         result = torch.empty(box.shape, dtype=torch_dtype(self.dtype))
-        memory, whole = _memory(result), _row_major(box.shape)
+        self.read_into(_memory(result), box)
+        return result
+
+    def read_into(self, memory: memoryview, box: Box) -> None:
+        """Read the part of the full tensor inside ``box``.
+
+        Args:
+            memory: Where to, row-major; it has exactly the bytes of the part.
+            box: In coordinates of the full tensor; may be empty.
+
+        Raises:
+            CheckpointIncompleteError: The file became shorter since it was opened.
+        """
+        assert len(box.shape) == len(self.shape), f"{self.name}: {box} is not a box of {self.shape}"
+        item, strides = itemsize(self.dtype), _row_major(box.shape)
         for piece in self.pieces:
             if (common := piece.box.intersection(box)) is None:
                 continue
-            place = _relative(common, box)
-            if _runs(whole, common.shape)[1] == common.numel:
-                start = itemsize(self.dtype) * sum(i * stride for i, stride in zip(place.offset, whole, strict=True))
-                self._read_piece(piece, common, memory[start : start + common.numel * itemsize(self.dtype)])
+            first = sum(i * stride for i, stride in zip(_relative(common, box).offset, strides, strict=True))
+            runs, size = _runs(strides, common.shape)
+            if size == common.numel:
+                self._read_piece(piece, common, memory[first * item : (first + size) * item])
+            elif size * item >= _MIN_SCATTERED_BYTES and _is_one_run(piece, common):
+                targets = (memory[(first + run) * item : (first + run + size) * item] for run in runs)
+                self._scatter(piece, common, targets, size * item)
             else:
-                part = torch.empty(common.shape, dtype=result.dtype)
-                self._read_piece(piece, common, _memory(part))
-                result[place.slices] = part
-        return result
+                self._read_and_copy(piece, common, memory, box)
 
     def extent(self, box: Box) -> tuple[Path, int, int] | None:
         """Where the bytes of ``box`` lie, row-major and without a gap: file, first byte, and one past the last.
@@ -110,10 +129,8 @@ class LazyTensor:
         """
         for piece in self.pieces:
             if box.numel and piece.box.intersection(box) == box:
-                strides, inside = piece.strides or _row_major(piece.box.shape), _relative(box, piece.box)
-                if _runs(strides, box.shape)[1] == box.numel:
-                    offset = sum(i * stride for i, stride in zip(inside.offset, strides, strict=True))
-                    start = piece.data_start + offset * itemsize(self.dtype)
+                if _is_one_run(piece, box):
+                    start = self._start(piece, box)
                     return piece.path, start, start + box.numel * itemsize(self.dtype)
         return None
 
@@ -140,12 +157,33 @@ class LazyTensor:
             offset[dim], shape[dim] = start, max(stop - start, 0)
         return self.read(Box(tuple(offset), tuple(shape)))
 
+    def _start(self, piece: Piece, box: Box) -> int:
+        """The byte of the file at which the part of a piece inside ``box`` starts."""
+        offset = zip(_relative(box, piece.box).offset, _strides(piece), strict=True)
+        return piece.data_start + itemsize(self.dtype) * sum(i * stride for i, stride in offset)
+
+    def _scatter(self, piece: Piece, box: Box, targets: Iterator[memoryview], size: int) -> None:
+        """Read a part that lies in one run to many places, each of ``size`` bytes, without a copy in between."""
+        position = self._start(piece, box)
+        count = max(1, min(_MAX_TARGETS, _MAX_SCATTERED_BYTES // size))
+        with piece.path.open("rb", buffering=0) as file:
+            while some := list(islice(targets, count)):
+                if os.preadv(file.fileno(), some, position) != size * len(some):
+                    raise self._shorter(piece.path)
+                position += size * len(some)
+
+    def _read_and_copy(self, piece: Piece, part: Box, memory: memoryview, box: Box) -> None:
+        """Read a part of a piece, and copy it to its place in the memory of ``box``."""
+        import torch
+
+        dtype = torch_dtype(self.dtype)
+        copy = torch.empty(part.shape, dtype=dtype)
+        self._read_piece(piece, part, _memory(copy))
+        torch.frombuffer(memory, dtype=dtype).view(box.shape)[_relative(part, box).slices] = copy
+
     def _read_piece(self, piece: Piece, box: Box, target: memoryview) -> None:
         """Read the part of a piece inside ``box`` into memory, row-major."""
-        strides = piece.strides or _row_major(piece.box.shape)
-        item = itemsize(self.dtype)
-        offset = _relative(box, piece.box).offset
-        start = piece.data_start + item * sum(i * stride for i, stride in zip(offset, strides, strict=True))
+        strides, item, start = _strides(piece), itemsize(self.dtype), self._start(piece, box)
         runs, size = _runs(strides, box.shape)
         size *= item
         with io.BufferedReader(io.FileIO(piece.path), _BUFFER_BYTES) as file:
@@ -176,12 +214,24 @@ class LazyTensor:
     def _read_into(self, file: io.BufferedReader[io.FileIO], start: int, target: memoryview) -> None:
         file.seek(start)
         if file.readinto(target) != len(target):
-            raise CheckpointIncompleteError(f"{file.name} became shorter while {self.name} was read.")
+            raise self._shorter(file.name)
+
+    def _shorter(self, path: object) -> CheckpointIncompleteError:
+        return CheckpointIncompleteError(f"{path} became shorter while {self.name} was read.")
 
 
 def _relative(box: Box, origin: Box) -> Box:
     """``box`` in coordinates that start at the first element of ``origin``."""
     return Box(tuple(a - b for a, b in zip(box.offset, origin.offset, strict=True)), box.shape)
+
+
+def _strides(piece: Piece) -> tuple[int, ...]:
+    return piece.strides or _row_major(piece.box.shape)
+
+
+def _is_one_run(piece: Piece, box: Box) -> bool:
+    """Whether the part of a piece inside ``box`` lies row-major and without a gap."""
+    return _runs(_strides(piece), box.shape)[1] == box.numel
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -21,28 +21,7 @@ class Activation:
     """What an activation function costs, in tensors of its input's size.
 
     Attributes:
-        saved: Tensors that its backward keeps, its input included.
-        moved: Tensors that its forward reads or writes.
-        has_power: Whether some of the saved ones come from ``torch.pow``, which autocast computes in float32: all but
-            the one product of the input with a number.
-    """
-
-    saved: int
-    moved: int
-    has_power: bool = False
-
-
-# As transformers' ACT2FN computes them: `gelu_new` is written out in nine operations, the others are one kernel.
-_ACTIVATIONS = {
-    "gelu": Activation(saved=1, moved=2),
-    "gelu_pytorch_tanh": Activation(saved=1, moved=2),
-    "gelu_new": Activation(saved=4, moved=18, has_power=True),
-    "relu": Activation(saved=1, moved=2),
-    "silu": Activation(saved=1, moved=2),
-    "swish": Activation(saved=1, moved=2),
-    "tanh": Activation(saved=1, moved=2),
-}
-
+XX
 # Of the embedding, in attention, and of what is added to the residual stream.
 _GPT2_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 _BERT_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout_prob")

@@ -203,19 +203,17 @@ def start_all_gather(
     Returns:
         A function that waits, and has the full tensor.
     """
-    largest = chunk_range(size, group.size, 0)[1]
-    rows = shard.movedim(dim, 0)
-    padded = rows.new_zeros((largest, *rows.shape[1:]))
-    padded[: rows.shape[0]] = rows
-    gathered = padded.new_empty((group.size * largest, *rows.shape[1:]))
+    ranges = [chunk_range(size, group.size, rank) for rank in range(group.size)]
+    sent = _padded(shard, dim, ranges[0][1]).contiguous()
+    gathered = sent.new_empty((group.size * sent.shape[0], *sent.shape[1:]))
     is_async = is_async and not torch.compiler.is_compiling()
-    work = all_gather_single(gathered, padded, group=group.process_group, async_op=is_async)
+    work = all_gather_single(gathered, sent, group=group.process_group, async_op=is_async)
 
     def finish() -> torch.Tensor:
         if work is not None:
             work.wait()
-        # torch.chunk fills every rank but the last ones, so the padding is at the end of all.
-        return gathered[:size].movedim(0, dim)
+        parts = gathered.chunk(group.size)
+        return torch.cat([p.narrow(dim, 0, stop - start) for p, (start, stop) in zip(parts, ranges, strict=True)], dim)
 
     return finish
 
@@ -227,7 +225,7 @@ def _gathered(group: TensorParallelGroup, shard: torch.Tensor, dim: int, size: i
 def start_reduce_scatter(
     group: TensorParallelGroup, tensor: torch.Tensor, dim: int, *, is_async: bool = True
 ) -> Callable[[], torch.Tensor]:
-    """Begin to sum over ranks; slices may differ in size, so zeros fill up what is sent.
+    """Begin to sum over ranks what each rank keeps a slice of; slices may differ in size, so zeros fill them up.
 
     Args:
         group: The tensor-parallel group.
@@ -238,25 +236,30 @@ def start_reduce_scatter(
     Returns:
         A function that waits, and has this rank's slice of the sum.
     """
-    rows = tensor.movedim(dim, 0)
-    largest = chunk_range(rows.shape[0], group.size, 0)[1]
-    padded = rows.new_zeros((group.size * largest, *rows.shape[1:]))
-    padded[: rows.shape[0]] = rows
-    total = padded.new_empty((largest, *rows.shape[1:]))
+    largest = chunk_range(tensor.shape[dim], group.size, 0)[1]
+    sent = torch.cat(_padded(tensor, dim, group.size * largest).chunk(group.size, dim))  # the ranks' slices in a row
+    total = sent.new_empty((tensor.shape[0] if dim else largest, *sent.shape[1:]))
     is_async = is_async and not torch.compiler.is_compiling()
-    work = reduce_scatter_single(total, padded, group=group.process_group, async_op=is_async)
-    start, stop = chunk_range(rows.shape[0], group.size, group.rank)
+    work = reduce_scatter_single(total, sent, group=group.process_group, async_op=is_async)
+    start, stop = chunk_range(tensor.shape[dim], group.size, group.rank)
 
     def finish() -> torch.Tensor:
         if work is not None:
             work.wait()
-        return total[: stop - start].movedim(0, dim).contiguous()
+        return total.narrow(dim, 0, stop - start).contiguous()
 
     return finish
 
 
 def _reduce_scattered(group: TensorParallelGroup, tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return start_reduce_scatter(group, tensor, dim, is_async=False)()
+
+
+def _padded(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """The tensor, with zeros at the end of ``dim`` up to ``size``."""
+    missing = list(tensor.shape)
+    missing[dim] = size - tensor.shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor
 
 
 def _sliced(group: TensorParallelGroup, tensor: torch.Tensor, dim: int) -> torch.Tensor:

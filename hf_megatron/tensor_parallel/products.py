@@ -157,7 +157,7 @@ class _GatheredProducts(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.group, ctx.length, ctx.is_transposed = group, length, is_transposed
         ctx.save_for_backward(x, *weights)
-        full = start_all_gather(group, x, x.dim() - 2, length, is_async=False)().contiguous()
+        full = start_all_gather(group, x, x.dim() - 2, length, is_async=False)()
         return tuple(_product(full, weight, None, is_transposed) for weight in weights)
 
     @staticmethod

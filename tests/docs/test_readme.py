@@ -107,7 +107,12 @@ def test_every_block_says_what_becomes_of_it(document: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("document", _DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document",
+    # Each is a minute of processes that import torch.
+    [pytest.param(path, marks=[] if path.name == "README.md" else pytest.mark.slow) for path in _DOCUMENTS],
+    ids=lambda path: path.name,
+)
 def test_blocks_work(document: Path, tmp_path: Path) -> None:
     """Catches commands and code that no longer do what the document shows."""
     for source in repository_files():
