@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,33 +22,28 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.agreement import check_same_work
 from benchmarks.peers.competitors import COMPETITORS, Configuration
 from benchmarks.peers.fleet import WorkerError, Workers
 from benchmarks.peers.machine import environment
 from benchmarks.peers.report import draw, markdown
+from benchmarks.peers.results import RESULTS, read, write
 from benchmarks.peers.rounds import MAX_FOREIGN_CORES, take_rounds
 from benchmarks.peers.worker import Job
 from benchmarks.peers.workload import GPU_WORKLOADS, TINY_WORKLOADS, WORKLOADS, Workload, generate
 
 NAME = "training_step"
-RESULTS = Path(__file__).parent / "results"
 CONFIGURATIONS = {
     ("cpu", "gpt2"): "ours-tp2-1t ours-tp1-2t ours-tp1-1t megatron-core-tp2-1t dtensor-tp2-1t stock-sdpa-tp1-2t",
     (
         "cpu",
         "bert",
     ): "ours-tp2-1t ours-tp1-2t ours-tp1-1t megatron-core-tp2-1t transformers-tp-tp2-1t stock-eager-tp1-2t",
+    ("cpu", "gpt2-fp32-200k"): "ours-tp2-1t megatron-core-tp2-1t",  # for its memory next to that with 50k
     ("cuda", "gpt2"): "ours-tp1-1t ours-compiled-tp1-1t ours-recomputed-tp1-1t stock-sdpa-tp1-1t stock-compiled-tp1-1t",
     ("cuda", "bert"): "ours-tp1-1t ours-compiled-tp1-1t stock-eager-tp1-1t stock-eager-compiled-tp1-1t",
 }
 MEMORY_SAMPLES = 3
-# How far losses and gradient norms of the same work may lie apart, relatively. In bfloat16 every operation rounds to 8
-# bits, and competitors round in different places.
-TOLERANCES = {"float32": {"loss": 1e-4, "gradient_norm": 1e-3}, "bfloat16": {"loss": 5e-3, "gradient_norm": 5e-2}}
-
-
-class DifferentWorkError(Exception):
-    """Two competitors did not compute the same; their times cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +82,13 @@ def measure(workload: Workload, configurations: Sequence[Configuration], setting
         for workers in list(fleet):
             try:
                 found[workers.name] = first_look(workers)
-                if setting.device == "cuda":
+                if setting.device == "cuda" and workers.name.startswith("ours"):
                     found[workers.name]["planned_bytes"] = planned_bytes(workload, workers.configuration)
             except WorkerError as error:
                 print(error, file=sys.stderr)
                 failed[workers.name] = str(error).splitlines()[-1]
                 fleet.remove(workers)
-        check_same_work(found, TOLERANCES[workload.dtype])
+        check_same_work(found, workload.dtype)
         samples = take_rounds(
             fleet, setting.rounds, max_foreign_cores=setting.max_foreign_cores, max_seconds=setting.max_seconds
         )
@@ -142,23 +136,6 @@ def planned_bytes(workload: Workload, configuration: Configuration) -> int:
     return plan.peak - plan.optimizer
 
 
-def check_same_work(found: Mapping[str, Mapping[str, Any]], tolerances: Mapping[str, float]) -> None:
-    """Compare every rank's loss and gradient norm with those of the first configuration.
-
-    Raises:
-        DifferentWorkError: One of them is too far away, or not a number.
-    """
-    ranks = [(name, number, reply) for name, seen in found.items() for number, reply in enumerate(seen["check"])]
-    for name, number, reply in ranks:
-        for figure, tolerance in tolerances.items():
-            first = ranks[0][2][figure]
-            if not abs(reply[figure] - first) <= tolerance * abs(first):
-                raise DifferentWorkError(
-                    f"{figure} of {name}, rank {number}, is {reply[figure]:.7g}, that of {ranks[0][0]} {first:.7g}: "
-                    f"further apart than {tolerance:g}, relatively."
-                )
-
-
 def device_of(found: Mapping[str, Mapping[str, Any]]) -> str:
     """The name of the GPU that was used, or of the processor."""
     names = {seen["hello"][0]["device"] for seen in found.values()} - {"cpu"}
@@ -172,15 +149,6 @@ def is_available(configuration: Configuration, workload: Workload, search_paths:
     if configuration.competitor != "megatron-core" or "megatron-core" in search_paths:
         return True
     return importlib.util.find_spec("megatron") is not None
-
-
-def rounded(value: Any) -> Any:
-    """Numbers of six digits, for a file that people look into."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -214,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what was asked for, keep what was measured before of the rest, and write everything."""
     given = parse(arguments)
     file = given.output / f"{NAME}.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    results = read(file)
     every = {**WORKLOADS, **GPU_WORKLOADS, **TINY_WORKLOADS}
     default = WORKLOADS if given.device == "cpu" else GPU_WORKLOADS
     setting = Setting(
@@ -227,12 +195,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name in [] if given.redraw else given.workloads or list(default):
         workload = replace(every[name], batch=given.batch) if given.batch else every[name]
-        wanted = given.configurations or CONFIGURATIONS[given.device, workload.model].split()
+        default_names = CONFIGURATIONS.get((given.device, name)) or CONFIGURATIONS[given.device, workload.model]
+        wanted = given.configurations or default_names.split()
         configurations = [Configuration.parse(text) for text in wanted]
         available = [c for c in configurations if is_available(c, workload, setting.search_paths)]
         print(f"\n{name}: {', '.join(c.name for c in available)}", flush=True)
-        results[name] = rounded(measure(workload, available, setting))
-        file.write_text(json.dumps(results) + "\n")  # so that an interruption costs one workload
+        results[name] = measure(workload, available, setting)
+        write(file, results)  # now, so that an interruption costs one workload
     tables = markdown(results)
     print(f"\n{tables}")
     file.with_suffix(".md").write_text(tables)

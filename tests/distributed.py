@@ -55,7 +55,7 @@ _PRELOADED = [
     "transformers.distributed.utils",
     "transformers.modeling_utils",
     "transformers.models.gpt2.modeling_gpt2",
-    "hf_megatron",
+    "hf_megatron.trainer",
 ]
 _START_TIMEOUT = 180.0  # seconds; importing everything takes tens of seconds on a cold, busy machine
 _GRACE = 5.0  # seconds the other ranks have to report once one of them has failed

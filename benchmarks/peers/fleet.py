@@ -40,7 +40,7 @@ class Workers:
         self.configuration = job.configuration
         self.name = name or job.configuration.name
         self._logs = [scratch / f"{self.name}-{rank}.log" for rank in range(self.configuration.ranks)]
-        self._processes = [self._start(job, rank, scratch, search_path) for rank in range(self.configuration.ranks)]
+        self.processes = [self._start(job, rank, scratch, search_path) for rank in range(self.configuration.ranks)]
 
     def _start(self, job: Job, rank: int, scratch: Path, search_path: Path | None) -> subprocess.Popen[str]:
         path = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(_ROOT), str(search_path or "")]
@@ -77,7 +77,7 @@ class Workers:
         Raises:
             WorkerError: One of them did not get that far.
         """
-        return [self._reply(rank, "start") for rank in range(len(self._processes))]
+        return [self._reply(rank, "start") for rank in range(len(self.processes))]
 
     def ask(self, command: str) -> list[dict[str, Any]]:
         """Command all ranks, and wait for all of them.
@@ -88,15 +88,15 @@ class Workers:
         Raises:
             WorkerError: One of them failed, died, or did not answer in time.
         """
-        for process in self._processes:
+        for process in self.processes:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # its log tells more than its pipe
                 process.stdin.write(command + "\n")
                 process.stdin.flush()
-        return [self._reply(rank, command) for rank in range(len(self._processes))]
+        return [self._reply(rank, command) for rank in range(len(self.processes))]
 
     def _reply(self, rank: int, command: str) -> dict[str, Any]:
-        stream = self._processes[rank].stdout
+        stream = self.processes[rank].stdout
         assert stream is not None
         line = stream.readline() if select.select([stream], [], [], _TIMEOUT)[0] else ""
         if not line:
@@ -109,17 +109,17 @@ class Workers:
 
     def foreign_load(self) -> ForeignLoad:
         """Starts counting what anybody but these workers computes."""
-        return ForeignLoad(lambda: sum(processor_seconds_of(process.pid) for process in self._processes))
+        return ForeignLoad(lambda: sum(processor_seconds_of(process.pid) for process in self.processes))
 
     def waited_seconds(self) -> float:
         """Time that their threads were ready to run and had no core, since they started."""
-        return sum(waited_seconds_of(process.pid) for process in self._processes)
+        return sum(waited_seconds_of(process.pid) for process in self.processes)
 
     def close(self) -> None:
         """End the processes."""
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
-        for process in self._processes:
+        for process in self.processes:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 assert stream is not None

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.peers.derived import CARD, Result, pairs, peak_of, ratio_of, spread_of
-from benchmarks.peers.tables import MEGA, milliseconds, quartiles, table
+from benchmarks.peers.tables import MEGA, machine, milliseconds, quartiles, table
 from benchmarks.peers.targets import reached
 from benchmarks.peers.workload import Workload
 
@@ -34,11 +34,10 @@ def _target_rows(results: Mapping[str, Result]) -> Iterator[Sequence[str]]:
 
 
 def _caption(result: Result) -> str:
-    workload, environment = Workload(**result["workload"]), result["environment"]
+    workload = Workload(**result["workload"])
     return (
         f"{workload.layers} layers, hidden {workload.hidden}, {workload.heads} heads, vocabulary {workload.vocab}, "
-        f"{workload.batch} x {workload.sequence} tokens, {workload.dtype}. {environment['device']}, "
-        f"{environment['cores']} cores; {', '.join(f'{k} {v}' for k, v in environment['versions'].items())}."
+        f"{workload.batch} x {workload.sequence} tokens, {workload.dtype}. {machine(result['environment'])}"
     )
 
 

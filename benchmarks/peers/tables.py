@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from benchmarks.peers.rounds import Spread
 
-__all__ = ["MEGA", "milliseconds", "quartiles", "table"]
+__all__ = ["MEGA", "machine", "milliseconds", "quartiles", "table"]
 
 MEGA = 1e6
 
@@ -18,6 +19,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return ""
     ruler = " | ".join(["---"] + ["---:"] * (len(head) - 1))
     return "\n".join(f"| {line} |" for line in [" | ".join(head), ruler, *lines])
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """What the numbers were measured on, and with."""
+    device = environment.get("device", environment["processor"])
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return f"{device}, {environment['cores']} cores; {versions}."
 
 
 def milliseconds(seconds: float) -> str:

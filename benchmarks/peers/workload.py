@@ -108,6 +108,7 @@ class Workload:
 WORKLOADS = {
     "gpt2-fp32": Workload("gpt2"),
     "gpt2-bf16": Workload("gpt2", dtype="bfloat16"),
+    "gpt2-fp32-200k": Workload("gpt2", vocab=201216),
     "bert-fp32": Workload("bert", vocab=30528),
     "bert-bf16": Workload("bert", vocab=30528, dtype="bfloat16"),
 }

@@ -16,7 +16,7 @@ from typing import BinaryIO, Protocol
 from hf_megatron.checkpoint import LazyTensor, itemsize
 from hf_megatron.errors import CheckpointIncompleteError
 from hf_megatron.partition import Box
-from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
+from hf_megatron_conversion.tensors import Buffer, Readable, slices_of_bytes
 
 __all__ = ["CopiedFile", "OutputFile", "Part", "SafetensorsFile", "TextFile"]
 
@@ -94,23 +94,14 @@ class SafetensorsFile:
         """Write the header, then every tensor a bounded slice at a time."""
         stream.write(self._header)
         advance(len(self._header))
-        buffer = bytearray()
+        buffer = Buffer()
         for part in self._ordered:
             extent = part.tensor.extent(part.box) if isinstance(part.tensor, LazyTensor) else None
             if extent is not None and _copy_range(*extent, stream, advance):
                 continue
-            for box in bounded(part.box, part.tensor.dtype):
-                num_bytes = box.numel * itemsize(part.tensor.dtype)
-                if isinstance(part.tensor, LazyTensor):
-                    # Into the same memory each time: getting new memory from the system takes longer than reading.
-                    if num_bytes > len(buffer):
-                        buffer = bytearray(num_bytes)
-                    data = memoryview(buffer)[:num_bytes]
-                    part.tensor.read_into(data, box)
-                else:
-                    data = raw_bytes(part.tensor.read(box)).numpy().data
+            for data in slices_of_bytes(part.tensor, part.box, buffer):
                 stream.write(data)
-                advance(num_bytes)
+                advance(len(data))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
-from hf_megatron.checkpoint import DTYPES, itemsize, torch_dtype
+from hf_megatron.checkpoint import DTYPES, LazyTensor, itemsize, torch_dtype
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import Box
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Cast", "Readable", "bounded", "cast", "dtype_code", "raw_bytes"]
+__all__ = ["Buffer", "Cast", "Readable", "bounded", "cast", "dtype_code", "raw_bytes", "slices_of_bytes"]
 
 # A tensor is read and written this many bytes at a time, so that the size of the model does not matter.
 _SLICE_BYTES = 16 * 2**20
@@ -99,6 +99,36 @@ def bounded(box: Box, dtype: str) -> Iterator[Box]:
     first, last = box.offset[0], box.offset[0] + box.shape[0]
     for start in range(first, last, rows):
         yield box.narrowed(0, start, min(start + rows, last))
+
+
+class Buffer:
+    """Memory for one slice after the other: to get new memory from the system for each takes longer than to read it."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+
+    def view(self, num_bytes: int) -> memoryview:
+        """So many bytes, which the next call may give away again."""
+        if num_bytes > len(self._memory):
+            self._memory = bytearray(num_bytes)
+        return memoryview(self._memory)[:num_bytes]
+
+
+def slices_of_bytes(tensor: Readable, box: Box, buffer: Buffer) -> Iterator[memoryview]:
+    """The bytes of the part inside ``box``, row-major, in slices of bounded size.
+
+    Args:
+        tensor: What is read.
+        box: Which part of it.
+        buffer: May be used for a slice until the next one is asked for.
+    """
+    for part in bounded(box, tensor.dtype):
+        if isinstance(tensor, LazyTensor):
+            memory = buffer.view(part.numel * itemsize(tensor.dtype))
+            tensor.read_into(memory, part)
+            yield memory
+        else:
+            yield raw_bytes(tensor.read(part)).numpy().data
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from hf_megatron.checkpoint import itemsize
 from hf_megatron.partition import Box
-from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
+from hf_megatron_conversion.tensors import Buffer, Readable, slices_of_bytes
 
 __all__ = ["TorchZipFile"]
 
@@ -102,8 +102,9 @@ class TorchZipFile:
         stem = PurePosixPath(self.path).stem
         small = {"data.pkl": data, "byteorder": b"little", "version": b"3\n"}
         entries = [_Entry(f"{stem}/{name}", len(content), _chunk(content)) for name, content in small.items()]
+        buffer = Buffer()
         tensors = [
-            _Entry(f"{stem}/data/{storage.key}", _nbytes(storage.tensor), _tensor_chunks(storage.tensor))
+            _Entry(f"{stem}/data/{storage.key}", _nbytes(storage.tensor), _tensor_chunks(storage.tensor, buffer))
             for storage in storages
         ]
         return [*entries[:2], *tensors, entries[2]]
@@ -169,12 +170,8 @@ def _chunk(content: bytes) -> Chunks:
     return lambda: iter([content])
 
 
-def _tensor_chunks(tensor: Readable) -> Chunks:
-    def chunks() -> Iterator[memoryview]:
-        for box in bounded(Box.whole(tensor.shape), tensor.dtype):
-            yield raw_bytes(tensor.read(box)).numpy().data
-
-    return chunks
+def _tensor_chunks(tensor: Readable, buffer: Buffer) -> Chunks:
+    return lambda: slices_of_bytes(tensor, Box.whole(tensor.shape), buffer)
 
 
 def _short(number: int) -> int:

@@ -116,7 +116,7 @@ class LazyTensor:
             runs, size = _runs(strides, common.shape)
             if size == common.numel:
                 self._read_piece(piece, common, memory[first * item : (first + size) * item])
-            elif size * item >= _MIN_SCATTERED_BYTES and _is_one_run(piece, common):
+            elif _MIN_SCATTERED_BYTES <= size * item <= _MAX_SCATTERED_BYTES and _is_one_run(piece, common):
                 targets = (memory[(first + run) * item : (first + run + size) * item] for run in runs)
                 self._scatter(piece, common, targets, size * item)
             else:
@@ -128,10 +128,9 @@ class LazyTensor:
         None if they do not.
         """
         for piece in self.pieces:
-            if box.numel and piece.box.intersection(box) == box:
-                if _is_one_run(piece, box):
-                    start = self._start(piece, box)
-                    return piece.path, start, start + box.numel * itemsize(self.dtype)
+            if box.numel and piece.box.intersection(box) == box and _is_one_run(piece, box):
+                start = self._start(piece, box)
+                return piece.path, start, start + box.numel * itemsize(self.dtype)
         return None
 
     def get_shape(self) -> list[int]:
@@ -165,7 +164,7 @@ class LazyTensor:
     def _scatter(self, piece: Piece, box: Box, targets: Iterator[memoryview], size: int) -> None:
         """Read a part that lies in one run to many places, each of ``size`` bytes, without a copy in between."""
         position = self._start(piece, box)
-        count = max(1, min(_MAX_TARGETS, _MAX_SCATTERED_BYTES // size))
+        count = min(_MAX_TARGETS, _MAX_SCATTERED_BYTES // size)
         with piece.path.open("rb", buffering=0) as file:
             while some := list(islice(targets, count)):
                 if os.preadv(file.fileno(), some, position) != size * len(some):

@@ -65,8 +65,9 @@ def get_peft_model(
     if getattr(getattr(model.config, "distributed_config", None), "enable_sequence_parallel", False):  # type: ignore[attr-defined]
         raise UnsupportedError("LoRA with enable_sequence_parallel=True is not supported; leave it False.")
     with adapting(model, config):
-        adapted = peft.get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
-    adapted.__class__ = with_our_methods(type(adapted))
+        adapted: PeftModel = peft.get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
+    kind: Any = type(adapted)
+    adapted.__class__ = with_our_methods(kind)
     join_data_parallel_ranks(adapted)
     return adapted
 

@@ -38,7 +38,7 @@ def is_managed_by_fsdp(parameter: torch.Tensor) -> bool:
     return isinstance(parameter, DTensor) and "fsdp" in (parameter.device_mesh.mesh_dim_names or ())
 
 
-class ParallelLora(LoraLinear):  # type: ignore[misc]
+class ParallelLora(LoraLinear):
     """The LoRA layer of peft around one of ours; its halves are replaced by layers that are cut."""
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
@@ -81,7 +81,7 @@ class ParallelLora(LoraLinear):  # type: ignore[misc]
         """What merging adds to the weight: of the weight's shape, cut as it is."""
         weight = self.get_base_layer().weight
         a, b = (local(half[adapter].weight) for half in (self.lora_A, self.lora_B))
-        delta = b @ a * self.scaling[adapter]
+        delta: torch.Tensor = b @ a * self.scaling[adapter]
         if getattr(self.get_base_layer(), "weight_layout", "out_in") == "in_out":
             delta = delta.t().contiguous()
         if not isinstance(weight, DTensor):
@@ -149,7 +149,7 @@ def _halves_of(base: nn.Module, r: int) -> tuple[nn.Module, nn.Module]:
     return a_class(base.in_features, r, bias=False), ReplicatedLinear(r, base.out_features, bias=False)
 
 
-def _share(half: nn.Module, base: nn.Module) -> None:
+def _share(half: Any, base: Any) -> None:
     """Make a half's weight the first rank's on all ranks, and keep this rank's part of it.
 
     Collective: broadcast over all processes, whose random states need not be in step.

@@ -135,7 +135,8 @@ def _take_from_fsdp(module: ParallelModule, tp_mesh: DeviceMesh) -> None:
     """
     if not any(is_managed_by_fsdp(parameter) for parameter in module.parameters(recurse=False)):
         return
-    for name, parameter in module.named_parameters(recurse=False):
+    parameters: list[tuple[str, Any]] = list(module.named_parameters(recurse=False))
+    for name, parameter in parameters:
         module._parameters[name] = nn.Parameter(parameter.full_tensor(), requires_grad=parameter.requires_grad)
     if tp_mesh.size() > 1:
         parallelize_module(module, tp_mesh)
@@ -143,6 +144,7 @@ def _take_from_fsdp(module: ParallelModule, tp_mesh: DeviceMesh) -> None:
 
 def _average_gradient(groups: list[dist.ProcessGroup], parameter: torch.Tensor) -> None:
     # What was accumulated before is the same on all ranks, and stays what it is.
+    assert parameter.grad is not None, "called when there is one"
     gradient = local(parameter.grad)
     for group in groups:
         dist.all_reduce(gradient, group=group)

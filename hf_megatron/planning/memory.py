@@ -13,11 +13,13 @@ from math import ceil, prod
 
 from hf_megatron.planning.activations import (
     Kept,
+    chunk_tokens,
     kept_by_embedding,
     kept_by_head,
     kept_by_layer,
     kept_by_loss,
     kept_for_recomputation,
+    vocabulary,
 )
 from hf_megatron.planning.run import Run
 from hf_megatron.planning.shape import ModelShape
@@ -37,7 +39,8 @@ class MemoryPlan:
         optimizer: Adam's state.
         activations: What autograd holds at the end of the forward pass, without the loss; and where layers are
             recomputed, one layer while that happens.
-        logits_and_loss: The largest that logits, softmax and their gradient are together.
+        logits_and_loss: The logits of a chunk of positions with what is computed from them, and the gradients that the
+            loss computes along with them.
         communication: Buffers of collectives; with FSDP also the parameters that are gathered.
         peak: The most there is at any moment. Less than the sum, since activations go as gradients come.
     """
@@ -101,13 +104,19 @@ def _total(kept: Iterable[Kept]) -> int:
 
 
 def _loss_bytes(shape: ModelShape, run: Run) -> tuple[int, int]:
-    """The logits or what takes their place in the backward pass, and what the loss keeps."""
-    elements, compute = run.predicted(shape) * ceil(shape.vocab_size / run.tp_size), run.precision.compute
-    logits = elements * compute
-    gradient = elements * 4 + (elements * compute if compute < 4 else 0)  # computed in float32, then cast
+    """What there is while the head and the loss of one chunk are computed, and what they keep."""
+    precision, predicted, rows = run.precision, run.predicted(shape), vocabulary(shape, run)
     kept = _total(kept_by_loss(shape, run))
-    # One rank returns its logits with the loss, so that they are still there.
-    return (logits + gradient if run.tp_size == 1 and shape.is_causal else max(logits, gradient)), kept
+    if not predicted:
+        return 0, kept
+    chunk, weight = chunk_tokens(shape, run), rows * shape.hidden_size
+    # The logits become their exponentials in place; or there are both, the latter in float32 and cast.
+    logits = chunk * rows * (4 if precision.compute == 4 else 2 * precision.compute + 4)
+    copies = weight * precision.compute if precision.casts_weights else 0
+    if chunk < predicted and precision.compute < 4:
+        copies += weight * precision.compute  # a chunk's part of the weight's gradient, beside the sum
+        copies += weight * 4 if precision.parameter < 4 else 0  # which is in float32
+    return logits + copies, kept
 
 
 def _communication_bytes(shape: ModelShape, run: Run) -> int:
@@ -137,6 +146,7 @@ def gathered_parts(shape: ModelShape, tp_size: int) -> Iterator[int]:
 
 
 def _second_embedding_gradient(shape: ModelShape, run: Run) -> int:
-    """A tied embedding's gradient comes twice, from the head and from the lookup, and is added up at the end."""
+    """On a GPU a tied embedding's gradient comes from the head and from the lookup, and is added up at the end."""
     is_tied = shape.has_vocabulary_head and bool(shape.config.get("tie_word_embeddings", True))
-    return ceil(shape.vocab_size / run.tp_size) * shape.hidden_size * run.precision.gradient if is_tied else 0
+    comes_twice = is_tied and run.device == "cuda"
+    return vocabulary(shape, run) * shape.hidden_size * run.precision.gradient if comes_twice else 0

@@ -22,7 +22,7 @@ class StepTime:
         forward: Computing the forward pass.
         backward: Computing the backward pass.
         recomputation: Computing again what was not kept.
-        tensor_parallel: Collectives of tensor parallelism.
+        tensor_parallel: Collectives of tensor parallelism that no product hides.
         data_parallel: Collectives of data parallelism that the backward pass does not hide.
         optimizer: Clipping and Adam.
     """
@@ -156,21 +156,26 @@ def _step_time(shape: ModelShape, run: Run, machine: Machine) -> StepTime:
         again = layer
     elif run.recompute == "selective" and run.keeps_probabilities(shape):
         again = [operation for operation in layer if operation.name in _ATTENTION]
-    travel = {"tp": 0.0, "dp": 0.0}
+    travel = {"tp": 0.0, "dp": 0.0, "overlapped": 0.0}
     for collective in collectives(shape, run):
-        travel[collective.group] += seconds(collective, run, machine)
-    # Gradients are reduced while those of earlier layers are computed; the last micro-batch's backward hides them.
+        kind = "overlapped" if collective.is_overlapped else collective.group
+        travel[kind] += seconds(collective, run, machine)
+    # Hidden behind one of the two products in the backward pass of a layer's entries; and gradients are reduced while
+    # those of earlier layers are computed, by the last micro-batch's backward pass.
+    entries = sum(operation.forward_seconds(machine) for operation in layer if operation.name in _ENTRIES)
+    exposed = max(0.0, travel["overlapped"] - shape.num_layers * run.accumulation * entries)
     return StepTime(
         forward=forward * run.accumulation,
         backward=backward * run.accumulation,
         recomputation=shape.num_layers * _forward(again, machine) * run.accumulation,
-        tensor_parallel=travel["tp"],
+        tensor_parallel=travel["tp"] + exposed,
         data_parallel=max(0.0, travel["dp"] - backward),
         optimizer=optimizer_bytes(shape, run) / machine.bandwidth,
     )
 
 
 _ATTENTION = ("scores and context", "scale and mask", "softmax", "attention dropout")
+_ENTRIES = ("query, key, value", "into the MLP")
 
 
 def _forward(operations: list[Operation], machine: Machine) -> float:

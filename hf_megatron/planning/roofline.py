@@ -1,10 +1,10 @@
 """How long a rank computes: each operation takes as long as its arithmetic or its memory traffic, whichever is longer.
 
 The traffic of an operation is what it reads and writes if every kernel goes to memory and back, as eager PyTorch does.
-Nothing overlaps but the gradients' data-parallel reduction with the backward pass. Not modelled: the time the host
-takes to launch kernels (which small models on fast GPUs are bound by), and products too small to fill a GPU.
+Not modelled: the time the host takes to launch kernels (which small models on fast GPUs are bound by), and products too
+small to fill a GPU.
 
-Shapes: B batch, S sequence, H hidden, F inner, V vocabulary, P ranks; R is P under sequence parallelism, else 1.
+Shapes: B batch, S sequence, H hidden, F inner, V vocabulary, P ranks.
 """
 
 from __future__ import annotations
@@ -56,12 +56,11 @@ def layer_operations(shape: ModelShape, run: Run) -> Iterator[Operation]:
     yield from _attention(shape, run)
     yield _product("attention output", tokens, hidden // ranks, hidden, compute)
     yield _product("into the MLP", tokens, hidden, inner, compute)
-    moved = shape.activation.moved
-    yield _elementwise("activation", tokens * inner, compute, moved, moved * 3 / 2)
+    yield _elementwise("activation", tokens * inner, compute, 2, 3)
     yield _product("out of the MLP", tokens, inner, hidden, compute)
     if run.precision.casts_weights:
         yield _elementwise("16-bit copies of the matrices", shape.layer_matrices(ranks), compute, 3, 3)
-    residual = tokens * hidden // run.region_size
+    residual = run.local_tokens * hidden
     for place in ("attention", "MLP"):
         # The norm's backward reads both operands twice, for its input and for its weights.
         yield _elementwise(f"{place} norm", residual, run.precision.residual, 2, 5)
@@ -76,15 +75,15 @@ def layer_operations(shape: ModelShape, run: Run) -> Iterator[Operation]:
 
 def head_operations(shape: ModelShape, run: Run) -> Iterator[Operation]:
     """Embedding, final norm, head and loss on one rank."""
-    residual, compute = run.tokens * shape.hidden_size // run.region_size, run.precision.compute
+    residual, compute = run.local_tokens * shape.hidden_size, run.precision.compute
     yield _elementwise("embedding and final norm", residual, run.precision.residual, 6, 6)
     if predicted := run.predicted(shape):
         vocabulary = ceil(shape.vocab_size / run.tp_size)
         if not shape.is_causal:
             yield _product("transform", predicted, shape.hidden_size, shape.hidden_size, compute)
         yield _product("logits", predicted, shape.hidden_size, vocabulary, compute)
-        # Maximum, difference, exponential, sum, quotient; back: gradient, scale, cast. All in float32.
-        yield _elementwise("loss", predicted * vocabulary, 4, 9, 5)
+        # Maximum, difference, exponential, sums, casts.
+        yield _elementwise("loss", predicted * vocabulary, 4, 9, 2)
 
 
 def optimizer_bytes(shape: ModelShape, run: Run) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 from hf_megatron.errors import PartitionError, UnsupportedError
@@ -68,6 +69,7 @@ class Run:
         attention: ``eager`` keeps the [S, S] probabilities, ``sdpa`` is a fused kernel that does not.
         precision: See :data:`PRECISIONS`.
         dropout: Whether the configuration's dropout is on.
+        overlap: Whether the sums of input gradients travel while weight gradients are computed, as in this package.
         labelled: Share of the positions that BERT predicts.
         device: ``cuda`` or ``cpu``. On a CPU dropout keeps numbers rather than a mask, and a fused attention kernel
             without dropout only.
@@ -84,6 +86,7 @@ class Run:
     attention: Literal["eager", "sdpa"] = "sdpa"
     precision: Precision = PRECISIONS["amp"]
     dropout: bool = True
+    overlap: bool = True
     labelled: float = 0.15
     device: Literal["cuda", "cpu"] = "cuda"
 
@@ -98,9 +101,10 @@ class Run:
         return self.tp_size * self.dp_size
 
     @property
-    def region_size(self) -> int:
-        """Over how many ranks activations outside of the tensor-parallel region are split."""
-        return self.tp_size if self.sequence_parallel else 1
+    def local_tokens(self) -> int:
+        """B x S_p, the positions a rank keeps outside of tensor-parallel regions: all, or its part of the sequence."""
+        ranks = self.tp_size if self.sequence_parallel else 1
+        return self.micro_batch * ceil(self.sequence_length / ranks)
 
     def keeps_probabilities(self, shape: ModelShape) -> bool:
         """Whether attention is written out, with its [S, S] probabilities in memory."""
@@ -108,10 +112,10 @@ class Run:
         return self.attention == "eager" or (self.device == "cpu" and has_dropout)
 
     def predicted(self, shape: ModelShape) -> int:
-        """Number of positions whose logits a micro-batch takes: all of GPT-2's, the labelled ones of BERT's."""
+        """Number of positions whose logits a micro-batch takes: GPT-2's but the last ones, BERT's labelled ones."""
         if not shape.has_vocabulary_head:
             return 0
-        return self.tokens if shape.is_causal else round(self.labelled * self.tokens)
+        return self.tokens - self.micro_batch if shape.is_causal else round(self.labelled * self.tokens)
 
     def check(self, shape: ModelShape) -> None:
         """Refuse what the models refuse.
@@ -127,9 +131,4 @@ class Run:
         if self.sequence_length > shape.num_positions:
             raise UnsupportedError(
                 f"sequence_length={self.sequence_length} is longer than the model's {shape.num_positions} positions."
-            )
-        if self.sequence_parallel and self.sequence_length % self.tp_size:
-            raise PartitionError(
-                f"sequence_length={self.sequence_length} is not divisible by tp_size={self.tp_size}, as sequence "
-                "parallelism needs."
             )

@@ -13,15 +13,20 @@ from typing import cast
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import ModelClass, PartitionTable, table_for
 
-__all__ = ["Activation", "ModelShape"]
+__all__ = ["ModelShape"]
 
 
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """What an activation function costs, in tensors of its input's size.
-
-    Attributes:
-XX
+# Activation functions that are one kernel in these models, and whether their backward pass needs the input. If it needs
+# the output instead, that is the next product's input, and kept in any case.
+_KEEPS_INPUT = {
+    "gelu": True,
+    "gelu_new": True,
+    "gelu_pytorch_tanh": True,
+    "relu": False,
+    "silu": True,
+    "swish": True,
+    "tanh": False,
+}
 # Of the embedding, in attention, and of what is added to the residual stream.
 _GPT2_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 _BERT_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout_prob")
@@ -41,7 +46,7 @@ class ModelShape:
         intermediate_size: Width of the MLP's inner layer.
         vocab_size: V.
         num_positions: Longest sequence.
-        activation: The MLP's activation function.
+        keeps_activation_input: Whether the activation function's backward pass needs its input.
         embedding_dropout: Probability.
         attention_dropout: Probability.
         residual_dropout: Probability.
@@ -56,7 +61,7 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     num_positions: int
-    activation: Activation
+    keeps_activation_input: bool
     embedding_dropout: float
     attention_dropout: float
     residual_dropout: float
@@ -65,6 +70,11 @@ class ModelShape:
     def is_causal(self) -> bool:
         """Whether a position sees earlier ones only: GPT-2 and not BERT."""
         return self.table.architecture == "gpt2"
+
+    @property
+    def is_post(self) -> bool:
+        """Whether LayerNorms stand after attention and MLP."""
+        return self.table.own_config.get("layernorm_placement") == "post"
 
     @property
     def has_vocabulary_head(self) -> bool:
@@ -93,9 +103,9 @@ class ModelShape:
         architectures = cast("list[str] | None", config.get("architectures"))
         field, default = ("activation_function", "gelu_new") if is_gpt2 else ("hidden_act", "gelu")
         name = str(config.get(field, default))
-        if name not in _ACTIVATIONS:
+        if name not in _KEEPS_INPUT:
             raise UnsupportedError(
-                f"The cost of activation {name!r} is not known; known are {', '.join(_ACTIVATIONS)}."
+                f"The cost of activation {name!r} is not known; known are {', '.join(_KEEPS_INPUT)}."
             )
         dropouts = _GPT2_DROPOUTS if is_gpt2 else _BERT_DROPOUTS
         embedding, attention, residual = (float(cast(float, config.get(name, 0.1))) for name in dropouts)
@@ -109,7 +119,7 @@ class ModelShape:
             intermediate_size=sizes["intermediate_size"],
             vocab_size=sizes["vocab_size"],
             num_positions=sizes["num_positions" if is_gpt2 else "max_position_embeddings"],
-            activation=_ACTIVATIONS[name],
+            keeps_activation_input=_KEEPS_INPUT[name],
             embedding_dropout=embedding,
             attention_dropout=attention,
             residual_dropout=residual,

@@ -1,20 +1,24 @@
 """Every collective of a training step, and how long it takes on a machine.
 
-Shapes: B batch, S sequence, H hidden, T predicted positions.
+Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3; Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import Literal
 
+from hf_megatron.planning.activations import chunk_tokens
 from hf_megatron.planning.machine import Machine
 from hf_megatron.planning.memory import gathered_parts
 from hf_megatron.planning.run import Run
 from hf_megatron.planning.shape import ModelShape
 
 __all__ = ["Collective", "collectives", "seconds"]
+
+Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +31,15 @@ class Collective:
         group: Over which ranks.
         count: How many a training step has.
         bytes: Size of the whole tensor that each of them sums, gathers or scatters.
+        is_overlapped: Whether a product is computed meanwhile.
     """
 
     purpose: str
-    operation: Literal["all-reduce", "all-gather", "reduce-scatter"]
+    operation: Operation
     group: Literal["tp", "dp"]
     count: int
     bytes: int
+    is_overlapped: bool = False
 
     def bytes_sent(self, num_ranks: int) -> float:
         """Bytes that each rank sends for one of them, in a ring."""
@@ -50,25 +56,72 @@ def collectives(shape: ModelShape, run: Run) -> Iterator[Collective]:
 
 
 def _tensor_parallel(shape: ModelShape, run: Run) -> Iterator[Collective]:
-    def all_reduce(purpose: str, count: int, num_bytes: int) -> Collective:
-        return Collective(
-            purpose=purpose, operation="all-reduce", group="tp", count=count * run.accumulation, bytes=num_bytes
-        )
+    """Of all micro-batches of a step."""
+    passes = 2 if run.recompute == "full" else 1
+    of_layers = _sequence_parallel_layers if run.sequence_parallel else _replicated_layers
+    for collective in (*of_layers(shape, run, passes), *_ends(shape, run)):
+        yield replace(collective, count=collective.count * run.accumulation)
 
+
+def _replicated_layers(shape: ModelShape, run: Run, passes: int) -> Iterator[Collective]:
     precision, layers = run.precision, shape.num_layers
-    activation = run.tokens * shape.hidden_size
-    bias = 3 * shape.hidden_size if shape.is_causal else 0  # GPT-2's fused one, whose gradient travels along
-    yield all_reduce("embedding, forward", 1, activation * precision.residual)
-    yield all_reduce("layer outputs, forward", 2 * layers, activation * precision.compute)
-    if run.recompute == "full":
-        yield all_reduce("layer outputs, recomputed", 2 * layers, activation * precision.compute)
-    # Gradients have the type of the norm's output.
-    yield all_reduce("attention input, backward", layers, (activation + bias) * precision.residual)
-    yield all_reduce("MLP input, backward", layers, activation * precision.residual)
-    if predicted := run.predicted(shape):
-        yield all_reduce("loss: maxima, forward", 1, predicted * 4)
-        yield all_reduce("loss: sums, forward", 1, 2 * predicted * 4)
-        yield all_reduce("head input, backward", 1, predicted * shape.hidden_size * precision.residual)
+    activation, bias = run.tokens * shape.hidden_size, 3 * shape.hidden_size
+    yield _collective("layer outputs, forward", "all-reduce", 2 * layers * passes, activation * precision.compute)
+    if shape.is_causal:  # with the gradient of its fused bias
+        size = (activation + bias) * precision.compute
+        yield _collective("attention input, backward", "all-reduce", layers, size, is_overlapped=run.overlap)
+    else:  # of three products at once, whose common input autocast has not cast yet
+        yield _collective("attention input, backward", "all-reduce", layers, activation * precision.residual)
+    size = activation * precision.compute
+    yield _collective("MLP input, backward", "all-reduce", layers, size, is_overlapped=run.overlap)
+
+
+def _sequence_parallel_layers(shape: ModelShape, run: Run, passes: int) -> Iterator[Collective]:
+    layers, size = shape.num_layers, _padded(shape, run) * run.precision.compute
+    yield _collective("layer inputs, forward", "all-gather", 2 * layers * passes, size)
+    yield _collective("layer outputs, forward", "reduce-scatter", 2 * layers * passes, size)
+    yield _collective("gradients of layer outputs, backward", "all-gather", 2 * layers, size)
+    # The input once more, for the weight's gradient, while that of the input is computed; and the other way around.
+    yield _collective("layer inputs, backward", "all-gather", 2 * layers, size, is_overlapped=run.overlap)
+    gradients = "gradients of layer inputs, backward"
+    yield _collective(gradients, "reduce-scatter", 2 * layers, size, is_overlapped=run.overlap)
+    held_whole = (9 if shape.is_causal else 6) * shape.hidden_size
+    yield _collective("norms and biases, backward", "all-reduce", layers, held_whole * run.precision.gradient)
+
+
+def _ends(shape: ModelShape, run: Run) -> Iterator[Collective]:
+    """Embedding, final norm, head and loss."""
+    precision, predicted = run.precision, run.predicted(shape)
+    yield _collective("embedding, forward", "all-reduce", 1, run.tokens * shape.hidden_size * precision.residual)
+    is_split = run.sequence_parallel and shape.is_causal and predicted > 0  # GPT-2's head gathers by itself
+    if run.sequence_parallel:
+        size = _padded(shape, run) * precision.residual
+        yield _collective("hidden states behind the layers, forward", "all-gather", 1, size)
+        yield _collective("gradient of the embeddings, backward", "all-gather", 1, size)
+        if is_split:
+            yield _collective("gradient of the hidden states, backward", "reduce-scatter", 1, size)
+        if not shape.is_post:
+            yield _collective("final norm, backward", "all-reduce", 1, 2 * shape.hidden_size * precision.gradient)
+    if predicted:
+        chunks = ceil(predicted / chunk_tokens(shape, run))
+        size = 3 * run.tp_size * predicted * 4 // chunks
+        yield _collective("statistics of the loss, forward", "all-gather", chunks, size)
+        if not is_split:
+            size = predicted * shape.hidden_size * precision.residual // chunks
+            yield _collective("gradient of the head's input, forward", "all-reduce", chunks, size)
+
+
+def _padded(shape: ModelShape, run: Run) -> int:
+    """Elements of [B, S, H] with the sequence filled up to a multiple of the degree."""
+    return run.local_tokens * run.tp_size * shape.hidden_size
+
+
+def _collective(
+    purpose: str, operation: Operation, count: int, num_bytes: int, *, is_overlapped: bool = False
+) -> Collective:
+    return Collective(
+        purpose=purpose, operation=operation, group="tp", count=count, bytes=num_bytes, is_overlapped=is_overlapped
+    )
 
 
 def _data_parallel(shape: ModelShape, run: Run) -> Iterator[Collective]:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_megatron.checkpoint import DTYPES, LazyTensor, open_checkpoint, open_files, torch_dtype
+from hf_megatron.checkpoint import lazy as lazy_module
 from hf_megatron.errors import CheckpointIncompleteError
 from hf_megatron.partition import Box
 from tests.checkpoint.directories import CONFIG, model_tensors, write_hub, write_tp
@@ -48,8 +49,13 @@ def stored_in(path: Path, tensor: torch.Tensor, boxes: list[Box]) -> LazyTensor:
     ],
     ids=["whole", "rows", "columns", "grid"],
 )
-def test_every_slice_is_what_torch_gives(tmp_path: Path, boxes: list[Box]) -> None:
+@pytest.mark.parametrize("least", [1, 10**9], ids=["scattered", "copied"])
+def test_every_slice_is_what_torch_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boxes: list[Box], least: int
+) -> None:
     """Catches wrong byte runs: a row stride of the piece where the full tensor's is meant, or an off-by-one."""
+    monkeypatch.setattr(lazy_module, "_MIN_SCATTERED_BYTES", least)
+    monkeypatch.setattr(lazy_module, "_MAX_TARGETS", 2)
     tensor = torch.arange(60, dtype=torch.int64).view(SHAPE)
     lazy = stored_in(tmp_path / "x.safetensors", tensor, boxes)
     for box in all_boxes(SHAPE):

@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
-def _run(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, dict[str, Any], str]:
+def _run(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any], str]:
     code = cli.run(["evaluate", *map(str, arguments), "--json"])
     out, err = capfd.readouterr()
     assert out.count("\n") == 1

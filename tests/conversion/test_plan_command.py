@@ -59,6 +59,7 @@ def test_keys_that_scripts_rely_on(capfd: pytest.CaptureFixture[str]) -> None:
         "attention": "eager",
         "precision": "master",
         "dropout": False,
+        "overlap": True,
         "labelled": 0.15,
         "device": "cuda",
     }

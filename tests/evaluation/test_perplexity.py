@@ -96,9 +96,13 @@ def test_the_head_is_computed_only_where_a_loss_is_taken(model_dir: Path, monkey
     model, tokenizer = load(model_dir)
     rows: list[int] = []
     head = model.lm_head.forward
-    monkeypatch.setattr(
-        model.lm_head, "forward", lambda hidden: (rows.append(hidden.shape[:-1].numel()), head(hidden))[1]
-    )
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        rows.append(hidden.shape[:-1].numel())
+        logits: torch.Tensor = head(hidden)
+        return logits
+
+    monkeypatch.setattr(model.lm_head, "forward", forward)
     result = evaluate_wikitext103(model, tokenizer, TEXT, stride=8)
     assert sum(rows) == result.tokens
 
@@ -134,7 +138,7 @@ def test_progress_says_how_long_it_will_take(
 
 
 @pytest.mark.parametrize("options", [{"stride": 0}, {"stride": 33, "window": 32}, {"window": WINDOW + 1}])
-def test_impossible_windows_are_refused(options: dict[str, int], model_dir: Path) -> None:
+def test_impossible_windows_are_refused(options: dict[str, Any], model_dir: Path) -> None:
     """Catches tokens that no window predicts, and positions the model does not have."""
     model, tokenizer = load(model_dir)
     with pytest.raises(DataError, match=f"{WINDOW} positions"):

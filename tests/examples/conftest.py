@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -14,8 +17,14 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Directory of a stock BERT with random weights, without dropout, and of its tokenizer."""
     directory = tmp_path_factory.mktemp("tiny-bert")
-    texts = [topics[name] for name in sorted(topics)[:30]]
-    tokenizer = BertTokenizerFast(model_max_length=64).train_new_from_iterator(texts, 600, show_progress=False)
+    # Words of the Python manual and single characters. Trained vocabularies differ a little from process to process.
+    words = Counter(re.findall("[a-z]+", topics["import"].lower() + topics["assert"].lower()))
+    characters = sorted(set(string.digits + string.punctuation + string.ascii_lowercase))
+    continuations = [f"##{letter}" for letter in string.ascii_lowercase]
+    common = [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0])) if len(word) > 1]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *continuations, *common[:500]]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=64)
     tokenizer.save_pretrained(directory)
     config = BertConfig(
         vocab_size=len(tokenizer),

@@ -110,7 +110,7 @@ def test_squad_learns_what_has_no_answer(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_race_learns_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str) -> None:
     """Catches options and labels that do not belong together, and splits or levels that go missing."""
-    arguments = [*_race(tmp_path), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=2"]
+    arguments = [*_race(tmp_path), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=3"]
     run_here(monkeypatch, "finetune_race", *arguments)
     assert _metrics(tmp_path / "out") == {
         "dev": {"accuracy": 1.0, "accuracy_high": 1.0, "accuracy_middle": 1.0},
@@ -121,7 +121,7 @@ def test_race_learns_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("task", ["mnli", "qqp"])
 def test_pairs_learn_their_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str, task: str) -> None:
     """Catches classes that are mixed up between training and testing, or without their names in the saved model."""
-    arguments = [*_pairs(tmp_path, task), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=2"]
+    arguments = [*_pairs(tmp_path, task), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=4"]
     run_here(monkeypatch, "finetune_sentence_pairs", *arguments)
     assert _metrics(tmp_path / "out") == {"dev_matched": {"accuracy": 1.0}}
     config = json.loads((tmp_path / "out/config.json").read_text())

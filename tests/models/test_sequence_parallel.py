@@ -350,7 +350,8 @@ def test_checkpointing_repeats_only_the_recomputed_part(pool: Pool, stock_dir: S
 def _record_decoding(directory: Path, sequence_parallel: bool) -> list[Collective]:
     model = _load(directory, 2, sequence_parallel=sequence_parallel)
     cache = model(token_ids(B, 6), use_cache=True).past_key_values
-    with Recorder() as recorder:
+    recorder = Recorder()
+    with recorder:
         model(token_ids(B, 1), past_key_values=cache, use_cache=True)
     return recorder.seen
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from hf_megatron import (
     MegatronBertConfig,
@@ -16,7 +17,6 @@ from hf_megatron import (
     MegatronGPT2LMHeadModel,
 )
 from hf_megatron.planning import PRECISIONS, ModelShape, Run
-from tests.models.reference import layout
 
 BATCH, LENGTH, VOCAB = 3, 64, 331
 KINDS = ("gpt2", "gpt2-inner", "bert-pre", "bert-post", "bert-mlm")
@@ -57,9 +57,12 @@ def model_class(kind: str) -> Any:
     return MegatronBertForMaskedLM if kind == "bert-mlm" else MegatronBertForPreTraining
 
 
-def make_model(kind: str, tp_size: int, *, dropout: float = 0.1, **options: Any) -> PreTrainedModel:
+def make_model(
+    kind: str, tp_size: int, *, dropout: float = 0.1, sequence_parallel: bool = False, **options: Any
+) -> PreTrainedModel:
     config = make_config(kind, dropout=dropout)
-    model: PreTrainedModel = model_class(kind).from_config(config, distributed_config=layout(tp_size), **options)
+    layout = DistributedConfig(tp_size=tp_size, enable_sequence_parallel=sequence_parallel) if tp_size > 1 else None
+    model: PreTrainedModel = model_class(kind).from_config(config, distributed_config=layout, **options)
     return model.train()
 
 

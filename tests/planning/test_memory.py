@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_megatron.planning import PRECISIONS, plan_memory
+from hf_megatron.planning import PRECISIONS, activations, plan_memory
 from hf_megatron.planning.activations import kept_by_layer, kept_by_loss
+from hf_megatron.tensor_parallel import linear_cross_entropy
 from tests.models.reference import Pool, run_at
 from tests.planning.models import KINDS, forward, local, make_model, make_run, make_shape, num_bytes
 
@@ -40,7 +41,7 @@ def _measure_activations(kind: str, tp_size: int, dropout: float, recompute: boo
     """Bytes of the storages that autograd holds at the end of a forward pass, without parameters and buffers."""
     model = make_model(kind, tp_size, dropout=dropout, **options)
     if recompute:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     own = {local(tensor).untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     held: dict[int, torch.UntypedStorage] = {}
 
@@ -55,38 +56,40 @@ def _measure_activations(kind: str, tp_size: int, dropout: float, recompute: boo
     return sum(storage.nbytes() for storage in held.values())
 
 
-_GRID = [
-    (kind, attention, dropout, recompute, precision, tp_size)
+# Kind, attention, dropout, recomputation, precision, degree, sequence parallelism.
+_Case = tuple[str, Any, float, bool, str, int, bool]
+_GRID: list[_Case] = [
+    (kind, attention, dropout, recompute, precision, tp_size, sequence_parallel)
     for kind in KINDS
     for attention in ("eager", "sdpa")
     for dropout in (0.0, 0.1)
     for recompute in (False, True)
     for precision in ("fp32", "bf16")
-    for tp_size in (1, 2)
+    for tp_size, sequence_parallel in ((1, False), (2, False), (2, True))
 ]
-_QUICK = [
-    ("gpt2", "eager", 0.1, False, "fp32", 1),
-    ("gpt2", "eager", 0.0, True, "fp32", 2),
-    ("gpt2", "sdpa", 0.0, False, "fp32", 2),
-    ("gpt2", "sdpa", 0.1, True, "bf16", 1),
-    ("gpt2-inner", "sdpa", 0.0, False, "bf16", 2),
-    ("bert-pre", "sdpa", 0.0, False, "fp32", 1),
-    ("bert-pre", "eager", 0.1, False, "fp32", 2),
-    ("bert-post", "sdpa", 0.1, True, "fp32", 2),
-    ("bert-mlm", "eager", 0.0, False, "bf16", 2),
+_QUICK: list[_Case] = [
+    ("gpt2", "eager", 0.1, False, "fp32", 1, False),
+    ("gpt2", "eager", 0.0, True, "fp32", 2, False),
+    ("gpt2", "sdpa", 0.0, False, "fp32", 2, True),
+    ("gpt2", "sdpa", 0.1, True, "bf16", 1, False),
+    ("gpt2-inner", "sdpa", 0.0, False, "bf16", 2, False),
+    ("bert-pre", "sdpa", 0.0, False, "fp32", 1, False),
+    ("bert-pre", "eager", 0.1, False, "fp32", 2, False),
+    ("bert-pre", "sdpa", 0.1, False, "bf16", 2, True),
+    ("bert-post", "sdpa", 0.1, True, "fp32", 2, True),
+    ("bert-mlm", "eager", 0.0, False, "bf16", 2, False),
 ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "attention", "dropout", "recompute", "precision", "tp_size"),
-    [pytest.param(*case, marks=[] if case in _QUICK else pytest.mark.slow) for case in _GRID],
+    "case", [pytest.param(case, marks=[] if case in _QUICK else pytest.mark.slow) for case in _GRID]
 )
-def test_activations(
-    kind: str, attention: Any, dropout: float, recompute: bool, precision: str, tp_size: int, pool: Pool
-) -> None:
+def test_activations(case: _Case, pool: Pool) -> None:
     """Catches a tensor that is forgotten, counted twice, or taken for cut where it is not."""
+    kind, attention, dropout, recompute, precision, tp_size, sequence_parallel = case
     run = make_run(
         tp_size=tp_size,
+        sequence_parallel=sequence_parallel,
         attention=attention,
         precision=PRECISIONS[precision],
         recompute="full" if recompute else "none",
@@ -96,9 +99,12 @@ def test_activations(
     planned = plan_memory(shape, run).activations + sum(kept.bytes for kept in kept_by_loss(shape, run))
     if recompute:  # what is recomputed is there in the backward pass only
         planned -= sum(kept.bytes for kept in kept_by_layer(shape, run))
-    options = {"attn_implementation": attention, "dtype": torch.bfloat16 if precision == "bf16" else torch.float32}
-    results = run_at(pool, tp_size, _measure_activations, kind, tp_size, dropout, recompute, options)
-    measured = results[0]
+    options = {
+        "attn_implementation": attention,
+        "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
+        "sequence_parallel": sequence_parallel,
+    }
+    measured = run_at(pool, tp_size, _measure_activations, kind, tp_size, dropout, recompute, options)[0]
     assert measured == pytest.approx(planned, rel=0.02)
 
 
@@ -124,28 +130,35 @@ def test_a_mask_on_a_gpu_takes_a_byte() -> None:
     on_cpu, on_gpu = (
         {k.name: k.bytes for k in kept_by_layer(shape, make_run(device=device))} for device in ("cpu", "cuda")
     )
-    name = "dropout of the MLP output [B, S/R, H]"
+    name = "dropout of the MLP output [B, S_p, H]"
     assert on_cpu[name] == 4 * on_gpu[name] == 4 * 3 * 64 * 64
 
 
-def test_the_formula_of_the_literature() -> None:
-    """Catches activations that no longer add up to S B H (10 + 24 / P + 5 heads S / (H P)) bytes per layer.
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_formula_of_the_literature(sequence_parallel: bool) -> None:
+    """Catches activations that no longer add up to S B H (10 + 24 / P + 5 heads S / (H P)) bytes per layer, and with
+    sequence parallelism to all of that, without its 10, over P.
 
-    That is Korthikanti et al. 2022, equation 2, for 16 bits, written-out attention and a fused activation. Their count
-    leaves the norms' statistics out, of 16 bytes per token.
+    These are equations 2 and 4 of Korthikanti et al. 2022, for 16 bits and written-out attention. They leave out the
+    norms' statistics, 16 bytes per token.
     """
-    shape = make_shape("gpt2-inner")
-    run = make_run(precision=PRECISIONS["master"], attention="eager", device="cuda", tp_size=2)
-    tokens, hidden, heads, inner = 3 * 64, 64, 4, 51  # the larger half of 101
-    mlp = 2 * 2 * tokens * inner
-    others = tokens * hidden * (10 + 8 / 2 + 5 * heads * 64 / (hidden * 2))
-    assert sum(kept.bytes for kept in kept_by_layer(shape, run)) == mlp + others + 16 * tokens
+    shape = make_shape("gpt2")
+    options = {"precision": PRECISIONS["master"], "attention": "eager", "device": "cuda", "tp_size": 2}
+    run = make_run(**options, sequence_parallel=sequence_parallel)
+    tokens, hidden, heads = 3 * 64, 64, 4
+    split, others = 24 / 2 + 5 * heads * 64 / (hidden * 2), 10 / 2 if sequence_parallel else 10
+    statistics = 16 * tokens / (2 if sequence_parallel else 1)
+    assert sum(kept.bytes for kept in kept_by_layer(shape, run)) == tokens * hidden * (split + others) + statistics
 
 
 def test_peak_is_less_than_the_sum_and_more_than_what_is_always_there() -> None:
     """Catches gradients and activations counted as if all of both were there at once, and micro-batches that are."""
     shape = make_shape("gpt2")
     one, two = (plan_memory(shape, make_run(accumulation=n, attention="eager")) for n in (1, 2))
-    always = one.parameters + one.optimizer
-    assert always + one.activations + one.logits_and_loss == one.peak
+    assert one.parameters + one.optimizer + one.activations + one.logits_and_loss == one.peak
     assert two.peak == one.peak + one.gradients
+
+
+def test_chunks_are_those_of_the_loss() -> None:
+    """Catches a chunk size that was changed in one of its two places."""
+    assert activations.LOGITS_PER_CHUNK == linear_cross_entropy._LOGITS_PER_CHUNK

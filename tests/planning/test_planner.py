@@ -20,8 +20,8 @@ _DGX2 = MACHINES["v100-32gb"]
 
 def _paper(name: str, tp_size: int, dp_size: int = 1, **config: Any) -> Plan:
     """A run of the paper's scaling study: batch 8, every layer recomputed, 16 bits with float32 copies, no fused
-    attention; the vocabulary padded to 51,200, and gelu compiled into one kernel, as in its code."""
-    preset = {**PRESETS[name].config, "vocab_size": 51200, "activation_function": "gelu_pytorch_tanh", **config}
+    attention, nothing hidden behind products; the vocabulary padded to 51,200."""
+    preset = {**PRESETS[name].config, "vocab_size": 51200, **config}
     run = Run(
         micro_batch=8,
         tp_size=tp_size,
@@ -29,6 +29,7 @@ def _paper(name: str, tp_size: int, dp_size: int = 1, **config: Any) -> Plan:
         recompute="full",
         attention="eager",
         precision=PRECISIONS["master"],
+        overlap=False,
     )
     return plan(ModelShape.from_config(preset), run, _DGX2)
 
@@ -87,8 +88,8 @@ def test_flops_are_six_per_parameter_and_token_and_attention() -> None:
     """Catches FLOPs per rank reported as the model's, recomputation counted as work, and attention forgotten."""
     plans = [_paper("gpt2-1.2b", tp_size, dp_size) for tp_size, dp_size in ((1, 1), (8, 2))]
     tokens, layers, hidden, vocabulary = 8 * 1024, 40, 1536, 51200
-    matrices = 12 * layers * hidden**2 + hidden * vocabulary
-    expected = 6 * tokens * matrices + 12 * layers * tokens * 1024 * hidden
+    head = hidden * vocabulary * (tokens - 8)  # nothing follows the last token of a sequence
+    expected = 6 * (tokens * 12 * layers * hidden**2 + head) + 12 * layers * tokens * 1024 * hidden
     assert [p.model_flops for p in plans] == [expected, 2 * expected]
 
 
@@ -109,6 +110,31 @@ def test_one_rank_scales_perfectly() -> None:
     assert plan(shape, run, _DGX2).scaling_efficiency == 1.0
     cut = plan(shape, dataclasses.replace(run, tp_size=4), _DGX2)
     assert 0.1 < cut.scaling_efficiency < 1.0
+
+
+def test_sequence_parallelism_shares_what_is_replicated() -> None:
+    """Catches norms, dropout and residuals that every rank computes and keeps whole all the same."""
+    shape = ModelShape.from_config(PRESETS["gpt2-8.3b"].config)
+    run = Run(micro_batch=8, tp_size=8, recompute="full")
+    whole, split = (
+        plan(shape, dataclasses.replace(run, sequence_parallel=is_split), _DGX2) for is_split in (False, True)
+    )
+    assert split.memory.activations < whole.memory.activations / 4
+    assert split.time.forward < whole.time.forward
+    # All-gather and reduce-scatter send what the all-reduce sent; the input is gathered once more.
+    assert split.bytes_sent == pytest.approx(whole.bytes_sent * 7 / 6, rel=0.02)
+
+
+def test_what_travels_behind_a_product_takes_no_time() -> None:
+    """Catches communication that is counted though it is hidden, or hidden by nothing."""
+    shape = ModelShape.from_config(PRESETS["gpt2-8.3b"].config)
+    run = Run(micro_batch=8, tp_size=8, precision=PRECISIONS["master"])
+    hidden, shown = (
+        plan(shape, dataclasses.replace(run, overlap=overlap), _DGX2).time.tensor_parallel for overlap in (True, False)
+    )
+    assert hidden == pytest.approx(shown / 2, rel=0.03)
+    slow = dataclasses.replace(_DGX2, link_bandwidth=_DGX2.link_bandwidth / 100)
+    assert plan(shape, run, slow).time.tensor_parallel > 80 * shown
 
 
 def test_layouts_put_what_fits_first() -> None:
@@ -142,7 +168,7 @@ def test_sharded_data_parallelism_divides_weights_and_state() -> None:
         ({"sequence_length": 2048}, UnsupportedError, "1024 positions"),
     ],
 )
-def test_impossible_runs_are_refused(changes: dict[str, int], error: type[Exception], told: str) -> None:
+def test_impossible_runs_are_refused(changes: dict[str, Any], error: type[Exception], told: str) -> None:
     """Catches a plan of something that the models refuse."""
     shape = ModelShape.from_config(PRESETS["gpt2-355m"].config)
     with pytest.raises(error, match=told):

@@ -7,42 +7,45 @@ from collections.abc import Mapping
 
 import pytest
 
-from hf_megatron.planning import MACHINES, PRECISIONS, collectives
+from hf_megatron.planning import MACHINES, PRECISIONS, collectives, plan_memory
 from hf_megatron.planning.traffic import Collective, seconds
 from tests.models.collectives import Recorder
 from tests.models.reference import Pool
 from tests.planning.models import forward, make_model, make_run, make_shape
 
+_OPERATIONS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 
-def _record(kind: str, tp_size: int, recompute: bool) -> Mapping[int, int]:
-    """How many all-reduces of each size a step has."""
-    model = make_model(kind, tp_size)
+
+def _record(kind: str, tp_size: int, recompute: bool, sequence_parallel: bool) -> Mapping[tuple[str, int], int]:
+    """How many collectives of each kind and size of the whole tensor a step has."""
+    model = make_model(kind, tp_size, sequence_parallel=sequence_parallel)
     if recompute:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     with Recorder() as recorder:
         forward(model, kind).loss.backward()
-    assert {name for name, _ in recorder.seen} == {"allreduce_"}
-    return Counter(size for _, size in recorder.seen)
+    # The recorder has seen the results, which of a reduce-scatter are the parts.
+    return Counter((_OPERATIONS[name], size * tp_size if "scatter" in name else size) for name, size in recorder.seen)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 @pytest.mark.parametrize("kind", ["gpt2", "bert-pre", "bert-post"])
 @pytest.mark.parametrize("tp_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_collectives_of_a_step(kind: str, recompute: bool, tp_size: int, pool: Pool) -> None:
+def test_collectives_of_a_step(kind: str, recompute: bool, sequence_parallel: bool, tp_size: int, pool: Pool) -> None:
     """Catches a collective that is planned and not issued, issued and not planned, or of another size."""
-    run = make_run(tp_size=tp_size, recompute="full" if recompute else "none")
-    planned: Counter[int] = Counter()
+    run = make_run(tp_size=tp_size, recompute="full" if recompute else "none", sequence_parallel=sequence_parallel)
+    planned: Counter[tuple[str, int]] = Counter()
     for collective in collectives(make_shape(kind), run):
-        assert (collective.operation, collective.group) == ("all-reduce", "tp")
-        planned[collective.bytes] += collective.count
-    for recorded in pool(tp_size).run(_record, kind, tp_size, recompute):
+        assert collective.group == "tp"
+        planned[collective.operation, collective.bytes] += collective.count
+    for recorded in pool(tp_size).run(_record, kind, tp_size, recompute, sequence_parallel):
         assert recorded == planned
 
 
 def test_data_parallel_gradients_travel_once_per_step_and_fsdp_s_parameters_twice() -> None:
     """Catches traffic that grows with the micro-batches where it does not, and the other way around."""
     shape = make_shape("gpt2")
-    parameters = 4 * 233_216  # bytes; the small model's weights in float32
+    parameters = plan_memory(shape, make_run()).parameters
     planned = list(collectives(shape, make_run(dp_size=4, accumulation=3)))
     assert sum(c.count * c.bytes for c in planned) == parameters
     fsdp = list(collectives(shape, make_run(dp_size=4, accumulation=3, fsdp=True)))

@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from peft import LoraConfig
 from transformers import TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 import hf_megatron
 from hf_megatron import MegatronTrainer
-from hf_megatron.peft import get_peft_model
 from tests.models.reference import Pool
 
 _T = TypeVar("_T")
@@ -111,6 +109,10 @@ def make_trainer(run: Run, log: Log | None = None, **options: Any) -> MegatronTr
     layout = DistributedConfig(**run.layout) if run.layout else None
     model = model_class.from_pretrained(run.model, config=config, distributed_config=layout)
     if run.lora is not None:
+        from peft import LoraConfig
+
+        from hf_megatron.peft import get_peft_model
+
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(**run.lora))
     data_parallel_size = run.world_size // run.layout.get("tp_size", 1)

@@ -84,7 +84,7 @@ def _assert_complete(checkpoint: Path) -> None:
 @pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.timeout(900)
 def test_killed_runs_end_and_go_on_to_the_same_weights(pool: Pool, tmp_path: Path, num_kills: int) -> None:
-    """Catches ranks that outlive one another, half a checkpoint taken for a whole one, and steps done twice or never."""
+    """Catches ranks that wait for a dead one, half a checkpoint taken for a whole one, steps done twice or never."""
     arguments = {"max_steps": num_kills * STEPS_PER_LIFE + 4, "save_steps": 2, "save_total_limit": 2, "report_to": []}
     layout = LAYOUTS["tp2"]
     run = Run(save_stock(tmp_path / "model"), tmp_path / "run", layout=layout, config=DROPOUT, arguments=arguments)

@@ -1,0 +1,156 @@
+"""Trainer's arguments do under tensor parallelism what they do in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+from transformers import EvalPrediction, ProgressCallback, TrainerCallback
+
+from tests.models.reference import Pool, rank, save_stock
+from tests.training.runs import (
+    LAYOUTS,
+    Log,
+    Run,
+    Step,
+    assert_same_steps,
+    examples,
+    make_trainer,
+    on_ranks,
+)
+
+Example = dict[str, torch.Tensor]
+LAYOUT_NAMES = ["tp2", pytest.param("tp2 x fsdp2", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_stock(tmp_path_factory.mktemp("gpt2"))
+
+
+def _uneven_examples() -> list[Example]:
+    """Examples of 4 to 12 tokens."""
+    return [{name: value[: 4 + i % 9] for name, value in e.items()} for i, e in enumerate(examples())]
+
+
+def _padded(batch: list[Example]) -> Example:
+    fill = {"input_ids": 0, "labels": -100}
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([e[name] for e in batch], batch_first=True, padding_value=fill[name])
+        for name in fill
+    }
+
+
+class Stream(IterableDataset[Example]):
+    """Examples one after the other, of which nobody knows how many there are."""
+
+    def __iter__(self) -> Iterator[Example]:
+        yield from examples()
+
+
+def _train(run: Run, options: dict[str, Any]) -> list[Step]:
+    log = Log()
+    trainer = make_trainer(run, log, **options)
+    trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
+    return log.steps
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_grouping_by_length_gives_every_layout_the_same_batches(
+    pool: Pool, gpt2: Path, tmp_path: Path, layout: str
+) -> None:
+    """Catches ranks of a group with batches of different examples, or lengths, whose collectives do not fit."""
+    options = {"train_dataset": _uneven_examples(), "data_collator": _padded}
+    arguments = {"save_strategy": "no", "train_sampling_strategy": "group_by_length"}
+    run = Run(gpt2, tmp_path, arguments=arguments)
+    expected = _train(run, options)
+    assert len({step.tokens for step in expected}) > 1
+    steps = on_ranks(pool, _train, replace(run, layout=LAYOUTS[layout]), options)
+    if "x" in layout:  # data-parallel ranks pad their own parts, to other lengths
+        steps = [replace(step, tokens=e.tokens) for step, e in zip(steps, expected, strict=True)]
+    assert_same_steps(steps, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_a_stream_gives_every_layout_the_same_batches(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
+    """Catches a stream that is dealt out to the ranks of a group, and one that starts over after resuming."""
+    options = {"train_dataset": Stream()}
+    run = Run(gpt2, tmp_path / "one")
+    expected = _train(run, options)
+    cut = replace(run, output=tmp_path / "cut", layout=LAYOUTS[layout])
+    assert_same_steps(on_ranks(pool, _train, cut, options), expected)
+    again = replace(cut, output=tmp_path / "again", resume=cut.output / "checkpoint-3")
+    assert_same_steps(on_ranks(pool, _train, again, options), expected[3:])
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_gradient_checkpointing_changes_no_number(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
+    """Catches recomputed activations with other dropout masks, and collectives that are not repeated."""
+    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+    run = Run(gpt2, tmp_path, layout=LAYOUTS[layout], config=dropout, arguments={"save_strategy": "no"})
+    expected = on_ranks(pool, _train, run, {})
+    again = replace(run, arguments={**run.arguments, "gradient_checkpointing": True})
+    assert on_ranks(pool, _train, again, {}) == expected
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    labels = np.asarray(prediction.label_ids)[:, 1:]
+    guesses = np.asarray(prediction.predictions)[:, :-1].argmax(-1)
+    is_counted = labels != -100
+    return {"accuracy": float((guesses == labels)[is_counted].mean()), "examples": float(len(labels))}
+
+
+def _evaluate(run: Run) -> dict[str, float]:
+    trainer = make_trainer(replace(run, arguments={"save_strategy": "no"}), compute_metrics=_accuracy)
+    metrics: dict[str, float] = trainer.evaluate(examples(11, seed=1))
+    return metrics
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_metrics_are_computed_from_every_example_once(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
+    """Catches a metric over examples that are counted once per rank."""
+    run = Run(gpt2, tmp_path)
+    expected = _evaluate(run)
+    metrics = on_ranks(pool, _evaluate, replace(run, layout=LAYOUTS[layout]))
+    assert metrics["eval_examples"] == expected["eval_examples"] == 11
+    assert metrics["eval_accuracy"] == expected["eval_accuracy"]
+
+
+class _Seen(TrainerCallback):
+    """Notes after each step whether a progress bar is drawn."""
+
+    def __init__(self) -> None:
+        self.has_bar: set[bool] = set()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.has_bar.add(self.bar.training_bar is not None)
+
+    bar: Any = None
+
+
+def _train_visibly(run: Run) -> tuple[int, set[bool], bool]:
+    trainer = make_trainer(run)
+    seen = _Seen()
+    seen.bar = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback))
+    trainer.add_callback(seen)
+    trainer.train()
+    return rank(), seen.has_bar, seen.bar.training_bar is None
+
+
+def test_the_first_rank_alone_draws_progress_and_writes_tensorboard(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
+    """Catches bars that overwrite one another on the terminal, and curves that are written twice."""
+    arguments = {"save_strategy": "no", "disable_tqdm": False, "report_to": ["tensorboard"]}
+    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS["tp2"], arguments=arguments)
+    for index, has_bar, is_gone in pool(2).run(_train_visibly, run):
+        assert has_bar == {index == 0}
+        assert is_gone
+    (events,) = run.output.rglob("events.out.tfevents.*")
+    content = events.read_bytes()
+    for tag in (b"train/loss", b"train/grad_norm", b"train/learning_rate", b"train/num_input_tokens_seen"):
+        assert content.count(tag) == 6, tag
