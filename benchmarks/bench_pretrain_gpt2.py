@@ -44,7 +44,7 @@ class Setting:
     heads: int = 4
     length: int = 128
     batch: int = 8
-    steps: int = 300
+    steps: int = 200
     learning_rate: float = 2e-3
     held_out: float = 0.015
     seed: int = 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,13 +148,13 @@ def test_convert_verify_catches_a_bad_write(
 ) -> None:
     """Catches a --verify that compares the plan with itself, and a wrong result left at the destination."""
     from hf_megatron_conversion import files
+    from hf_megatron_conversion.tensors import slices_of_bytes
 
-    def flipped(tensor: torch.Tensor) -> torch.Tensor:
-        data = tensor.reshape(-1).view(torch.uint8).clone()
-        data[0] ^= 1
-        return data
+    def flipped(*arguments: Any) -> Iterator[bytes]:
+        for data in slices_of_bytes(*arguments):
+            yield bytes([data[0] ^ 1, *data[1:]])
 
-    monkeypatch.setattr(files, "raw_bytes", flipped)
+    monkeypatch.setattr(files, "slices_of_bytes", flipped)
     conversion = convert(tied, tmp_path / "tp", to="tp", tp_size=2, verify=True)
     assert conversion.verified is False
     assert list(tmp_path.iterdir()) == []
