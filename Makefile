@@ -9,7 +9,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 PACKAGES := hf_megatron,hf_megatron_conversion
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all test-gpu bench build check quickstart clean
+.PHONY: help install format lint typecheck test test-all test-gpu bench cards build check quickstart clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: install ## Every benchmark; figures go to benchmarks/results
 	@set -e; for script in benchmarks/bench_*.py; do \
 		echo "$$script"; $(BIN)/python -m "benchmarks.$$(basename "$$script" .py)"; \
 	done
+
+cards: install ## Rewrite the model cards from presets and planner
+	$(BIN)/python model_cards/generate.py
 
 build: install ## Source distribution and wheel, checked and tried in a fresh environment
 	rm -rf build dist

@@ -45,13 +45,14 @@ def measure(
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         scratch = Path(name)
         checkpoints = {model: generate(workload, scratch / model) for model, workload in workloads.items()}
-        fleet = []
+        fleet: list[Workers] = []
         for label in LABELS:
             model, _, configuration = label.partition(" ")
             job = Job(Configuration.parse(configuration), workloads[model], str(checkpoints[model]))
             fleet.append(stack.enter_context(Workers(job, scratch, name=label)))
-        command, first = f"generate {new_tokens}", {}
-        versions = {}
+        command = f"generate {new_tokens}"
+        first: dict[str, list[Any]] = {}
+        versions: dict[str, str] = {}
         for workers in fleet:
             versions = workers.hello()[0]["versions"]
             workers.ask("load")

@@ -86,7 +86,8 @@ class Workers:
             Their replies, by rank.
 
         Raises:
-            WorkerError: One of them failed, died, or did not answer in time.
+            WorkerError: One of them failed, died, or did not answer in time. The others may be stuck or have replies
+                that nobody read: there is nothing left to do with any of them but to close.
         """
         for process in self.processes:
             assert process.stdin is not None

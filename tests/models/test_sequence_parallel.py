@@ -202,7 +202,7 @@ def _train_with_dropout(
     directory: Path, tp_size: int, attention: str, sequence_parallel: bool, checkpointing: dict[str, Any] | None = None
 ) -> _Steps:
     torch.manual_seed(1 + rank())  # loading puts the ranks in step with rank 0
-    options = {"dtype": torch.float64, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": attention}
     model = _load(directory, tp_size, sequence_parallel=sequence_parallel, **options).train()
     if checkpointing is not None:
         model.activation_checkpointing_enable(checkpointing)
@@ -248,14 +248,14 @@ def _kept_elements(directory: Path, tp_size: int, sequence_parallel: bool, lengt
     """Elements kept for the backward pass, between embedding and head, in tensors of hidden size."""
     model = _load(directory, tp_size, sequence_parallel=sequence_parallel).train()
     weights = {local(parameter).untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
+    kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.shape[-1] == H and tensor.untyped_storage().data_ptr() not in weights:
             kept[tensor.data_ptr()] = tensor.numel()
         return tensor
 
-    seen = []
+    seen: list[int] = []
     for module in model.modules():
         if isinstance(module, (ReplicatedLayerNorm, HiddenDropout)):
             module.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].shape[1]))

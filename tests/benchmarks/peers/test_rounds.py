@@ -63,7 +63,7 @@ def test_the_slowest_rank_counts() -> None:
 
 def test_a_disturbed_sample_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a disturbed sample that is kept although a second try is quiet."""
-    monkeypatch.setattr(rounds.time, "sleep", lambda _: None)
+    monkeypatch.setattr("time.sleep", lambda _: None)
     workers = _Workers(foreign=iter([0.9, 0.0, 0.1]))  # the sample, the wait, the next sample
     assert sample(_as_workers(workers), "step")["foreign"] == 0.1
     assert workers.asked == 2

@@ -116,7 +116,7 @@ def _train_with_dropout(
 ) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
     """Two training steps: their losses, the sum of their gradients, and the random state they leave behind."""
     torch.manual_seed(1 + rank())  # loading puts the ranks in step with rank 0
-    options = {"dtype": torch.float64, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": attention}
     model = _load("ForPreTraining", directory, tp_size, sequence_parallel=sequence_parallel, **options).train()
     if reentrant is not None:
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
