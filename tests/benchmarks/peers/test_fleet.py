@@ -26,11 +26,9 @@ def test_two_ranks_obey(tmp_path: Path) -> None:
             assert loaded["seconds"] > 0
             assert loaded["peak"]["resident"] >= loaded["before"]
         assert len({reply["loss"] for reply in workers.ask("check")}) == 1
-        used = workers.processor_seconds()
         for step in workers.ask("step"):
             assert step["step"] == pytest.approx(step["forward"] + step["backward"])
             assert 0 < step["processor"] < 60
-        assert workers.processor_seconds() >= used > 0
         for memory in workers.ask("memory"):
             assert memory["peak"]["resident"] >= memory["before"] > memory["weights"] > 0
         forward = workers.ask("communication")[0]["forward"]
