@@ -86,7 +86,15 @@ class MegatronTrainer(Trainer):
 
         Raises:
             DivergenceError: The gradients of a step are inf or nan. The step was not taken.
+            UnsupportedError: The place in a stream of examples would have to be found again.
         """
+        resume = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        if resume and self._reads_a_stream and not self.args.ignore_data_skip:
+            raise UnsupportedError(
+                "Over several ranks a run on a stream of examples cannot find its place again: it would see what it has "
+                "seen. Give a dataset with a length, or a stream that begins where the run stopped, with "
+                "ignore_data_skip=True."
+            )
         self._share_overflows()
         self._limit_waiting()
         tidy_checkpoints(Path(self.args.output_dir), is_first=self.is_world_process_zero())
@@ -95,6 +103,11 @@ class MegatronTrainer(Trainer):
         except Exception as error:
             error.add_note(self._circumstances(error))
             raise
+
+    @property
+    def _reads_a_stream(self) -> bool:
+        """Whether several ranks train on examples of which nobody knows how many there are."""
+        return dist.is_initialized() and dist.get_world_size() > 1 and not hasattr(self.train_dataset, "__len__")
 
     def _limit_waiting(self) -> None:
         """Give up on a rank that does not come to a collective after ``args.ddp_timeout`` seconds.

@@ -23,7 +23,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def machine(environment: Mapping[str, Any]) -> str:
     """What the numbers were measured on, and with."""
-    device = environment.get("device", environment["processor"])
+    device = environment.get("device") or environment["processor"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     return f"{device}, {environment['cores']} cores; {versions}."
 

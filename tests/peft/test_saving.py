@@ -134,6 +134,7 @@ def _merge(case: Case, directory: Path, safely: bool) -> tuple[torch.Tensor, tor
     unmerged = {
         name.replace(".base_layer", ""): weight for name, weight in full_weights(model.get_base_model()).items()
     }
+    assert base.keys() <= unmerged.keys(), unmerged.keys()
     assert_all_agree("unmerged", {name: unmerged[name] for name in base}, base)
     merged = model.merge_and_unload(safe_merge=safely)
     merged.save_pretrained(directory, stock=True)

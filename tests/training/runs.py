@@ -135,9 +135,8 @@ def make_trainer(run: Run, log: Log | None = None, **options: Any) -> MegatronTr
     }
     arguments = TrainingArguments(str(run.output), **{**defaults, **run.arguments})
     callbacks = [] if log is None else [log]
-    return MegatronTrainer(
-        model, arguments, train_dataset=examples(), eval_dataset=examples(11, seed=1), callbacks=callbacks, **options
-    )
+    data = {"train_dataset": examples(), "eval_dataset": examples(11, seed=1)}
+    return MegatronTrainer(model, arguments, callbacks=callbacks, **{**data, **options})
 
 
 def train(run: Run) -> tuple[list[Step], dict[str, torch.Tensor]]:
