@@ -91,8 +91,8 @@ class MegatronTrainer(Trainer):
         resume = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if resume and self._reads_a_stream and not self.args.ignore_data_skip:
             raise UnsupportedError(
-                "Over several ranks a run on a stream of examples cannot find its place again: it would see what it has "
-                "seen. Give a dataset with a length, or a stream that begins where the run stopped, with "
+                "Over several ranks a run on a stream of examples cannot find its place again: it would see what it "
+                "has seen. Give a dataset with a length, or a stream that begins where the run stopped, with "
                 "ignore_data_skip=True."
             )
         self._share_overflows()
