@@ -1,37 +1,35 @@
 """How fast and in how much memory checkpoints are converted, next to a plain copy of the same files.
 
-    python benchmarks/bench_conversion.py                      # GPT-2 355M and 2.5B: writes results/conversion.json
-    python benchmarks/bench_conversion.py --models gpt2-355m   # the smaller one only; needs 5 GB of disk instead of 35
-    python benchmarks/bench_conversion.py --quick              # a tiny one, to see that it runs
+    python -m benchmarks.bench_conversion                      # GPT-2 355M and 2.5B: writes results/conversion.json
+    python -m benchmarks.bench_conversion --models gpt2-355m   # the smaller one only; needs 5 GB of disk instead of 35
+    python -m benchmarks.bench_conversion --quick              # a tiny one, to see that it runs
 
 What is measured is told in README.md beside this file.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from benchmarks.command_line import make_parser, parse
+from benchmarks.records import environment, read, write
 from hf_megatron.checkpoint import itemsize, torch_dtype
 from hf_megatron.partition import GPT2, Box
 from hf_megatron_conversion.files import Part, SafetensorsFile
 
-RESULTS = Path(__file__).parent / "results"
 MEGA = 10**6
 CHUNK = 16 * 2**20
 # Where the interpreter stands when the command has imported all that any conversion needs, and opened no file.
@@ -207,24 +205,6 @@ def dry_run(directory: Path) -> dict[str, Any]:
     return {"seconds_with_start": time.perf_counter() - started, "bytes": result["bytes_written"]}
 
 
-def environment() -> dict[str, Any]:
-    """Where this ran."""
-    cpu = "unknown"
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next(
-            (line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line), cpu
-        )
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_at_start": os.getloadavg()[0],
-    }
-
-
 def show(row: dict[str, Any]) -> None:
     """Print a row of the table that README.md has."""
     speeds = f"{row['bytes_per_second'] / MEGA:.0f} | {row['copy_bytes_per_second'] / MEGA:.0f}"
@@ -237,7 +217,7 @@ def show(row: dict[str, Any]) -> None:
 
 def report_on(size: Size, parent: Path | None, repetitions: int) -> dict[str, Any]:
     """All that is measured with one model."""
-    base = base_bytes()
+    load, base = os.getloadavg()[0], base_bytes()
     rows: list[dict[str, Any]] = []
     print("| from | to | GB | s | MB/s | copy MB/s | share of copy | peak MB |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -246,29 +226,26 @@ def report_on(size: Size, parent: Path | None, repetitions: int) -> dict[str, An
             show(row)
             rows.append(row)
     print(f"\nbefore a file is opened: {base / MEGA:.0f} MB")
-    return {"environment": environment(), "base_rss_bytes": base, "directions": rows}
+    here = {**environment("torch", "transformers"), "load_at_start": load}
+    return {"environment": here, "base_rss_bytes": base, "directions": rows}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and put what was measured into results/conversion.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__, "quick")
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--directory", type=Path, help="where to work; default: the system's temporary directory")
     parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="a tiny model, and nothing is written")
-    arguments = parser.parse_args()
-    sizes: Mapping[str, Size] = QUICK if arguments.quick else {name: SIZES[name] for name in arguments.models}
-    file = RESULTS / "conversion.json"
-    # Of the models that are not measured now, what was measured before stays.
-    results = json.loads(file.read_text()) if file.exists() else {}
+    given, file = parse(parser, arguments, "conversion")
+    sizes: Mapping[str, Size] = QUICK if given.quick else {name: SIZES[name] for name in given.models}
+    results = read(file)  # of the models that are not measured now, what was measured before stays
     for name, size in sizes.items():
         print(f"\n{name}\n")
-        results[name] = report_on(size, arguments.directory, arguments.repetitions)
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+        results[name] = report_on(size, given.directory, given.repetitions)
+    with tempfile.TemporaryDirectory(dir=given.directory) as directory:
         results["dry run of gpt2-8.3b"] = dry_run(Path(directory))
     print(f"dry run of 8.3B: {results['dry run of gpt2-8.3b']['seconds_with_start']:.1f} s")
-    if not arguments.quick:
-        file.write_text(json.dumps(results, indent=2) + "\n")
+    write(file, results)
 
 
 if __name__ == "__main__":

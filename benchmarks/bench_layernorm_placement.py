@@ -1,25 +1,18 @@
 """The paper's figure 7 in miniature: BERT with its LayerNorms after or before the residual, few layers and many.
 
-    python benchmarks/bench_layernorm_placement.py            # trains, writes results/layernorm_placement.{json,png}
-    python benchmarks/bench_layernorm_placement.py --redraw   # draws the data that is there
-    python benchmarks/bench_layernorm_placement.py --quick    # a few steps, to see that it runs
+    python -m benchmarks.bench_layernorm_placement            # trains, writes results/layernorm_placement.{json,png}
+    python -m benchmarks.bench_layernorm_placement --redraw   # draws the data that is there
+    python -m benchmarks.bench_layernorm_placement --quick    # a few steps, to see that it runs
 
 What is measured, and what it does not show, is told in README.md beside this file.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import multiprocessing
 import os
-import platform
-import re
-import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -27,16 +20,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import BertTokenizerFast, PreTrainedTokenizerBase
 
+from benchmarks.command_line import make_parser, parse
+from benchmarks.records import environment, read, write
+from benchmarks.runs import run_all
 from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining
 from hf_megatron.data import DataCollatorForMegatronBertPretraining, sentence_order_pairs, tokenize_sentences
 
-NAME = "layernorm_placement"
-RESULTS = Path(__file__).parent / "results"
 TITLES = {"post": "post: original BERT", "pre": "pre: the paper's BERT"}
 COLOURS = {"post": "tab:red", "pre": "tab:blue"}
 
@@ -155,32 +148,10 @@ def measure(setting: Setting, workers: int) -> dict[str, Any]:
         for seed in setting.seeds
         for placement in TITLES
     ]
-    done = {}
-    processes = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, processes) if workers > 1 else ThreadPoolExecutor(1) as executor:
-        futures = {executor.submit(train, run, setting, tokenizer): run for run in wanted}
-        for future in as_completed(futures):
-            done[futures[future]] = result = future.result()
-            print(f"{futures[future]}: last loss {result['masked_lm_loss'][-1]}, {result['cpu_seconds']} s", flush=True)
     return {
         "setting": dataclasses.asdict(setting),
-        "environment": environment(workers),
-        "runs": [done[run] for run in wanted],
-    }
-
-
-def environment(workers: int) -> dict[str, Any]:
-    """What the numbers were measured with."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "processes": workers,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "environment": {**environment("torch", "transformers"), "processes": workers},
+        "runs": run_all(train, wanted, setting, tokenizer, workers=workers),
     }
 
 
@@ -202,22 +173,14 @@ def draw(results: dict[str, Any], file: Path) -> None:
     figure.savefig(file)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and draw."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=RESULTS, help="directory to write to")
+    parser = make_parser(__doc__, "quick", "redraw")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trainings at a time, one thread each")
-    parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model, to see that it runs")
-    parser.add_argument("--redraw", action="store_true", help="draw the data of an earlier run")
-    args = parser.parse_args()
-    if args.quick and args.output == RESULTS:
-        args.output = Path(tempfile.mkdtemp())  # the figures that are kept are those of a whole run
-    data = args.output / f"{NAME}.json"
-    if not args.redraw:
-        results = measure(QUICK if args.quick else Setting(), args.workers)
-        text = re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(results, indent=1))
-        data.write_text(text + "\n", encoding="utf-8")  # each curve on one line
-    draw(json.loads(data.read_text(encoding="utf-8")), data.with_suffix(".png"))
+    given, file = parse(parser, arguments, "layernorm_placement")
+    if not given.redraw:
+        write(file, measure(QUICK if given.quick else Setting(), given.workers))
+    draw(read(file), file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

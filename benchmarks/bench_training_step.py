@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.peers.agreement import check_same_work
 from benchmarks.peers.competitors import COMPETITORS, Configuration
@@ -88,7 +88,7 @@ def measure(workload: Workload, configurations: Sequence[Configuration], setting
                 print(error, file=sys.stderr)
                 failed[workers.name] = str(error).splitlines()[-1]
                 fleet.remove(workers)
-        check_same_work(found, workload.dtype)
+        check_same_work(found, workload.product_dtype)
         samples = take_rounds(
             fleet, setting.rounds, max_foreign_cores=setting.max_foreign_cores, max_seconds=setting.max_seconds
         )
@@ -117,20 +117,24 @@ def first_look(workers: Workers) -> dict[str, Any]:
     }
 
 
-def planned_bytes(workload: Workload, configuration: Configuration) -> int:
-    """What the planner says that our model allocates at the most in such a step on a GPU, without an optimizer."""
+def planned_bytes(workload: Workload, configuration: Configuration, device: Literal["cpu", "cuda"] = "cuda") -> int:
+    """What the planner says that our model allocates at the most in such a step, without an optimizer."""
     from hf_megatron.planning import PRECISIONS, ModelShape, Run, plan_memory
 
+    options: Mapping[str, Any] = COMPETITORS[configuration.competitor].options
+    precision = "amp" if workload.autocast else {"float32": "fp32", "bfloat16": "bf16"}[workload.dtype]
     plan = plan_memory(
         ModelShape.from_config(workload.stock_config().to_dict()),
         Run(
             micro_batch=workload.batch,
             sequence_length=workload.sequence,
             tp_size=configuration.ranks,
-            recompute="full" if configuration.competitor == "ours-recomputed" else "none",
-            precision=PRECISIONS["fp32" if workload.dtype == "float32" else "bf16"],
+            recompute=options.get("recompute", "none"),
+            attention=options.get("attention", "sdpa"),
+            precision=PRECISIONS[precision],
             dropout=False,
             labelled=workload.labelled,
+            device=device,
         ),
     )
     return plan.peak - plan.optimizer

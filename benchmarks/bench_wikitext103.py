@@ -1,7 +1,7 @@
 """How fast the WikiText-103 evaluation is, next to a plain loop: one window at a time, the logits of all positions.
 
-    python benchmarks/bench_wikitext103.py           # writes results/wikitext103.json
-    python benchmarks/bench_wikitext103.py --quick   # a tiny model and text, to see that it runs
+    python -m benchmarks.bench_wikitext103           # writes results/wikitext103.json
+    python -m benchmarks.bench_wikitext103 --quick   # a tiny model and text, to see that it runs
 
 The model is a GPT-2 with hidden size 256, 4 layers and GPT-2's vocabulary, the text 20,000 random tokens: time depends
 on neither what the weights nor what the words are. The loop takes every n-th window of the text, between two runs of
@@ -10,24 +10,20 @@ the evaluation; per window its time is the same for all. That both compute the s
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.command_line import make_parser, parse
+from benchmarks.records import environment, write
 from hf_megatron.evaluation import evaluate_wikitext103
 from hf_megatron.evaluation.perplexity import windows
 
-RESULTS = Path(__file__).parent / "results" / "wikitext103.json"
 TEST_SET_TOKENS = 270_330
 
 
@@ -99,7 +95,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     num_windows = len(list(windows(TEST_SET_TOKENS, setting.window, setting.stride)))
     return {
         "setting": asdict(setting),
-        "environment": environment(),
+        "environment": {**environment("torch", "transformers"), "threads": torch.get_num_threads()},
         "loop_windows": loop_windows,
         "seconds_per_window": {"evaluation": seconds, "loop": loop_seconds},
         "seconds_for_the_text": {
@@ -111,31 +107,11 @@ def measure(setting: Setting) -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """Where this ran."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_at_start": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def main() -> None:
-    """Measure, print, and write results/wikitext103.json."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model and text, and nothing is written")
-    arguments = parser.parse_args()
-    report = measure(QUICK if arguments.quick else Setting())
-    print(json.dumps(report, indent=2))
-    if not arguments.quick:
-        RESULTS.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, write, and print what was written."""
+    given, file = parse(make_parser(__doc__, "quick"), arguments, "wikitext103")
+    write(file, measure(QUICK if given.quick else Setting()))
+    print(file.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

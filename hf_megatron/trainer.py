@@ -5,6 +5,7 @@ What it adds to the stock class, which refuses or miscounts each of these for a 
 - tensor parallelism on a CPU;
 - checkpoints with optimizer state, that resume at the same or at another layout;
 - metrics and predictions that hold every example once, and token counts that count every token once;
+- streams of examples, the same at every layout, in which a resumed run finds its place;
 - label smoothing and the mean over predicted tokens in the model's own vocabulary-parallel loss;
 - overflow in float16 that every rank notices, and an end before inf or nan reaches the weights.
 """
@@ -23,13 +24,17 @@ import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig
 from torch import nn
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint, has_length
 from transformers.utils import logging
 
 from hf_megatron.errors import DivergenceError, ParallelStateError, UnsupportedError
+from hf_megatron.loss_scale import SharedGradScaler
 from hf_megatron.models.pretrained import MegatronModelMixin
+from hf_megatron.streams import Stream, check_read_alike, place_in_stream
 from hf_megatron.training_state import (
     begin_checkpoint,
     finish_checkpoint,
@@ -80,34 +85,24 @@ class MegatronTrainer(Trainer):
             # The stock smoother reads whole logits, which there are none of in training. compute_loss passes it on.
             self.label_smoother = None
         self._loss_of_step: torch.Tensor | float = 0.0
+        self._is_stream_unchecked = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock method; an error says in which step and on which rank it was, and where to go on from.
 
         Raises:
             DivergenceError: The gradients of a step are inf or nan. The step was not taken.
-            UnsupportedError: The place in a stream of examples would have to be found again.
+            UnsupportedError: The ranks of a tensor-parallel group read a stream in different orders.
         """
-        resume = kwargs.get("resume_from_checkpoint", args[0] if args else None)
-        if resume and self._reads_a_stream and not self.args.ignore_data_skip:
-            raise UnsupportedError(
-                "Over several ranks a run on a stream of examples cannot find its place again: it would see what it "
-                "has seen. Give a dataset with a length, or a stream that begins where the run stopped, with "
-                "ignore_data_skip=True."
-            )
         self._share_overflows()
         self._limit_waiting()
+        self._is_stream_unchecked = self._is_stream(self.train_dataset) and self.get_tp_size() > 1
         tidy_checkpoints(Path(self.args.output_dir), is_first=self.is_world_process_zero())
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
             error.add_note(self._circumstances(error))
             raise
-
-    @property
-    def _reads_a_stream(self) -> bool:
-        """Whether several ranks train on examples of which nobody knows how many there are."""
-        return dist.is_initialized() and dist.get_world_size() > 1 and not hasattr(self.train_dataset, "__len__")
 
     def _limit_waiting(self) -> None:
         """Give up on a rank that does not come to a collective after ``args.ddp_timeout`` seconds.
@@ -170,6 +165,38 @@ class MegatronTrainer(Trainer):
         if tp_size > 1:
             self.accelerator.gather_for_metrics = self._gather_for_metrics
             self.gather_function = self._gather_for_metrics
+            if self.accelerator.dispatch_batches:
+                raise UnsupportedError("dispatch_batches=True is not supported with tensor parallelism; leave it None.")
+            self.accelerator.dataloader_config.dispatch_batches = False
+
+    def _is_stream(self, dataset: Any) -> bool:
+        """Whether a data set is a stream that a model of this package reads."""
+        return isinstance(dataset, IterableDataset) and self._own_model is not None
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader[Any]:
+        if self._is_stream(dataset):
+            dataset = Stream(dataset)
+            if not is_training and 1 < self.get_tp_size() < self.args.world_size:
+                # The groups fill up their last batch, and what fills it is left out of the results by the length.
+                dataset = list(dataset)
+        loader: DataLoader[Any] = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        return loader
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler) and self._own_model is not None:
+            # By the batch of all ranks, so that the order is the same at every layout.
+            sampler.batch_size *= self.args.world_size // self.get_tp_size()
+        return sampler
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
+        if checkpoint is not None and not has_length(self.train_dataset) and not self.args.ignore_data_skip:
+            epochs, steps = place_in_stream(Path(checkpoint))
+            batches = steps * self.args.gradient_accumulation_steps
+        return epochs, batches
 
     def _gather_for_metrics(self, data: Any, use_gather_object: bool = False) -> Any:
         """Gather every example once: the ranks of a tensor-parallel group hold the same ones."""
@@ -208,16 +235,13 @@ class MegatronTrainer(Trainer):
         """In float16, have every rank skip a step that overflowed on one of them."""
         scaler = self.accelerator.scaler
         if scaler is not None and self.is_distributed_loading_by_transformers:
-            self.accelerator.scaler = _SharedGradScaler(
-                self.accelerator.device.type,
-                init_scale=scaler.get_scale(),
-                growth_factor=scaler.get_growth_factor(),
-                backoff_factor=scaler.get_backoff_factor(),
-                growth_interval=scaler.get_growth_interval(),
-            )
+            self.accelerator.scaler = SharedGradScaler(self.accelerator.device.type, scaler)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._is_stream_unchecked:
+            self._is_stream_unchecked = False
+            check_read_alike(inputs, self.accelerator.torch_device_mesh["tp"].get_group())
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         self._loss_of_step = self._loss_of_step + loss
         return loss
 
@@ -337,25 +361,6 @@ class MegatronTrainer(Trainer):
                 f"{checkpoint} has no random state for data-parallel rank {self._data_parallel_rank} (it was saved by "
                 "fewer); dropout and shuffling go on with other random numbers."
             )
-
-
-class _SharedGradScaler(torch.amp.GradScaler):
-    """A loss scale that is the same on all ranks.
-
-    Each sees its own part of the gradients. The stock class asks the others only if the first gradient of all is cut:
-    not with an adapter, whose first half is replicated, and not for plain tensors. (torch has such a class for FSDP,
-    whose flag has a shape that fused optimizers do not take.)
-    """
-
-    def _unscale_grads_(self, *args: Any, **kwargs: Any) -> dict[torch.device, torch.Tensor]:
-        """As the stock method.
-
-        Collective: all-reduce over all processes of one flag per device.
-        """
-        flags: dict[torch.device, torch.Tensor] = super()._unscale_grads_(*args, **kwargs)
-        for flag in flags.values():
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return flags
 
 
 def _check_processes(args: Any) -> None:

@@ -56,12 +56,13 @@ _PRELOADED = [
     "transformers.modeling_utils",
     "transformers.models.gpt2.modeling_gpt2",
     "hf_megatron.trainer",
+    "tests.preloaded",
 ]
 _START_TIMEOUT = 180.0  # seconds; importing everything takes tens of seconds on a cold, busy machine
 _GRACE = 5.0  # seconds the other ranks have to report once one of them has failed
-# Every group costs each rank a few threads and sockets that live as long as the world does, and one DeviceMesh of
-# transformers makes six. Destroying them is no way out: DTensor caches meshes by value, with group names that the next
-# world would give to other groups. So ranks that hold more groups than this are replaced after the job.
+# Every group costs each rank a few threads and sockets that live as long as the world does. Destroying them is no way
+# out: DTensor caches meshes by value, with group names that the next world would give to other groups. So ranks that
+# hold more groups than this are replaced after the job.
 _MAX_GROUPS = 60
 
 
@@ -332,7 +333,28 @@ def _join_world(index: int, world_size: int, directory: Path) -> None:
         world_size=world_size,
         timeout=timedelta(minutes=30),  # the pool's own timeout is the one that counts
     )
+    _keep_meshes()
     gc.freeze()  # what the fork server imported stays; makes the collection before each job cheap
+
+
+def _keep_meshes() -> None:
+    """Let all jobs of a rank have the same DeviceMesh for the same layout, as a program has one.
+
+    transformers makes two or three with every model it loads, each with process groups of its own: hundreds in the life
+    of a rank, which cost more time than most jobs take.
+    """
+    import torch.distributed as dist
+
+    create = dist.init_device_mesh
+    meshes: dict[str, Any] = {}
+
+    def init_device_mesh(*args: Any, **kwargs: Any) -> Any:
+        layout = repr((args, sorted(kwargs.items())))
+        if layout not in meshes:
+            meshes[layout] = create(*args, **kwargs)
+        return meshes[layout]
+
+    dist.init_device_mesh = init_device_mesh
 
 
 def _reset(environment: dict[str, str]) -> None:

@@ -9,7 +9,11 @@ __all__ = ["TOLERANCES", "DifferentWorkError", "check_same_work"]
 
 # How far losses and gradient norms of the same work may lie apart, relatively. In bfloat16 every operation rounds to 8
 # bits, and competitors round in different places.
-TOLERANCES = {"float32": {"loss": 1e-4, "gradient_norm": 1e-3}, "bfloat16": {"loss": 5e-3, "gradient_norm": 5e-2}}
+TOLERANCES = {
+    "float32": {"loss": 1e-4, "gradient_norm": 1e-3},
+    "float16": {"loss": 1e-3, "gradient_norm": 1e-2},
+    "bfloat16": {"loss": 5e-3, "gradient_norm": 5e-2},
+}
 
 
 class DifferentWorkError(Exception):
@@ -21,7 +25,7 @@ def check_same_work(found: Mapping[str, Mapping[str, Any]], dtype: str) -> None:
 
     Args:
         found: By configuration, the workers' replies to ``check`` under that name.
-        dtype: Of the arithmetic.
+        dtype: Of the matrix products.
 
     Raises:
         DifferentWorkError: One of them is too far away, or not a number.

@@ -37,7 +37,10 @@ class Competitor:
 COMPETITORS = {
     "ours": Competitor("ours"),
     "ours-compiled": Competitor("ours", options={"compile": "yes"}),
-    "ours-recomputed": Competitor("ours", options={"recompute": "yes"}),
+    "ours-recomputed": Competitor("ours", options={"recompute": "full"}),
+    "ours-eager": Competitor("ours", options={"attention": "eager"}),
+    "ours-eager-selective": Competitor("ours", options={"attention": "eager", "recompute": "selective"}),
+    "ours-eager-recomputed": Competitor("ours", options={"attention": "eager", "recompute": "full"}),
     "stock-sdpa": Competitor("stock", ("gpt2", "llama"), {"attention": "sdpa"}),
     "stock-compiled": Competitor("stock", ("gpt2",), {"attention": "sdpa", "compile": "yes"}),
     "stock-eager": Competitor("stock", ("gpt2", "bert"), {"attention": "eager"}),  # all that MegatronBert has

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from benchmarks.records import environment
 
 __all__ = ["ForeignLoad", "environment", "processor_seconds_of", "waited_seconds_of"]
 
 _TICKS = os.sysconf("SC_CLK_TCK")  # per second; what the kernel counts processor time in
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers were measured on; versions of packages are the workers' to tell."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-    }
 
 
 class ForeignLoad:

@@ -19,6 +19,11 @@ def build(setup: Setup) -> Built:
     """Load the model on one rank or cut over several."""
     layout = DistributedConfig(tp_size=setup.ranks) if setup.ranks > 1 else None
     model = _CLASSES[setup.workload.model].from_pretrained(
-        setup.checkpoint, distributed_config=layout, dtype=setup.workload.torch_dtype
+        setup.checkpoint,
+        distributed_config=layout,
+        dtype=setup.workload.torch_dtype,
+        attn_implementation=setup.options.get("attention", "sdpa"),
     )
+    if "recompute" in setup.options:
+        model.activation_checkpointing_enable({"recompute": setup.options["recompute"]})
     return with_options(model.to(setup.device), setup)

@@ -32,15 +32,16 @@ def build(setup: Setup) -> Built:
 
 
 def with_options(model: Any, setup: Setup) -> Built:
-    """A model with the interface of transformers, in training, compiled or recomputing its layers if asked for."""
+    """A model with the interface of transformers, in training, compiled if asked for."""
     model.train()
-    if "recompute" in setup.options:
-        model.gradient_checkpointing_enable()
     if "compile" in setup.options:
         model.compile()
 
+    autocast = getattr(torch, setup.workload.product_dtype) if setup.workload.autocast else None
+
     def loss(batch: Batch) -> torch.Tensor:
-        value: torch.Tensor = model(**batch).loss
+        with torch.autocast(setup.device.type, autocast, enabled=autocast is not None):
+            value: torch.Tensor = model(**batch).loss
         return value
 
     probe = {

@@ -39,6 +39,7 @@ class Workload:
         sequence: S, tokens.
         batch: B, sequences.
         dtype: Of weights and arithmetic.
+        autocast: Dtype of the matrix products, if it is another.
         labelled: Share of the positions that a BERT has to predict.
     """
 
@@ -50,6 +51,7 @@ class Workload:
     sequence: int = 256
     batch: int = 1
     dtype: str = "float32"
+    autocast: str | None = None
     labelled: float = 0.15
 
     @property
@@ -57,6 +59,11 @@ class Workload:
         """``dtype`` as torch has it."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+    @property
+    def product_dtype(self) -> str:
+        """Of the matrix products."""
+        return self.autocast or self.dtype
 
     @property
     def tokens(self) -> int:

@@ -34,6 +34,7 @@ from hf_megatron.models.layout import (
     one_process_allowed,
     quiet_loading,
 )
+from hf_megatron.models.recomputation import RecomputationMixin
 from hf_megatron.models.saving import remove_shards, rewrite_config, swap_into_place
 from hf_megatron.modules import VocabParallelHead
 from hf_megatron.partition import ModelClass, PartitionTable
@@ -46,7 +47,7 @@ logger = logging.get_logger(__name__)
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]  # a tensor's name, its shape in the file and in the model
 
 
-class MegatronModelMixin:
+class MegatronModelMixin(RecomputationMixin):
     """Base of our model classes, beside the stock ``PreTrainedModel`` they derive from.
 
     Attributes:

@@ -7,7 +7,9 @@ Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3 and figure 3b.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +86,8 @@ class ParallelAttention(ParallelModule):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
+        *,
+        recompute: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend with this rank's heads.
@@ -94,6 +98,8 @@ class ParallelAttention(ParallelModule):
             value: [B, S, H_p], split by heads.
             attention_mask: Broadcastable to [B, N_p, S_q, S_k], boolean (True: attend) or additive, replicated.
             past_key_values: Cache that holds and receives this rank's heads of this layer.
+            recompute: Calls a function with arguments, as ``torch.utils.checkpoint.checkpoint`` does, so that what is
+                in between is not kept but computed again; None keeps it. Fused kernels keep nothing anyway.
             **kwargs: For the attention kernel.
 
         Returns:
@@ -103,11 +109,17 @@ class ParallelAttention(ParallelModule):
         query, key, value = (self.split_heads(x) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        context, probabilities = self._kernel(query, key, value, attention_mask, **kwargs)
+        context, probabilities = self._kernel(query, key, value, attention_mask, recompute, **kwargs)
         return context.reshape(*context.shape[:-2], -1).contiguous(), probabilities
 
     def _kernel(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        recompute: Callable[..., Any] | None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, N_p, S, D] each to the context [B, S_q, N_p, D] and perhaps the probabilities."""
         dropout = self.dropout_p if self.training else 0.0
@@ -115,7 +127,8 @@ class ParallelAttention(ParallelModule):
         if implementation == "eager" or (dropout and implementation == "sdpa" and not query.is_cuda):
             # sdpa draws its dropout from the default generator, which gives every rank the same masks. On a CPU it
             # has no fused kernel with dropout anyway, so nothing is lost by drawing per head.
-            return self._explicit(query, key, value, mask, dropout)
+            explicit = self._explicit if recompute is None else partial(recompute, self._explicit)
+            return explicit(query, key, value, mask, dropout)
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
         stream = private_cuda_stream(query.device, self.first_head) if dropout else nullcontext()
         with stream:

@@ -8,7 +8,7 @@ the end of the backward pass, when it is the other way around. In between, each 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from hf_megatron.planning.activations import (
@@ -37,8 +37,8 @@ class MemoryPlan:
         parameters: Weights.
         gradients: Their gradients.
         optimizer: Adam's state.
-        activations: What autograd holds at the end of the forward pass, without the loss; and where layers are
-            recomputed, one layer while that happens.
+        activations: What autograd holds at the end of the forward pass, without the loss; and what is
+            recomputed, of one layer, while that happens.
         logits_and_loss: The logits of a chunk of positions with what is computed from them, and the gradients that the
             loss computes along with them.
         communication: Buffers of collectives; with FSDP also the parameters that are gathered.
@@ -62,9 +62,10 @@ def plan_memory(shape: ModelShape, run: Run) -> MemoryPlan:
     parameters, gradients = count * precision.parameter, count * precision.gradient
     optimizer = count * precision.optimizer + tensors * _STEP_COUNTER
 
-    one_layer = _total(kept_by_layer(shape, run))
-    recomputed = one_layer if run.recompute == "full" else 0
-    per_layer = kept_for_recomputation(shape, run).bytes if recomputed else one_layer
+    per_layer = _total(kept_by_layer(shape, run))
+    recomputed = _total(kept_by_layer(shape, replace(run, recompute="none"))) - per_layer
+    if run.recompute == "full":
+        per_layer, recomputed = kept_for_recomputation(shape, run).bytes, per_layer
     ends = _total((*kept_by_embedding(shape, run), *kept_by_head(shape, run)))
     if recomputed and run.attention == "eager" and shape.is_causal:
         ends += run.micro_batch * run.sequence_length**2 * precision.residual  # the mask, an input of every layer
@@ -110,8 +111,8 @@ def _loss_bytes(shape: ModelShape, run: Run) -> tuple[int, int]:
     if not predicted:
         return 0, kept
     chunk, weight = chunk_tokens(shape, run), rows * shape.hidden_size
-    # The logits become their exponentials in place; or there are both, the latter in float32 and cast.
-    logits = chunk * rows * (4 if precision.compute == 4 else 2 * precision.compute + 4)
+    # The logits become their exponentials in place; of 16 bits by way of float32, which a CPU does row by row.
+    logits = chunk * rows * (precision.compute + (4 if precision.compute < 4 and run.device == "cuda" else 0))
     copies = weight * precision.compute if precision.casts_weights else 0
     if chunk < predicted and precision.compute < 4:
         copies += weight * precision.compute  # a chunk's part of the weight's gradient, beside the sum

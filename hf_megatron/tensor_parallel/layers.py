@@ -25,7 +25,7 @@ from hf_megatron.tensor_parallel.group import SINGLE, TensorParallelGroup, local
 from hf_megatron.tensor_parallel.mappings import (
     reduce_from_tensor_parallel_region,
 )
-from hf_megatron.tensor_parallel.products import copied_product
+from hf_megatron.tensor_parallel.products import copied_products
 from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion
 from hf_megatron.tensor_parallel.tied import sparse_lookup, tied_rows
 
@@ -171,47 +171,55 @@ class ColumnParallelLinear(_ParallelLinear):
         Collective: all-reduce over tp, backward, of x's gradient, unless ``is_input_copied``; a bias that is held whole
         sends its gradient along. With a region, those of :func:`column_products`.
         """
-        if region is not None:
-            return column_products(x, region, self)[0]
-        group, weight = self.tp_group, local(self.weight)
-        bias = None if self.bias is None else local(self.bias)
-        if group.size == 1 or self.is_input_copied:
-            return self._multiply(x, weight, bias)
-        index = None
-        if self._bias_is_sliced:
-            everything = torch.arange(self.out_features, device=x.device)
-            index = cast(Replicated, self._specs["bias"]).part(everything, group.size, group.rank)
-        is_transposed = self.weight_layout == "out_in"
-        return copied_product(group, x, weight, bias, is_transposed=is_transposed, bias_index=index)
+        if region is None and self.is_input_copied:
+            return self._multiply(x, local(self.weight), None if self.bias is None else local(self.bias))
+        return column_products(x, region, self)[0]
 
-    def add_bias(self, product: torch.Tensor, region: SequenceParallelRegion) -> torch.Tensor:
-        """[..., out_p] with this rank's part of the bias, if there is one."""
+    def bias_part(self, region: SequenceParallelRegion | None) -> torch.Tensor | None:
+        """[out_p], split: this rank's part of the bias, if there is one."""
         if self.bias is None:
-            return product
-        if not self._bias_is_sliced:
-            return product + local(self.bias)
-        bias = region.parameter(self.bias)
-        return product + cast(Replicated, self._specs["bias"]).part(bias, self.tp_group.size, self.tp_group.rank)
+            return None
+        if not self._bias_is_sliced or self.tp_group.size == 1:
+            return local(self.bias)
+        return self._part(_used(self.bias, region))
+
+    def bias_index(self, device: torch.device) -> torch.Tensor | None:
+        """[out_p], which elements of the bias are this rank's, if it is held whole."""
+        return self._part(torch.arange(self.out_features, device=device)) if self._bias_is_sliced else None
+
+    def _part(self, whole: torch.Tensor) -> torch.Tensor:
+        return cast(Replicated, self._specs["bias"]).part(whole, self.tp_group.size, self.tp_group.rank)
 
 
 def column_products(
-    x: torch.Tensor, region: SequenceParallelRegion, *layers: ColumnParallelLinear
+    x: torch.Tensor, region: SequenceParallelRegion | None, *layers: ColumnParallelLinear
 ) -> tuple[torch.Tensor, ...]:
-    """Several column-parallel layers on one input from a sequence-parallel region.
+    """Several column-parallel layers on one input, which share the communication.
 
     Args:
-        x: [..., S_p, in], split on the sequence.
-        region: The region x comes from.
-        layers: Layers of one weight layout.
+        x: [..., in], replicated; with a region [..., S_p, in], split on the sequence.
+        region: Where x comes from, if it is split on the sequence.
+        layers: Layers of one weight layout; a bias that is held whole has a single one.
 
     Returns:
-        For each layer [..., S, out_p], split on the last dim.
+        For each layer [..., out_p], split on the last dim.
 
-    Collective: one all-gather over tp, forward, and one with a reduce-scatter, backward, for all layers.
+    Collective: one for all layers: all-reduce over tp, backward, of x's gradient. With a region all-gather over tp,
+    forward, and all-gather and reduce-scatter over tp, backward.
     """
+    group, weights = layers[0].tp_group, [local(layer.weight) for layer in layers]
     is_transposed = layers[0].weight_layout == "out_in"
-    products = region.enter_products(x, [local(layer.weight) for layer in layers], is_transposed=is_transposed)
-    return tuple(layer.add_bias(product, region) for layer, product in zip(layers, products, strict=True))
+    if region is None and group.size > 1 and torch.is_grad_enabled():
+        biases = [None if layer.bias is None else local(layer.bias) for layer in layers]
+        index = layers[0].bias_index(x.device)
+        return copied_products(group, x, weights, biases, is_transposed=is_transposed, bias_index=index)
+    biases = [layer.bias_part(region) for layer in layers]
+    if region is None:
+        return tuple(
+            layer._multiply(x, weight, bias) for layer, weight, bias in zip(layers, weights, biases, strict=True)
+        )
+    products = region.enter_products(x, weights, is_transposed=is_transposed)
+    return tuple(product if bias is None else product + bias for product, bias in zip(products, biases, strict=True))
 
 
 class RowParallelLinear(_ParallelLinear):

@@ -29,6 +29,8 @@ __all__ = ["vocab_parallel_linear_cross_entropy"]
 
 # Logits that exist at a time. Smaller chunks read and write the weight's gradient more often than memory gains by it.
 _LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**26}
+# Logits that a CPU takes the exponentials of at a time, so that they stay in its cache from one step to the next.
+_LOGITS_PER_BLOCK = 2**18
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -198,7 +200,6 @@ class _Gradients:
         mine = torch.where(is_mine, target - start, 0)  # [C], rows of the weight
         logits = F.linear(hidden, self.weight, self.bias)  # [C, V_p], split on dim 1
         exponentials, statistics = _exponentials(logits, mine, is_mine, bool(settings.label_smoothing))
-        del logits  # its memory became the exponentials', or is not needed any more
         wait = _start_all_gather(settings.group, statistics)
         # The gradient of the logits is, but for the targets, the exponentials times one factor for each token. The
         # factor waits for the other ranks; this product does not.
@@ -260,16 +261,24 @@ def _exponentials(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exponentials of the logits less their maximum on this rank [C, V_p], and what the loss needs to know of them.
 
-    The second is [3 or 4, C]: maximum, sum of exponentials, logit of the target if it is here, and sum of the logits.
+    The first takes the place of the logits. The second is [3 or 4, C]: maximum, sum of exponentials, logit of the
+    target if it is here, and sum of the logits.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    maximum = logits.amax(dim=1).to(dtype)  # [C]
     predicted = torch.where(is_mine, logits.gather(1, mine[:, None])[:, 0].to(dtype), 0.0)
-    sums = [logits.sum(1, dtype=dtype)] if with_sum else []
-    # In place where the dtype allows.
-    exponentials = (logits.sub_(maximum[:, None]) if logits.dtype == dtype else logits - maximum[:, None]).exp_()
-    statistics = torch.stack([maximum, exponentials.sum(1), predicted, *sums])
-    return exponentials.to(logits.dtype), statistics
+    in_blocks = logits.is_cpu and not torch.compiler.is_compiling()
+    size = max(1, _LOGITS_PER_BLOCK // logits.shape[1]) if in_blocks else logits.shape[0]
+    maxima, totals, sums = [], [], []
+    for block in logits.split(size):
+        values = block.to(dtype)
+        if with_sum:
+            sums.append(values.sum(1))
+        maxima.append(values.amax(1))
+        totals.append(values.sub_(maxima[-1][:, None]).exp_().sum(1))
+        if block.dtype != dtype:  # otherwise the values are the block
+            block.copy_(values)
+    statistics = [torch.cat(maxima), torch.cat(totals), predicted]
+    return logits, torch.stack([*statistics, torch.cat(sums)] if with_sum else statistics)
 
 
 def _losses(statistics: torch.Tensor, settings: _Settings) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,50 +13,46 @@ import torch.distributed as dist
 
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 from hf_megatron.tensor_parallel.mappings import (
-    copy_to_tensor_parallel_region,
     start_all_gather,
     start_reduce_scatter,
 )
 
-__all__ = ["copied_product", "gathered_products"]
+__all__ = ["copied_products", "gathered_products"]
 
 
-def copied_product(
+def copied_products(
     group: TensorParallelGroup,
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
     *,
     is_transposed: bool,
     bias_index: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """``copy_to_tensor_parallel_region`` and the product behind it.
+) -> tuple[torch.Tensor, ...]:
+    """``copy_to_tensor_parallel_region`` and the products behind it.
 
-    The gradient of x is summed over the ranks while that of the weight is computed.
+    The gradient of x is summed over the ranks while those of the weights are computed.
 
     Args:
-        group: The tensor-parallel group.
+        group: The tensor-parallel group, of more than one rank.
         x: [..., in], replicated.
-        weight: [in, out_p], split on dim 1; stored as [out_p, in] if ``is_transposed``.
-        bias: [out_p], split; or [out], replicated, with a ``bias_index``; or None.
-        is_transposed: How the weight is stored.
-        bias_index: [out_p], which elements of a bias that is held whole are this rank's. Its gradient shares the
+        weights: Each [in, out_p], split on dim 1; stored as [out_p, in] if ``is_transposed``.
+        biases: For each weight [out_p], split; or [out], replicated, with a ``bias_index``; or None.
+        is_transposed: How the weights are stored.
+        bias_index: [out_p], which elements of a single bias that is held whole are this rank's. Its gradient shares the
             collective of x's.
 
     Returns:
-        [..., out_p], split on the last dim.
+        For each weight [..., out_p], split on the last dim.
 
     Collective: all-reduce over tp, backward, of the gradients of x and of a bias that is held whole.
     """
-    if group.size > 1 and torch.is_grad_enabled():
-        device = x.device.type
-        if torch.is_autocast_enabled(device):  # which casts the arguments of torch's functions, not of ours
-            dtype = torch.get_autocast_dtype(device)
-            x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
-        product: torch.Tensor = _CopiedProduct.apply(group, is_transposed, x, weight, bias, bias_index)
-        return product
-    (x,) = copy_to_tensor_parallel_region(group, x)
-    return _product(x, weight, bias if bias is None or bias_index is None else bias[bias_index], is_transposed)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # which casts the arguments of torch's functions, not of ours
+        dtype = torch.get_autocast_dtype(device)
+        x, *weights = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *weights))
+    products: tuple[torch.Tensor, ...] = _CopiedProducts.apply(group, is_transposed, bias_index, x, *weights, *biases)
+    return products
 
 
 def gathered_products(
@@ -100,32 +96,56 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, i
     return product.view(*x.shape[:-1], matrix.shape[1])
 
 
-class _CopiedProduct(torch.autograd.Function):
+def _input_gradient(
+    gradients: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], is_transposed: bool
+) -> torch.Tensor:
+    """The products' gradients [T, out_p] to the gradient of their common input [T, in], a partial sum."""
+    matrices = [weight if is_transposed else weight.t() for weight in weights]
+    total = gradients[0] @ matrices[0]
+    for gradient, matrix in zip(gradients[1:], matrices[1:], strict=True):
+        total.addmm_(gradient, matrix)
+    return total
+
+
+def _weight_gradients(
+    x: torch.Tensor, gradients: Sequence[torch.Tensor], needed: Sequence[bool], is_transposed: bool
+) -> list[torch.Tensor | None]:
+    """Of an input [..., in] and the products' gradients [T, out_p], those of the weights, as the weights are stored."""
+    rows = x.reshape(-1, x.shape[-1])
+    return [
+        None if not is_needed else gradient.t() @ rows if is_transposed else rows.t() @ gradient
+        for gradient, is_needed in zip(gradients, needed, strict=True)
+    ]
+
+
+class _CopiedProducts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         group: TensorParallelGroup,
         is_transposed: bool,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
         bias_index: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ctx.group, ctx.is_transposed = group, is_transposed
-        ctx.bias = None if bias is None else (bias.numel(), bias.dtype)
-        ctx.save_for_backward(x, weight, bias_index)
-        return _product(x, weight, bias if bias is None or bias_index is None else bias[bias_index], is_transposed)
+        x: torch.Tensor,
+        *weights_and_biases: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.group, ctx.is_transposed, count = group, is_transposed, len(weights_and_biases) // 2
+        weights, biases = weights_and_biases[:count], weights_and_biases[count:]
+        ctx.biases = [None if bias is None else (bias.numel(), bias.dtype) for bias in biases]
+        ctx.save_for_backward(x, bias_index, *weights)
+        used = biases if bias_index is None else [None if bias is None else bias[bias_index] for bias in biases]
+        return tuple(_product(x, weight, bias, is_transposed) for weight, bias in zip(weights, used, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias_index = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[2:5]
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        sent = [flat @ (weight if ctx.is_transposed else weight.t())] if needs_x else []
-        bias_gradient = flat.sum(0) if needs_bias else None
-        if bias_gradient is not None and bias_index is not None:
-            whole = bias_gradient.new_zeros(ctx.bias[0])
-            whole[bias_index] = bias_gradient
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, bias_index, *weights = ctx.saved_tensors
+        _, _, _, needs_x, *needs = ctx.needs_input_grad
+        needs_weights, needs_biases = needs[: len(weights)], needs[len(weights) :]
+        flats = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+        sent = [_input_gradient(flats, weights, ctx.is_transposed)] if needs_x else []
+        bias_gradients = [flat.sum(0) if needed else None for flat, needed in zip(flats, needs_biases, strict=True)]
+        if bias_index is not None and bias_gradients[0] is not None:
+            whole = bias_gradients[0].new_zeros(ctx.biases[0][0])
+            whole[bias_index] = bias_gradients[0]
             sent.append(whole)
         # Not in place on what autograd handed in: these tensors were made here.
         buffer = torch.cat([part.reshape(-1) for part in sent]) if len(sent) > 1 else sent[0] if sent else None
@@ -133,21 +153,20 @@ class _CopiedProduct(torch.autograd.Function):
         if buffer is not None:
             is_async = not torch.compiler.is_compiling()  # a compiler knows no work handles, and orders things itself
             work = dist.all_reduce(buffer, group=ctx.group.process_group, async_op=is_async)
-        weight_gradient = None
-        if needs_weight:
-            rows = x.reshape(-1, x.shape[-1])
-            weight_gradient = flat.t() @ rows if ctx.is_transposed else rows.t() @ flat
+        weight_gradients = _weight_gradients(x, flats, needs_weights, ctx.is_transposed)
         if work is not None:
             work.wait()
         x_gradient = None
         if needs_x and buffer is not None:
             x_gradient = buffer.view(-1)[: x.numel()].view(x.shape)
-        if bias_gradient is not None and bias_index is not None and buffer is not None:
+        if bias_index is not None and bias_gradients[0] is not None and buffer is not None:
             # A copy: as a view it would hold on to the buffer as long as the parameter has a gradient.
-            bias_gradient = buffer[-ctx.bias[0] :].clone()
-        if bias_gradient is not None:
-            bias_gradient = bias_gradient.to(ctx.bias[1])
-        return None, None, x_gradient, weight_gradient, bias_gradient, None
+            bias_gradients[0] = buffer[-ctx.biases[0][0] :].clone()
+        bias_gradients = [
+            None if gradient is None else gradient.to(bias[1])
+            for gradient, bias in zip(bias_gradients, ctx.biases, strict=True)
+        ]
+        return None, None, None, x_gradient, *weight_gradients, *bias_gradients
 
 
 class _GatheredProducts(torch.autograd.Function):
@@ -164,19 +183,15 @@ class _GatheredProducts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         needs_x, *needs_weights = ctx.needs_input_grad[3:]
+        flats = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         sequence = x.dim() - 2
         gather = start_all_gather(ctx.group, x, sequence, ctx.length) if any(needs_weights) else None
         reduce_scatter = None
         if needs_x:
-            full_gradient = gradients[0] @ (weights[0] if ctx.is_transposed else weights[0].t())
-            for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-                full_gradient += gradient @ (weight if ctx.is_transposed else weight.t())
+            full_gradient = _input_gradient(flats, weights, ctx.is_transposed)
+            full_gradient = full_gradient.view(*gradients[0].shape[:-1], x.shape[-1])
             reduce_scatter = start_reduce_scatter(ctx.group, full_gradient, sequence)
         weight_gradients: list[torch.Tensor | None] = [None] * len(weights)
         if gather is not None:
-            rows = gather().reshape(-1, x.shape[-1])
-            for i, gradient in enumerate(gradients):
-                if needs_weights[i]:
-                    flat = gradient.reshape(-1, gradient.shape[-1])
-                    weight_gradients[i] = flat.t() @ rows if ctx.is_transposed else rows.t() @ flat
+            weight_gradients = _weight_gradients(gather(), flats, needs_weights, ctx.is_transposed)
         return None, None, None, None if reduce_scatter is None else reduce_scatter(), *weight_gradients

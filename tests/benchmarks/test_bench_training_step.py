@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_decoding, bench_loading, bench_training_step
+from benchmarks import bench_decoding, bench_loading, bench_recomputation, bench_training_step
 from benchmarks.peers.agreement import DifferentWorkError
 
 
@@ -15,6 +15,7 @@ def _run(directory: Path, *arguments: str) -> None:
     bench_training_step.main([*arguments, "--rounds", "2", "--max-foreign-cores", "inf", "--output", str(directory)])
 
 
+@pytest.mark.slow
 def test_it_measures_and_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a run that loses earlier results, or is lost itself when one competitor does not run."""
     (tmp_path / "training_step.json").write_text("{}")
@@ -60,6 +61,15 @@ def test_loading(tmp_path: Path) -> None:
     """Catches a loading benchmark that no longer runs."""
     bench_loading.main(["--quick", "--output", str(tmp_path)])
     assert (tmp_path / "loading.md").read_text().count("| ours-tp") == 3
+
+
+@pytest.mark.slow
+def test_recomputation(tmp_path: Path) -> None:
+    """Catches a table of recomputation that lacks a line, or precisions and choices that compute something else."""
+    bench_recomputation.main(["--quick", "--output", str(tmp_path)])
+    lines = (tmp_path / "recomputation.md").read_text().splitlines()
+    for precision in bench_recomputation.PRECISIONS:
+        assert sum(line.startswith(f"| {precision} |") for line in lines) == 2 * 4
 
 
 def test_other_tokens_are_refused() -> None:

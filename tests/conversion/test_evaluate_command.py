@@ -60,6 +60,7 @@ def test_lambada_of_shards_with_a_tokenizer_of_two_files(
     assert result["original_tokens"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_ranks(model_dir: Path, data: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
     """Catches ranks that disagree, print in the result's place, or do not come back."""

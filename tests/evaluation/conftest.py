@@ -1,12 +1,16 @@
-"""Fixtures for the tests of the evaluations."""
+"""Fixtures for the tests of the evaluations, and which of them need more than the repository."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.evaluation.models import save_model
+
+# The paper's data lies outside of it.
+collect_ignore = [] if "HF_MEGATRON_EVALUATION_DATA" in os.environ else ["test_real_data.py"]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """The paper's counts on the paper's data.
 
-The data is not part of the repository. HF_MEGATRON_EVALUATION_DATA names a directory with ``wiki.test.tokens`` of
-WikiText-103, ``lambada_test.jsonl``, and GPT-2's ``vocab.json`` and ``merges.txt``, in it or below it.
+The data is not part of the repository, so this module is collected only where HF_MEGATRON_EVALUATION_DATA is set (see
+conftest.py). It names a directory with ``wiki.test.tokens`` of WikiText-103, ``lambada_test.jsonl``, and GPT-2's
+``vocab.json`` and ``merges.txt``, in it or below it.
 """
 
 from __future__ import annotations
@@ -9,26 +10,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
 from transformers import GPT2TokenizerFast
 
 from hf_megatron.evaluation import Passage, detokenize_wikitext, read_passages
 from hf_megatron.evaluation.scoring import encode
 
-_ROOT = os.environ.get("HF_MEGATRON_EVALUATION_DATA")
-_NEEDS_DATA = pytest.mark.skipif(not _ROOT, reason="HF_MEGATRON_EVALUATION_DATA does not name a directory")
+_ROOT = Path(os.environ["HF_MEGATRON_EVALUATION_DATA"])
 
 
 def _file(name: str) -> Path:
     # GPT-2's files are the ones with its vocabulary; another tokenizer's may lie beside them.
-    found = [
-        path for path in sorted(Path(_ROOT or "").rglob(name)) if name != "vocab.json" or path.parent.name == "gpt2"
-    ]
+    found = [path for path in sorted(_ROOT.rglob(name)) if name != "vocab.json" or path.parent.name == "gpt2"]
     assert found, f"there is no {name} below {_ROOT}"
     return found[0]
 
 
-@_NEEDS_DATA
 def test_wikitext_103() -> None:
     """Catches a detokenizer, a tokenizer or a count that is not the paper's: T_o = 245,566 and T = 270,329."""
     text = _file("wiki.test.tokens").read_bytes().decode("utf-8")
@@ -40,7 +36,6 @@ def test_wikitext_103() -> None:
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == detokenised
 
 
-@_NEEDS_DATA
 def test_lambada() -> None:
     """Catches examples lost or cut at the wrong place: 5,153 of them, each ending in one word."""
     texts = read_passages(_file("lambada_test.jsonl"))

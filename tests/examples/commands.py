@@ -1,4 +1,4 @@
-"""How the tests run the examples: in this process, which is quick, or by a launcher as a person would."""
+"""How the tests run the examples: in this process or on live ranks, which is quick, or by a launcher as people do."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
-import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from tests.repository import ROOT
@@ -23,12 +23,12 @@ LAUNCHERS = {
 }
 
 
-def run_here(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
-    """Run an example in this process."""
+def run_here(name: str, *arguments: str) -> None:
+    """Run an example in this process, which may be a live rank."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments])
-    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    with patch("sys.argv", [f"{name}.py", *arguments]):
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
 
 
 def launch(launcher: str, name: str, *arguments: str, processes: int = 2) -> str:

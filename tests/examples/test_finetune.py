@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from transformers import BertForSequenceClassification
 
 from hf_megatron import MegatronBertForQuestionAnswering
-from tests.examples.commands import launch, losses, run_here
+from tests.examples.commands import LAUNCHERS, launch, losses, run_here
+from tests.models.reference import Pool
 
 _FACTS = [
     ("finds a module", "What does the import statement find?"),
@@ -23,10 +25,11 @@ _FACTS = [
 _TEXT = "The import statement finds a module and then binds a name. The assert statement evaluates an expression, and "
 _TEXT += "raises an exception where that is false."
 _COPIES = 20  # of what there is to learn, in place of epochs, each of which ends with a checkpoint
+_FEW_COPIES = 10  # where it need not be learned: as many steps as lie between two log entries
 _LEARN = ["--learning-rate=3e-3", "--batch=4", "--length=48"]
 
 
-def _squad(directory: Path, version: str) -> list[str]:
+def _squad(directory: Path, version: str, copies: int = _COPIES) -> list[str]:
     """An official file of four questions, of which two have no answer in version 2.0, and one with copies of them."""
     questions = [
         {
@@ -36,24 +39,24 @@ def _squad(directory: Path, version: str) -> list[str]:
         }
         for i, (answer, question) in enumerate(_FACTS)
     ]
-    for name, copies in (("dev", 1), ("train", _COPIES)):
-        paragraphs = [{"context": _TEXT, "qas": questions * copies}]
+    for name, count in (("dev", 1), ("train", copies)):
+        paragraphs = [{"context": _TEXT, "qas": questions * count}]
         content = {"version": version, "data": [{"title": "Python", "paragraphs": paragraphs}]}
         (directory / f"{name}.json").write_text(json.dumps(content))
     files = [f"--train={directory / 'train.json'}", f"--validation={directory / 'dev.json'}"]
     return [f"--version={version}", *files, "--stride=16", "--question-length=20", *_LEARN]
 
 
-def _race(directory: Path) -> list[str]:
-    for split, copies in (("dev", 1), ("train", _COPIES // 2)):
+def _race(directory: Path, copies: int = _COPIES) -> list[str]:
+    for split, count in (("dev", 1), ("train", copies // 2)):
         for level in ("middle", "high"):
             (directory / split / level).mkdir(parents=True)
             content = {
                 "id": f"{level}1.txt",
                 "article": _TEXT,
-                "questions": [question for _, question in _FACTS] * copies,
-                "options": [[answer for answer, _ in _FACTS]] * 4 * copies,
-                "answers": ["A", "B", "C", "D"] * copies,
+                "questions": [question for _, question in _FACTS] * count,
+                "options": [[answer for answer, _ in _FACTS]] * 4 * count,
+                "answers": ["A", "B", "C", "D"] * count,
             }
             (directory / split / level / "1.txt").write_text(json.dumps(content))
     dev = directory / "dev"
@@ -85,20 +88,21 @@ def _metrics(output: Path) -> dict[str, Any]:
     return metrics
 
 
-def test_squad_learns_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str) -> None:
+@pytest.mark.slow
+def test_squad_learns_its_answers(tmp_path: Path, tiny_bert: str) -> None:
     """Catches labels, logits and words of an answer that do not belong together."""
     arguments = [*_squad(tmp_path, "1.1"), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=2"]
-    run_here(monkeypatch, "finetune_squad", *arguments)
+    run_here("finetune_squad", *arguments)
     assert _metrics(tmp_path / "out") == {"exact_match": 100.0, "f1": 100.0}
     predictions = json.loads((tmp_path / "out/predictions.json").read_text())
     assert predictions == {f"q{i}": answer for i, (answer, _) in enumerate(_FACTS)}
     assert type(MegatronBertForQuestionAnswering.from_pretrained(tmp_path / "out")) is MegatronBertForQuestionAnswering
 
 
-def test_squad_learns_what_has_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str) -> None:
+def test_squad_learns_what_has_no_answer(tmp_path: Path, tiny_bert: str) -> None:
     """Catches an answer that is given although the model takes the question for unanswerable, and the reverse."""
     arguments = [*_squad(tmp_path, "2.0"), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=2"]
-    run_here(monkeypatch, "finetune_squad", *arguments)
+    run_here("finetune_squad", *arguments)
     metrics = _metrics(tmp_path / "out")
     names = ("exact", "HasAns_f1", "NoAns_f1", "best_f1")
     assert {name: metrics[name] for name in names} == dict.fromkeys(names, 100.0)
@@ -108,21 +112,21 @@ def test_squad_learns_what_has_no_answer(tmp_path: Path, monkeypatch: pytest.Mon
     assert [odds[f"q{i}"] > 0 for i in range(4)] == [False, False, True, True]
 
 
-def test_race_learns_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str) -> None:
+def test_race_learns_its_options(tmp_path: Path, tiny_bert: str) -> None:
     """Catches options and labels that do not belong together, and splits or levels that go missing."""
     arguments = [*_race(tmp_path), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=3"]
-    run_here(monkeypatch, "finetune_race", *arguments)
+    run_here("finetune_race", *arguments)
     assert _metrics(tmp_path / "out") == {
         "dev": {"accuracy": 1.0, "accuracy_high": 1.0, "accuracy_middle": 1.0},
         "high": {"accuracy": 1.0, "accuracy_high": 1.0},
     }
 
 
-@pytest.mark.parametrize("task", ["mnli", "qqp"])
-def test_pairs_learn_their_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str, task: str) -> None:
+@pytest.mark.parametrize("task", ["qqp", pytest.param("mnli", marks=pytest.mark.slow)])
+def test_pairs_learn_their_classes(tmp_path: Path, tiny_bert: str, task: str) -> None:
     """Catches classes that are mixed up between training and testing, or without their names in the saved model."""
     arguments = [*_pairs(tmp_path, task), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=4"]
-    run_here(monkeypatch, "finetune_sentence_pairs", *arguments)
+    run_here("finetune_sentence_pairs", *arguments)
     assert _metrics(tmp_path / "out") == {"dev_matched": {"accuracy": 1.0}}
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["id2label"]["0"] == {"mnli": "entailment", "qqp": "not_duplicate"}[task]
@@ -155,17 +159,17 @@ def test_data_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     common = [f"--model={tiny_bert}", "--epochs=1", "--batch=1", "--length=64"]
-    run_here(monkeypatch, "finetune_squad", *common, "--question-length=20", f"--output={tmp_path / 'squad'}")
-    run_here(monkeypatch, "finetune_race", *common, "--option-length=24", f"--output={tmp_path / 'race'}")
-    run_here(monkeypatch, "finetune_sentence_pairs", "mnli", *common, f"--output={tmp_path / 'mnli'}")
+    run_here("finetune_squad", *common, "--question-length=20", f"--output={tmp_path / 'squad'}")
+    run_here("finetune_race", *common, "--option-length=24", f"--output={tmp_path / 'race'}")
+    run_here("finetune_sentence_pairs", "mnli", *common, f"--output={tmp_path / 'mnli'}")
     assert set(_metrics(tmp_path / "squad")) == {"exact_match", "f1"}
     assert set(_metrics(tmp_path / "race")) == {"validation", "test"}
     assert set(_metrics(tmp_path / "mnli")) == {"validation_matched", "validation_mismatched"}
 
 
 _EXAMPLES = {
-    "finetune_squad": lambda directory: _squad(directory, "2.0"),
-    "finetune_race": _race,
+    "finetune_squad": lambda directory: _squad(directory, "2.0", _FEW_COPIES),
+    "finetune_race": lambda directory: _race(directory, _FEW_COPIES),
     "finetune_sentence_pairs": lambda directory: _pairs(directory, "mnli"),
 }
 
@@ -173,26 +177,23 @@ _EXAMPLES = {
 @pytest.mark.parametrize(
     ("name", "launcher", "processes"),
     [
-        ("finetune_squad", "torchrun", 2),
+        ("finetune_squad", "live ranks", 2),
         pytest.param("finetune_sentence_pairs", "torchrun", 4, marks=pytest.mark.slow),
-        *(
-            pytest.param(name, launcher, 2, marks=pytest.mark.slow)
-            for name in _EXAMPLES
-            for launcher in ("python", "torchrun", "accelerate")
-            if (name, launcher) != ("finetune_squad", "torchrun")
-        ),
+        *(pytest.param(*case, 2, marks=pytest.mark.slow) for case in product(_EXAMPLES, LAUNCHERS)),
     ],
 )
-def test_launchers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str, name: str, launcher: str, processes: int
-) -> None:
+def test_launchers(pool: Pool, tmp_path: Path, tiny_bert: str, name: str, launcher: str, processes: int) -> None:
     """Catches a launcher whose processes do not find each other, and ranks that learn something else than one process
     does: with four processes two groups of two share the batch."""
     arguments = [*_EXAMPLES[name](tmp_path), f"--model={tiny_bert}", "--epochs=1", "--tp=2"]
     if launcher == "python":
         arguments.remove("--tp=2")
-    launch(launcher, name, *arguments, f"--output={tmp_path / 'ranks'}", processes=processes)
-    run_here(monkeypatch, name, *[a for a in arguments if a != "--tp=2"], f"--output={tmp_path / 'one'}")
+    on_ranks = [*arguments, f"--output={tmp_path / 'ranks'}"]
+    if launcher == "live ranks":
+        pool(processes).run(run_here, name, *on_ranks, timeout=240)
+    else:
+        launch(launcher, name, *on_ranks, processes=processes)
+    run_here(name, *[a for a in arguments if a != "--tp=2"], f"--output={tmp_path / 'one'}")
     expected = losses(tmp_path / "one")
     assert expected
     assert losses(tmp_path / "ranks") == pytest.approx(expected, rel=1e-3)

@@ -23,12 +23,12 @@ def _trained_tokenizer(output: Path, *others: Path) -> None:
         AutoTokenizer.from_pretrained(output).save_pretrained(other)
 
 
-@pytest.mark.parametrize("placement", ["pre", "post"])
-def test_bert_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_files: list[str], placement: str) -> None:
+@pytest.mark.parametrize("placement", ["pre", pytest.param("post", marks=pytest.mark.slow)])
+def test_bert_learns(tmp_path: Path, text_files: list[str], placement: str) -> None:
     """Catches an example that no longer runs or learns, or saves no whole model with its tokenizer."""
     output = tmp_path / "out"
     arguments = [*_BERT, f"--output={output}", f"--layernorm-placement={placement}", "--text", *text_files]
-    run_here(monkeypatch, "pretrain_bert", *arguments)
+    run_here("pretrain_bert", *arguments)
     first, _, last = losses(output)
     assert last < first - 0.1
     assert json.loads((output / "config.json").read_text())["layernorm_placement"] == placement
@@ -38,13 +38,11 @@ def test_bert_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_files
     assert model(**batch).prediction_logits.shape[-1] <= 500
 
 
-def test_gpt2_learns_and_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_files: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_gpt2_learns_and_resumes(tmp_path: Path, text_files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Catches an example that no longer runs or learns, a perplexity of something else, and a run that starts anew."""
     output = tmp_path / "out"
     arguments = [*_GPT2, f"--output={output}", "--text", *text_files, "--validation", text_files[0]]
-    run_here(monkeypatch, "pretrain_gpt2", *arguments)
+    run_here("pretrain_gpt2", *arguments)
     first, _, last = losses(output)
     assert last < first - 0.3
     perplexity = float(capsys.readouterr().out.split()[-1])
@@ -52,7 +50,7 @@ def test_gpt2_learns_and_resumes(
     model = AutoModelForCausalLM.from_pretrained(output)
     assert type(model) is MegatronGPT2LMHeadModel
     assert model.config.eos_token_id == AutoTokenizer.from_pretrained(output).eos_token_id
-    run_here(monkeypatch, "pretrain_gpt2", *arguments, "--steps=80", "--resume")
+    run_here("pretrain_gpt2", *arguments, "--steps=80", "--resume")
     assert losses(output)[:3] == pytest.approx([first, losses(output)[1], last])
     assert len(losses(output)) == 4
 
@@ -60,13 +58,11 @@ def test_gpt2_learns_and_resumes(
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["python", "torchrun", "accelerate"])
 @pytest.mark.parametrize("name", ["pretrain_bert", "pretrain_gpt2"])
-def test_launchers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_files: list[str], name: str, launcher: str
-) -> None:
+def test_launchers(tmp_path: Path, text_files: list[str], name: str, launcher: str) -> None:
     """Catches a launcher whose processes do not find each other, and ranks that learn something else than one process
     does."""
     arguments = [*_BERT, "--text", *text_files]
-    run_here(monkeypatch, name, *arguments, f"--output={tmp_path / 'one'}")
+    run_here(name, *arguments, f"--output={tmp_path / 'one'}")
     same = f"--tokenizer={tmp_path / 'one'}"
     launch(launcher, name, *arguments, same, f"--output={tmp_path / 'ranks'}")
     expected = losses(tmp_path / "one")
@@ -74,11 +70,11 @@ def test_launchers(
 
 
 @pytest.mark.slow
-def test_two_groups_of_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_files: list[str]) -> None:
+def test_two_groups_of_two_ranks(tmp_path: Path, text_files: list[str]) -> None:
     """Catches a batch that is twice as large, or seen twice, with data parallelism."""
     # Within one epoch, at whose end the last batch is filled up where there are several groups.
     arguments = [*_GPT2, "--batch=4", "--steps=30", "--text", *text_files]
-    run_here(monkeypatch, "pretrain_gpt2", *arguments, f"--output={tmp_path / 'one'}")
+    run_here("pretrain_gpt2", *arguments, f"--output={tmp_path / 'one'}")
     same = f"--tokenizer={tmp_path / 'one'}"
     ranks = f"--output={tmp_path / 'ranks'}"
     launch("torchrun", "pretrain_gpt2", *arguments, same, ranks, "--tp=2", processes=4)

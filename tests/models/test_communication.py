@@ -20,11 +20,13 @@ PREDICTED = int((make_batch("right")["labels"][:, 1:] != -100).sum())
 
 
 def _record_steps(
-    directory: Path, tp_size: int, label_smoothing: float, checkpointing: bool
+    directory: Path, tp_size: int, label_smoothing: float, recompute: str | None = None
 ) -> dict[str, list[Collective]]:
-    model = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(tp_size)).train()
-    if checkpointing:
-        model.activation_checkpointing_enable()
+    model = MegatronGPT2LMHeadModel.from_pretrained(
+        directory, distributed_config=layout(tp_size), attn_implementation="eager"
+    ).train()
+    if recompute is not None:
+        model.activation_checkpointing_enable({"recompute": recompute})
     optimizer = torch.optim.AdamW(model.parameters())
     batch = make_batch("right")
     seen = {}
@@ -67,18 +69,24 @@ def test_collectives_of_a_training_step(
         "optimizer": [],
         "evaluation": [*all_reduces(*[hidden] * (1 + 2 * LAYERS)), ("_allgather_base_", rows * tokens * FLOAT)],
     }
-    seen = run_at(pool, tp_size, _record_steps, stock_dir(variant), tp_size, label_smoothing, False)
+    seen = run_at(pool, tp_size, _record_steps, stock_dir(variant), tp_size, label_smoothing)
     assert seen == [expected] * tp_size
 
 
 def test_checkpointing_repeats_only_the_recomputed_half(pool: Pool, stock_dir: StockDir) -> None:
     """Catches recomputation that sends more than it has to: per layer the attention's output, not the MLP's."""
-    (seen, _) = run_at(pool, 2, _record_steps, stock_dir("base"), 2, 0.0, True)
+    (seen, _) = run_at(pool, 2, _record_steps, stock_dir("base"), 2, 0.0, "full")
     hidden = B * S * H
     assert seen["backward"] == all_reduces(*[hidden, hidden, hidden + 3 * H] * LAYERS)
 
 
+def test_selective_recomputation_sends_nothing(pool: Pool, stock_dir: StockDir) -> None:
+    """Catches a recomputation that goes beyond what each rank does with its own heads."""
+    expected = run_at(pool, 2, _record_steps, stock_dir("base"), 2, 0.0)
+    assert run_at(pool, 2, _record_steps, stock_dir("base"), 2, 0.0, "selective") == expected
+
+
 def test_one_process_communicates_with_nobody(stock_dir: StockDir) -> None:
     """Catches a collective issued for a group of one."""
-    seen = _record_steps(stock_dir("base"), 1, 0.1, False)
+    seen = _record_steps(stock_dir("base"), 1, 0.1)
     assert seen == {"forward": [], "backward": [], "optimizer": [], "evaluation": []}

@@ -39,9 +39,12 @@ def _model(architecture: str, tp_size: int, dropout: float) -> Any:
     return MegatronBertForMaskedLM.from_config(config, distributed_config=layout(tp_size), seed=0).double()
 
 
-def _compare(architecture: str, tp_size: int, dropout: float, backend: str) -> None:
+def _compare(architecture: str, tp_size: int, dropout: float, backend: str, recompute: str | None) -> None:
     torch.compiler.reset()
     model = _model(architecture, tp_size, dropout)
+    if recompute is not None:
+        model.config.use_cache = False  # else transformers warns that it turns it off, and that breaks the graph
+        model.activation_checkpointing_enable({"recompute": recompute})
     options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
     compiled: Any = torch.compile(model, fullgraph=True, backend=backend, options=options)
     ids = torch.arange(2 * S).view(2, S)
@@ -66,21 +69,23 @@ def _compare(architecture: str, tp_size: int, dropout: float, backend: str) -> N
 
 # The compiler uses parts of torch that torch deprecates.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("tp_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
-    ("architecture", "dropout", "backend"),
+    ("architecture", "dropout", "backend", "recompute"),
     [
-        ("gpt2", 0.1, "aot_eager"),
-        pytest.param("bert", 0.1, "aot_eager", marks=pytest.mark.slow),
-        pytest.param("gpt2", 0.1, "inductor", marks=pytest.mark.slow),
-        pytest.param("bert", 0.1, "inductor", marks=pytest.mark.slow),
+        ("gpt2", 0.1, "aot_eager", None),
+        pytest.param("bert", 0.1, "aot_eager", None, marks=pytest.mark.slow),
+        pytest.param("gpt2", 0.1, "inductor", None, marks=pytest.mark.slow),
+        pytest.param("bert", 0.1, "inductor", None, marks=pytest.mark.slow),
+        pytest.param("gpt2", 0.1, "aot_eager", "selective", marks=pytest.mark.slow),
+        pytest.param("bert", 0.1, "inductor", "selective", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_is_one_graph_that_equals_eager(
-    pool: Pool, architecture: str, dropout: float, backend: str, tp_size: int
+    pool: Pool, architecture: str, dropout: float, backend: str, recompute: str | None, tp_size: int
 ) -> None:
     """Catches a graph break anywhere in a model, and a compiled step with other masks, loss, gradients or logits.
 
     aot_eager finds everything that does not trace, forward and backward; inductor also generates code.
     """
-    run_at(pool, tp_size, _compare, architecture, tp_size, dropout, backend, timeout=280)
+    run_at(pool, tp_size, _compare, architecture, tp_size, dropout, backend, recompute, timeout=280)

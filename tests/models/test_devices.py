@@ -57,22 +57,25 @@ def test_a_step_equals_stock(architecture: str, device: str) -> None:
     assert_agrees("logits", ours.eval()(input_ids=ids).logits, stock.eval()(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_dropout_repeats_under_checkpointing(device: str) -> None:
+def test_dropout_repeats_under_checkpointing(device: str, attention: str) -> None:
     """Catches masks that are drawn anew where a layer is recomputed, in a fused kernel's own random stream too."""
     losses, gradients = [], []
-    for is_recomputed in (False, True):
+    for recompute in (None, "full", "selective"):
         config = MegatronGPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=4, n_positions=S)
-        model = MegatronGPT2LMHeadModel.from_config(config, seed=0).double().to(device).train()
-        if is_recomputed:
-            model.activation_checkpointing_enable()
+        model = MegatronGPT2LMHeadModel.from_config(config, seed=0, attn_implementation=attention)
+        model = model.double().to(device).train()
+        if recompute is not None:
+            model.activation_checkpointing_enable({"recompute": recompute})
         torch.manual_seed(3)
         loss = model(input_ids=IDS.to(device), labels=IDS.to(device)).loss
         loss.backward()
         losses.append(loss.detach())
         gradients.append(full_gradients(model))
-    assert_agrees("loss", losses[1], losses[0])
-    assert_all_agree("gradient", gradients[1], gradients[0])
+    for loss, recomputed in zip(losses[1:], gradients[1:], strict=True):
+        assert_agrees("loss", loss, losses[0])
+        assert_all_agree("gradient", recomputed, gradients[0])
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ def test_attention_implementations_drop_alike(directory: Path) -> None:
 def test_checkpointing_changes_nothing(pool: Pool, directory: Path, attention: str, tp_size: int) -> None:
     """Catches a recomputation that drops other elements than the forward pass did: silently wrong gradients."""
     expected = run_at(pool, tp_size, _train, directory, tp_size, attention)[0]
-    for reentrant in (False, True):
-        options = {"use_reentrant": reentrant}
+    for reentrant, recompute in itertools.product((False, True), ("full", "selective")):
+        options = {"use_reentrant": reentrant, "recompute": recompute}
         for steps in run_at(pool, tp_size, _train, directory, tp_size, attention, options):
             assert torch.equal(steps.losses, expected.losses)
             assert_all_equal(steps.gradients, expected.gradients)

@@ -71,11 +71,11 @@ def _train_and_save(stock_directory: Path, directory: Path, sizes: dict[str, int
 @pytest.mark.parametrize(
     ("variant", "layout"),
     [
-        ("base", "tp2 x fsdp2"),
-        ("base", "fsdp2"),
-        ("base", "tp2 x replicate2"),
         ("untied", "tp2 x fsdp2"),
         ("base", "tp2 x fsdp2, split sequences"),
+        pytest.param("base", "tp2 x fsdp2", marks=pytest.mark.slow),
+        pytest.param("base", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("base", "tp2 x replicate2", marks=pytest.mark.slow),
     ],
 )
 def test_training_equals_one_process(

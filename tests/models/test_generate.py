@@ -48,12 +48,17 @@ def _compare_generation(directory: Path, tp_size: int, attention: str, sequence_
 @pytest.mark.parametrize(
     ("variant", "attention", "tp_size", "sequence_parallel"),
     [
-        ("base", "sdpa", 1, False),
-        ("base", "sdpa", 2, False),
-        ("base", "sdpa", 4, False),
         ("untied", "eager", 2, False),
         ("base", "sdpa", 2, True),
-        ("base", "eager", 4, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("base", "sdpa", 1, False),
+                ("base", "sdpa", 2, False),
+                ("base", "sdpa", 4, False),
+                ("base", "eager", 4, True),
+            )
+        ),
     ],
 )
 def test_tokens_equal_stock(
@@ -97,7 +102,7 @@ def _sample(directory: Path, tp_size: int) -> list[list[list[int]]]:
     return sampled
 
 
-@pytest.mark.parametrize("tp_size", [2, 4])
+@pytest.mark.parametrize("tp_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sampling_is_the_same_on_all_ranks(pool: Pool, stock_dir: StockDir, tp_size: int) -> None:
     """Catches ranks that draw for themselves: their ids diverge, then their caches, then their collectives.
 

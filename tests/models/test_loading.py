@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from hf_megatron import MegatronGPT2ForTokenClassification, MegatronGPT2LMHeadMo
 from hf_megatron.checkpoint import LazyTensor
 from hf_megatron.partition import GPT2, Box, Replicated
 from tests.models.reference import Pool, assert_all_equal, full_weights, layout, rank, run_at, save_distributed
+from tests.tiers import quick
 
 StockDir = Callable[[str], Path]
 Reads = dict[str, list[Box]]
@@ -56,8 +58,10 @@ def _check_reads(directory: Path, tp_size: int, options: dict[str, Any]) -> None
     assert all(p.to_local().untyped_storage().nbytes() == p.to_local().nbytes for p in model.parameters())
 
 
-@pytest.mark.parametrize("tp_size", [2, 4])
-@pytest.mark.parametrize("variant", ["base", "untied", "uneven_n_inner"])
+@pytest.mark.parametrize(
+    ("variant", "tp_size"),
+    quick(itertools.product(("base", "untied", "uneven_n_inner"), (2, 4)), [("base", 2), ("uneven_n_inner", 4)]),
+)
 def test_a_rank_reads_and_holds_its_slices_only(pool: Pool, stock_dir: StockDir, variant: str, tp_size: int) -> None:
     """Catches a rank that reads a tensor whole to keep a part, holds a view of it, or reads anything twice."""
     run_at(pool, tp_size, _check_reads, stock_dir(variant), tp_size, {"dtype": torch.float64})

@@ -25,6 +25,7 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel, GPT2Model
 from transformers.utils.generic import merge_with_config_defaults
@@ -74,6 +75,11 @@ SIGNATURES: list[tuple[Callable[..., Any], list[str], str]] = [
         PreTrainedModel.gather_sharded_state_dict_for_save,
         ["self", "model_to_save", "state_dict", "distributed_config", "save_on_this_rank"],
         "gathering one tensor at a time, on the rank that writes",
+    ),
+    (
+        PreTrainedModel.activation_checkpointing_enable,
+        ["self", "activation_checkpointing_kwargs", "every_n_layers", "offload"],
+        "selective recomputation",
     ),
     (PreTrainedModel._can_set_attn_implementation, [], "set_attn_implementation"),
     (
@@ -192,6 +198,19 @@ def test_slices_are_read_as_our_sources_offer_them() -> None:
     assert "source.get_shape()" in source
     assert "source[...]" in source
     assert "source[tuple(slice_parts)]" in source
+
+
+def test_layers_hand_themselves_to_the_checkpointing_function() -> None:
+    """Catches layers checkpointed by another function, or not as one: selective recomputation replaces it."""
+    model = MegatronGPT2LMHeadModel(MegatronGPT2Config(**TINY)).train()
+    model.activation_checkpointing_enable()
+    layer, seen = model.transformer.h[0], []
+    assert isinstance(layer, GradientCheckpointingLayer)
+    layer._gradient_checkpointing_func = lambda forward, *args: seen.append((forward, args))
+    hidden_states = torch.ones(1, 3, 48)
+    layer(hidden_states, None)
+    ((forward, args),) = seen
+    assert forward(*args).shape == hidden_states.shape
 
 
 def test_our_style_is_known() -> None:

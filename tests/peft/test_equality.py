@@ -29,6 +29,7 @@ from tests.peft.adapters import (
 )
 
 CASES = ("gpt2", "bert", "classifier")
+DEGREES = [2, *(pytest.param(degree, marks=pytest.mark.slow) for degree in (1, 4))]
 
 
 def _compare(case: Case, seed: int) -> None:
@@ -47,7 +48,7 @@ def _compare(case: Case, seed: int) -> None:
     assert_replicas_equal(ours)
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("tp_size", DEGREES)
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_are_those_of_stock_peft(
     pool: Pool, request: pytest.FixtureRequest, name: str, tp_size: int
@@ -57,7 +58,7 @@ def test_losses_and_gradients_are_those_of_stock_peft(
     run_at(pool, tp_size, _compare, case, 0)
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("tp_size", DEGREES)
 @pytest.mark.parametrize("name", ["gpt2", "classifier"])
 def test_adapter_dropout_has_the_masks_of_one_rank(
     pool: Pool, request: pytest.FixtureRequest, name: str, tp_size: int
@@ -84,7 +85,7 @@ def _compare_shares(case: Case) -> None:
     assert_all_agree("gradient", trainable_gradients(ours), trainable_gradients(stock))
 
 
-@pytest.mark.parametrize("share", ["fsdp_size", "dp_replicate_size"])
+@pytest.mark.parametrize("share", ["fsdp_size", pytest.param("dp_replicate_size", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["gpt2", "classifier"])
 def test_data_parallel_ranks_average_the_gradients(
     pool: Pool, request: pytest.FixtureRequest, name: str, share: str

@@ -23,10 +23,17 @@ def test_plain_peft_names_this_module(gpt2: Case, targets: Any) -> None:
         peft.get_peft_model(our_base(gpt2), LoraConfig(target_modules=targets))
 
 
-def test_plain_peft_on_replicated_layers_names_this_module(classifier: Case) -> None:
+@pytest.mark.parametrize("targets", [["classifier"], "all-linear"])
+def test_plain_peft_on_replicated_layers_names_this_module(classifier: Case, targets: Any) -> None:
     """Catches replicated layers, which are linear layers to peft, and their adapters no DTensors."""
     with pytest.raises(UnsupportedError, match=r"hf_megatron\.peft\.get_peft_model"):
-        peft.get_peft_model(our_base(classifier), LoraConfig(target_modules=["classifier"]))
+        peft.get_peft_model(our_base(classifier), LoraConfig(target_modules=targets))
+
+
+def test_plain_peft_finds_no_linear_layer_in_gpt2(gpt2: Case) -> None:
+    """Catches a layer that looks linear to peft, which would adapt that one alone."""
+    with pytest.raises(ValueError, match="No `target_modules`"):
+        peft.get_peft_model(our_base(gpt2), LoraConfig(target_modules="all-linear"))
 
 
 def test_loading_with_plain_peft_names_this_module(gpt2: Case, tmp_path: Any) -> None:

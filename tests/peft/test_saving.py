@@ -64,7 +64,7 @@ def _load(case: Case, directory: Path) -> torch.Tensor:
     return logits(case, model)
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("tp_size", [2, *(pytest.param(degree, marks=pytest.mark.slow) for degree in (1, 4))])
 @pytest.mark.parametrize("name", CASES)
 def test_an_ordinary_adapter_loads_at_any_degree(
     pool: Pool, request: pytest.FixtureRequest, tmp_path: Path, name: str, tp_size: int

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from hf_megatron.planning import PRECISIONS, activations, plan_memory
 from hf_megatron.planning.activations import kept_by_layer, kept_by_loss
+from hf_megatron.planning.run import Recompute
 from hf_megatron.tensor_parallel import linear_cross_entropy
 from tests.models.reference import Pool, run_at
 from tests.planning.models import KINDS, forward, local, make_model, make_run, make_shape, num_bytes
+from tests.tiers import quick
 
 
 def _measure_state(kind: str, tp_size: int, precision: str) -> tuple[int, int, int]:
@@ -27,9 +31,19 @@ def _measure_state(kind: str, tp_size: int, precision: str) -> tuple[int, int, i
     return sum(map(num_bytes, parameters)), gradients, states
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["gpt2", "gpt2-inner", "bert-pre", "bert-mlm"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "kind", "tp_size"),
+    quick(
+        itertools.product(("fp32", "bf16"), ("gpt2", "gpt2-inner", "bert-pre", "bert-mlm"), (1, 2, 4)),
+        [
+            ("fp32", "gpt2", 1),
+            ("bf16", "gpt2", 2),
+            ("fp32", "gpt2-inner", 4),
+            ("bf16", "bert-pre", 4),
+            ("fp32", "bert-mlm", 2),
+        ],
+    ),
+)
 def test_weights_gradients_and_optimizer(kind: str, precision: str, tp_size: int, pool: Pool) -> None:
     """Catches a tensor that is counted as cut and is not, uneven shards, and state that Adam keeps besides."""
     planned = plan_memory(make_shape(kind), make_run(tp_size=tp_size, precision=PRECISIONS[precision]))
@@ -37,11 +51,11 @@ def test_weights_gradients_and_optimizer(kind: str, precision: str, tp_size: int
     assert (planned.parameters, planned.gradients, planned.optimizer) == measured
 
 
-def _measure_activations(kind: str, tp_size: int, dropout: float, recompute: bool, options: dict[str, Any]) -> int:
+def _measure_activations(kind: str, tp_size: int, dropout: float, recompute: str, options: dict[str, Any]) -> int:
     """Bytes of the storages that autograd holds at the end of a forward pass, without parameters and buffers."""
     model = make_model(kind, tp_size, dropout=dropout, **options)
-    if recompute:
-        model.activation_checkpointing_enable()
+    if recompute != "none":
+        model.activation_checkpointing_enable({"recompute": recompute})
     own = {local(tensor).untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     held: dict[int, torch.UntypedStorage] = {}
 
@@ -57,27 +71,31 @@ def _measure_activations(kind: str, tp_size: int, dropout: float, recompute: boo
 
 
 # Kind, attention, dropout, recomputation, precision, degree, sequence parallelism.
-_Case = tuple[str, Any, float, bool, str, int, bool]
+_Case = tuple[str, Any, float, Recompute, str, int, bool]
 _GRID: list[_Case] = [
     (kind, attention, dropout, recompute, precision, tp_size, sequence_parallel)
     for kind in KINDS
     for attention in ("eager", "sdpa")
     for dropout in (0.0, 0.1)
-    for recompute in (False, True)
+    for recompute in get_args(Recompute)
     for precision in ("fp32", "bf16")
     for tp_size, sequence_parallel in ((1, False), (2, False), (2, True))
 ]
 _QUICK: list[_Case] = [
-    ("gpt2", "eager", 0.1, False, "fp32", 1, False),
-    ("gpt2", "eager", 0.0, True, "fp32", 2, False),
-    ("gpt2", "sdpa", 0.0, False, "fp32", 2, True),
-    ("gpt2", "sdpa", 0.1, True, "bf16", 1, False),
-    ("gpt2-inner", "sdpa", 0.0, False, "bf16", 2, False),
-    ("bert-pre", "sdpa", 0.0, False, "fp32", 1, False),
-    ("bert-pre", "eager", 0.1, False, "fp32", 2, False),
-    ("bert-pre", "sdpa", 0.1, False, "bf16", 2, True),
-    ("bert-post", "sdpa", 0.1, True, "fp32", 2, True),
-    ("bert-mlm", "eager", 0.0, False, "bf16", 2, False),
+    ("gpt2", "eager", 0.1, "none", "fp32", 1, False),
+    ("gpt2", "eager", 0.1, "selective", "fp32", 1, False),
+    ("gpt2", "eager", 0.0, "full", "fp32", 2, False),
+    ("gpt2", "sdpa", 0.0, "none", "fp32", 2, True),
+    ("gpt2", "sdpa", 0.1, "full", "bf16", 1, False),
+    ("gpt2", "sdpa", 0.1, "selective", "bf16", 2, True),
+    ("gpt2-inner", "sdpa", 0.0, "none", "bf16", 2, False),
+    ("bert-pre", "sdpa", 0.0, "none", "fp32", 1, False),
+    ("bert-pre", "eager", 0.1, "none", "fp32", 2, False),
+    ("bert-pre", "sdpa", 0.1, "none", "bf16", 2, True),
+    ("bert-post", "eager", 0.1, "selective", "fp32", 2, False),
+    ("bert-post", "sdpa", 0.1, "full", "fp32", 2, True),
+    ("bert-mlm", "eager", 0.0, "none", "bf16", 2, False),
+    ("bert-mlm", "sdpa", 0.0, "selective", "fp32", 1, False),
 ]
 
 
@@ -92,13 +110,16 @@ def test_activations(case: _Case, pool: Pool) -> None:
         sequence_parallel=sequence_parallel,
         attention=attention,
         precision=PRECISIONS[precision],
-        recompute="full" if recompute else "none",
+        recompute=recompute,
         dropout=dropout > 0,
     )
     shape = make_shape(kind, dropout=dropout)
     planned = plan_memory(shape, run).activations + sum(kept.bytes for kept in kept_by_loss(shape, run))
-    if recompute:  # what is recomputed is there in the backward pass only
-        planned -= sum(kept.bytes for kept in kept_by_layer(shape, run))
+    if recompute != "none":  # what is recomputed is there in the backward pass only
+        layer, kept = (
+            sum(tensor.bytes for tensor in kept_by_layer(shape, r)) for r in (replace(run, recompute="none"), run)
+        )
+        planned -= layer if recompute == "full" else layer - kept
     options = {
         "attn_implementation": attention,
         "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,

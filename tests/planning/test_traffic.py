@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 
@@ -12,6 +13,7 @@ from hf_megatron.planning.traffic import Collective, seconds
 from tests.models.collectives import Recorder
 from tests.models.reference import Pool
 from tests.planning.models import forward, make_model, make_run, make_shape
+from tests.tiers import quick
 
 _OPERATIONS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 
@@ -27,10 +29,18 @@ def _record(kind: str, tp_size: int, recompute: bool, sequence_parallel: bool) -
     return Counter((_OPERATIONS[name], size * tp_size if "scatter" in name else size) for name, size in recorder.seen)
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence"])
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-@pytest.mark.parametrize("kind", ["gpt2", "bert-pre", "bert-post"])
-@pytest.mark.parametrize("tp_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "tp_size", "recompute", "sequence_parallel"),
+    quick(
+        itertools.product(("gpt2", "bert-pre", "bert-post"), (2, 4), (False, True), (False, True)),
+        [
+            ("gpt2", 2, False, False),
+            ("gpt2", 2, True, True),
+            ("bert-pre", 2, True, False),
+            ("bert-post", 2, False, True),
+        ],
+    ),
+)
 def test_collectives_of_a_step(kind: str, recompute: bool, sequence_parallel: bool, tp_size: int, pool: Pool) -> None:
     """Catches a collective that is planned and not issued, issued and not planned, or of another size."""
     run = make_run(tp_size=tp_size, recompute="full" if recompute else "none", sequence_parallel=sequence_parallel)

@@ -18,6 +18,7 @@ from hf_megatron.partition import FusedSplit, Replicated, Spec, Split
 from hf_megatron.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    column_products,
     copy_to_tensor_parallel_region,
     local,
     parallelize_module,
@@ -186,28 +187,41 @@ def test_columns_then_rows_need_nothing_in_between(pool: Pool, tp_size: int) -> 
             assert_close(gradients[name], value)
 
 
-def _run_three_from_one_copy() -> tuple[torch.Tensor, int]:
-    layers = [ColumnParallelLinear(IN, OUT, is_input_copied=True).double() for _ in range(3)]
+def _run_three(is_input_copied: bool) -> tuple[dict[str, torch.Tensor], int]:
+    """The gradients of three layers on one input, by way of one ``f`` or all at once."""
+    layers = [ColumnParallelLinear(IN, OUT, is_input_copied=is_input_copied).double() for _ in range(3)]
     for i, layer in enumerate(layers):
         with torch.no_grad():
             layer.weight.copy_(_values(i, OUT, IN))
         parallelize_module(layer, mesh())
     x = _values(9, B, S, IN).requires_grad_()
     (copied,) = copy_to_tensor_parallel_region(layers[0].tp_group, x)
+    products = [layer(copied) for layer in layers] if is_input_copied else column_products(x, None, *layers)
     with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
-        torch.stack([layer(copied).pow(2).sum() for layer in layers]).sum().backward()
+        sum((product.pow(2).sum() for product in products), start=x.new_zeros(())).backward()
+    named = {f"{name} {i}": parameter for i, layer in enumerate(layers) for name, parameter in layer.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
+    full = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
     assert x.grad is not None
-    return x.grad, all_reduce.call_count
+    return {"input": x.grad, **full}, all_reduce.call_count
 
 
+@pytest.mark.parametrize("is_input_copied", [True, False])
 @pytest.mark.parametrize("tp_size", TP_SIZES)
-def test_layers_that_share_their_input_share_its_all_reduce(pool: Pool, tp_size: int) -> None:
-    """Catches an input gradient that is summed once per layer: three times the communication, and a wrong sum."""
+def test_layers_that_share_their_input_share_its_all_reduce(pool: Pool, tp_size: int, is_input_copied: bool) -> None:
+    """Catches an input gradient that is summed once per layer: three times the communication, and a wrong sum; and
+    gradients of one layer's weight or bias that are another's."""
     x = _values(9, B, S, IN).requires_grad_()
-    torch.stack([F.linear(x, _values(i, OUT, IN)).pow(2).sum() for i in range(3)]).sum().backward()
-    assert x.grad is not None
-    for gradient, num_all_reduces in pool(tp_size).run(_run_three_from_one_copy):
-        assert_close(gradient, x.grad)
+    parameters = {f"weight {i}": _values(i, OUT, IN).requires_grad_() for i in range(3)}
+    parameters |= {f"bias {i}": torch.zeros(OUT, dtype=torch.float64).requires_grad_() for i in range(3)}
+    torch.stack(
+        [F.linear(x, parameters[f"weight {i}"], parameters[f"bias {i}"]).pow(2).sum() for i in range(3)]
+    ).sum().backward()
+    expected = {name: tensor.grad for name, tensor in {"input": x, **parameters}.items() if tensor.grad is not None}
+    for gradients, num_all_reduces in pool(tp_size).run(_run_three, is_input_copied):
+        assert gradients.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_close(gradients[name], value)
         assert num_all_reduces == (1 if tp_size > 1 else 0)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from hf_megatron.errors import PartitionError
 from hf_megatron.partition import VocabSplit
-from hf_megatron.tensor_parallel import SINGLE, vocab_parallel_linear_cross_entropy
+from hf_megatron.tensor_parallel import SINGLE, linear_cross_entropy, vocab_parallel_linear_cross_entropy
 from tests.tensor_parallel.ranks import TP_SIZES, Pool, assert_close, group, same_on_all_ranks
 
 H, V = 16, 131  # V over 2 ranks: 66 and 65; over 4: 33, 33, 33 and 32
@@ -91,6 +91,22 @@ def test_short_dtypes(pool: Pool, dtype: torch.dtype, chunk_size: int | None) ->
     actual = (loss[0], d_hidden[0], CUT.merge(list(d_weight)), CUT.merge(list(d_bias)))
     for ours, torchs in zip(actual, _reference(tensors, TARGET, {}), strict=True):
         assert_close(ours, torchs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, label_smoothing: float) -> None:
+    """Catches rows left out between blocks, and statistics that end up at other tokens."""
+    results = []
+    for rows in (9, 2):  # of the 9 that count
+        monkeypatch.setattr(linear_cross_entropy, "_LOGITS_PER_BLOCK", rows * V)
+        leaves = [tensor.requires_grad_() for tensor in _inputs(dtype)]
+        options: dict[str, Any] = {"vocab_size": V, "label_smoothing": label_smoothing}
+        loss = vocab_parallel_linear_cross_entropy(SINGLE, *leaves, TARGET, **options)
+        loss.backward()
+        results.append((loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)))
+    for whole, in_blocks in zip(*results, strict=True):
+        assert torch.equal(whole, in_blocks)
 
 
 def _autocast(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

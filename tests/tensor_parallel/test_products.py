@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_megatron.tensor_parallel import ColumnParallelLinear
+from hf_megatron.tensor_parallel import ColumnParallelLinear, column_products
 from tests.tensor_parallel.ranks import Pool, group
 
 
@@ -21,16 +21,17 @@ class _Order(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.split(".")[0]
-        if name in ("mm", "addmm", "allreduce_"):
+        if name in ("mm", "addmm", "addmm_", "allreduce_"):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
-def _order() -> tuple[list[str], list[bool]]:
-    layer = ColumnParallelLinear(4, 6)
-    layer.set_tensor_parallel(group())
+def _order(num_layers: int) -> tuple[list[str], list[bool]]:
+    layers = [ColumnParallelLinear(4, 6) for _ in range(num_layers)]
+    for layer in layers:
+        layer.set_tensor_parallel(group())
     x = torch.ones(3, 4, requires_grad=True)
-    output = layer(x)
+    output = torch.cat(column_products(x, None, *layers))
     are_async = []
     original: Any = dist.all_reduce
 
@@ -47,8 +48,11 @@ def _order() -> tuple[list[str], list[bool]]:
     return order.names, are_async
 
 
-def test_the_sum_travels_while_the_weight_s_gradient_is_computed(pool: Pool) -> None:
-    """Catches a sum that is waited for before the next product, or begun after it."""
-    for names, are_async in pool(2).run(_order):
+def test_the_sum_travels_while_the_weights_gradients_are_computed(pool: Pool) -> None:
+    """Catches a sum that is waited for before the next product, or begun after it, or for each layer."""
+    for names, are_async in pool(2).run(_order, 1):
         assert names == ["mm", "allreduce_", "mm"]
+        assert are_async == [True]
+    for names, are_async in pool(2).run(_order, 3):
+        assert names == ["mm", "addmm_", "addmm_", "allreduce_", "mm", "mm", "mm"]
         assert are_async == [True]

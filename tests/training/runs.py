@@ -19,6 +19,7 @@ from hf_megatron import MegatronTrainer
 from tests.models.reference import Pool
 
 _T = TypeVar("_T")
+Tensors = dict[str, torch.Tensor]
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "tp2": {"tp_size": 2},
@@ -139,21 +140,36 @@ def make_trainer(run: Run, log: Log | None = None, **options: Any) -> MegatronTr
     return MegatronTrainer(model, arguments, callbacks=callbacks, **{**data, **options})
 
 
-def train(run: Run) -> tuple[list[Step], dict[str, torch.Tensor]]:
+def train(run: Run) -> tuple[list[Step], Tensors]:
     """Train; returns the log and the full weights afterwards."""
+    trainer, steps = _train(run)
+    return steps, full_weights(trainer.model)
+
+
+def train_with_moments(run: Run) -> tuple[list[Step], Tensors]:
+    """Train; returns the log, and the full weights and optimizer state afterwards."""
+    trainer, steps = _train(run)
+    state = full_weights(trainer.model)
+    for name, parameter in trainer.model.named_parameters():
+        state |= {f"{kind} of {name}": _full(value) for kind, value in trainer.optimizer.state[parameter].items()}
+    return steps, state
+
+
+def _train(run: Run) -> tuple[MegatronTrainer, list[Step]]:
     log = Log()
     trainer = make_trainer(run, log)
     trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
-    return log.steps, full_weights(trainer.model)
+    return trainer, log.steps
 
 
-def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def full_weights(model: torch.nn.Module) -> Tensors:
     """The unsharded parameters, copied."""
-    weights = {}
-    for name, parameter in model.named_parameters():
-        full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        weights[name] = full.detach().clone()
-    return weights
+    return {name: _full(parameter) for name, parameter in model.named_parameters()}
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    whole: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().clone()
 
 
 def predict(run: Run) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]:
@@ -176,3 +192,10 @@ def assert_same_steps(steps: list[Step], expected: list[Step], tolerance: float 
     ]
     for s, e in zip(steps, expected, strict=True):
         assert (s.loss, s.grad_norm) == pytest.approx((e.loss, e.grad_norm), rel=tolerance), f"step {s.step}"
+
+
+def assert_close(actual: Tensors, expected: Tensors) -> None:
+    """The same names, and values but for what steps make of rounding."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(actual[name], value, rtol=1e-4, atol=1e-5), name

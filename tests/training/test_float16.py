@@ -18,7 +18,7 @@ LORA = {"r": 4, "target_modules": ["c_attn", "c_proj"]}
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"))
+    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
 
 
 def assert_close_steps(steps: list[Step], expected: list[Step], tolerance: float) -> None:
@@ -55,8 +55,15 @@ def _train_with_overflow(run: Run, step: int) -> tuple[list[Step], float, dict[s
     return log.steps, trainer.accelerator.scaler.get_scale(), full_weights(trainer.model)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch"])
-@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    ("lora", "optimizer"),
+    [
+        pytest.param(LORA, "adamw_torch_fused", id="lora, fused"),
+        pytest.param(LORA, "adamw_torch", id="lora", marks=pytest.mark.slow),
+        pytest.param(None, "adamw_torch_fused", id="whole, fused", marks=pytest.mark.slow),
+        pytest.param(None, "adamw_torch", id="whole", marks=pytest.mark.slow),
+    ],
+)
 def test_an_overflow_on_one_rank_is_skipped_by_all(
     pool: Pool, gpt2: Path, tmp_path: Path, lora: dict[str, Any] | None, optimizer: str
 ) -> None:
@@ -97,7 +104,7 @@ def _resume_scale(run: Run) -> float:
 
 def test_the_loss_scale_is_resumed(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
     """Catches a scale that starts over, and with it a row of skipped steps."""
-    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS["tp2"])
+    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS["tp2"], arguments={"max_steps": 4})
     on_ranks(pool, _train_with_overflow, run, 2)
     again = replace(run, output=tmp_path / "again", resume=run.output / "checkpoint-3")
     assert on_ranks(pool, _resume_scale, again) == 2.0**15
@@ -106,7 +113,7 @@ def test_the_loss_scale_is_resumed(pool: Pool, gpt2: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("layout", ["tp2", pytest.param("tp2 x fsdp2", marks=pytest.mark.slow)])
 def test_bfloat16_trains_alike_at_every_layout(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches a loss or sums that are rounded to bfloat16 under tensor parallelism."""
-    run = Run(gpt2, tmp_path, arguments={"save_strategy": "no", "bf16": True})
+    run = Run(gpt2, tmp_path, arguments={"save_strategy": "no", "bf16": True, "max_steps": 4})
     expected, _ = train(run)
     steps, _ = on_ranks(pool, train, replace(run, layout=LAYOUTS[layout]))
     assert_close_steps(steps, expected, 1e-2)  # bfloat16 has 8 bits

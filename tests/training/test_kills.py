@@ -87,7 +87,9 @@ def test_killed_runs_end_and_go_on_to_the_same_weights(pool: Pool, tmp_path: Pat
     """Catches ranks that wait for a dead one, half a checkpoint taken for a whole one, steps done twice or never."""
     arguments = {"max_steps": num_kills * STEPS_PER_LIFE + 4, "save_steps": 2, "save_total_limit": 2, "report_to": []}
     layout = LAYOUTS["tp2"]
-    run = Run(save_stock(tmp_path / "model"), tmp_path / "run", layout=layout, config=DROPOUT, arguments=arguments)
+    run = Run(
+        save_stock(tmp_path / "model", n_layer=1), tmp_path / "run", layout=layout, config=DROPOUT, arguments=arguments
+    )
     chance = random.Random(0)
     num_hit_saves = 0
     for number in range(num_kills):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,14 +16,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, Trainer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2LMHeadModel, Trainer
 
-from hf_megatron import MegatronTrainer
+from hf_megatron import MegatronGPT2LMHeadModel, MegatronTrainer
 from hf_megatron.errors import CheckpointIncompleteError
-from tests.models.reference import Pool, save_stock
+from tests.models.reference import Pool, assert_all_equal, save_stock
 from tests.training.runs import (
+    GLOBAL_BATCH,
     LAYOUTS,
     Run,
+    Step,
+    Tensors,
+    assert_close,
     assert_same_steps,
     examples,
     full_weights,
@@ -27,12 +36,13 @@ from tests.training.runs import (
     on_ranks,
     predict,
     train,
+    train_with_moments,
 )
 
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"))
+    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = BertConfig(
         vocab_size=131,
         hidden_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=12,
         intermediate_size=100,
         max_position_embeddings=32,
@@ -53,40 +63,54 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-_FAST = {
-    ("MegatronGPT2LMHeadModel", "tp2", 1),
-    ("MegatronGPT2LMHeadModel", "tp4", 1),
-    ("MegatronGPT2LMHeadModel", "tp2 x replicate2", 1),
-    ("MegatronBertForMaskedLM", "tp2 x fsdp2", 2),
-    ("MegatronGPT2LMHeadModel", "tp2 x fsdp2, split sequences", 2),
-    ("MegatronBertForMaskedLM", "tp2, split sequences", 1),
-}
+# Twenty steps, or more than three epochs; what stops does so in the middle.
+TWENTY = {"max_steps": 20, "save_steps": 10}
+
+
+@pytest.fixture(scope="module")
+def in_one_process(
+    gpt2: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Run, list[Step], Tensors]]:
+    """Twenty steps of a model, by its class, without any parallelism; computed once."""
+
+    @cache
+    def run_of(model_class: str) -> tuple[Run, list[Step], Tensors]:
+        arguments = {**TWENTY, "save_strategy": "no"}
+        model = gpt2 if "GPT2" in model_class else bert
+        run = Run(model, tmp_path_factory.mktemp("one"), model_class, arguments=arguments)
+        return run, *train(run)
+
+    return run_of
+
+
+_CLASSES = ("MegatronGPT2LMHeadModel", "MegatronBertForMaskedLM")
+_QUICK = ("MegatronGPT2LMHeadModel", "tp2 x fsdp2, split sequences", 2)
 _GRID = [
-    pytest.param(*case, marks=() if case in _FAST else pytest.mark.slow)
-    for case in product(("MegatronGPT2LMHeadModel", "MegatronBertForMaskedLM"), LAYOUTS, (1, 2))
+    pytest.param(*case, marks=() if case == _QUICK else pytest.mark.slow) for case in product(_CLASSES, LAYOUTS, (1, 2))
 ]
 
 
 @pytest.mark.parametrize(("model_class", "layout", "accumulation"), _GRID)
 def test_every_layout_logs_the_same_steps(
-    pool: Pool, gpt2: Path, bert: Path, tmp_path: Path, model_class: str, layout: str, accumulation: int
+    pool: Pool,
+    tmp_path: Path,
+    in_one_process: Callable[[str], tuple[Run, list[Step], Tensors]],
+    model_class: str,
+    layout: str,
+    accumulation: int,
 ) -> None:
     """Catches a loss scaled by the degree, a norm that counts replicas, tokens counted per rank, a batch not shared."""
-    model = gpt2 if "GPT2" in model_class else bert
-    run = Run(model, tmp_path / "one", model_class, arguments={"save_strategy": "no"})
-    expected, weights = train(run)
-    layout_sizes = LAYOUTS[layout]
-    data_parallel_size = 1 if "x" not in layout else 2
+    run, expected, weights = in_one_process(model_class)
+    assert len(expected) == 20
     arguments = {
-        "save_strategy": "no",
-        "per_device_train_batch_size": 8 // data_parallel_size // accumulation,
+        **run.arguments,
+        "per_device_train_batch_size": GLOBAL_BATCH // (2 if " x " in layout else 1) // accumulation,
         "gradient_accumulation_steps": accumulation,
     }
-    cut = replace(run, output=tmp_path / "cut", layout=layout_sizes, arguments=arguments)
+    cut = replace(run, output=tmp_path, layout=LAYOUTS[layout], arguments=arguments)
     steps, cut_weights = on_ranks(pool, train, cut)
     assert_same_steps(steps, expected)
-    for name, weight in weights.items():
-        assert torch.allclose(cut_weights[name], weight, rtol=1e-4, atol=1e-5), name
+    assert_close(cut_weights, weights)
 
 
 def test_one_process_trains_as_stock_trainer_with_the_right_mean(gpt2: Path, tmp_path: Path) -> None:
@@ -128,7 +152,9 @@ def _smoothed_loss(run: Run) -> float:
     return _loss_of(trainer, trainer.data_collator(examples(8)))[0]
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2 x fsdp2", pytest.param("tp4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", ["tp2 x fsdp2", *(pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS if x != "tp2 x fsdp2")]
+)
 def test_predictions_hold_every_example_once(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches rows repeated for each rank of a group, a wrong order, and a last batch cut off or filled up."""
     expected = predict(Run(gpt2, tmp_path / "one"))
@@ -143,40 +169,45 @@ def test_predictions_hold_every_example_once(pool: Pool, gpt2: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     "layout",
-    ["one", "tp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("tp2 x fsdp2", "tp2, split sequences"))],
+    ["tp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("one", *LAYOUTS) if x != "tp2")],
 )
 def test_resuming_at_the_same_layout_changes_no_bit(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches a random stream, a moment, a step counter or a place in the data that is not restored; dropout is on."""
     dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
-    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(layout, {}), config=dropout)
-    steps, weights = on_ranks(pool, train, run)
-    again = replace(run, output=tmp_path / "again", resume=run.output / "checkpoint-3")
-    resumed_steps, resumed_weights = on_ranks(pool, train, again)
-    assert resumed_steps == steps[3:]
-    for name, weight in weights.items():
-        assert torch.equal(resumed_weights[name], weight), name
+    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(layout, {}), config=dropout, arguments=TWENTY)
+    steps, state = on_ranks(pool, train_with_moments, run)
+    again = replace(run, output=tmp_path / "again", resume=run.output / "checkpoint-10")
+    resumed_steps, resumed_state = on_ranks(pool, train_with_moments, again)
+    assert resumed_steps == steps[10:]
+    assert_all_equal(resumed_state, state)
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ("tp2", "tp4"),
         ("tp2 x fsdp2", "one"),
-        pytest.param("tp4", "one", marks=pytest.mark.slow),
-        pytest.param("tp2 x fsdp2", "tp4", marks=pytest.mark.slow),
-        pytest.param("one", "tp2 x fsdp2", marks=pytest.mark.slow),
-        pytest.param("tp2, split sequences", "tp4", marks=pytest.mark.slow),
+        *(
+            pytest.param(*layouts, marks=pytest.mark.slow)
+            for layouts in (
+                ("tp2", "tp4"),
+                ("tp4", "one"),
+                ("tp2 x fsdp2", "tp4"),
+                ("one", "tp2 x fsdp2"),
+                ("tp2 x replicate2", "tp2"),
+                ("tp2, split sequences", "tp4"),
+            )
+        ),
     ],
 )
 def test_resuming_at_another_layout(pool: Pool, gpt2: Path, tmp_path: Path, first: str, second: str) -> None:
     """Catches optimizer state that belongs to a layout: other moments, or a fresh optimizer without a word."""
-    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(first, {}))
-    steps, weights = on_ranks(pool, train, run)
-    other = replace(run, output=tmp_path / "other", layout=LAYOUTS.get(second, {}), resume=run.output / "checkpoint-3")
-    resumed_steps, resumed_weights = on_ranks(pool, train, other)
-    assert_same_steps(resumed_steps, steps[3:])
-    for name, weight in weights.items():
-        torch.testing.assert_close(resumed_weights[name], weight, rtol=1e-4, atol=1e-5)
+    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(first, {}), arguments=TWENTY)
+    steps, state = on_ranks(pool, train_with_moments, run)
+    checkpoint = run.output / "checkpoint-10"
+    other = replace(run, output=tmp_path / "other", layout=LAYOUTS.get(second, {}), resume=checkpoint)
+    resumed_steps, resumed_state = on_ranks(pool, train_with_moments, other)
+    assert_same_steps(resumed_steps, steps[10:])
+    assert_close(resumed_state, state)
 
 
 def test_a_checkpoint_without_optimizer_state_says_so(gpt2: Path, tmp_path: Path) -> None:
@@ -208,7 +239,7 @@ def test_an_interrupted_save_is_no_checkpoint(gpt2: Path, tmp_path: Path, monkey
     assert sorted(path.name for path in run.output.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2"])
+@pytest.mark.parametrize("layout", ["tp2", pytest.param("one", marks=pytest.mark.slow)])
 def test_best_model_at_the_end_and_the_limit_on_checkpoints(
     pool: Pool, gpt2: Path, tmp_path: Path, layout: str
 ) -> None:
@@ -244,20 +275,52 @@ def _weights_of(run: Run) -> dict[str, torch.Tensor]:
     return full_weights(make_trainer(run).model)
 
 
-def test_save_model_leaves_a_directory_for_stock_transformers(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
-    """Catches a final model in shards, or with a copy of the tied head."""
-    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS["tp2"], arguments={"max_steps": 1, "save_strategy": "no"})
-    on_ranks(pool, _train_and_save, run)
-    model, info = GPT2LMHeadModel.from_pretrained(run.output / "final", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert model.config.vocab_size == 131
+@pytest.mark.parametrize(
+    "layout", ["tp2 x fsdp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("one", "tp2", "tp2 x replicate2"))]
+)
+def test_one_flag_saves_for_stock_transformers(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
+    """Catches a final model in shards, under our names, or with a copy of the tied head."""
+    run = Run(gpt2, tmp_path, layout=LAYOUTS.get(layout, {}), arguments={"max_steps": 1, "save_strategy": "no"})
+    weights = on_ranks(pool, _train_and_save, run)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", output_loading_info=True)
+    assert type(model) is GPT2LMHeadModel
+    assert not any(info.values()), info
+    assert_all_equal(full_weights(model), weights)
+    # Without the flag it is the same tensors with a configuration of ours.
+    assert_all_equal(load_file(tmp_path / "ours/model.safetensors"), load_file(tmp_path / "stock/model.safetensors"))
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")) is MegatronGPT2LMHeadModel
 
 
-def _train_and_save(run: Run) -> None:
+_LOAD_WITHOUT_US = """
+import sys
+sys.modules["hf_megatron"] = None  # importing it raises ImportError, installed or not
+import transformers
+for directory in sys.argv[1:]:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert type(model) is transformers.GPT2LMHeadModel, model
+    assert not any(info.values()), info
+"""
+
+
+@pytest.mark.slow
+def test_what_is_saved_for_stock_transformers_loads_without_this_package(
+    pool: Pool, gpt2: Path, tmp_path: Path
+) -> None:
+    """Catches a user who cannot leave: a trained model that needs this package to be installed."""
+    arguments = {"max_steps": 1, "save_strategy": "no"}
+    for layout in ("tp2", "tp2 x fsdp2"):
+        on_ranks(pool, _train_and_save, Run(gpt2, tmp_path / layout, layout=LAYOUTS[layout], arguments=arguments))
+    directories = [str(tmp_path / layout / "stock") for layout in ("tp2", "tp2 x fsdp2")]
+    done = subprocess.run([sys.executable, "-I", "-c", _LOAD_WITHOUT_US, *directories], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def _train_and_save(run: Run) -> Tensors:
     trainer = make_trainer(run)
     trainer.train()
-    trainer.save_model(str(run.output / "final"))
+    trainer.save_model(str(run.output / "stock"), stock=True)
+    trainer.save_model(str(run.output / "ours"))
+    return full_weights(trainer.model)
 
 
 def test_a_stock_model_is_trained_as_by_the_stock_class(gpt2: Path, tmp_path: Path) -> None:

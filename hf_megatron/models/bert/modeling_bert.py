@@ -130,14 +130,14 @@ class MegatronBertSelfAttention(ParallelAttention):
         Returns:
             The context [B, S, H_p], split by heads, and the probabilities [B, N_p, S, S] where they are kept.
 
-        Collective: all-reduce over tp, backward, of the input's gradient: one for all three projections. With a region
-        those of :func:`column_products`, also for all three.
+        Collective: those of :func:`column_products`, once for all three projections.
         """
-        if region is None:
-            (hidden_states,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)
-            query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
-        else:
-            query, key, value = column_products(hidden_states, region, self.query, self.key, self.value)
+        layers = (self.query, self.key, self.value)
+        if self.tp_group.size > 1 and all(isinstance(layer, ColumnParallelLinear) for layer in layers):
+            query, key, value = column_products(hidden_states, region, *layers)
+        else:  # an adapter around one of them computes something of its own
+            (copied,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)
+            query, key, value = (layer(copied) for layer in layers)
         return self.attend(query, key, value, attention_mask, **kwargs)
 
 

@@ -11,9 +11,9 @@ import pytest
 from benchmarks.peers import derived
 from benchmarks.peers.derived import CARD, pairs, ratio_of
 from benchmarks.peers.report import draw, markdown
-from benchmarks.peers.results import RESULTS, read, write
 from benchmarks.peers.targets import TARGETS, reached
 from benchmarks.peers.workload import GPU_WORKLOADS, WORKLOADS, Workload, training_flops
+from benchmarks.records import RESULTS, read
 
 _OURS, _PEER = "ours-tp2-1t", "megatron-core-tp2-1t"
 
@@ -122,14 +122,6 @@ def test_figure(results: dict[str, Any], tmp_path: Path) -> None:
     """Catches a figure that is not drawn."""
     draw({**results, "again": results["gpt2-fp32"]}, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_results_come_back(tmp_path: Path) -> None:
-    """Catches rounding that turns counts or names into something else."""
-    file = tmp_path / "results.json"
-    assert read(file) == {}
-    write(file, {"a": [{"count": 3, "seconds": 0.123456789, "name": "x", "none": None}]})
-    assert read(file) == {"a": [{"count": 3, "seconds": 0.123457, "name": "x", "none": None}]}
 
 
 def test_tables_that_are_kept_are_those_of_the_data() -> None:

@@ -10,15 +10,22 @@ import torch
 from tests.models.bert.reference import PLACEMENTS, BertDir, make_inputs, make_labels, our_class
 from tests.models.collectives import Collective, Recorder, all_reduces
 from tests.models.reference import Pool, layout, run_at
+from tests.tiers import quick
 
 B, S, H, V, LAYERS = 3, 9, 48, 131, 2
 LABELLED = int((make_labels("ForMaskedLM")["labels"] != -100).sum())
 
 
-def _record_steps(head: str, directory: Path, tp_size: int, checkpointing: bool = False) -> dict[str, list[Collective]]:
-    model = our_class(head).from_pretrained(directory, distributed_config=layout(tp_size)).train()
-    if checkpointing:
-        model.activation_checkpointing_enable()
+def _record_steps(
+    head: str, directory: Path, tp_size: int, recompute: str | None = None
+) -> dict[str, list[Collective]]:
+    model = (
+        our_class(head)
+        .from_pretrained(directory, distributed_config=layout(tp_size), attn_implementation="eager")
+        .train()
+    )
+    if recompute is not None:
+        model.activation_checkpointing_enable({"recompute": recompute})
     optimizer = torch.optim.AdamW(model.parameters())
     inputs, labels = make_inputs(head), make_labels(head)
     recorders = {phase: Recorder() for phase in ("forward", "backward", "optimizer", "evaluation")}
@@ -37,11 +44,16 @@ def _record_steps(head: str, directory: Path, tp_size: int, checkpointing: bool 
     return {phase: recorder.seen for phase, recorder in recorders.items()}
 
 
+_STEPS = [("ForPreTraining", 2), ("ForPreTraining", 4), ("ForMaskedLM", 2), ("ForSequenceClassification", 2)]
+
+
 @pytest.mark.parametrize(
-    ("head", "tp_size"),
-    [("ForPreTraining", 2), ("ForPreTraining", 4), ("ForMaskedLM", 2), ("ForSequenceClassification", 2)],
+    ("placement", "head", "tp_size"),
+    quick(
+        ((placement, *step) for placement in PLACEMENTS for step in _STEPS),
+        [("pre", "ForPreTraining", 2), ("post", "ForPreTraining", 4), ("post", "ForSequenceClassification", 2)],
+    ),
 )
-@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_collectives_of_a_training_step(pool: Pool, bert_dir: BertDir, placement: str, head: str, tp_size: int) -> None:
     """Catches an f for each of query, key and value, a norm that communicates, and anything of vocabulary width.
 
@@ -72,9 +84,16 @@ def test_checkpointing_repeats_only_the_recomputed_half(pool: Pool, bert_dir: Be
 
     With ``pre`` a layer ends with a sum, whose value nobody needs for the gradient; with ``post`` it ends with a norm.
     """
-    (seen, _) = run_at(pool, 2, _record_steps, "ForMaskedLM", bert_dir(placement, "ForMaskedLM"), 2, True)
+    (seen, _) = run_at(pool, 2, _record_steps, "ForMaskedLM", bert_dir(placement, "ForMaskedLM"), 2, "full")
     per_layer = 3 if placement == "pre" else 4
     assert seen["backward"] == all_reduces(*[B * S * H] * per_layer * LAYERS)
+
+
+def test_selective_recomputation_sends_nothing(pool: Pool, bert_dir: BertDir) -> None:
+    """Catches a recomputation that goes beyond what each rank does with its own heads."""
+    directory = bert_dir("pre", "ForMaskedLM")
+    expected = run_at(pool, 2, _record_steps, "ForMaskedLM", directory, 2)
+    assert run_at(pool, 2, _record_steps, "ForMaskedLM", directory, 2, "selective") == expected
 
 
 def test_one_process_communicates_with_nobody(bert_dir: BertDir) -> None:

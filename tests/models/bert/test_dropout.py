@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from tests.models.reference import (
     rank,
     run_at,
 )
+from tests.tiers import quick
 
 P_ATTENTION, P_HIDDEN = 0.3, 0.1
 
@@ -74,8 +76,10 @@ def _train(directory: Path, tp_size: int, attention: str, checkpointing: dict[st
     return _Steps(torch.stack(losses), gradients(model), torch.get_rng_state())
 
 
-@pytest.mark.parametrize(("attention", "tp_size"), [("eager", 4), ("sdpa", 2)])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("placement", "attention", "tp_size"),
+    quick(itertools.product(PLACEMENTS, ("eager", "sdpa"), (2, 4)), [("pre", "eager", 4), ("post", "sdpa", 2)]),
+)
 def test_training_does_not_depend_on_the_degree(
     pool: Pool, directories: dict[str, Path], placement: str, attention: str, tp_size: int
 ) -> None:
@@ -87,16 +91,20 @@ def test_training_does_not_depend_on_the_degree(
         assert torch.equal(steps.random_state, expected.random_state)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize(
+    ("tp_size", "placement", "attention"),
+    quick(
+        itertools.product((1, 2), PLACEMENTS, ("eager", "sdpa")),
+        [(1, "post", "eager"), (2, "pre", "eager"), (2, "post", "sdpa")],
+    ),
+)
 def test_checkpointing_changes_nothing(
     pool: Pool, directories: dict[str, Path], tp_size: int, placement: str, attention: str
 ) -> None:
     """Catches a recomputation that drops other elements than the forward pass did: silently wrong gradients."""
     expected = run_at(pool, tp_size, _train, directories[placement], tp_size, attention)[0]
-    for reentrant in (False, True):
-        options = {"use_reentrant": reentrant}
+    for reentrant, recompute in itertools.product((False, True), ("full", "selective")):
+        options = {"use_reentrant": reentrant, "recompute": recompute}
         for steps in run_at(pool, tp_size, _train, directories[placement], tp_size, attention, options):
             assert torch.equal(steps.losses, expected.losses)
             assert_all_equal(steps.gradients, expected.gradients)
@@ -138,8 +146,21 @@ def _drop_everything(placement: str, head: str, directory: Path, tp_size: int) -
         torch.testing.assert_close(dict(outputs_of(actual, valid)), dict(outputs_of(expected, valid)))
 
 
-@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("head", "placement"),
+    quick(
+        itertools.product(
+            ("Model", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification"), PLACEMENTS
+        ),
+        [
+            ("Model", "pre"),
+            ("Model", "post"),
+            ("ForSequenceClassification", "pre"),
+            ("ForMultipleChoice", "post"),
+            ("ForTokenClassification", "post"),
+        ],
+    ),
+)
 def test_dropout_stands_where_stock_has_it(pool: Pool, tmp_path: Path, placement: str, head: str) -> None:
     """Catches dropout that is missing, applied twice, or on the wrong side of a residual or a norm."""
     save_stock_bert(tmp_path, placement, head, hidden_dropout_prob=1.0)

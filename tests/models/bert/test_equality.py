@@ -31,6 +31,7 @@ from tests.models.reference import (
     layout,
     run_at,
 )
+from tests.tiers import quick
 
 Kernel = tuple[torch.dtype, str]  # dtype and attention implementation
 
@@ -82,18 +83,21 @@ def _compare(
         assert_same_on_all_ranks(f"{context}: first output", next(v for k, v in outputs.items() if k != "loss"))
 
 
+_QUICK = [
+    *((head, "pre" if i % 2 else "post", 2) for i, head in enumerate(HEADS)),
+    *(("ForPreTraining", placement, tp_size) for placement in PLACEMENTS for tp_size in (1, 4)),
+]
+
+
 @pytest.mark.parametrize(
-    ("tp_size", "kernels"), [(1, TWO_KERNELS), (2, TWO_KERNELS), (4, ONE_KERNEL)], ids=["1", "2", "4"]
+    ("head", "placement", "tp_size"), quick(itertools.product(HEADS, PLACEMENTS, (1, 2, 4)), _QUICK)
 )
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_heads_equal_stock(
-    pool: Pool, bert_dir: BertDir, placement: str, head: str, tp_size: int, kernels: list[Kernel]
-) -> None:
+def test_heads_equal_stock(pool: Pool, bert_dir: BertDir, placement: str, head: str, tp_size: int) -> None:
     """Catches a wrong cut, a missing or doubled reduction, a norm in the wrong place, a head that is not the stock one.
 
     Hidden states and attentions are compared as well: they must be those of all heads, and of the same places.
     """
+    kernels = ONE_KERNEL if tp_size == 4 else TWO_KERNELS
     run_at(pool, tp_size, _compare, placement, head, bert_dir(placement, head), tp_size, kernels, ("right",))
 
 
@@ -123,7 +127,7 @@ def _compare_inputs(placement: str, directory: Path, tp_size: int) -> None:
         assert_outputs_agree(str(list(inputs)), ours(**inputs), stock(**inputs), valid)
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("tp_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_inputs_equal_stock(pool: Pool, bert_dir: BertDir, placement: str, tp_size: int) -> None:
     """Catches arguments that are dropped on the way, and token types or positions that are made up wrongly."""

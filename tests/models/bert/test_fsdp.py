@@ -59,9 +59,15 @@ def _batch(step: int) -> Tensors:
     ("placement", "variant", "tp_size", "fsdp_size"),
     [
         ("pre", "base", 2, 2),
-        ("post", "untied", 2, 2),
-        ("post", "base", 1, 2),
-        *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (("post", "base", 2, 2), ("pre", "untied", 2, 2))),
+        *(
+            pytest.param(*slow, marks=pytest.mark.slow)
+            for slow in (
+                ("post", "base", 1, 2),
+                ("post", "base", 2, 2),
+                ("pre", "untied", 2, 2),
+                ("post", "untied", 2, 2),
+            )
+        ),
     ],
 )
 def test_training_equals_one_process(

@@ -29,6 +29,7 @@ from tests.models.reference import (
     rank,
     run_at,
 )
+from tests.tiers import quick
 
 PADDING_ROW = "embeddings.word_embeddings.weight"
 
@@ -49,8 +50,15 @@ def _build(placement: str, head: str, tp_size: int, fsdp_size: int, seed: int | 
     return full_weights(model)
 
 
-@pytest.mark.parametrize(("tp_size", "fsdp_size", "seed"), [(2, 1, 3), (4, 1, None), (2, 2, 3), (1, 2, 3)])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+_BUILT = [(2, 1, 3), (4, 1, None), (2, 2, 3), (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("placement", "tp_size", "fsdp_size", "seed"),
+    quick(
+        ((placement, *built) for placement in PLACEMENTS for built in _BUILT), [("pre", 4, 1, None), ("post", 2, 2, 3)]
+    ),
+)
 def test_weights_do_not_depend_on_the_layout(
     pool: Pool, placement: str, tp_size: int, fsdp_size: int, seed: int | None
 ) -> None:
@@ -153,7 +161,10 @@ def _train_from_scratch(placement: str, head: str, tp_size: int) -> list[float]:
 
 @pytest.mark.parametrize(
     ("placement", "head", "tp_size"),
-    [("pre", "ForPreTraining", 4), ("post", "ForPreTraining", 2), ("pre", "ForMaskedLM", 2)],
+    quick(
+        [("pre", "ForPreTraining", 4), ("post", "ForPreTraining", 2), ("pre", "ForMaskedLM", 2)],
+        [("post", "ForPreTraining", 2)],
+    ),
 )
 def test_training_from_scratch_is_the_same_at_every_degree(pool: Pool, placement: str, head: str, tp_size: int) -> None:
     """Catches buffers left as memory was, and parameters that are not the ones the forward uses."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from tests.models.bert.reference import (
     stock_class,
 )
 from tests.models.reference import Pool, assert_all_equal, full_weights, layout, rank, run_at
+from tests.tiers import quick
 
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
 DECODER, BIAS = "cls.predictions.decoder", "cls.predictions.bias"
@@ -96,8 +98,9 @@ def _load(directories: list[Path], tp_size: int) -> list[Tensors]:
     return loaded
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("placement", "tp_size"), quick(itertools.product(PLACEMENTS, (1, 2)), [("pre", 1), ("post", 2)])
+)
 def test_spellings_load(pool: Pool, bert_dir: BertDir, tmp_path: Path, placement: str, tp_size: int) -> None:
     """Catches parameters that are drawn at random because their names in the file are others."""
     for name, spelling in SPELLINGS.items():
@@ -189,8 +192,13 @@ def _load_another_head(head: str, directory: Path, tp_size: int) -> tuple[Tensor
     return full_weights(model), info
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("head", [head for head in HEADS if head != "ForMaskedLM"])
+@pytest.mark.parametrize(
+    ("head", "placement"),
+    quick(
+        itertools.product((head for head in HEADS if head != "ForMaskedLM"), PLACEMENTS),
+        [("ForPreTraining", "post"), ("ForQuestionAnswering", "pre"), ("Model", "pre")],
+    ),
+)
 def test_another_head_is_put_on_the_stored_body(pool: Pool, bert_dir: BertDir, head: str, placement: str) -> None:
     """Catches a fresh head or pooler that every rank draws for itself, and a body that is not loaded under it."""
     directory = bert_dir(placement, "ForMaskedLM")
@@ -232,8 +240,9 @@ def _check_reads(directory: Path, tp_size: int) -> None:
         assert held.untyped_storage().nbytes() == 4 * sum(box.numel for box in expected), f"{name} holds more"
 
 
-@pytest.mark.parametrize("tp_size", [2, 4])
-@pytest.mark.parametrize("variant", ["base", "untied"])
+@pytest.mark.parametrize(
+    ("variant", "tp_size"), quick(itertools.product(("base", "untied"), (2, 4)), [("base", 4), ("untied", 2)])
+)
 def test_a_rank_reads_and_holds_its_slices_only(pool: Pool, bert_dir: BertDir, variant: str, tp_size: int) -> None:
     """Catches a rank that reads a tensor whole to keep a part, or holds a view of it."""
     run_at(pool, tp_size, _check_reads, bert_dir("post", "ForPreTraining", variant), tp_size)

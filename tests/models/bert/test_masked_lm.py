@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.models.bert.reference import (
     stock_class,
 )
 from tests.models.reference import Pool, assert_agrees, assert_all_agree, layout, reference_loss, run_at
+from tests.tiers import quick
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -53,8 +55,9 @@ def _compare_losses(placement: str, directory: Path, tp_size: int) -> None:
         ours.train()
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("placement", "tp_size"), quick(itertools.product(PLACEMENTS, (1, 2, 4)), [("pre", 2), ("post", 1)])
+)
 def test_losses_equal_stock(pool: Pool, bert_dir: BertDir, placement: str, tp_size: int) -> None:
     """Catches an option that is dropped on the way, or a mean over all positions where few have labels."""
     run_at(pool, tp_size, _compare_losses, placement, bert_dir(placement, "ForMaskedLM"), tp_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ from tests.models.bert.reference import (
     stock_class,
 )
 from tests.models.reference import Pool, assert_agrees, assert_all_equal, full_weights, layout, run_at
+from tests.tiers import quick
 
 
 def _save(source: Path, directory: Path, head: str, tp_size: int, fsdp_size: int = 1, **options: bool) -> None:
@@ -34,15 +36,20 @@ def _save(source: Path, directory: Path, head: str, tp_size: int, fsdp_size: int
     model.save_pretrained(directory, **options)
 
 
+_SAVED = [
+    *(("ForPreTraining", variant, tp_size) for variant, tp_size in (("base", 2), ("untied", 1), ("untied", 4))),
+    *((head, "base", 2) for head in HEADS if head != "ForPreTraining"),
+    ("ForMaskedLM", "untied", 2),
+]
+
+
 @pytest.mark.parametrize(
-    ("head", "variant", "tp_size"),
-    [
-        *(("ForPreTraining", variant, tp_size) for variant, tp_size in (("base", 2), ("untied", 1), ("untied", 4))),
-        *((head, "base", 2) for head in HEADS if head != "ForPreTraining"),
-        ("ForMaskedLM", "untied", 2),
-    ],
+    ("placement", "head", "variant", "tp_size"),
+    quick(
+        ((placement, *saved) for placement in PLACEMENTS for saved in _SAVED),
+        [("pre" if i % 2 else "post", *saved) for i, saved in enumerate(_SAVED)],
+    ),
 )
-@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_the_stock_class_loads_what_is_saved(
     pool: Pool, bert_dir: BertDir, tmp_path: Path, placement: str, head: str, variant: str, tp_size: int
 ) -> None:
@@ -56,8 +63,10 @@ def test_the_stock_class_loads_what_is_saved(
     assert_all_equal({name: value for name, value in full_weights(model).items() if name in original}, original)
 
 
-@pytest.mark.parametrize("head", ["Model", "ForPreTraining"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("placement", "head"),
+    quick(itertools.product(PLACEMENTS, ("Model", "ForPreTraining")), [("pre", "Model"), ("post", "ForPreTraining")]),
+)
 def test_config_says_what_was_asked(pool: Pool, bert_dir: BertDir, tmp_path: Path, placement: str, head: str) -> None:
     """Catches a layout, or anything else of ours, that leaks into a stock config.json; and a placement that is lost."""
     stock = bert_dir(placement, head)
@@ -102,6 +111,7 @@ def _save_to_leave(root: Path, tp_size: int) -> None:
         _save(root / "stock" / placement / head, root / "tp" / placement, head, tp_size, distributed_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_it_loads_without_this_package(pool: Pool, tmp_path: Path) -> None:
     """Catches a user who cannot leave: `save_pretrained(stock=True)` and `--to hub` need this package to be loaded."""
     for placement in PLACEMENTS:
@@ -138,8 +148,8 @@ def _load_weights(directory: Path, tp_size: int, fsdp_size: int) -> Tensors:
 @pytest.mark.parametrize(
     ("placement", "variant", "saved_at"),
     [
-        ("pre", "base", (4, 1)),
         ("post", "untied", (2, 2)),
+        pytest.param("pre", "base", (4, 1), marks=pytest.mark.slow),
         *(
             pytest.param(placement, variant, saved_at, marks=pytest.mark.slow)
             for placement, variant in (("pre", "untied"), ("post", "base"))

@@ -40,6 +40,7 @@ from tests.models.reference import (
     rank,
     run_at,
 )
+from tests.tiers import quick
 
 B, H, LAYERS = 3, 48, 2
 
@@ -89,15 +90,9 @@ def _compare(
 
 _QUICK = {
     ("pre", "ForPreTraining", 4),
-    ("post", "ForPreTraining", 2),
-    ("pre", "ForMultipleChoice", 2),
-    ("post", "Model", 4),
-    ("post", "ForQuestionAnswering", 4),
+    ("post", "ForMultipleChoice", 2),
 }
-_CASES = [
-    pytest.param(*case, marks=() if case in _QUICK else pytest.mark.slow)
-    for case in itertools.product(PLACEMENTS, HEADS, (2, 4))
-]
+_CASES = quick(itertools.product(PLACEMENTS, HEADS, (2, 4)), _QUICK)
 
 
 @pytest.mark.parametrize(("placement", "head", "tp_size"), _CASES)

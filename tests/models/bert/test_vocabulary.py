@@ -36,6 +36,7 @@ from tests.models.reference import (
     rank,
     run_at,
 )
+from tests.tiers import quick
 
 BIAS, EMBEDDING = "cls.predictions.bias", "bert.embeddings.word_embeddings.weight"
 
@@ -120,8 +121,13 @@ def _padding_gradient(padding: int, directory: Path, tp_size: int) -> None:
     assert torch.equal(gradient.abs().sum(dim=1) > 0, has_gradient)
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
-@pytest.mark.parametrize(("padding", "variant"), [(0, "base"), (LAST_TOKEN, "padding_at_the_end")])
+@pytest.mark.parametrize(
+    ("padding", "variant", "tp_size"),
+    quick(
+        ((*at, tp_size) for at in ((0, "base"), (LAST_TOKEN, "padding_at_the_end")) for tp_size in (1, 2, 4)),
+        [(0, "base", 1), (LAST_TOKEN, "padding_at_the_end", 2)],
+    ),
+)
 def test_the_padding_row_is_not_trained(
     pool: Pool, bert_dir: BertDir, padding: int, variant: str, tp_size: int
 ) -> None:
@@ -136,7 +142,7 @@ def _rows_of_zeros(padding: int | None, tp_size: int) -> list[int]:
     return rows.flatten().tolist()
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("tp_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("padding", [0, 70, LAST_TOKEN, None])
 def test_the_padding_row_begins_as_zeros(pool: Pool, padding: int | None, tp_size: int) -> None:
     """Catches a padding row that is drawn like the others, or the same row of every rank's shard set to zero."""

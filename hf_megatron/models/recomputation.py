@@ -1,0 +1,54 @@
+"""Activation checkpointing: what the backward pass computes again instead of keeping it.
+
+Of transformers' private parts this uses ``GradientCheckpointingLayer._gradient_checkpointing_func``.
+
+Source: Korthikanti et al. 2022, arXiv:2205.05198, section 5, has selective recomputation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_megatron.errors import UnsupportedError
+
+__all__ = ["RecomputationMixin"]
+
+
+class RecomputationMixin:
+    """Adds selective recomputation to the activation checkpointing of ``PreTrainedModel``."""
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """As the stock method, with one more option.
+
+        Args:
+            activation_checkpointing_kwargs: As for the stock method; and ``recompute`` may be ``"full"``, whole layers,
+                which is the default, or ``"selective"``: of each layer the attention between its projections, which
+                takes most of the memory and little of the time. A fused attention kernel does that by itself.
+            *args: As for the stock method.
+            **kwargs: As for the stock method.
+
+        Raises:
+            UnsupportedError: ``recompute`` is anything else.
+        """
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        recompute = options.pop("recompute", "full")
+        if recompute not in ("full", "selective"):
+            raise UnsupportedError(
+                f"recompute={recompute!r} in activation_checkpointing_kwargs: choose 'full' for whole layers, or "
+                "'selective' for attention only. To recompute nothing, leave activation checkpointing off."
+            )
+        super().activation_checkpointing_enable(options, *args, **kwargs)  # type: ignore[misc]
+        for layer in self.modules() if recompute == "selective" else ():  # type: ignore[attr-defined]
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer._gradient_checkpointing_func = partial(_run_layer, layer._gradient_checkpointing_func)
+
+
+def _run_layer(checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
+    """Hand the function that would checkpoint a whole layer down to its attention."""
+    return forward(*args, recompute=checkpoint)

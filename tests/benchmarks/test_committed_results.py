@@ -1,0 +1,78 @@
+"""What benchmarks/README.md claims of committed results, and that these can be drawn again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bench_finetune_squad, bench_layernorm_placement, bench_model_sizes, bench_pretrain_gpt2
+from benchmarks.records import RESULTS, read
+
+
+def _check_finetune_squad(results: dict[str, Any]) -> None:
+    """Both degrees learn the same, to the digit, and far more than chance."""
+    one, two = results["runs"]
+    assert one == {**two, "tp_size": 1}
+    assert one["f1"] > 5 * results["chance_f1"]
+
+
+def _check_layernorm_placement(results: dict[str, Any]) -> None:
+    """At 24 layers only the rearranged BERT learns; at 4 layers both do."""
+    last = {(r["panel"]["layers"], r["placement"], r["seed"]): r["masked_lm_loss"][-1] for r in results["runs"]}
+    for seed in results["setting"]["seeds"]:
+        assert last[4, "pre", seed] == pytest.approx(last[4, "post", seed], abs=0.1)
+        assert last[24, "pre", seed] < last[24, "post", seed] - 0.3
+
+
+def _check_model_sizes(results: dict[str, Any]) -> None:
+    """From the middle on a larger model is better, and where the smaller one ends it has been before."""
+    pairs = list(bench_model_sizes.overtaken(results["runs"]))
+    assert len(pairs) == (len(results["setting"]["sizes"]) - 1) * len(results["setting"]["seeds"]) >= 4
+    for larger, smaller, step in pairs:
+        assert larger["batches"] == smaller["batches"]
+        assert larger["steps"] == smaller["steps"]
+        later = slice(len(larger["steps"]) // 2, None)
+        values = zip(larger["perplexity"][later], smaller["perplexity"][later], strict=True)
+        assert all(large < small for large, small in values)
+        assert step is not None
+        assert step < smaller["steps"][-1]
+
+
+def _check_pretrain_gpt2(results: dict[str, Any]) -> None:
+    """Both degrees learn the same up to rounding, which dropout's masks and the optimizer carry on."""
+    one, two = results["runs"]
+    assert one["steps"] == two["steps"]
+    assert one["loss"] == pytest.approx(two["loss"], rel=0.01)
+    assert one["perplexity"] == pytest.approx(two["perplexity"], rel=0.01)
+    assert one["perplexity"][-1] < one["perplexity"][0] / 2
+
+
+_CLAIMS = {
+    "finetune_squad": (bench_finetune_squad.main, _check_finetune_squad),
+    "layernorm_placement": (bench_layernorm_placement.main, _check_layernorm_placement),
+    "model_sizes": (bench_model_sizes.main, _check_model_sizes),
+    "pretrain_gpt2": (bench_pretrain_gpt2.main, _check_pretrain_gpt2),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in _CLAIMS if (RESULTS / f"{name}.json").exists()])
+def test_committed_results(tmp_path: Path, name: str) -> None:
+    """Catches results that do not hold what is claimed of them, and a script that no longer reads them."""
+    main, check = _CLAIMS[name]
+    shutil.copy(RESULTS / f"{name}.json", tmp_path)
+    main(["--redraw", "--output", str(tmp_path)])
+    image = (tmp_path / f"{name}.png").read_bytes()
+    assert image.startswith(b"\x89PNG")
+    assert len(image) > 10_000
+    check(read(RESULTS / f"{name}.json"))
+
+
+def test_the_evaluation_is_three_times_faster_than_the_loop() -> None:
+    """Catches figures of a setting other than the one that is promised, or that do not keep the promise."""
+    report = read(RESULTS / "wikitext103.json")
+    setting = report["setting"]
+    assert (setting["hidden"], setting["layers"], setting["tokens"]) == (256, 4, 20_000)
+    assert report["ratio"] >= 3

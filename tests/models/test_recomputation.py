@@ -1,0 +1,144 @@
+"""What activation checkpointing computes again: whole layers, or attention only. Dropout's tests have the numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from hf_megatron import (
+    MegatronBertConfig,
+    MegatronBertForMaskedLM,
+    MegatronGPT2Config,
+    MegatronGPT2LMHeadModel,
+    MegatronTrainer,
+)
+from hf_megatron.errors import UnsupportedError
+from hf_megatron.modules import ParallelAttention
+from hf_megatron.tensor_parallel import RowParallelLinear
+
+V, S, LAYERS = 131, 16, 4
+IDS = torch.arange(2 * S).view(2, S)
+SELECTIVE = {"recompute": "selective"}
+
+
+def _model(architecture: str, attention: str = "eager") -> Any:
+    if architecture == "gpt2":
+        sizes = {"n_embd": 16, "n_layer": LAYERS, "n_head": 4, "n_positions": S, "attn_pdrop": 0.0}
+        ids = {"bos_token_id": 0, "eos_token_id": V - 1}
+        gpt2_config = MegatronGPT2Config(vocab_size=V, **sizes, **ids)
+        return MegatronGPT2LMHeadModel.from_config(gpt2_config, seed=0, attn_implementation=attention)
+    bert_config = MegatronBertConfig(
+        vocab_size=V,
+        hidden_size=16,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=S,
+        attention_probs_dropout_prob=0.0,
+    )
+    return MegatronBertForMaskedLM.from_config(bert_config, seed=0, attn_implementation=attention)
+
+
+def _computed(model: Any) -> dict[str, int]:
+    """How often a training step computes attention, and the products behind attention and MLP."""
+    counted: Counter[str] = Counter()
+    explicit = ParallelAttention._explicit
+
+    def attend(*args: Any) -> Any:
+        counted["attention"] += 1
+        return explicit(*args)
+
+    def count_product(module: nn.Module, *_: Any) -> None:
+        counted["product"] += 1
+
+    hooks = [m.register_forward_hook(count_product) for m in model.modules() if isinstance(m, RowParallelLinear)]
+    with patch.object(ParallelAttention, "_explicit", attend):
+        model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return dict(counted)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
+def test_what_is_computed_again(architecture: str) -> None:
+    """Catches the option not reaching a layer's attention, whole layers recomputed with it, and one that stays on."""
+    model = _model(architecture)
+    once = {"attention": LAYERS, "product": 2 * LAYERS}
+    assert _computed(model) == once
+    model.activation_checkpointing_enable(SELECTIVE)
+    assert model.is_activation_checkpointing
+    assert _computed(model) == {**once, "attention": 2 * LAYERS}
+    model.activation_checkpointing_enable(SELECTIVE, every_n_layers=2)
+    assert _computed(model) == {**once, "attention": LAYERS + LAYERS // 2}
+    model.activation_checkpointing_enable()
+    assert _computed(model)["product"] > once["product"]
+    model.activation_checkpointing_enable(SELECTIVE)
+    model.activation_checkpointing_disable()
+    assert not model.is_activation_checkpointing
+    assert _computed(model) == once
+
+
+def test_the_old_name() -> None:
+    """Catches an option that only the new one of transformers' two names for it takes."""
+    model = _model("gpt2")
+    with pytest.warns(FutureWarning, match="activation_checkpointing_enable"):
+        model.gradient_checkpointing_enable(SELECTIVE)
+    assert _computed(model)["attention"] == 2 * LAYERS
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
+def test_a_fused_kernel_is_left_to_itself(architecture: str) -> None:
+    """Catches a kernel that keeps no scores run twice, for nothing."""
+    model = _model(architecture, "sdpa")
+    model.activation_checkpointing_enable(SELECTIVE)
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    with patch.object(torch.nn.functional, "scaled_dot_product_attention", wraps=kernel) as attend:
+        assert _computed(model) == {"product": 2 * LAYERS}
+    assert attend.call_count == LAYERS
+
+
+def test_generation_is_what_it_was() -> None:
+    """Catches a cache of keys and values that is left out, or filled twice, where nothing is trained."""
+    model = _model("gpt2").eval()
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(2, 5)}
+    expected = model.generate(IDS[:, :5], **options)
+    model.activation_checkpointing_enable(SELECTIVE)
+    assert torch.equal(model.generate(IDS[:, :5], **options), expected)
+    cache = model(input_ids=IDS[:, :5], use_cache=True).past_key_values
+    assert cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("recompute", ["none", "Selective", None, True])
+def test_other_values_are_refused(recompute: Any) -> None:
+    """Catches a value with a slip of the pen that recomputes everything, or nothing, without a word."""
+    model = _model("gpt2")
+    with pytest.raises(UnsupportedError, match=f"recompute={recompute!r}.*'full'.*'selective'.*off"):
+        model.activation_checkpointing_enable({"recompute": recompute})
+    assert not model.is_activation_checkpointing
+
+
+def test_trainer_passes_the_option_on(tmp_path: Path) -> None:
+    """Catches arguments of a training run that no longer reach the model as they are."""
+    model = _model("gpt2")
+    arguments = TrainingArguments(
+        str(tmp_path),
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={**SELECTIVE, "use_reentrant": False},
+        per_device_train_batch_size=2,
+        max_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    with patch.object(ParallelAttention, "_explicit", autospec=True, side_effect=ParallelAttention._explicit) as attend:
+        MegatronTrainer(model, arguments, train_dataset=rows).train()
+    assert attend.call_count == 2 * LAYERS
