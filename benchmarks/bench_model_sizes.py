@@ -78,7 +78,7 @@ class Tokens:
     end_of_document: int
 
 
-QUICK = Setting(sizes=(Size(1, 32), Size(2, 32)), seeds=(1,), vocab=300, length=16, batch=2, points=4, held_out=0.2)
+QUICK = Setting(sizes=(Size(1, 32), Size(2, 32)), seeds=(1,), vocab=300, length=16, batch=8, points=3, held_out=0.2)
 
 
 class Collator:

@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_training_step import planned_bytes
 from benchmarks.command_line import make_parser, parse
 from benchmarks.peers.agreement import check_same_work
 from benchmarks.peers.competitors import COMPETITORS, Configuration
@@ -61,8 +60,8 @@ def measure(workload: Workload, rounds: int, max_foreign_cores: float, max_secon
             workers.ask("load")
             found[workers.name] = {
                 "check": workers.ask("check"),
+                "activations": workers.ask("activations"),
                 "memory": [workers.ask("memory") for _ in range(MEMORY_SAMPLES)],
-                "planned_bytes": planned_bytes(workload, workers.configuration, "cpu"),
             }
         check_same_work(found, workload.product_dtype)
         samples = take_rounds(fleet, rounds, max_foreign_cores=max_foreign_cores, max_seconds=max_seconds)
@@ -82,13 +81,15 @@ def markdown(results: Mapping[str, Any]) -> str:
     workload = Workload(**first["workload"])
     parts = [
         f"GPT-2, {workload.layers} layers, hidden {workload.hidden}, {workload.heads} heads, vocabulary "
-        f"{workload.vocab}, {workload.batch} x {workload.sequence} tokens. {machine(first['environment'])}"
+        f"{workload.vocab}, {workload.batch} x {workload.sequence} tokens. {machine(first['environment'])}",
+        "Step: forward and backward. Ratio: to the first line of the precision, round by round. Kept: what autograd "
+        "holds at the end of the forward pass. Peak: the most resident memory, over what is there before the step.",
     ]
-    head = ["precision", "attention", "recomputed", "step s", "quartiles", "ratio", "quartiles", "peak MB"]
-    head += ["planned MB", "clean samples"]
+    head = ["precision", "attention", "recomputed", "step s", "quartiles", "ratio", "quartiles", "kept MB"]
+    head += ["peak MB", "clean samples"]
     for ranks, threads in LAYOUTS:
         rows = [row for precision, result in results.items() for row in _rows(precision, result, ranks, threads)]
-        parts += [f"### {ranks} rank(s) with {threads} thread(s)", table(head, rows)]
+        parts += [f"### TP={ranks}, threads of each rank: {threads}", table(head, rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -99,15 +100,15 @@ def _rows(precision: str, result: Mapping[str, Any], ranks: int, threads: int) -
         seen, options = result["configurations"][name], COMPETITORS[competitor].options
         spread, ratio = spread_of(result, name), ratio_of(result, name, base)
         memory = [max(rank["peak"]["resident"] - rank["before"] for rank in taken) for taken in seen["memory"]]
-        planned = seen["planned_bytes"] - max(rank["weights"] for rank in seen["memory"][0])
+        kept = max(rank["kept"] for rank in seen["activations"])
         yield (
             precision,
             {"eager": "written out"}.get(options.get("attention", ""), "fused"),
             {"selective": "attention", "full": "layers"}.get(options.get("recompute", ""), "nothing"),
             *(("", "") if spread is None else (f"{spread.median:.3f}", quartiles(spread))),
             *(("", "") if ratio is None else (f"{ratio.median:.2f}", quartiles(ratio, 2))),
+            f"{kept / MEGA:.0f}",
             f"{statistics.median(memory) / MEGA:.0f}",
-            f"{planned / MEGA:.0f}",
             f"{0 if spread is None else spread.count} of {len(seen['samples'])}",
         )
 
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     parser = make_parser(__doc__, "quick", "redraw")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no round of a precision after these")
     parser.add_argument("--max-foreign-cores", type=float, default=MAX_FOREIGN_CORES)
     given, file = parse(parser, arguments, NAME)

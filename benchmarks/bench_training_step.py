@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from benchmarks.peers.agreement import check_same_work
 from benchmarks.peers.competitors import COMPETITORS, Configuration
@@ -117,12 +117,11 @@ def first_look(workers: Workers) -> dict[str, Any]:
     }
 
 
-def planned_bytes(workload: Workload, configuration: Configuration, device: Literal["cpu", "cuda"] = "cuda") -> int:
-    """What the planner says that our model allocates at the most in such a step, without an optimizer."""
+def planned_bytes(workload: Workload, configuration: Configuration) -> int:
+    """What the planner says that our model allocates at the most in such a step on a GPU, without an optimizer."""
     from hf_megatron.planning import PRECISIONS, ModelShape, Run, plan_memory
 
     options: Mapping[str, Any] = COMPETITORS[configuration.competitor].options
-    precision = "amp" if workload.autocast else {"float32": "fp32", "bfloat16": "bf16"}[workload.dtype]
     plan = plan_memory(
         ModelShape.from_config(workload.stock_config().to_dict()),
         Run(
@@ -131,10 +130,9 @@ def planned_bytes(workload: Workload, configuration: Configuration, device: Lite
             tp_size=configuration.ranks,
             recompute=options.get("recompute", "none"),
             attention=options.get("attention", "sdpa"),
-            precision=PRECISIONS[precision],
+            precision=PRECISIONS["fp32" if workload.dtype == "float32" else "bf16"],
             dropout=False,
             labelled=workload.labelled,
-            device=device,
         ),
     )
     return plan.peak - plan.optimizer

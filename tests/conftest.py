@@ -13,6 +13,14 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 
 from tests.distributed import RankPool
 
+# Minutes and half minutes of processes of their own. Whichever worker had one of them last would have the others wait.
+_LONGEST = ("test_the_whole_journey_at_two_ranks", "test_blocks_work", "test_launchers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take longest."""
+    items.sort(key=lambda item: not item.name.startswith(_LONGEST))
+
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], RankPool]]:

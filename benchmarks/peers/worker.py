@@ -165,6 +165,21 @@ class Worker:
         self._forget()
         return {"before": before, "peak": peak, "weights": self._weight_bytes()}
 
+    def activations(self) -> Reply:
+        """Bytes that autograd holds at the end of a forward pass, beside the weights."""
+        weights = {_local(parameter).untyped_storage()._cdata for parameter in self._model.model.parameters()}
+        held: dict[int, torch.UntypedStorage] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = _local(tensor).untyped_storage()
+            if storage._cdata not in weights:
+                held[storage._cdata] = storage  # which keeps it, so that no other gets its address
+            return tensor
+
+        with self._model.around_step(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self._model.loss(self._batch)
+        return {"kept": sum(storage.nbytes() for storage in held.values())}
+
     def communication(self) -> Reply:
         """The collectives of a forward and a backward pass."""
         with self._model.around_step():

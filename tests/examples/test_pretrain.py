@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoModelForPreTraining, AutoTokenizer
 
 from hf_megatron import MegatronBertForPreTraining, MegatronGPT2LMHeadModel
@@ -73,12 +72,10 @@ def test_launchers(tmp_path: Path, text_files: list[str], name: str, launcher: s
 def test_two_groups_of_two_ranks(tmp_path: Path, text_files: list[str]) -> None:
     """Catches a batch that is twice as large, or seen twice, with data parallelism."""
     # Within one epoch, at whose end the last batch is filled up where there are several groups.
-    arguments = [*_GPT2, "--batch=4", "--steps=30", "--text", *text_files]
+    arguments = [*_GPT2, "--batch=2", "--steps=40", "--text", *text_files]
     run_here("pretrain_gpt2", *arguments, f"--output={tmp_path / 'one'}")
     same = f"--tokenizer={tmp_path / 'one'}"
     ranks = f"--output={tmp_path / 'ranks'}"
     launch("torchrun", "pretrain_gpt2", *arguments, same, ranks, "--tp=2", processes=4)
+    assert len(losses(tmp_path / "one")) == 2
     assert losses(tmp_path / "ranks") == pytest.approx(losses(tmp_path / "one"), abs=5e-3)
-    weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "ranks")]
-    for name, weight in weights[0].items():
-        assert torch.allclose(weights[1][name], weight, atol=0.05), name
