@@ -28,14 +28,12 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=290, check=False, env=dict(os.environ))
 
 
-def _assert_complete(
-    done: subprocess.CompletedProcess[str], output: Path, tp_size: int, share_of_loss: float = 0.9
-) -> None:
+def _assert_complete(done: subprocess.CompletedProcess[str], output: Path, tp_size: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     assert set(result) >= _KEYS
     assert result["tp_size"] == tp_size
-    assert result["loss_last"] < share_of_loss * result["loss_first"]
+    assert result["loss_last"] < 0.9 * result["loss_first"]
     assert result["max_logit_diff_stock"] < 1e-4
     assert result["sample"].startswith("The with statement")
     assert "5/5" in done.stderr
@@ -53,8 +51,8 @@ def _assert_complete(
 def test_the_whole_journey_at_two_ranks(tmp_path: Path) -> None:
     """Catches a stage that broke, output that is not one JSON object, and litter beside the result."""
     output = tmp_path / "out"
-    _assert_complete(_run("--steps", "12", "--output", str(output), "--json"), output, 2, 0.96)
-    again = _run("--steps", "12", "--output", str(output))
+    _assert_complete(_run("--steps", "20", "--output", str(output), "--json"), output, 2)
+    again = _run("--steps", "20", "--output", str(output))
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
 

@@ -24,6 +24,7 @@ from tests.models.reference import (
     run_at,
     save_stock,
 )
+from tests.tiers import quick
 
 P_ATTENTION, P_HIDDEN = 0.3, 0.1
 
@@ -85,8 +86,9 @@ def test_attention_implementations_drop_alike(directory: Path) -> None:
     assert_all_agree("gradient", actual.gradients, expected.gradients)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize(
+    ("tp_size", "attention"), quick(itertools.product((1, 2), ("eager", "sdpa")), [(1, "eager"), (2, "sdpa")])
+)
 def test_checkpointing_changes_nothing(pool: Pool, directory: Path, attention: str, tp_size: int) -> None:
     """Catches a recomputation that drops other elements than the forward pass did: silently wrong gradients."""
     expected = run_at(pool, tp_size, _train, directory, tp_size, attention)[0]

@@ -72,7 +72,7 @@ def _train_and_save(stock_directory: Path, directory: Path, sizes: dict[str, int
     ("variant", "layout"),
     [
         ("untied", "tp2 x fsdp2"),
-        ("base", "tp2 x fsdp2, split sequences"),
+        pytest.param("base", "tp2 x fsdp2, split sequences", marks=pytest.mark.slow),
         pytest.param("base", "tp2 x fsdp2", marks=pytest.mark.slow),
         pytest.param("base", "fsdp2", marks=pytest.mark.slow),
         pytest.param("base", "tp2 x replicate2", marks=pytest.mark.slow),

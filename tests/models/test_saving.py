@@ -130,6 +130,7 @@ torch.save(outputs, f"{root}/outputs.pt")
 """
 
 
+@pytest.mark.slow
 def test_saved_as_stock_it_loads_without_this_package(pool: Pool, tmp_path: Path) -> None:
     """Catches a user who cannot leave: a directory that needs this package to be installed."""
     for name in HEADS.values():

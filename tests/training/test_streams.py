@@ -107,8 +107,8 @@ _SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("stream", "layout"),
     [
-        ("shuffled", "tp2 x replicate2"),
-        pytest.param("shuffled", "tp2", marks=_SLOW),
+        pytest.param("shuffled", "tp2 x replicate2", marks=_SLOW),
+        ("shuffled", "tp2"),
         pytest.param("shuffled", "tp2 x fsdp2", marks=_SLOW),
         *(pytest.param(stream, "tp2 x fsdp2", marks=_SLOW) for stream in ("generated", "hub")),
     ],

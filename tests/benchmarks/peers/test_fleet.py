@@ -17,6 +17,7 @@ from benchmarks.peers.workload import Workload, generate
 _WORKLOAD = Workload("gpt2", 2, 64, 4, vocab=512, sequence=32)
 
 
+@pytest.mark.slow
 def test_two_ranks_obey(tmp_path: Path) -> None:
     """Catches a command that does not answer, and figures that are nonsense."""
     job = Job(Configuration("ours", 2), _WORKLOAD, str(generate(_WORKLOAD, tmp_path / "checkpoint")))

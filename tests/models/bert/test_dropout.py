@@ -95,7 +95,7 @@ def test_training_does_not_depend_on_the_degree(
     ("tp_size", "placement", "attention"),
     quick(
         itertools.product((1, 2), PLACEMENTS, ("eager", "sdpa")),
-        [(1, "post", "eager"), (2, "pre", "eager"), (2, "post", "sdpa")],
+        [(1, "post", "eager"), (2, "pre", "eager")],
     ),
 )
 def test_checkpointing_changes_nothing(

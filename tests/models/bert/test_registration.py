@@ -106,6 +106,7 @@ assert before == after, [(key, before[key], after[key]) for key in before if bef
 """
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_about_stock(tmp_path: Path) -> None:
     """Catches a stock model that this package's mere presence turns into another one."""
     ids = [[5, 7, 11, 13]]

@@ -195,7 +195,8 @@ def _train_under_fsdp(placement: str, directory: Path) -> None:
     assert_all_agree("weight", full_weights(ours), full_weights(stock))
 
 
-@pytest.mark.parametrize("placement", ["pre", pytest.param("post", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_fsdp(pool: Pool, bert_dir: BertDir, placement: str) -> None:
     """Catches a bucket whose parameters FSDP has not gathered, or has taken back before their gradients are whole."""
     pool(4).run(_train_under_fsdp, placement, bert_dir(placement, "ForPreTraining"))
