@@ -19,12 +19,11 @@ from typing import Any
 from benchmarks.peers.agreement import DifferentWorkError
 from benchmarks.peers.competitors import Configuration
 from benchmarks.peers.fleet import Workers
-from benchmarks.peers.machine import environment
-from benchmarks.peers.results import RESULTS, read, write
 from benchmarks.peers.rounds import MAX_FOREIGN_CORES, Spread, clean, paired_ratios, take_rounds
 from benchmarks.peers.tables import machine, quartiles, table
 from benchmarks.peers.worker import Job
 from benchmarks.peers.workload import Workload, generate
+from benchmarks.records import RESULTS, environment, read, write
 
 OURS, PEER = "gpt2 ours-tp2-1t", "llama transformers-tp-tp2-1t"
 LABELS = (OURS, PEER, "gpt2 ours-tp1-2t", "gpt2 stock-sdpa-tp1-2t", "llama stock-sdpa-tp1-2t")

@@ -20,12 +20,11 @@ from typing import Any
 
 from benchmarks.peers.competitors import Configuration
 from benchmarks.peers.fleet import Workers
-from benchmarks.peers.machine import environment
-from benchmarks.peers.results import RESULTS, read, write
 from benchmarks.peers.rounds import Spread
 from benchmarks.peers.tables import MEGA, machine, quartiles, table
 from benchmarks.peers.worker import Job
 from benchmarks.peers.workload import GPU_WORKLOADS, TINY_WORKLOADS, Workload, generate
+from benchmarks.records import RESULTS, environment, read, write
 
 MODELS = ("gpt2-355m", "gpt2-1.2b")
 CONFIGURATIONS = ("stock-sdpa-tp1-1t", "ours-tp1-1t", "ours-tp2-1t", "ours-tp4-1t")

@@ -22,12 +22,11 @@ from benchmarks.peers.agreement import check_same_work
 from benchmarks.peers.competitors import COMPETITORS, Configuration
 from benchmarks.peers.derived import ratio_of, spread_of
 from benchmarks.peers.fleet import Workers
-from benchmarks.peers.machine import environment
 from benchmarks.peers.rounds import MAX_FOREIGN_CORES, take_rounds
 from benchmarks.peers.tables import MEGA, machine, quartiles, table
 from benchmarks.peers.worker import Job
 from benchmarks.peers.workload import Workload, generate
-from benchmarks.records import read, write
+from benchmarks.records import environment, read, write
 
 NAME = "recomputation"
 # The head, of which nothing is ever kept or recomputed, is small, so that the layers are what is seen.

@@ -25,12 +25,11 @@ from typing import Any
 from benchmarks.peers.agreement import check_same_work
 from benchmarks.peers.competitors import COMPETITORS, Configuration
 from benchmarks.peers.fleet import WorkerError, Workers
-from benchmarks.peers.machine import environment
 from benchmarks.peers.report import draw, markdown
-from benchmarks.peers.results import RESULTS, read, write
 from benchmarks.peers.rounds import MAX_FOREIGN_CORES, take_rounds
 from benchmarks.peers.worker import Job
 from benchmarks.peers.workload import GPU_WORKLOADS, TINY_WORKLOADS, WORKLOADS, Workload, generate
+from benchmarks.records import RESULTS, environment, read, write
 
 NAME = "training_step"
 CONFIGURATIONS = {

@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks import bench_decoding
 from benchmarks.peers.derived import ratio_of
-from benchmarks.peers.results import RESULTS, read
 from benchmarks.peers.rounds import Spread, paired_ratios
 from benchmarks.peers.tables import machine, quartiles, table
+from benchmarks.records import RESULTS, read
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 _BLOCK = re.compile(r"(?<=<!-- python -m benchmarks.readme_table --write -->\n).*?(?=<!-- end -->)", re.S)

@@ -11,7 +11,6 @@
     derived         what follows from the samples: spreads, ratios, peaks
     targets         the ratios that are aimed at
     report, tables  all of it as Markdown and as a figure
-    results         the files it goes to
 
 A configuration is a competitor on so many ranks with so many threads each. The workers of all configurations stay
 alive during a run and are sampled in turns, in another order each round, so that what changes on the machine meets all

@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.records import environment
-
-__all__ = ["ForeignLoad", "environment", "processor_seconds_of", "waited_seconds_of"]
+__all__ = ["ForeignLoad", "processor_seconds_of", "waited_seconds_of"]
 
 _TICKS = os.sysconf("SC_CLK_TCK")  # per second; what the kernel counts processor time in
 
