@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from transformers import GPT2TokenizerFast, PrinterCallback, default_data_collator
 
 from benchmarks.articles import hold_out, read_articles
@@ -208,6 +209,8 @@ def draw(results: dict[str, Any], file: Path) -> None:
             is_first = run["seed"] == results["setting"]["seeds"][0]
             axes.plot(run["steps"], run["perplexity"], color=colour, linewidth=1.2, label=label if is_first else None)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.set_xlabel(f"iterations of {results['setting']['batch']} x {results['setting']['length']} tokens")
     axes.set_ylabel("perplexity of a token of held-out articles")
     axes.grid(alpha=0.3, which="both")

@@ -77,7 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     text = block(read(RESULTS / "training_step.json"), read(RESULTS / "decoding.json"))
     if given.write:
-        README.write_text(_BLOCK.sub(lambda _: text, README.read_text(encoding="utf-8")), encoding="utf-8")
+        written, number = _BLOCK.subn(lambda _: text, README.read_text(encoding="utf-8"))
+        if number != 1:
+            parser.error(f"{README} has {number} places for the table, lines between which it would stand")
+        README.write_text(written, encoding="utf-8")
     else:
         print(text)
 

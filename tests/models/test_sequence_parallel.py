@@ -62,15 +62,20 @@ def _batch(padding: str, length: int) -> Batch:
 def _compare_steps(
     directory: Path, tp_size: int, kernels: list[Kernel], paddings: tuple[str, ...], lengths: tuple[int, ...]
 ) -> None:
-    """An evaluation and a step of AdamW for each combination, all of them on the same weights as they develop."""
+    """An evaluation and a step of AdamW for each combination.
+
+    In float64 all of them are on the same weights as they develop; float32 would add up the rounding of all steps.
+    """
     for dtype, attention in kernels:
         load: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-        stock = GPT2LMHeadModel.from_pretrained(directory, **load).train()
-        ours = _load(directory, tp_size, **load)
-        optimizers = [
-            torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3, weight_decay=0.1) for model in (stock, ours)
-        ]
-        for padding, length in itertools.product(paddings, lengths):
+        for number, (padding, length) in enumerate(itertools.product(paddings, lengths)):
+            if number == 0 or dtype == torch.float32:
+                stock = GPT2LMHeadModel.from_pretrained(directory, **load).train()
+                ours = _load(directory, tp_size, **load)
+                optimizers = [
+                    torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3, weight_decay=0.1)
+                    for model in (stock, ours)
+                ]
             context = f"{dtype} {attention}, padding {padding}, length {length}"
             batch = _batch(padding, length)
             labels = batch["labels"]
@@ -106,9 +111,11 @@ def test_training_equals_stock(pool: Pool, stock_dir: StockDir, variant: str, tp
 @pytest.mark.parametrize("variant", ["base", "untied", "uneven_n_inner", "inverse_layer_scaling"])
 def test_every_combination_equals_stock(pool: Pool, stock_dir: StockDir, variant: str, tp_size: int) -> None:
     """Catches what only one combination of dtype, kernel, padding and length gets wrong."""
-    kernels = [(torch.float64, "sdpa"), (torch.float64, "eager"), (torch.float32, "sdpa"), (torch.float32, "eager")]
+    exact: list[Kernel] = [(torch.float64, "sdpa"), (torch.float64, "eager")]
     paddings, lengths = ("none", "right", "left"), (9, 8, 7, 6, 5, 4)
-    pool(tp_size).run(_compare_steps, stock_dir(variant), tp_size, kernels, paddings, lengths, timeout=250)
+    pool(tp_size).run(_compare_steps, stock_dir(variant), tp_size, exact, paddings, lengths, timeout=250)
+    single: list[Kernel] = [(torch.float32, "sdpa"), (torch.float32, "eager")]
+    pool(tp_size).run(_compare_steps, stock_dir(variant), tp_size, single, ("left",), (9, 5), timeout=250)
 
 
 def _accumulate(directory: Path, tp_size: int, checkpointing: bool) -> None:
