@@ -51,8 +51,8 @@ def _assert_complete(done: subprocess.CompletedProcess[str], output: Path, tp_si
 def test_the_whole_journey_at_two_ranks(tmp_path: Path) -> None:
     """Catches a stage that broke, output that is not one JSON object, and litter beside the result."""
     output = tmp_path / "out"
-    _assert_complete(_run("--steps", "20", "--output", str(output), "--json"), output, 2)
-    again = _run("--steps", "20", "--output", str(output))
+    _assert_complete(_run("--steps", "28", "--output", str(output), "--json"), output, 2)
+    again = _run("--steps", "28", "--output", str(output))
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
 
