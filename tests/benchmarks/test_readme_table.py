@@ -29,9 +29,8 @@ def _training() -> dict[str, Any]:
 
 def test_ratios_stand_in_their_columns() -> None:
     """Catches a ratio the wrong way round, one in another row or column, and a blank that is not left blank."""
-    decoding = {"bfloat16": {"samples": {OURS: _samples("seconds", 3.0), PEER: _samples("seconds", 4.0)}}}
-    decoding["bfloat16"]["max_foreign_cores"] = 0.1
-    text = readme_table.block(_training(), decoding)
+    samples = {OURS: _samples("seconds", 3.0), PEER: _samples("seconds", 4.0)}
+    text = readme_table.block(_training(), {"bfloat16": {"samples": samples, "max_foreign_cores": 0.1}})
     assert "| the same to DTensor's `parallelize_module`, `loss_parallel` | 0.50 (0.50 to 0.50) |  |\n" in text
     assert "| GPT-2 step in one process, to stock transformers |  |  |\n" in text
     assert "| greedy decoding on two ranks, to a Llama under transformers' TP |  | 0.75 |\n" in text
