@@ -36,7 +36,7 @@ def adapting(model: MegatronModelMixin, config: LoraConfig) -> Iterator[None]:
     _check_config(config)
     _fill_in(model, config)
     _check_targets(model, config)
-    config._register_custom_module(dict.fromkeys(ADAPTABLE, ParallelLora))
+    config._register_custom_module({layer: ParallelLora for layer in ADAPTABLE})
     modules = [module for module in model.modules() if isinstance(module, ParallelModule)]  # type: ignore[attr-defined]
     for module in modules:
         module._hf_tp_plan = "megatron"
