@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import cast
 
-from hf_megatron.errors import UnsupportedError
+from hf_megatron.errors import CheckpointFormatError, UnsupportedError
 from hf_megatron.partition import ModelClass, PartitionTable, table_for
 
 __all__ = ["ModelShape"]
@@ -96,6 +96,7 @@ class ModelShape:
 
         Raises:
             UnsupportedError: A model that this package does not have, or an activation whose cost is not known here.
+            CheckpointFormatError: A dropout probability is no number.
         """
         table = table_for(config)
         sizes = table.sizes(config)
@@ -108,7 +109,7 @@ class ModelShape:
                 f"The cost of activation {name!r} is not known; known are {', '.join(_KEEPS_INPUT)}."
             )
         dropouts = _GPT2_DROPOUTS if is_gpt2 else _BERT_DROPOUTS
-        embedding, attention, residual = (float(cast(float, config.get(name, 0.1))) for name in dropouts)
+        embedding, attention, residual = (_probability(config, name) for name in dropouts)
         return cls(
             config=config,
             table=table,
@@ -124,3 +125,10 @@ class ModelShape:
             attention_dropout=attention,
             residual_dropout=residual,
         )
+
+
+def _probability(config: Mapping[str, object], name: str) -> float:
+    value = config.get(name, 0.1)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointFormatError(f"{name} in config.json is {value!r}; it should be a number from 0 to 1.")
+    return float(value)
