@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hf_megatron.errors import PartitionError, UnsupportedError
+from hf_megatron.errors import CheckpointFormatError, PartitionError, UnsupportedError
 from hf_megatron.planning import MACHINES, PRECISIONS, Machine, ModelShape, Plan, Run, layouts, machine_named, plan
 from hf_megatron.planning.chart import draw_memory, memory_by_degree
 from hf_megatron.presets import PRESETS
@@ -230,3 +230,10 @@ def test_the_chart_has_a_bar_for_each_degree(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UnsupportedError, match="pip install"):
         draw_memory("gpt2-2.5b", shape, run, _DGX2, tmp_path / "memory.png")
+
+
+@pytest.mark.parametrize("value", ["x", None, [0.1], True])
+def test_a_dropout_that_is_no_number_is_refused(value: object) -> None:
+    """Catches a traceback where a damaged config.json is converted, whose model card tells the memory."""
+    with pytest.raises(CheckpointFormatError, match="attn_pdrop in config"):
+        ModelShape.from_config({"model_type": "gpt2", "n_head": 12, "attn_pdrop": value})
