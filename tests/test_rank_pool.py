@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import initialize_distributed_mesh
 
@@ -82,6 +83,12 @@ def _make_groups(count: int) -> int:
     for _ in range(count):
         dist.new_group()
     return os.getpid()
+
+
+def _count_groups_of_models(models: int) -> int:
+    for _ in range(models):
+        _mesh_of_transformers()
+    return len(distributed_c10d._world.pg_map)
 
 
 def _mesh_of_transformers() -> tuple[str, int, int]:
@@ -185,3 +192,8 @@ def test_ranks_with_too_many_groups_are_replaced(pool: Pool, monkeypatch: pytest
 def test_transformers_accepts_the_world(pool: Pool) -> None:
     """Catches a world that `from_pretrained(distributed_config=...)` would refuse or set up a second time."""
     assert pool(2).run(_mesh_of_transformers) == [("cpu", 2, 0), ("cpu", 2, 1)]
+
+
+def test_models_of_one_layout_share_their_groups(pool: Pool) -> None:
+    """Catches process groups for every model that a rank loads, each with a thread that takes time from all tests."""
+    assert len(set(pool(2).run(_count_groups_of_models, 1) + pool(2).run(_count_groups_of_models, 5))) == 1

@@ -96,7 +96,7 @@ class ModelShape:
 
         Raises:
             UnsupportedError: A model that this package does not have, or an activation whose cost is not known here.
-            CheckpointFormatError: A dropout probability is no number.
+            CheckpointFormatError: A dropout probability is no number from 0 to 1.
         """
         table = table_for(config)
         sizes = table.sizes(config)
@@ -129,6 +129,6 @@ class ModelShape:
 
 def _probability(config: Mapping[str, object], name: str) -> float:
     value = config.get(name, 0.1)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise CheckpointFormatError(f"{name} in config.json is {value!r}; it should be a number from 0 to 1.")
     return float(value)

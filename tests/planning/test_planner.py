@@ -232,7 +232,7 @@ def test_the_chart_has_a_bar_for_each_degree(tmp_path: Path, monkeypatch: pytest
         draw_memory("gpt2-2.5b", shape, run, _DGX2, tmp_path / "memory.png")
 
 
-@pytest.mark.parametrize("value", ["x", None, [0.1], True])
+@pytest.mark.parametrize("value", ["x", None, [0.1], True, -0.1, float("nan")])
 def test_a_dropout_that_is_no_number_is_refused(value: object) -> None:
     """Catches a traceback where a damaged config.json is converted, whose model card tells the memory."""
     with pytest.raises(CheckpointFormatError, match="attn_pdrop in config"):
