@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from hf_megatron.errors import PartitionError
 from hf_megatron.partition import chunk_range
+from hf_megatron.tensor_parallel.collectives import start_all_reduce
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
 __all__ = ["check_target", "vocab_parallel_cross_entropy"]
@@ -93,7 +94,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         compute_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         maximum = logits.max(dim=1).values.to(compute_dtype)  # [T]
         if group.size > 1:
-            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group.process_group)
+            start_all_reduce(group, maximum, dist.ReduceOp.MAX, is_async=False)()
         shifted = logits.to(compute_dtype) - maximum[:, None]  # [T, V_p], a fresh tensor
 
         is_mine = (target >= start) & (target < stop)
@@ -104,7 +105,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         exponentials = shifted.exp_()
         totals = torch.stack([exponentials.sum(1), *sums])  # [2 or 3, T], partial sums
         if group.size > 1:
-            dist.all_reduce(totals, group=group.process_group)
+            start_all_reduce(group, totals, is_async=False)()
 
         log_normalizer = totals[0].log()
         losses = log_normalizer - totals[1]

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hf_megatron.partition import chunk_range
+from hf_megatron.tensor_parallel.collectives import start_all_gather_single, start_all_reduce
 from hf_megatron.tensor_parallel.cross_entropy import check_target
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
-from hf_megatron.tensor_parallel.mappings import all_gather_single
 
 __all__ = ["vocab_parallel_linear_cross_entropy"]
 
@@ -214,7 +213,7 @@ class _Gradients:
                 d_hidden += on_all[:, None] * self.weight.sum(0)
             self.d_hidden[chunk] = d_hidden
             if settings.reduce_gradient:
-                self._unfinished.append(_start_all_reduce(settings.group, self.d_hidden[chunk]))
+                self._unfinished.append(start_all_reduce(settings.group, self.d_hidden[chunk]))
         self._add_to_parameters(hidden, exponentials, mine, factor, on_target, on_all)
         return losses
 
@@ -298,21 +297,10 @@ def _start_all_gather(group: TensorParallelGroup, tensor: torch.Tensor) -> Calla
     if group.size == 1:
         return lambda: tensor[None]
     gathered = tensor.new_empty((group.size * tensor.shape[0], *tensor.shape[1:]))
-    wait = _start(lambda is_async: all_gather_single(gathered, tensor, group=group.process_group, async_op=is_async))
+    wait = start_all_gather_single(group, gathered, tensor)
 
     def result() -> torch.Tensor:
         wait()
         return gathered.view(group.size, *tensor.shape)
 
     return result
-
-
-def _start_all_reduce(group: TensorParallelGroup, tensor: torch.Tensor) -> Callable[[], Any]:
-    """Begin to sum over ranks, in place; the function that is returned waits."""
-    return _start(lambda is_async: dist.all_reduce(tensor, group=group.process_group, async_op=is_async))
-
-
-def _start(collective: Callable[[bool], Any]) -> Callable[[], Any]:
-    # A compiler knows no work handles, and orders things itself.
-    work = collective(not torch.compiler.is_compiling())
-    return (lambda: None) if work is None else work.wait

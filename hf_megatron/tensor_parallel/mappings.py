@@ -26,9 +26,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from hf_megatron.partition import chunk_range
+from hf_megatron.tensor_parallel.collectives import (
+    start_all_gather_single,
+    start_all_reduce,
+    start_reduce_scatter_single,
+)
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
 __all__ = [
@@ -39,13 +43,6 @@ __all__ = [
     "reduce_scatter_to_sequence_parallel_region",
     "scatter_to_tensor_parallel_region",
 ]
-
-
-# torch 2.13 renamed them and warns about the old names.
-if hasattr(dist, "all_gather_single"):
-    all_gather_single, reduce_scatter_single = dist.all_gather_single, dist.reduce_scatter_single
-else:
-    all_gather_single, reduce_scatter_single = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
 
 def copy_to_tensor_parallel_region(group: TensorParallelGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -175,10 +172,10 @@ def _all_reduced(group: TensorParallelGroup, tensors: list[torch.Tensor]) -> lis
     """Sums over ranks of several tensors of one dtype, with one collective; the arguments stay as they are."""
     if len(tensors) == 1:
         total = tensors[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group.process_group)
+        start_all_reduce(group, total, is_async=False)()
         return [total]
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat, group=group.process_group)
+    start_all_reduce(group, flat, is_async=False)()
     totals = [
         part.view(tensor.shape)
         for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
@@ -198,7 +195,7 @@ def start_all_gather(
         shard: Split on ``dim`` as ``torch.chunk`` cuts ``size``.
         dim: The dimension it is split on, not negative.
         size: Size of that dimension when whole.
-        is_async: Whether to return before the collective is done. A compiler orders things itself, and knows no other.
+        is_async: Whether there is something to do meanwhile.
 
     Returns:
         A function that waits, and has the full tensor.
@@ -206,12 +203,10 @@ def start_all_gather(
     ranges = [chunk_range(size, group.size, rank) for rank in range(group.size)]
     sent = _padded(shard, dim, ranges[0][1]).contiguous()
     gathered = sent.new_empty((group.size * sent.shape[0], *sent.shape[1:]))
-    is_async = is_async and not torch.compiler.is_compiling()
-    work = all_gather_single(gathered, sent, group=group.process_group, async_op=is_async)
+    wait = start_all_gather_single(group, gathered, sent, is_async=is_async)
 
     def finish() -> torch.Tensor:
-        if work is not None:
-            work.wait()
+        wait()
         parts = gathered.chunk(group.size)
         return torch.cat([p.narrow(dim, 0, stop - start) for p, (start, stop) in zip(parts, ranges, strict=True)], dim)
 
@@ -239,13 +234,11 @@ def start_reduce_scatter(
     largest = chunk_range(tensor.shape[dim], group.size, 0)[1]
     sent = torch.cat(_padded(tensor, dim, group.size * largest).chunk(group.size, dim))  # the ranks' slices in a row
     total = sent.new_empty((tensor.shape[0] if dim else largest, *sent.shape[1:]))
-    is_async = is_async and not torch.compiler.is_compiling()
-    work = reduce_scatter_single(total, sent, group=group.process_group, async_op=is_async)
+    wait = start_reduce_scatter_single(group, total, sent, is_async=is_async)
     start, stop = chunk_range(tensor.shape[dim], group.size, group.rank)
 
     def finish() -> torch.Tensor:
-        if work is not None:
-            work.wait()
+        wait()
         return total.narrow(dim, 0, stop - start).contiguous()
 
     return finish

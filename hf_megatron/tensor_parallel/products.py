@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from hf_megatron.tensor_parallel.collectives import start_all_reduce
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 from hf_megatron.tensor_parallel.mappings import (
     start_all_gather,
@@ -149,13 +149,10 @@ class _CopiedProducts(torch.autograd.Function):
             sent.append(whole)
         # Not in place on what autograd handed in: these tensors were made here.
         buffer = torch.cat([part.reshape(-1) for part in sent]) if len(sent) > 1 else sent[0] if sent else None
-        work = None
-        if buffer is not None:
-            is_async = not torch.compiler.is_compiling()  # a compiler knows no work handles, and orders things itself
-            work = dist.all_reduce(buffer, group=ctx.group.process_group, async_op=is_async)
+        wait = start_all_reduce(ctx.group, buffer) if buffer is not None else None
         weight_gradients = _weight_gradients(x, flats, needs_weights, ctx.is_transposed)
-        if work is not None:
-            work.wait()
+        if wait is not None:
+            wait()
         x_gradient = None
         if needs_x and buffer is not None:
             x_gradient = buffer.view(-1)[: x.numel()].view(x.shape)

@@ -285,7 +285,7 @@ def _multiply(is_transposed: bool, is_fused: bool, is_frozen: bool = False) -> l
     else:
         full = gather_from_sequence_parallel_region(tp, shard, dim=1, size=SHAPE[1])
         products = tuple(full @ weight for weight in weights)
-    with patch.object(mappings, "all_gather_single", wraps=mappings.all_gather_single) as gather:
+    with patch.object(mappings, "start_all_gather_single", wraps=mappings.start_all_gather_single) as gather:
         torch.stack([(product**2).sum() for product in products]).sum().backward()
     again = 1 if is_fused and not is_frozen else 0
     assert gather.call_count == again, f"{gather.call_count} gathers in the backward pass"
