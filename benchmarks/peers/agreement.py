@@ -8,11 +8,11 @@ from typing import Any
 __all__ = ["TOLERANCES", "DifferentWorkError", "check_same_work"]
 
 # How far losses and gradient norms of the same work may lie apart, relatively. In bfloat16 every operation rounds to 8
-# bits, and competitors round in different places.
+# bits, and competitors round in different places; some round the loss itself, half a percent of which is lost.
 TOLERANCES = {
     "float32": {"loss": 1e-4, "gradient_norm": 1e-3},
     "float16": {"loss": 1e-3, "gradient_norm": 1e-2},
-    "bfloat16": {"loss": 5e-3, "gradient_norm": 5e-2},
+    "bfloat16": {"loss": 1e-2, "gradient_norm": 5e-2},
 }
 
 

@@ -18,11 +18,11 @@ from hf_megatron.tensor_parallel import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_parallel_region,
     gathered_products,
-    mappings,
     reduce_from_tensor_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
     scatter_to_tensor_parallel_region,
 )
+from hf_megatron.tensor_parallel.collectives import start_all_gather_single
 from tests.tensor_parallel.ranks import TP_SIZES, Pool, assert_close, group, proven, same_on_all_ranks
 
 Copy = Callable[..., tuple[torch.Tensor, ...]]
@@ -285,7 +285,8 @@ def _multiply(is_transposed: bool, is_fused: bool, is_frozen: bool = False) -> l
     else:
         full = gather_from_sequence_parallel_region(tp, shard, dim=1, size=SHAPE[1])
         products = tuple(full @ weight for weight in weights)
-    with patch.object(mappings, "start_all_gather_single", wraps=mappings.start_all_gather_single) as gather:
+    name = "hf_megatron.tensor_parallel.mappings.start_all_gather_single"
+    with patch(name, wraps=start_all_gather_single) as gather:
         torch.stack([(product**2).sum() for product in products]).sum().backward()
     again = 1 if is_fused and not is_frozen else 0
     assert gather.call_count == again, f"{gather.call_count} gathers in the backward pass"
