@@ -1,8 +1,9 @@
 """Where the time of a training step goes, by kind of work, on a CPU.
 
-    python benchmarks/profile_training_step.py                          # one process, one thread
-    torchrun --nproc-per-node 2 benchmarks/profile_training_step.py     # tensor parallel
-    ... --dtype bfloat16 --output results/profile.json                  # adds its figures to a file
+    python -m benchmarks.profile_training_step                          # one process, one thread
+    torchrun --nproc-per-node 2 -m benchmarks.profile_training_step     # tensor parallel
+    ... --dtype bfloat16 --output benchmarks/results/profile.json       # adds its figures to a file
+    python -m benchmarks.profile_training_step --table                  # the committed figures, for docs/performance.md
 
 GPT-2 with hidden 1024, 16 heads, 4 layers, vocabulary 50304, on 1 x 256 tokens, as in bench_training_step.py.
 """
@@ -14,6 +15,7 @@ import json
 import os
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ import torch.distributed as dist
 from torch.profiler import profile
 from transformers.distributed import DistributedConfig
 
+from benchmarks.peers.tables import table
+from benchmarks.records import RESULTS, read
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
 
 HIDDEN, HEADS, LAYERS, VOCAB, TOKENS = 1024, 16, 4, 50304, 256
@@ -74,13 +78,25 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, float]:
     }
 
 
+def markdown(figures: Mapping[str, Mapping[str, float]]) -> str:
+    """A column for each run of results/profile.json."""
+    names = next(iter(figures.values()))
+    return table(
+        ("milliseconds", *figures), ((name, *(f"{run[name]:.0f}" for run in figures.values())) for name in names)
+    )
+
+
 def main() -> None:
     """Measure, print and add to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="a JSON file; what it has of other runs stays")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the committed figures")
     given = parser.parse_args()
+    if given.table:
+        print(markdown(read(RESULTS / "profile.json")))
+        return
     torch.set_num_threads(1)
     figures = measure(getattr(torch, given.dtype), given.rounds)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))

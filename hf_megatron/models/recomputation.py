@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_megatron.errors import UnsupportedError
@@ -29,7 +30,8 @@ class RecomputationMixin:
         Args:
             activation_checkpointing_kwargs: As for the stock method; and ``recompute`` may be ``"full"``, whole layers,
                 which is the default, or ``"selective"``: of each layer the attention between its projections, which
-                takes most of the memory and little of the time. A fused attention kernel does that by itself.
+                takes most of the memory and little of the time. A fused attention kernel does that by itself, and a
+                compiled model leaves it to the compiler what to keep.
             *args: As for the stock method.
             **kwargs: As for the stock method.
 
@@ -51,4 +53,7 @@ class RecomputationMixin:
 
 def _run_layer(checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
     """Hand the function that would checkpoint a whole layer down to its attention."""
+    if torch.compiler.is_compiling():
+        # In a checkpoint torch 2.13's compiler draws other dropout masks, and takes a DTensor's mesh for a tensor.
+        return forward(*args)
     return forward(*args, recompute=checkpoint)

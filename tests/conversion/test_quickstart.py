@@ -63,7 +63,7 @@ def test_the_whole_journey_at_two_ranks(tmp_path: Path) -> None:
 def test_the_whole_journey_at_other_degrees(tmp_path: Path, tp_size: int) -> None:
     """Catches heads that do not divide, and a degree of one that no rank cuts."""
     output = tmp_path / "out"
-    done = _run("--tp", str(tp_size), "--steps", "40", "--output", str(output), "--json")
+    done = _run("--tp", str(tp_size), "--steps", "28", "--output", str(output), "--json")
     _assert_complete(done, output, tp_size)
 
 

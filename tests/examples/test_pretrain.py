@@ -55,8 +55,9 @@ def test_gpt2_learns_and_resumes(tmp_path: Path, text_files: list[str], capsys: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["python", "torchrun", "accelerate"])
-@pytest.mark.parametrize("name", ["pretrain_bert", "pretrain_gpt2"])
+@pytest.mark.parametrize(
+    ("name", "launcher"), [("pretrain_bert", "torchrun"), ("pretrain_gpt2", "accelerate"), ("pretrain_gpt2", "python")]
+)
 def test_launchers(tmp_path: Path, text_files: list[str], name: str, launcher: str) -> None:
     """Catches a launcher whose processes do not find each other, and ranks that learn something else than one process
     does."""
@@ -72,10 +73,10 @@ def test_launchers(tmp_path: Path, text_files: list[str], name: str, launcher: s
 def test_two_groups_of_two_ranks(tmp_path: Path, text_files: list[str]) -> None:
     """Catches a batch that is twice as large, or seen twice, with data parallelism."""
     # Within one epoch, at whose end the last batch is filled up where there are several groups.
-    arguments = [*_GPT2, "--batch=2", "--steps=40", "--text", *text_files]
+    arguments = [*_GPT2, "--batch=2", "--steps=20", "--text", *text_files]
     run_here("pretrain_gpt2", *arguments, f"--output={tmp_path / 'one'}")
     same = f"--tokenizer={tmp_path / 'one'}"
     ranks = f"--output={tmp_path / 'ranks'}"
     launch("torchrun", "pretrain_gpt2", *arguments, same, ranks, "--tp=2", processes=4)
-    assert len(losses(tmp_path / "one")) == 2
+    assert losses(tmp_path / "one")
     assert losses(tmp_path / "ranks") == pytest.approx(losses(tmp_path / "one"), abs=5e-3)

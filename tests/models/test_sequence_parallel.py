@@ -112,7 +112,7 @@ def test_training_equals_stock(pool: Pool, stock_dir: StockDir, variant: str, tp
 def test_every_combination_equals_stock(pool: Pool, stock_dir: StockDir, variant: str, tp_size: int) -> None:
     """Catches what only one combination of dtype, kernel, padding and length gets wrong."""
     exact: list[Kernel] = [(torch.float64, "sdpa"), (torch.float64, "eager")]
-    paddings, lengths = ("none", "right", "left"), (9, 8, 7, 6, 5, 4)
+    paddings, lengths = ("none", "right", "left"), (9, 8, 7, 6)  # every remainder at every degree
     pool(tp_size).run(_compare_steps, stock_dir(variant), tp_size, exact, paddings, lengths, timeout=250)
     single: list[Kernel] = [(torch.float32, "sdpa"), (torch.float32, "eager")]
     pool(tp_size).run(_compare_steps, stock_dir(variant), tp_size, single, ("left",), (9, 5), timeout=250)
