@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_finetune_squad, bench_layernorm_placement, bench_model_sizes, bench_pretrain_gpt2
+from benchmarks import (
+    bench_finetune_squad,
+    bench_layernorm_placement,
+    bench_model_sizes,
+    bench_pretrain_gpt2,
+    bench_training_step,
+)
+from benchmarks.peers.targets import reached
 from benchmarks.records import RESULTS, read
 
 
@@ -50,15 +57,29 @@ def _check_pretrain_gpt2(results: dict[str, Any]) -> None:
     assert one["perplexity"][-1] < one["perplexity"][0] / 2
 
 
+def _check_training_step(results: dict[str, Any]) -> None:
+    """A step takes less time than every peer's, and no more memory with a vocabulary four times as large."""
+    ratios = {target.work: ratio.median for target, ratio, _ in reached(results) if "our TP=1" not in target.work}
+    assert len(ratios) >= 10
+    assert max(ratios.values()) < 1, ratios
+    small, large = (results[name]["configurations"]["ours-tp2-1t"] for name in ("gpt2-fp32", "gpt2-fp32-200k"))
+    first, other = (
+        [rank["peak"]["resident"] - rank["before"] - rank["weights"] for rank in seen["memory"][0]]
+        for seen in (small, large)
+    )
+    assert max(other) < 1.1 * max(first)
+
+
 _CLAIMS = {
     "finetune_squad": (bench_finetune_squad.main, _check_finetune_squad),
     "layernorm_placement": (bench_layernorm_placement.main, _check_layernorm_placement),
     "model_sizes": (bench_model_sizes.main, _check_model_sizes),
     "pretrain_gpt2": (bench_pretrain_gpt2.main, _check_pretrain_gpt2),
+    "training_step": (bench_training_step.main, _check_training_step),
 }
 
 
-@pytest.mark.parametrize("name", [name for name in _CLAIMS if (RESULTS / f"{name}.json").exists()])
+@pytest.mark.parametrize("name", _CLAIMS)
 def test_committed_results(tmp_path: Path, name: str) -> None:
     """Catches results that do not hold what is claimed of them, and a script that no longer reads them."""
     main, check = _CLAIMS[name]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import readme_table
+from benchmarks import profile_training_step, readme_table
 from benchmarks.bench_decoding import OURS, PEER
-from benchmarks.records import RESULTS
+from benchmarks.records import RESULTS, read
 
 _TRAINING = RESULTS / "training_step.json"
 
@@ -35,6 +35,14 @@ def test_ratios_stand_in_their_columns() -> None:
     assert "| GPT-2 step in one process, to stock transformers |  |  |\n" in text
     assert "| greedy decoding on two ranks, to a Llama under transformers' TP |  | 0.75 |\n" in text
     assert "\na processor, 2 cores; torch 2.\n" in text
+
+
+def test_the_documents_have_what_was_measured() -> None:
+    """Catches a README or a docs/performance.md with other figures than the committed results."""
+    expected = readme_table.block(read(_TRAINING), read(RESULTS / "decoding.json"))
+    assert expected in readme_table.README.read_text(encoding="utf-8")
+    profile = profile_training_step.markdown(read(RESULTS / "profile.json"))
+    assert profile in (readme_table.README.parent / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
 def test_it_is_put_where_it_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
