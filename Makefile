@@ -4,10 +4,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Tests wait half of their time, for ranks that wait for each other, so one worker more than there are cores. Each has up
-# to ten ranks of its own: more than four workers would cost memory for nothing.
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
-PARALLEL := -n $(WORKERS) --dist worksteal
+# Each worker has up to ten ranks of its own, most of them waiting: more than four workers would cost memory for nothing.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 PACKAGES := hf_megatron,hf_megatron_conversion
 
 .DEFAULT_GOAL := help

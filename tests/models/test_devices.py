@@ -1,17 +1,20 @@
-"""One process on each kind of device: the same step on a GPU as on a CPU. `make test` has the CPU's half."""
+"""The same step on a GPU as on a CPU. `make test` has the CPU's half."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 
 from hf_megatron import MegatronBertConfig, MegatronBertForMaskedLM, MegatronGPT2Config, MegatronGPT2LMHeadModel
 from hf_megatron.tensor_parallel import SINGLE, vocab_parallel_linear_cross_entropy
-from tests.models.reference import assert_agrees, assert_all_agree, full_gradients
+from tests.models.reference import assert_agrees, assert_all_agree, full_gradients, layout
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 V, S = 131, 16
@@ -94,3 +97,36 @@ def test_the_fused_loss_in_bfloat16(device: str) -> None:
         results.append((loss.detach(), *(leaf.grad.float() for leaf in leaves if leaf.grad is not None)))
     for wide, narrow in zip(*results, strict=True):
         torch.testing.assert_close(narrow, wide, rtol=0.02, atol=0.01 * float(wide.abs().max()))
+
+
+def _step_of_a_rank(rank: int, directory: Path, device: str, tp_size: int) -> None:
+    """A training step, with the loss and all gradients written by rank 0."""
+    # Both ranks are on the first GPU. NCCL does not allow that, gloo does.
+    os.environ.update(LOCAL_RANK="0", RANK=str(rank), WORLD_SIZE=str(tp_size))
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else "0"
+    if tp_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=tp_size)
+    sizes = {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": S}
+    config = MegatronGPT2Config(**sizes, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    model: Any = MegatronGPT2LMHeadModel.from_config(config, distributed_config=layout(tp_size), seed=0).double()
+    if tp_size == 1:
+        model = model.to(device)
+    assert {parameter.device.type for parameter in model.parameters()} == {device}
+    loss = model.train()(input_ids=IDS.to(device), labels=LABELS.to(device)).loss
+    loss.backward()
+    gradients = {name: gradient.cpu() for name, gradient in full_gradients(model).items()}
+    if rank == 0:
+        torch.save((loss.detach().cpu(), gradients), directory / f"tp{tp_size}-{device}.pt")
+    if tp_size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), DEVICES[1]])
+def test_two_ranks_on_one_device(tmp_path: Path, device: str) -> None:
+    """Catches collectives that take a GPU's tensors before they are computed, and parts that stay on the CPU."""
+    torch.multiprocessing.spawn(_step_of_a_rank, (tmp_path, device, 2), nprocs=2)
+    torch.multiprocessing.spawn(_step_of_a_rank, (tmp_path, "cpu", 1), nprocs=1)
+    loss, gradients = torch.load(tmp_path / f"tp2-{device}.pt")
+    expected_loss, expected_gradients = torch.load(tmp_path / "tp1-cpu.pt")
+    assert_agrees("loss", loss, expected_loss)
+    assert_all_agree("gradient", gradients, expected_gradients)
