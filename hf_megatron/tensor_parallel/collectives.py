@@ -21,8 +21,10 @@ __all__ = ["start_all_gather_single", "start_all_reduce", "start_reduce_scatter_
 
 # How long a rank on a CPU asks whether a collective is done, before it sleeps until it is. Gloo sums a few kilobytes in
 # less time than a thread needs to be put to sleep and woken, which decoding would pay ten times a token. Who waits
-# longer than this waits for the work of another rank.
+# longer than this waits for the work of another rank. Where ranks outnumber the cores they all sleep: each that asks
+# would keep another from computing.
 POLLING_SECONDS = 10e-3
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # torch 2.13 renamed them and warns about the old names.
 if hasattr(dist, "all_gather_single"):
@@ -81,7 +83,8 @@ def _start(
     work = collective(*tensors, group=group.process_group, async_op=is_async, **options)
     if work is None:
         return _nothing
-    return partial(_poll, work) if is_polled else work.wait
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", group.size))
+    return partial(_poll, work) if is_polled and ranks_here <= _CORES else work.wait
 
 
 def _nothing() -> None:

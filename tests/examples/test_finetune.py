@@ -177,7 +177,7 @@ _EXAMPLES = {
     ("name", "launcher", "processes"),
     [
         ("finetune_squad", "live ranks", 2),
-        pytest.param("finetune_sentence_pairs", "torchrun", 4, marks=pytest.mark.slow),
+        pytest.param("finetune_sentence_pairs", "live ranks", 4, marks=pytest.mark.slow),
         # An example has no code of its own for a launcher: each example by one, and each launcher once.
         *(pytest.param(*case, 2, marks=pytest.mark.slow) for case in zip(_EXAMPLES, LAUNCHERS, strict=True)),
     ],
@@ -205,17 +205,11 @@ def test_launchers(pool: Pool, tmp_path: Path, tiny_bert: str, name: str, launch
 
 
 @pytest.mark.slow
-def test_what_is_saved_is_for_everybody(tmp_path: Path, tiny_bert: str) -> None:
+def test_what_is_saved_is_for_everybody(pool: Pool, tmp_path: Path, tiny_bert: str) -> None:
     """Catches a model in shards, which stock classes do not load."""
     output = tmp_path / "out"
-    launch(
-        "torchrun",
-        "finetune_sentence_pairs",
-        *_pairs(tmp_path, "mnli"),
-        f"--model={tiny_bert}",
-        f"--output={output}",
-        "--epochs=1",
-    )
+    arguments = [*_pairs(tmp_path, "mnli"), f"--model={tiny_bert}", f"--output={output}", "--epochs=1"]
+    pool(2).run(run_here, "finetune_sentence_pairs", *arguments, timeout=240)
     assert (output / "model.safetensors").exists()
     config = json.loads((output / "config.json").read_text())
     (output / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForPreTraining, AutoToke
 
 from hf_megatron import MegatronBertForPreTraining, MegatronGPT2LMHeadModel
 from tests.examples.commands import launch, losses, run_here
+from tests.models.reference import Pool
 
 _TINY = {"layers": 2, "hidden": 32, "heads": 2, "length": 32, "batch": 8, "steps": 60, "vocab-size": 500}
 _BERT = ["--learning-rate=5e-3", *(f"--{name}={value}" for name, value in _TINY.items())]
@@ -70,13 +71,12 @@ def test_launchers(tmp_path: Path, text_files: list[str], name: str, launcher: s
 
 
 @pytest.mark.slow
-def test_two_groups_of_two_ranks(tmp_path: Path, text_files: list[str]) -> None:
+def test_two_groups_of_two_ranks(pool: Pool, tmp_path: Path, text_files: list[str]) -> None:
     """Catches a batch that is twice as large, or seen twice, with data parallelism."""
     # Within one epoch, at whose end the last batch is filled up where there are several groups.
     arguments = [*_GPT2, "--batch=2", "--steps=20", "--text", *text_files]
     run_here("pretrain_gpt2", *arguments, f"--output={tmp_path / 'one'}")
-    same = f"--tokenizer={tmp_path / 'one'}"
-    ranks = f"--output={tmp_path / 'ranks'}"
-    launch("torchrun", "pretrain_gpt2", *arguments, same, ranks, "--tp=2", processes=4)
+    on_ranks = [*arguments, f"--tokenizer={tmp_path / 'one'}", f"--output={tmp_path / 'ranks'}", "--tp=2"]
+    pool(4).run(run_here, "pretrain_gpt2", *on_ranks, timeout=240)
     assert losses(tmp_path / "one")
     assert losses(tmp_path / "ranks") == pytest.approx(losses(tmp_path / "one"), abs=5e-3)

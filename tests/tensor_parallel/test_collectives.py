@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,21 +16,23 @@ from hf_megatron.tensor_parallel.group import SINGLE
 from tests.tensor_parallel.ranks import Pool, group
 
 
-def _wait_for_a_late_rank() -> tuple[torch.Tensor, torch.Tensor]:
+def _wait_for_a_late_rank(polling_seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
     tp = group()
     total, shard = torch.full((3,), float(tp.rank)), torch.full((2,), float(tp.rank))
     gathered = torch.empty(2 * tp.size)
     if tp.rank == 0:
-        time.sleep(10 * collectives.POLLING_SECONDS)
-    waits = [start_all_reduce(tp, total), start_all_gather_single(tp, gathered, shard, is_async=False)]
-    for wait in waits:
-        wait()
+        time.sleep(0.1)
+    with patch.multiple(collectives, POLLING_SECONDS=polling_seconds, _CORES=2):
+        waits = [start_all_reduce(tp, total), start_all_gather_single(tp, gathered, shard, is_async=False)]
+        for wait in waits:
+            wait()
     return total, gathered
 
 
-def test_a_late_rank_is_waited_for(pool: Pool) -> None:
-    """Catches a tensor that is handed out unfinished when the time for asking is over."""
-    for total, gathered in pool(2).run(_wait_for_a_late_rank):
+@pytest.mark.parametrize("polling_seconds", [0.0, 0.01, 10.0])
+def test_a_late_rank_is_waited_for(pool: Pool, polling_seconds: float) -> None:
+    """Catches a tensor that is handed out unfinished when the time for asking is over, and asking that never ends."""
+    for total, gathered in pool(2).run(_wait_for_a_late_rank, polling_seconds):
         assert total.tolist() == [1.0] * 3
         assert gathered.tolist() == [0.0, 0.0, 1.0, 1.0]
 
@@ -47,6 +50,17 @@ class _Work:
         self.waits += 1
         if self.error is not None:
             raise RuntimeError(self.error)
+
+
+def test_ranks_that_outnumber_the_cores_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that ask all the time and so keep those they wait for from computing."""
+    monkeypatch.setattr(collectives, "_CORES", 2)
+    for local_world_size, questions in (("2", 1), ("3", 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
+        answers = [True, True]
+        wait, _ = _start(monkeypatch, _Work(answers), "cpu", is_async=True)
+        wait()
+        assert len(answers) == 2 - questions
 
 
 def _start(monkeypatch: pytest.MonkeyPatch, work: _Work, device: str, is_async: bool) -> tuple[Any, dict[str, Any]]:
