@@ -14,7 +14,14 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 from tests.distributed import RankPool
 
 # Minutes and half minutes of processes of their own. Whichever worker had one of them last would have the others wait.
-_LONGEST = ("test_the_whole_journey_at_two_ranks", "test_blocks_work", "test_launchers")
+_LONGEST = (
+    "test_what_the_stock_classes_pass",
+    "test_killed_runs_end",
+    "test_the_whole_journey",
+    "test_blocks_work",
+    "test_the_run_for_a_card",
+    "test_launchers",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

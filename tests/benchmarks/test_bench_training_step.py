@@ -42,6 +42,8 @@ def test_it_measures_and_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_the_run_for_a_card_works_on_a_processor(model: str, tmp_path: Path) -> None:
     """Catches what would only show on a rented GPU: compiled and recomputed competitors, several steps a sample."""
     names = bench_training_step.CONFIGURATIONS["cuda", model].split()
+    if model == "bert":  # by itself it differs in what is compiled
+        names = [name for name in names if "compiled" in name]
     _run(tmp_path, "--workloads", f"{model}-tiny", "--repetitions", "3", "--batch", "2", "--configurations", *names)
     result = json.loads((tmp_path / "training_step.json").read_text())[f"{model}-tiny"]
     assert result["failed"] == {}
@@ -69,7 +71,7 @@ def test_recomputation(tmp_path: Path) -> None:
     precision = "bf16 autocast"
     bench_recomputation.main(["--quick", "--precisions", precision, "--output", str(tmp_path)])
     lines = (tmp_path / "recomputation.md").read_text().splitlines()
-    assert sum(line.startswith(f"| {precision} |") for line in lines) == 2 * 4
+    assert sum(line.startswith(f"| {precision} |") for line in lines) == 4
 
 
 def test_other_tokens_are_refused() -> None:

@@ -86,7 +86,10 @@ def in_one_process(
 _CLASSES = ("MegatronGPT2LMHeadModel", "MegatronBertForMaskedLM")
 _QUICK = ("MegatronGPT2LMHeadModel", "tp2 x fsdp2, split sequences", 2)
 _GRID = [
-    pytest.param(*case, marks=() if case == _QUICK else pytest.mark.slow) for case in product(_CLASSES, LAYOUTS, (1, 2))
+    pytest.param(*case, marks=() if case == _QUICK else pytest.mark.slow)
+    for case in product(_CLASSES, LAYOUTS, (1, 2))
+    # Of BERT the harder half: what a batch of it predicts is another number in each part.
+    if case[0] == _CLASSES[0] or case[2] == 2
 ]
 
 
