@@ -6,10 +6,7 @@ under ``torch.compile`` the collective is done when the first function returns, 
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,19 +16,11 @@ from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
 __all__ = ["start_all_gather_single", "start_all_reduce", "start_reduce_scatter_single"]
 
-# How long a rank on a CPU asks whether a collective is done, before it sleeps until it is. Gloo sums a few kilobytes in
-# less time than a thread needs to be put to sleep and woken, which decoding would pay ten times a token. Who waits
-# longer than this waits for the work of another rank. Where ranks outnumber the cores they all sleep: each that asks
-# would keep another from computing.
-POLLING_SECONDS = 10e-3
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
 # torch 2.13 renamed them and warns about the old names.
 if hasattr(dist, "all_gather_single"):
     _all_gather_single, _reduce_scatter_single = dist.all_gather_single, dist.reduce_scatter_single
 else:
     _all_gather_single, _reduce_scatter_single = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
-_give_way: Callable[[], object] = getattr(os, "sched_yield", partial(time.sleep, 0))
 
 
 def start_all_reduce(
@@ -78,21 +67,10 @@ def start_reduce_scatter_single(
 def _start(
     collective: Callable[..., Any], *tensors: torch.Tensor, group: TensorParallelGroup, is_async: bool, **options: Any
 ) -> Callable[[], object]:
-    is_polled = tensors[0].device.type == "cpu"
-    is_async = (is_async or is_polled) and not torch.compiler.is_compiling()
+    is_async = is_async and not torch.compiler.is_compiling()
     work = collective(*tensors, group=group.process_group, async_op=is_async, **options)
-    if work is None:
-        return _nothing
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", group.size))
-    return partial(_poll, work) if is_polled and ranks_here <= _CORES else work.wait
+    return _nothing if work is None else work.wait
 
 
 def _nothing() -> None:
     pass
-
-
-def _poll(work: dist.Work) -> None:
-    end = time.perf_counter() + POLLING_SECONDS
-    while not work.is_completed() and time.perf_counter() < end:
-        _give_way()
-    work.wait()  # raises what went wrong
