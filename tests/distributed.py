@@ -217,8 +217,9 @@ def _receive(rank: _Rank) -> _Done | _Failed:
         reply = pickle.loads(rank.connection.recv_bytes())
     except (EOFError, ConnectionResetError):
         rank.process.join()
+        stack = rank.stack_file.read_text() if rank.stack_file.exists() else ""  # where a fatal signal met it
         # The time sorts it first: a rank that dies says nothing, and its peers notice before we do.
-        return _Failed(f"the process died with exit code {rank.process.exitcode}\n", seconds=0.0)
+        return _Failed(f"the process died with exit code {rank.process.exitcode}\n{stack}", seconds=0.0)
     assert isinstance(reply, _Done | _Failed)
     return reply
 
@@ -290,6 +291,7 @@ def _rank_main(index: int, world_size: int, directory: Path, connection: Connect
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test process, which then ends the ranks
     try:
         with _stack_file(directory, index).open("w") as stack_file:
+            faulthandler.enable(file=stack_file, all_threads=True)
             faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
             _join_world(index, world_size, directory)
             connection.send_bytes(pickle.dumps(_Done(pickle.dumps(None), num_groups=1)))

@@ -38,6 +38,12 @@ def _fail_on_last_rank() -> None:
     dist.all_reduce(torch.zeros(1))
 
 
+def _crash_on_last_rank() -> None:
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    dist.barrier()
+
+
 def _die_on_last_rank() -> None:
     if dist.get_rank() == dist.get_world_size() - 1:
         time.sleep(0.2)
@@ -132,6 +138,12 @@ def test_a_killed_rank_is_named(pool: Pool) -> None:
     """Catches a silent death (out of memory, segmentation fault) that is blamed on the peers or waited for."""
     with pytest.raises(RankFailedError, match=r"^rank 1 failed first .*\nrank 1: the process died with exit code -9"):
         pool(2).run(_die_on_last_rank)
+
+
+def test_a_crash_says_where(pool: Pool) -> None:
+    """Catches a segmentation fault in C++ of which nothing is left but an exit code."""
+    with pytest.raises(RankFailedError, match=r"exit code -11\n(.*\n)+.* in _crash_on_last_rank\n"):
+        pool(2).run(_crash_on_last_rank)
 
 
 def test_a_hang_names_the_rank_and_the_line(pool: Pool) -> None:
