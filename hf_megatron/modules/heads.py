@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from hf_megatron.partition import Spec, VocabSplit
 from hf_megatron.tensor_parallel import (
     ParallelModule,
+    ReusedMemory,
     SequenceParallelRegion,
     TensorParallelGroup,
     VocabParallelEmbedding,
@@ -49,6 +50,7 @@ class VocabParallelHead(ParallelModule):
     def __init__(self, hidden_size: int, vocab_size: int, *, is_tied: bool, bias: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = hidden_size, vocab_size
+        self._gradient_memory = ReusedMemory()
         self.register_parameter("weight", None if is_tied else nn.Parameter(torch.empty(vocab_size, hidden_size)))
         self.register_parameter("bias", None if is_tied or not bias else nn.Parameter(torch.zeros(vocab_size)))
         if self.weight is not None:
@@ -78,6 +80,8 @@ class VocabParallelHead(ParallelModule):
         Collective: all-reduce over tp, backward, of the hidden states' gradient. With a region all-gather over tp,
         forward, and reduce-scatter over tp, backward.
         """
+        if not torch.compiler.is_compiling():
+            self._gradient_memory.release()  # what computes logits computes the gradient elsewhere, if at all
         if region is None:
             (hidden_states,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)
         else:
@@ -118,6 +122,7 @@ class VocabParallelHead(ParallelModule):
             labels.reshape(-1).to(hidden_states.device),
             vocab_size=self.out_features,
             reduce_gradient=region is None,
+            memory=self._gradient_memory,
             **loss_arguments,
         )
 

@@ -29,6 +29,7 @@ from hf_megatron.tensor_parallel.random import (
     broadcast_from_first_rank,
     synchronize_random_state,
 )
+from hf_megatron.tensor_parallel.reused_memory import ReusedMemory
 from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion
 from hf_megatron.tensor_parallel.style import head_tp_plan_of, parallelize_module, tp_plan_of
 
@@ -40,6 +41,7 @@ __all__ = [
     "ReplicatedEmbedding",
     "ReplicatedLayerNorm",
     "ReplicatedLinear",
+    "ReusedMemory",
     "RowParallelLinear",
     "SequenceParallelRegion",
     "TensorParallelGroup",

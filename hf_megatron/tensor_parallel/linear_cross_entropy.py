@@ -23,6 +23,7 @@ from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel.collectives import start_all_gather_single, start_all_reduce
 from hf_megatron.tensor_parallel.cross_entropy import check_target
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
+from hf_megatron.tensor_parallel.reused_memory import ReusedMemory
 
 __all__ = ["vocab_parallel_linear_cross_entropy"]
 
@@ -45,6 +46,7 @@ def vocab_parallel_linear_cross_entropy(
     num_items_in_batch: torch.Tensor | float | None = None,
     chunk_size: int | None = None,
     reduce_gradient: bool = True,
+    memory: ReusedMemory | None = None,
 ) -> torch.Tensor:
     """Mean cross entropy of ``hidden_states @ weight.T + bias``, of which tokens that do not count are not computed.
 
@@ -64,6 +66,7 @@ def vocab_parallel_linear_cross_entropy(
         chunk_size: C; by default as many tokens as have 2**24 logits on a rank, or 2**26 on a GPU.
         reduce_gradient: Whether to make the gradient of the hidden states whole. If not it is left a partial sum, for
             hidden states out of a gather whose backward pass is a reduce-scatter.
+        memory: Where to put the weight's gradient on a CPU.
 
     Returns:
         The loss, a scalar, replicated; float32, or float64 for float64 hidden states. NaN if no token counts, as in
@@ -97,6 +100,7 @@ def vocab_parallel_linear_cross_entropy(
         # Asked for here: inside of the function there is always a gradient wanted and never one recorded.
         needs=tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors),
         reduce_gradient=reduce_gradient and group.size > 1,
+        memory=memory if weight.is_cpu and memory is not None and not torch.compiler.is_compiling() else None,
     )
     scale = torch.as_tensor(1.0, dtype=loss_dtype, device=hidden_states.device) / divisor
     with torch.autocast(device, enabled=False):
@@ -115,6 +119,7 @@ class _Settings:
     chunk_size: int
     needs: tuple[bool, ...]
     reduce_gradient: bool
+    memory: ReusedMemory | None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -230,7 +235,7 @@ class _Gradients:
         if self.needs_weight:
             scaled = (hidden * factor[:, None]).to(hidden.dtype)
             if self.d_weight is None:
-                self.d_weight = (exponentials.t() @ scaled).to(sum_dtype)
+                self.d_weight = self._first_product(exponentials.t(), scaled)
             elif hidden.dtype == sum_dtype:
                 self.d_weight.addmm_(exponentials.t(), scaled)
             else:
@@ -243,6 +248,14 @@ class _Gradients:
             self.d_bias.index_add_(0, mine, on_target.to(sum_dtype))
             if smoothing:
                 self.d_bias += on_all.sum()
+
+    def _first_product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """The first chunk's part of the weight's gradient, in the dtype of the sum."""
+        memory = self.settings.memory
+        if memory is None:
+            return (left @ right).to(self.sum_dtype)
+        total = memory.empty(torch.Size((left.shape[0], right.shape[1])), self.sum_dtype)
+        return torch.mm(left, right, out=total) if right.dtype == self.sum_dtype else total.copy_(left @ right)
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """The gradients of hidden states, weight and bias, None where none is needed."""
