@@ -81,11 +81,11 @@ def _memory(result: Result, name: str) -> Sequence[str]:
     seen, has_card = result["configurations"][name], _has_card(result)
     first = seen["memory"][0][0]
     peak = peak_of(result, name, "allocated" if has_card else "resident")
-    # Of the peak, what was there before is the weights and what was imported, and the gradients are as large as the
-    # weights. On a GPU nothing is imported.
-    beyond = peak - (2 * first["weights"] if has_card else first["before"] + first["weights"])
+    # The gradients are as large as the weights. On a GPU nothing is imported.
+    imports = 0 if has_card else seen["hello"][0]["resident"]
+    beyond = peak - imports - 2 * first["weights"]
     if not has_card:
-        return [f"{peak / MEGA:.0f}", f"{seen['hello'][0]['resident'] / MEGA:.0f}", f"{beyond / MEGA:.0f}"]
+        return [f"{peak / MEGA:.0f}", f"{imports / MEGA:.0f}", f"{beyond / MEGA:.0f}"]
     planned, floor = seen.get("planned_bytes"), ratio_of(result, name, CARD)
     return [
         f"{peak / MEGA:.0f}",

@@ -105,7 +105,7 @@ def test_finetune_squad(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_pretrain_gpt2(tmp_path: Path) -> None:
     """Catches a benchmark that no longer runs, or takes a file for one document."""
-    file = _write_articles(tmp_path / "text.txt", 12, 400)
+    file = _write_articles(tmp_path / "text.txt", 12, 200)
     tokenizer = GPT2TokenizerFast().train_new_from_iterator(topics.values(), 400, show_progress=False)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     sizes = ["--layers=1", "--hidden=16", "--heads=2", "--length=16", "--batch=2", "--steps=20", "--held-out=0.2"]
