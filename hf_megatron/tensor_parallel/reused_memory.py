@@ -11,9 +11,9 @@ class ReusedMemory:
     """Where to put a large tensor that is computed anew in every step, such as the gradient of a head's weight.
 
     On a CPU memory of this size goes back to the operating system when a gradient is dropped, and comes from it again
-    page by page: for the head of GPT-2 that takes half as long as the product that fills it. So the memory of the last
-    one is kept, and given out again once nobody holds it. That costs nothing where a step needs most, which is when the
-    gradient is there.
+    page by page: for the head of GPT-2 that takes a third as long as the product that fills it. So the memory of the
+    last one is kept, and given out again once nobody holds it. That costs nothing where a step needs most, which is
+    when the gradient is there.
     """
 
     def __init__(self) -> None:
