@@ -250,7 +250,7 @@ class _Gradients:
                 self.d_bias += on_all.sum()
 
     def _first_product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """The first chunk's part of the weight's gradient, in the dtype of the sum."""
+        """The first chunk's part of the weight's gradient [V_p, H], split on dim 0, in the dtype of the sum."""
         memory = self.settings.memory
         if memory is None:
             return (left @ right).to(self.sum_dtype)

@@ -30,11 +30,8 @@ class ReusedMemory:
         """Give the memory back."""
         self._last = None
 
-    def __deepcopy__(self, memo: dict[int, object]) -> ReusedMemory:
-        return ReusedMemory()
-
     def __reduce__(self) -> tuple[type[ReusedMemory], tuple[()]]:
-        return ReusedMemory, ()
+        return ReusedMemory, ()  # a model is copied and saved without it
 
 
 def _is_held(tensor: torch.Tensor) -> bool:

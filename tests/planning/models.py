@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,18 +19,31 @@ from hf_megatron import (
 )
 from hf_megatron.planning import PRECISIONS, ModelShape, Run
 
-BATCH, LENGTH, VOCAB = 3, 64, 331
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model and its batch."""
+
+    batch: int
+    length: int
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+
+
+SMALL = Size(batch=3, length=64, vocab=331, hidden=64, layers=3, heads=4)
 KINDS = ("gpt2", "gpt2-inner", "bert-pre", "bert-post", "bert-mlm")
 
 
-def make_config(kind: str, *, dropout: float = 0.1) -> Any:
+def make_config(kind: str, *, dropout: float = 0.1, size: Size = SMALL) -> Any:
     if kind.startswith("gpt2"):
         return MegatronGPT2Config(
-            vocab_size=VOCAB,
-            n_positions=LENGTH,
-            n_embd=64,
-            n_layer=3,
-            n_head=4,
+            vocab_size=size.vocab,
+            n_positions=size.length,
+            n_embd=size.hidden,
+            n_layer=size.layers,
+            n_head=size.heads,
             n_inner=101 if kind == "gpt2-inner" else None,
             activation_function="gelu_pytorch_tanh" if kind == "gpt2-inner" else "gelu_new",
             embd_pdrop=dropout,
@@ -39,12 +53,12 @@ def make_config(kind: str, *, dropout: float = 0.1) -> Any:
             eos_token_id=0,
         )
     return MegatronBertConfig(
-        vocab_size=VOCAB,
-        max_position_embeddings=LENGTH,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=256,
+        vocab_size=size.vocab,
+        max_position_embeddings=size.length,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.hidden,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         layernorm_placement="post" if kind == "bert-post" else "pre",
@@ -58,29 +72,40 @@ def model_class(kind: str) -> Any:
 
 
 def make_model(
-    kind: str, tp_size: int, *, dropout: float = 0.1, sequence_parallel: bool = False, **options: Any
+    kind: str,
+    tp_size: int,
+    *,
+    dropout: float = 0.1,
+    sequence_parallel: bool = False,
+    size: Size = SMALL,
+    **options: Any,
 ) -> PreTrainedModel:
-    config = make_config(kind, dropout=dropout)
+    config = make_config(kind, dropout=dropout, size=size)
     layout = DistributedConfig(tp_size=tp_size, enable_sequence_parallel=sequence_parallel) if tp_size > 1 else None
     model: PreTrainedModel = model_class(kind).from_config(config, distributed_config=layout, **options)
     return model.train()
 
 
-def make_shape(kind: str, *, dropout: float = 0.1) -> ModelShape:
-    config = make_config(kind, dropout=dropout).to_dict()
+def make_shape(kind: str, *, dropout: float = 0.1, size: Size = SMALL) -> ModelShape:
+    config = make_config(kind, dropout=dropout, size=size).to_dict()
     return ModelShape.from_config({**config, "architectures": [model_class(kind).__name__]})
 
 
-def make_run(**changes: Any) -> Run:
+def make_run(*, size: Size = SMALL, **changes: Any) -> Run:
     """A run in float32 on a CPU, of the batch that :func:`make_batch` gives."""
-    given = {"precision": PRECISIONS["fp32"], "device": "cpu", "micro_batch": BATCH, "sequence_length": LENGTH}
+    given = {
+        "precision": PRECISIONS["fp32"],
+        "device": "cpu",
+        "micro_batch": size.batch,
+        "sequence_length": size.length,
+    }
     return Run(**{**given, **changes})
 
 
-def make_batch(kind: str) -> dict[str, torch.Tensor]:
+def make_batch(kind: str, size: Size = SMALL) -> dict[str, torch.Tensor]:
     """Token ids and labels; for BERT exactly 15% of the positions are labelled."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
+    ids = torch.randint(size.vocab, (size.batch, size.length), generator=generator)
     if kind.startswith("gpt2"):
         return {"input_ids": ids, "labels": ids}
     labels = torch.full_like(ids, -100)
@@ -89,14 +114,15 @@ def make_batch(kind: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def forward(model: Any, kind: str) -> Any:
+def forward(model: Any, kind: str, size: Size = SMALL) -> Any:
     """A training forward pass, of every parameter, without the cache of keys and values that GPT-2 otherwise fills."""
     options: dict[str, Any] = {}
     if kind.startswith("gpt2"):
         options["use_cache"] = False
     elif kind != "bert-mlm":
-        options["sentence_order_label"] = torch.zeros(BATCH, dtype=torch.long)
-    return model(**make_batch(kind), **options)
+        options["sentence_order_label"] = torch.zeros(size.batch, dtype=torch.long)
+    batch = {name: tensor.to(model.device) for name, tensor in make_batch(kind, size).items()}
+    return model(**batch, **options)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

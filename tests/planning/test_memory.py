@@ -164,7 +164,7 @@ def test_the_formula_of_the_literature(sequence_parallel: bool) -> None:
     norms' statistics, 16 bytes per token.
     """
     shape = make_shape("gpt2")
-    options = {"precision": PRECISIONS["master"], "attention": "eager", "device": "cuda", "tp_size": 2}
+    options: dict[str, Any] = {"precision": PRECISIONS["master"], "attention": "eager", "device": "cuda", "tp_size": 2}
     run = make_run(**options, sequence_parallel=sequence_parallel)
     tokens, hidden, heads = 3 * 64, 64, 4
     split, others = 24 / 2 + 5 * heads * 64 / (hidden * 2), 10 / 2 if sequence_parallel else 10

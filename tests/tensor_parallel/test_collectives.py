@@ -93,6 +93,7 @@ def test_a_wait_ends_when_the_tensors_are_let_go(monkeypatch: pytest.MonkeyPatch
     assert not held
 
 
+@pytest.mark.timeout(30)
 def test_a_tensor_that_is_never_let_go_is_waited_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a hang where a profiler, say, keeps what a collective was called with."""
     monkeypatch.setattr(collectives, "RELEASE_SECONDS", 0.01)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 
+from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
 from hf_megatron.tensor_parallel import SINGLE, ReusedMemory, vocab_parallel_linear_cross_entropy
 
 T, H, V = 12, 8, 31
@@ -55,11 +57,25 @@ def test_a_gradient_that_was_dropped_makes_room_for_the_next() -> None:
     """Catches memory that is asked for anew in every step, which is all that this is there to prevent."""
     hidden, weight = _leaves()
     memory = ReusedMemory()
-    places: list[int] = []
+    kept: list[torch.Tensor | None] = []
     for _ in range(3):
         _step(hidden, weight, memory)
-        places.append(_taken(weight).data_ptr())
-    assert len(set(places)) == 1
+        kept.append(memory._last)
+        assert kept[0] is not None
+        assert _taken(weight).data_ptr() == kept[0].data_ptr()
+    assert kept[2] is kept[1] is kept[0]
+
+
+def test_a_head_keeps_it_until_it_computes_logits() -> None:
+    """Catches a head that asks for memory in every step, and one that holds on to it when training is over."""
+    config = MegatronGPT2Config(vocab_size=V, n_embd=H, n_layer=1, n_head=2, n_positions=T)
+    model: Any = MegatronGPT2LMHeadModel(config)
+    ids = torch.arange(T)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    kept = model.lm_head._gradient_memory._last
+    assert kept.data_ptr() == model.transformer.wte.weight.grad.data_ptr()
+    model.eval()(input_ids=ids)
+    assert model.lm_head._gradient_memory._last is None
 
 
 def test_a_gradient_that_is_there_is_left_alone() -> None:
@@ -84,9 +100,9 @@ def test_a_gradient_that_is_there_is_left_alone() -> None:
 
 
 def test_a_copy_has_memory_of_its_own() -> None:
-    """Catches models that are copied or saved together with a gradient, and copies that write into each other's."""
+    """Catches models that are copied and saved together with a gradient."""
     memory = ReusedMemory()
-    place = memory.empty(torch.Size((2, 3)), torch.float32).data_ptr()
+    memory.empty(torch.Size((2, 3)), torch.float32)
     for other in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
-        assert other.empty(torch.Size((2, 3)), torch.float32).data_ptr() != place
-    assert memory.empty(torch.Size((2, 3)), torch.float32).data_ptr() == place
+        assert other._last is None
+    assert memory._last is not None
