@@ -3,6 +3,7 @@
     HfMegatronError(Exception)
     |-- PartitionError(ValueError)            a size or name does not fit the parallel layout
     |-- UnsupportedError(ValueError)          a feature that the parallel models do not have
+    |   `-- UnexpectedArgumentError(TypeError)    an argument of a forward that nothing would use
     |-- DataError(ValueError)                 examples or a tokenizer that cannot be trained on
     |-- ParallelStateError(RuntimeError)      process group, world size, use outside of a group
     |-- DivergenceError(FloatingPointError)   a training step that would make the weights inf or nan
@@ -27,6 +28,7 @@ __all__ = [
     "HfMegatronError",
     "ParallelStateError",
     "PartitionError",
+    "UnexpectedArgumentError",
     "UnsupportedError",
 ]
 
@@ -41,6 +43,10 @@ class PartitionError(HfMegatronError, ValueError):
 
 class UnsupportedError(HfMegatronError, ValueError):
     """The configuration asks for something the tensor-parallel models do not implement."""
+
+
+class UnexpectedArgumentError(UnsupportedError, TypeError):
+    """A forward was called with an argument that neither it nor its attention kernel uses."""
 
 
 class DataError(HfMegatronError, ValueError):

@@ -1,4 +1,4 @@
-"""What the forwards of the base models share: sequence parallelism for the call, and outputs that are whole."""
+"""What the forwards of the base models share: checked arguments, sequence parallelism, and outputs that are whole."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from hf_megatron.models.arguments import check_arguments, rename_cache
 from hf_megatron.tensor_parallel import SequenceParallelRegion, gather_from_tensor_parallel_region
 
-__all__ = ["gathers_outputs", "region_of_call"]
+__all__ = ["base_forward", "region_of_call"]
 
 
 def region_of_call(
@@ -32,8 +33,11 @@ def region_of_call(
     return SequenceParallelRegion(model.tp_group, length) if length >= model.tp_group.size else None
 
 
-def gathers_outputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+def base_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the forward of a base model whose modules are parallel ones.
+
+    An argument that nothing uses is refused, whichever class was called: the heads hand theirs down to here. The
+    key-value cache may have either of its names.
 
     Where attention probabilities are asked for, each module gives those of this rank's heads; the result has all of
     them, [B, N, S_q, S_k] per layer, replicated. With sequence parallelism each layer gives the hidden states of this
@@ -45,9 +49,12 @@ def gathers_outputs(forward: Callable[..., Any]) -> Callable[..., Any]:
     for the last hidden states, and per layer, if hidden states are asked for.
     """
     signature = inspect.signature(forward)
+    named = frozenset(signature.parameters) - {"kwargs"} | {"past_key_values"}
 
     @wraps(forward)
     def forward_and_gather(self: Any, *args: Any, region: SequenceParallelRegion | None = None, **kwargs: Any) -> Any:
+        kwargs = rename_cache(kwargs)
+        check_arguments(self, named, kwargs)
         return_dict = kwargs.pop("return_dict", self.config.return_dict)
         is_for_head = region is not None
         if not is_for_head and self.sequence_parallel:

@@ -37,7 +37,8 @@ class ParallelAttention(ParallelModule):
         head_dim: D.
         dropout: Probability of dropping an attention probability in training.
         scaling: Factor on the scores.
-        is_causal: Whether a position sees only itself and earlier ones where no mask is given.
+        is_causal: Whether a position sees only itself and earlier ones where no mask is given and the call has no
+            ``is_causal`` of its own.
         upcast: Compute the scores and their softmax in float32 (eager attention only).
         layer_idx: Which layer of the key-value cache is this one's.
     """
@@ -108,7 +109,7 @@ class ParallelAttention(ParallelModule):
         """
         query, key, value = (self.split_heads(x) for x in (query, key, value))
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
         context, probabilities = self._kernel(query, key, value, attention_mask, recompute, **kwargs)
         return context.reshape(*context.shape[:-2], -1).contiguous(), probabilities
 
@@ -123,12 +124,13 @@ class ParallelAttention(ParallelModule):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, N_p, S, D] each to the context [B, S_q, N_p, D] and perhaps the probabilities."""
         dropout = self.dropout_p if self.training else 0.0
+        is_causal = self.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         implementation = self.config._attn_implementation
         if implementation == "eager" or (dropout and implementation == "sdpa" and not query.is_cuda):
             # sdpa draws its dropout from the default generator, which gives every rank the same masks. On a CPU it
             # has no fused kernel with dropout anyway, so nothing is lost by drawing per head.
             explicit = self._explicit if recompute is None else partial(recompute, self._explicit)
-            return explicit(query, key, value, mask, dropout)
+            return explicit(query, key, value, mask, dropout, is_causal)
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
         stream = private_cuda_stream(query.device, self.first_head) if dropout else nullcontext()
         with stream:
@@ -138,7 +140,13 @@ class ParallelAttention(ParallelModule):
         return output
 
     def _explicit(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout: float,
+        is_causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention written out, with the probabilities in memory and one dropout mask per global head."""
         if self.upcast and self.config._attn_implementation == "eager":
@@ -146,7 +154,7 @@ class ParallelAttention(ParallelModule):
                 scores = torch.matmul(query.float() * self.scaling, key.float().transpose(-1, -2))
         else:
             scores = torch.matmul(query, key.transpose(-1, -2)) * self.scaling
-        if mask is None and self.is_causal and query.shape[2] > 1:
+        if mask is None and is_causal and query.shape[2] > 1:
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
             mask = mask.tril(key.shape[2] - query.shape[2])
         if mask is not None and mask.dtype == torch.bool:

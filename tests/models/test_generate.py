@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel, StaticCache
+from transformers import ContinuousBatchingConfig, GenerationConfig, GPT2LMHeadModel, StaticCache
 
 from hf_megatron import MegatronGPT2LMHeadModel
+from hf_megatron.errors import UnsupportedError
+from hf_megatron.models.arguments import CACHE
 from tests.models.reference import Pool, layout, make_batch, rank, run_at, token_ids
 
 StockDir = Callable[[str], Path]
@@ -48,12 +50,12 @@ def _compare_generation(directory: Path, tp_size: int, attention: str, sequence_
 @pytest.mark.parametrize(
     ("variant", "attention", "tp_size", "sequence_parallel"),
     [
+        ("base", "sdpa", 1, False),
         ("untied", "eager", 2, False),
         ("base", "sdpa", 2, True),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                ("base", "sdpa", 1, False),
                 ("base", "sdpa", 2, False),
                 ("base", "sdpa", 4, False),
                 ("base", "eager", 4, True),
@@ -74,9 +76,7 @@ def _compare_static_cache(directory: Path, tp_size: int) -> None:
     logits = []
     for model in (stock, ours):
         cache = StaticCache(config=model.config, max_cache_len=20)
-        parts = [
-            model(part, past_key_values=cache, use_cache=True).logits for part in token_ids(2, 9).split([5, 3, 1], 1)
-        ]
+        parts = [model(part, **{CACHE: cache}, use_cache=True).logits for part in token_ids(2, 9).split([5, 3, 1], 1)]
         logits.append(torch.cat(parts, dim=1))
         heads = cache.layers[0].keys.shape[1]
         assert heads == (12 if model is stock else 12 // tp_size), f"the cache holds {heads} heads"
@@ -89,9 +89,11 @@ def test_static_cache_holds_this_ranks_heads(pool: Pool, stock_dir: StockDir, tp
     run_at(pool, tp_size, _compare_static_cache, stock_dir("base"), tp_size)
 
 
-def _sample(directory: Path, tp_size: int) -> list[list[list[int]]]:
+def _sample(directory: Path, tp_size: int, *, stock: bool = False) -> list[list[list[int]]]:
     """Sampled ids of several calls, each begun from a different random state on every rank."""
-    model = MegatronGPT2LMHeadModel.from_pretrained(directory, dtype=torch.float64, distributed_config=layout(tp_size))
+    options: dict[str, Any] = {} if stock else {"distributed_config": layout(tp_size)}
+    model_class = GPT2LMHeadModel if stock else MegatronGPT2LMHeadModel
+    model = model_class.from_pretrained(directory, dtype=torch.float64, **options)
     sampled = []
     for padding, options in (("none", {}), ("left", {"top_k": 20, "temperature": 1.5}), ("none", {"num_beams": 2})):
         torch.manual_seed(100 + rank())
@@ -102,12 +104,53 @@ def _sample(directory: Path, tp_size: int) -> list[list[list[int]]]:
     return sampled
 
 
-@pytest.mark.parametrize("tp_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tp_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sampling_is_the_same_on_all_ranks(pool: Pool, stock_dir: StockDir, tp_size: int) -> None:
     """Catches ranks that draw for themselves: their ids diverge, then their caches, then their collectives.
 
-    All follow rank 0, so the sample is also the one that a single process draws from rank 0's state.
+    All follow rank 0, so the sample is also the one that the stock model draws from rank 0's state.
     """
-    (expected,) = run_at(pool, 1, _sample, stock_dir("base"), 1)
+    expected = _sample(stock_dir("base"), 1, stock=True)
     assert run_at(pool, tp_size, _sample, stock_dir("base"), tp_size) == [expected] * tp_size
     assert len({str(ids) for ids in expected}) == len(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_caches(stock_dir: StockDir, cache: str) -> None:
+    """Catches a cache that is swallowed: its layers wait in the memory of the host, which takes a GPU to try."""
+    prompts = {name: value.cuda() for name, value in _prompts("left").items()}
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+    stock, ours = (
+        model_class.from_pretrained(stock_dir("base"), dtype=torch.float64).cuda()
+        for model_class in (GPT2LMHeadModel, MegatronGPT2LMHeadModel)
+    )
+    assert torch.equal(ours.generate(**prompts, **options), stock.generate(**prompts, **options))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_continuous_batching(stock_dir: StockDir, attention: str) -> None:
+    """Catches a paged cache that is not updated, and arguments of it that are refused."""
+    prompts = [ids[: 4 + i].tolist() for i, ids in enumerate(token_ids(3, 9))]
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    model = MegatronGPT2LMHeadModel.from_pretrained(stock_dir("base"), attn_implementation=attention).eval()
+    stock = GPT2LMHeadModel.from_pretrained(stock_dir("base"), attn_implementation=attention)
+    results = model.generate_batch(prompts, settings, ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64))
+    batched = [results[name].generated_tokens for name in sorted(results)]
+    alone = [stock.generate(torch.tensor([ids]), settings)[0, len(ids) :].tolist() for ids in prompts]
+    assert batched == alone
+
+
+def _batch_on_ranks(directory: Path) -> str:
+    model = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(2))
+    try:
+        model.generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=2))
+    except UnsupportedError as error:
+        return str(error)
+    return "it was done"
+
+
+def test_continuous_batching_on_ranks_is_refused(pool: Pool, stock_dir: StockDir) -> None:
+    """Catches results that are empty: the paged cache has room for all heads, and each rank has some."""
+    for answer in pool(2).run(_batch_on_ranks, stock_dir("base")):
+        assert "tp_size=2" in answer, answer

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     GPT2ForQuestionAnswering,
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
@@ -24,6 +25,7 @@ from hf_megatron import (
     MegatronGPT2LMHeadModel,
     MegatronGPT2Model,
 )
+from hf_megatron.models.arguments import CACHE
 from tests.models.reference import (
     Pool,
     assert_agrees,
@@ -82,7 +84,7 @@ def _assert_outputs_agree(actual: Any, expected: Any, valid: torch.Tensor) -> No
             for i, (mine, theirs) in enumerate(zip(actual[name], expected[name], strict=True)):
                 by_position = [x.movedim(2, 1) if name == "attentions" else x for x in (mine, theirs)]
                 assert_agrees(f"{name}[{i}]", *(x[valid] for x in by_position))
-        elif name != "past_key_values":
+        elif name != CACHE:
             is_per_token = expected[name].shape[:2] == valid.shape
             assert_agrees(name, *(x[valid] if is_per_token else x for x in (actual[name], expected[name])))
 
@@ -93,7 +95,7 @@ def _compare_head(head: str, directory: Path, tp_size: int, sequence_parallel: b
     batch = make_batch("right")
     valid = batch["attention_mask"].bool()
     inputs = {**batch, **labels, "output_attentions": True, "output_hidden_states": True}
-    if head == "base":
+    if head in ("base", "question"):
         del inputs["labels"]
 
     expected, actual = stock(**inputs), ours(**inputs)
@@ -105,6 +107,14 @@ def _compare_head(head: str, directory: Path, tp_size: int, sequence_parallel: b
             loss + sum(x[valid].square().mean() for x in outputs.hidden_states) + outputs.attentions[0][0].max()
         ).backward()
     assert_all_agree("gradient", full_gradients(ours), full_gradients(stock))
+
+    # A first part that fills the cache, then two tokens at once, then one.
+    caches = [DynamicCache(config=model.config) for model in (stock, ours)]
+    for part in batch["input_ids"].split([6, 2, 1], dim=1):
+        expected_step, step = (
+            model(part, **{CACHE: cache}, use_cache=True) for model, cache in zip((stock, ours), caches, strict=True)
+        )
+        _assert_outputs_agree(step, expected_step, torch.ones_like(part).bool())
 
     attentions = ours(**inputs, return_dict=False, use_cache=False)[-1]
     for mine, theirs in zip(attentions, expected.attentions, strict=True):
@@ -151,11 +161,10 @@ def _compare_inputs(directory: Path, tp_size: int, sequence_parallel: bool) -> N
     caches: list[Any] = [None, None]
     for part in (ids[:, :6], ids[:, 6:8], ids[:, 8:]):
         expected, actual = (
-            model(part, past_key_values=cache, use_cache=True)
-            for model, cache in zip((stock, ours), caches, strict=True)
+            model(part, **{CACHE: cache}, use_cache=True) for model, cache in zip((stock, ours), caches, strict=True)
         )
         assert_agrees("logits with a cache", actual.logits, expected.logits)
-        caches = [expected.past_key_values, actual.past_key_values]
+        caches = [expected[CACHE], actual[CACHE]]
 
 
 @pytest.mark.parametrize(("tp_size", "sequence_parallel"), quick(LAYOUTS, [(1, False), (2, False), (2, True)]))

@@ -20,6 +20,7 @@ from hf_megatron import (
     MegatronTrainer,
 )
 from hf_megatron.errors import UnsupportedError
+from hf_megatron.models.arguments import CACHE
 from hf_megatron.modules import ParallelAttention
 from hf_megatron.tensor_parallel import RowParallelLinear
 
@@ -111,7 +112,7 @@ def test_generation_is_what_it_was() -> None:
     expected = model.generate(IDS[:, :5], **options)
     model.activation_checkpointing_enable(SELECTIVE)
     assert torch.equal(model.generate(IDS[:, :5], **options), expected)
-    cache = model(input_ids=IDS[:, :5], use_cache=True).past_key_values
+    cache = model(input_ids=IDS[:, :5], use_cache=True)[CACHE]
     assert cache.get_seq_length() == 5
 
 

@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronGPT2LMHeadModel
+from hf_megatron.models.arguments import CACHE
 from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel import HiddenDropout, ReplicatedLayerNorm, local
 from tests.models.collectives import Collective, Recorder
@@ -365,10 +366,10 @@ def test_selective_recomputation_sends_nothing(pool: Pool, stock_dir: StockDir) 
 
 def _record_decoding(directory: Path, sequence_parallel: bool) -> list[Collective]:
     model = _load(directory, 2, sequence_parallel=sequence_parallel)
-    cache = model(token_ids(B, 6), use_cache=True).past_key_values
+    cache = model(token_ids(B, 6), use_cache=True)[CACHE]
     recorder = Recorder()
     with recorder:
-        model(token_ids(B, 1), past_key_values=cache, use_cache=True)
+        model(token_ids(B, 1), **{CACHE: cache}, use_cache=True)
     return recorder.seen
 
 

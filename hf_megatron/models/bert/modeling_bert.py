@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
 from transformers.models.bert.modeling_bert import (
     BertEmbeddings,
     BertEncoder,
@@ -28,8 +31,9 @@ from transformers.models.bert.modeling_bert import (
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from hf_megatron.errors import UnsupportedError
+from hf_megatron.models.arguments import refuse_arguments
 from hf_megatron.models.bert.configuration_bert import MegatronBertConfig, table_of_placement
-from hf_megatron.models.forward import gathers_outputs
+from hf_megatron.models.forward import base_forward
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.modules import ParallelAttention, activation
 from hf_megatron.partition import PartitionTable
@@ -228,10 +232,11 @@ class MegatronBertLayer(GradientCheckpointingLayer):
         *,
         encoder_attention_mask: None = None,
         past_key_values: None = None,
+        cache: None = None,
         region: SequenceParallelRegion | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The arguments of the stock layer; those of decoders are always None, as the configuration refuses them.
+        """The arguments of the stock layers; those of decoders are always None, as the base model refuses them.
 
         Collective: two all-reduces over tp, forward; two backward. With a region those of the layers, and one
         all-reduce over tp, backward, for the gradients of all norms and biases that are held whole.
@@ -345,4 +350,28 @@ class MegatronBertModel(MegatronBertPreTrainedModel, BertModel):
         if self.pooler is None:
             del self._tp_plan["pooler.dense"]
 
-    forward = gathers_outputs(BertModel.forward)
+    @base_forward
+    @wraps(BertModel.forward)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
+        past_key_values: None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        refuse_arguments(
+            "these models are encoders, without cross-attention and without a key-value cache",
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+        )
+        outputs: BaseModelOutputWithPoolingAndCrossAttentions = super().forward(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache=use_cache, **kwargs
+        )
+        return outputs

@@ -263,6 +263,8 @@ class MegatronBertForMaskedLM(_MaskedLM, BertForMaskedLM):
                 token_type_ids=token_type_ids,
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
                 **kwargs,
             )
         loss, logits = self._masked_lm(outputs.last_hidden_state, embedding, labels, loss_arguments)

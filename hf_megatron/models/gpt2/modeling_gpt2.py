@@ -23,8 +23,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2Model, GPT2Pre
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hf_megatron.errors import UnsupportedError
-from hf_megatron.models.forward import gathers_outputs
+from hf_megatron.models.arguments import CACHE, refuse_arguments
+from hf_megatron.models.forward import base_forward
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.modules import ParallelAttention, activation
@@ -195,7 +195,7 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @gathers_outputs
+    @base_forward
     @merge_with_config_defaults  # type: ignore[untyped-decorator]
     @capture_outputs  # type: ignore[untyped-decorator]
     @wraps(GPT2Model.forward)
@@ -215,8 +215,11 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         # Written out, as the stock one has no place for where the hidden states become split and whole again.
-        if encoder_hidden_states is not None:
-            raise UnsupportedError("encoder_hidden_states: these models have no cross-attention; leave it out.")
+        refuse_arguments(
+            "these models have no cross-attention",
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+        )
         for name in ("output_attentions", "output_hidden_states"):  # recorded on the way, by capture_outputs
             kwargs.pop(name, None)
         if input_ids is not None and inputs_embeds is None:
@@ -238,19 +241,20 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: past_key_values},
         )
         hidden_states = inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device)
         if token_type_ids is not None:
             hidden_states = hidden_states + self.wte(token_type_ids.view(-1, inputs_embeds.shape[1]))
-        cache = None if self.gradient_checkpointing and self.training else past_key_values
+        is_recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        cache = None if is_recomputed else past_key_values
         hidden_states = self._transform(
             hidden_states, cache, attention_mask, region, position_ids=position_ids, use_cache=use_cache, **kwargs
         )
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states.view(*batch_shape, *hidden_states.shape[-2:]),
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: past_key_values if use_cache else None},
         )
 
     def _transform(

@@ -23,6 +23,8 @@ from transformers.models.gpt2.modeling_gpt2 import (
 )
 from transformers.utils import can_return_tuple
 
+from hf_megatron.errors import UnsupportedError
+from hf_megatron.models.arguments import CACHE
 from hf_megatron.models.forward import region_of_call
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
 from hf_megatron.models.gpt2.modeling_gpt2 import MegatronGPT2Model, MegatronGPT2PreTrainedModel
@@ -114,9 +116,9 @@ class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _loss_and_logits(
@@ -154,6 +156,20 @@ class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
         """
         synchronize_random_state(self.tp_group, self.device)
         return super().generate(*args, **kwargs)
+
+    @wraps(GenerationMixin.init_continuous_batching)
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock continuous batching (``generate_batch``), in one process.
+
+        Raises:
+            UnsupportedError: The heads are cut over several ranks; the paged cache would hold all of them on each.
+        """
+        if self.tp_group.size > 1:
+            raise UnsupportedError(
+                f"continuous batching under tensor parallelism (tp_size={self.tp_group.size}): the paged cache of "
+                "transformers cannot tell that these heads are cut. Call generate, or load in one process."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 class MegatronGPT2ForSequenceClassification(MegatronGPT2PreTrainedModel, GPT2ForSequenceClassification):

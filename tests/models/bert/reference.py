@@ -155,7 +155,7 @@ def gradients(model: nn.Module) -> Tensors:
 def outputs_of(outputs: Any, valid: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor but the loss, at the positions [B, S] that are not padding."""
     for name, value in outputs.items():
-        if name in ("loss", "past_key_values", "cross_attentions"):
+        if name in ("loss", "cross_attentions"):
             continue
         for i, tensor in enumerate(value if isinstance(value, tuple) else (value,)):
             by_position = tensor.movedim(2, 1) if name == "attentions" else tensor

@@ -1,0 +1,118 @@
+"""What a forward may be called with: the key-value cache under both its names, and only arguments that have a use.
+
+Stock forwards swallow every keyword. A misspelled argument then changes nothing and nobody notices; so it was with the
+cache when transformers 5.24 gave it another name. Here an argument has a use or is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
+
+from hf_megatron.errors import UnexpectedArgumentError
+
+__all__ = ["CACHE", "check_arguments", "refuse_arguments", "rename_cache"]
+
+# What this transformers calls the key-value cache in forwards, outputs and masks: 5.24 renamed past_key_values.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+# What may reach a base model beyond the arguments that its forward names: who passes it, and what for.
+_ALWAYS = {
+    "output_attentions": "callers and Trainer; transformers' capture_outputs records them",
+    "output_hidden_states": "callers and Trainer; transformers' capture_outputs records them",
+    "return_dict": "callers and peft; transformers' capture_outputs reads it",
+    "is_causal": "callers; the mask and the attention follow it",
+    "debug_io": "callers; transformers' merge_with_config_defaults writes what the layers compute into files",
+    "debug_io_dir": "callers, with debug_io",
+    "prune_layers": "callers, with debug_io",
+}
+_FLASH_ATTENTION = {
+    "cu_seq_lens_q": "DataCollatorWithFlattening; where packed sequences begin",
+    "cu_seq_lens_k": "DataCollatorWithFlattening; where packed sequences begin",
+    "max_length_q": "DataCollatorWithFlattening; the longest packed sequence",
+    "max_length_k": "DataCollatorWithFlattening; the longest packed sequence",
+}
+_CONTINUOUS_BATCHING = {
+    **_FLASH_ATTENTION,
+    "read_index": "generate_batch; where to read the paged cache",
+    "write_index": "generate_batch; where to write the paged cache",
+    "block_table": "generate_batch; the blocks of the paged cache, for kernels that follow them",
+    "cache": "generate_batch of transformers 5.23, whose attention kernels update the paged cache",
+    "logits_indices": "generate_batch, which uses it itself once the model is done",
+    "logits_processor_args": "generate_batch, which uses it itself once the model is done",
+}
+
+
+def rename_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's keyword arguments with the key-value cache under its older name, which the forwards here have.
+
+    Args:
+        arguments: Has the cache under either name. Under transformers 5.23 ``cache`` may also be the paged cache of
+            continuous batching, an argument of the attention kernel; that is left alone.
+
+    Raises:
+        UnexpectedArgumentError: Both names are given.
+    """
+    renamed = dict(arguments)
+    if "cache" not in renamed or not (CACHE == "cache" or isinstance(renamed["cache"], (Cache, type(None)))):
+        return renamed
+    cache = renamed.pop("cache")
+    if cache is not None:
+        if renamed.get("past_key_values") is not None:
+            raise UnexpectedArgumentError("cache and past_key_values are the same argument; give one.")
+        renamed["past_key_values"] = cache
+    return renamed
+
+
+def refuse_arguments(reason: str, **arguments: Any) -> None:
+    """Refuse the arguments that are not None.
+
+    Raises:
+        UnexpectedArgumentError: There are any; it gives the reason.
+    """
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise UnexpectedArgumentError(f"{', '.join(given)}: {reason}; leave it out.")
+
+
+def check_arguments(model: Any, named: Collection[str], arguments: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that nothing uses.
+
+    Args:
+        model: A base model, whose configuration says which attention kernel will run.
+        named: The arguments that its forward names.
+        arguments: The keyword arguments of a call.
+
+    Raises:
+        UnexpectedArgumentError: The forward does not name one of them, the attention kernel has no use for it, and it
+            is not listed above.
+    """
+    unknown = [name for name in arguments if name not in named and name not in _ALWAYS]
+    if unknown:
+        used_by_kernel = _used_by_attention_kernel(model.config._attn_implementation, arguments)
+        unknown = [name for name in unknown if name not in used_by_kernel]
+    if unknown:
+        hint = ""
+        if any(name in _FLASH_ATTENTION for name in unknown):
+            hint = " Packed sequences need flash attention, or position_ids without an attention_mask."
+        raise UnexpectedArgumentError(
+            f"{type(model).__name__} got {', '.join(unknown)}, which neither it nor its attention kernel "
+            f"({model.config._attn_implementation}) uses. Check the spelling, or leave it out.{hint}"
+        )
+
+
+def _used_by_attention_kernel(implementation: str, arguments: Mapping[str, Any]) -> Collection[str]:
+    if "write_index" in arguments:
+        return _CONTINUOUS_BATCHING
+    if is_flash_attention_requested(requested_attention_implementation=implementation):
+        return _FLASH_ATTENTION
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
+    if kernel is not None and not kernel.__module__.startswith("transformers."):
+        return inspect.signature(kernel).parameters  # a user's own kernel: what it names, it uses
+    return [name for name in _FLASH_ATTENTION if arguments.get(name) is None]
