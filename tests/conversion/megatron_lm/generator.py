@@ -9,6 +9,7 @@ agree after a conversion is what the tests rest on.
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import pickle
 import random
@@ -326,7 +327,9 @@ def _flat(
         result[f"{here}{down}.weight"] = _rows(weights[f"{layer}.down.weight"], variant, tp, 1)
         result[f"{here}{down}.bias"] = weights[f"{layer}.down.bias"]
         if variant.names == "te":
+            # Transformer Engine 2 saves a tensor, 1.x what torch.save wrote into memory.
             result[f"{here}{qkv}._extra_state"] = torch.ByteTensor(4)
+            result[f"{here}{up}._extra_state"] = io.BytesIO(b"\x80\x02N.")
     if is_last:
         result |= _last_stage(variant, weights, tp, body, is_core=is_core, is_first=is_first)
     return result

@@ -36,7 +36,7 @@ _ALLOWED = TENSOR_NAMES | {
     "collections.defaultdict",
     "copyreg._reconstructor",
     "datetime.timedelta",
-    "io.BytesIO",
+    *(f"{module}.BytesIO" for module in ("_io", "io")),  # the first is what CPython pickles: Transformer Engine 1.x
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
     "signal.Signals",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
