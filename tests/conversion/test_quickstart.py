@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.repository import ROOT
+
 _KEYS = {
     "tp_size",
     "steps",
@@ -20,6 +22,7 @@ _KEYS = {
     "tp_dir",
     "max_logit_diff_stock",
     "sample",
+    "continuation",
 }
 
 
@@ -35,8 +38,11 @@ def _assert_complete(done: subprocess.CompletedProcess[str], output: Path, tp_si
     assert result["tp_size"] == tp_size
     assert result["loss_last"] < 0.9 * result["loss_first"]
     assert result["max_logit_diff_stock"] < 1e-4
+    assert result["problems"] == []
     assert result["sample"].startswith("The with statement")
-    assert "5/5" in done.stderr
+    assert len(result["continuation"]) > len("The with statement")
+    assert f"{tp_size} ranks and stock transformers write the same: {result['continuation']!r}" in done.stderr
+    assert "This takes about" in done.stderr.splitlines()[0]
     tp_files = {path.name for path in (output / "tp").iterdir()}
     assert sum(name.startswith("shard-") for name in tp_files) == tp_size
     for name in ("config.json", "tokenizer.json"):
@@ -65,6 +71,26 @@ def test_the_whole_journey_at_other_degrees(tmp_path: Path, tp_size: int) -> Non
     output = tmp_path / "out"
     done = _run("--tp", str(tp_size), "--steps", "28", "--output", str(output), "--json")
     _assert_complete(done, output, tp_size)
+
+
+def test_a_broken_cache_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a quickstart that calls it a success when what our models generate is wrong: the logits are right."""
+    from hf_megatron_conversion import cli, quickstart
+
+    monkeypatch.setattr(quickstart, "_TRAINING", "tests.conversion.quickstart_with_broken_cache")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "conversion"))))
+    assert cli.run(["quickstart", "--tp", "1", "--steps", "28", "--output", str(tmp_path / "out"), "--json"]) == 1
+    (problem,) = json.loads(capfd.readouterr().out)["problems"]
+    assert "the ranks write" in problem
+
+
+@pytest.mark.slow
+def test_the_default_run_learns(tmp_path: Path) -> None:
+    """Catches a model, a text or a number of steps with which the loss falls by less than a third."""
+    result = json.loads(_run("--output", str(tmp_path / "out"), "--json").stdout)
+    assert result["loss_last"] <= 2 / 3 * result["loss_first"]
 
 
 def test_nothing_is_left_where_a_stage_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

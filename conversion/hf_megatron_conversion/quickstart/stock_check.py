@@ -1,4 +1,4 @@
-"""Load a directory with transformers alone and compare its logits; run as a script, in a process of its own.
+"""Load a directory with transformers alone, compare its logits and let it write; run as a script, in its own process.
 
     python stock_check.py HUB_DIRECTORY EXPECTED.pt
 
@@ -12,7 +12,7 @@ import sys
 
 
 def main(hub_directory: str, expected_file: str) -> None:
-    """Print the class that was loaded and the largest difference of its logits from the expected ones."""
+    """Print the class that was loaded, the largest difference of its logits, and whether it writes the same."""
     sys.modules["hf_megatron"] = None  # type: ignore[assignment]  # importing it from here on is an ImportError
 
     import torch
@@ -26,6 +26,9 @@ def main(hub_directory: str, expected_file: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(hub_directory)
     with torch.no_grad():
         logits = model(expected["input_ids"]).logits
+    continuation = expected["continuation"]
+    new_tokens = continuation.shape[1] - expected["prompt"]["input_ids"].shape[1]
+    ids = model.double().generate(**expected["prompt"], max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
     report = {
         "model_class": f"{type(model).__module__}.{type(model).__name__}",
         "vocab_size": len(tokenizer),
@@ -33,6 +36,9 @@ def main(hub_directory: str, expected_file: str) -> None:
         "unexpected_keys": sorted(info["unexpected_keys"]),
         "max_logit_diff": float((logits - expected["logits"]).abs().max()),
         "largest_logit": float(expected["logits"].abs().max()),
+        "same_continuation": torch.equal(ids, continuation),
+        "continuation": tokenizer.decode(continuation[0]),
+        "stock_continuation": tokenizer.decode(ids[0]),
     }
     print(json.dumps(report))  # noqa: T201 (its output is what the caller reads)
 

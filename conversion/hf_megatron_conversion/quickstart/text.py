@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["END_OF_TEXT", "Corpus", "read_corpus", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
-VOCAB_SIZE = 2003  # odd on purpose: shards of a vocabulary need not be equal
+VOCAB_SIZE = 1009  # odd on purpose: shards of a vocabulary need not be equal
 HELD_OUT_EVERY = 12  # every twelfth topic, about 8% of the text, is kept for evaluation
 
 
