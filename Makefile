@@ -7,9 +7,16 @@ INSTALLED := $(VENV)/.installed
 # Each worker has up to ten ranks of its own, most of them waiting: more than four workers would cost memory for nothing.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 PACKAGES := hf_megatron,hf_megatron_conversion
+# What notices that a release of another library changed something this package relies on.
+TRIPWIRES := tests/packaging/test_private_interfaces.py tests/packaging/test_public_api.py \
+	tests/models/test_transformers_interfaces.py tests/models/test_arguments.py tests/models/test_registration.py \
+	tests/models/test_equality.py tests/models/bert/test_equality.py tests/models/test_generate.py \
+	tests/models/test_heads_and_inputs.py tests/models/test_loading.py tests/models/test_saving.py \
+	tests/models/test_fsdp.py tests/training/test_trainer.py tests/peft/test_equality.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all test-gpu bench cards build check quickstart clean
+.PHONY: help install format lint typecheck test test-all test-gpu test-newest test-oldest tripwires bench cards build \
+	check quickstart clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +55,19 @@ test-all: install ## All tests that need no GPU
 
 test-gpu: install ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+# TORCH=torch==2.13.0 keeps to a build of torch that is at hand: others may be downloads of gigabytes.
+test-newest: ## Fast tests and quickstart with the newest releases that pyproject.toml admits, in .venv-newest
+	.ci/environment newest $(VENV)-newest $(PYTHON) $(TORCH)
+	$(MAKE) test quickstart VENV=$(VENV)-newest
+
+test-oldest: ## The same with the oldest releases, in .venv-oldest
+	.ci/environment oldest $(VENV)-oldest $(PYTHON) $(TORCH)
+	$(MAKE) test quickstart VENV=$(VENV)-oldest
+
+tripwires: install ## The tests that notice a change in another library, and the quickstart; part of test
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL) $(TRIPWIRES)
+	$(BIN)/hf-megatron quickstart --overwrite
 
 bench: install ## Every benchmark; figures go to benchmarks/results
 	@set -e; for script in benchmarks/bench_*.py; do \

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-
-__version__ = "0.1.0"
 
 __all__ = [
     "MegatronBertConfig",
@@ -34,6 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    __version__: str
     from hf_megatron.models.bert.configuration_bert import MegatronBertConfig
     from hf_megatron.models.bert.modeling_bert import MegatronBertModel
     from hf_megatron.models.bert.modeling_bert_heads import (
@@ -63,11 +63,13 @@ if os.environ.get("HF_MEGATRON_REGISTER", "1") != "0":
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:
-    """Import the classes when they are asked for."""
+    """Import the classes when they are asked for, and look the version up in the package's metadata."""
+    if name == "__version__":
+        return version("hf-megatron")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "hf_megatron.trainer" if name == "MegatronTrainer" else "hf_megatron.models"

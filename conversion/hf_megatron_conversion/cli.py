@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +34,6 @@ __all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     name="hf-megatron",
-    help="GPT-2 and BERT the Megatron way: convert checkpoints, look into them, plan and evaluate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -44,6 +44,21 @@ _INTERRUPTED = 130  # as a shell reports it
 _REGISTER = "HF_MEGATRON_REGISTER"
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object to stdout.")]
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"hf-megatron {version('hf-megatron')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """GPT-2 and BERT the Megatron way: convert checkpoints, look into them, plan and evaluate."""
 
 
 @app.command()

@@ -1,9 +1,6 @@
 """What our models add to ``PreTrainedModel``: sharded building, loading and saving.
 
-Everything private of transformers' loader that this package relies on is in this module and in ``initialization``:
-``_load_pretrained_model``, ``_load_and_finalize_distributed_pretrained_model``, ``_from_config``, ``_init_weights``,
-``_save_model_checkpoint_distributed``, ``_can_set_attn_implementation``, ``_get_resized_lm_head`` and
-``DtensorShardOperation``. ``tests/models/test_transformers_interfaces.py`` says what breaks when one changes.
+What is private of transformers' loader is overridden here; ``private_interfaces`` says what breaks when it changes.
 """
 
 from __future__ import annotations

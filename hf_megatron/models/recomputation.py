@@ -1,7 +1,5 @@
 """Activation checkpointing: what the backward pass computes again instead of keeping it.
 
-Of transformers' private parts this uses ``GradientCheckpointingLayer._gradient_checkpointing_func``.
-
 Source: Korthikanti et al. 2022, arXiv:2205.05198, section 5, has selective recomputation.
 """
 

@@ -16,5 +16,5 @@ def _without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    forward.rename_cache = _without_cache
+    forward.rename_cache = _without_cache  # type: ignore[attr-defined]
     main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -144,6 +144,15 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert [link for link in links if not (document.parent / link).exists()] == []
 
 
+def test_readme_is_readable_where_the_repository_is_not() -> None:
+    """Catches links that lead nowhere on PyPI, and files that README names and nobody has."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert _LINK.findall(text) == []
+    named = re.findall(r"`((?:docs|benchmarks)/\w+\.md|examples/|[A-Z]+\.(?:md|cff))`", text)
+    assert len(named) > 8
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_readme_is_short() -> None:
     """Catches a README that nobody reads to its end."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150

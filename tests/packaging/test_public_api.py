@@ -33,7 +33,7 @@ PUBLIC = [
 def test_public_names() -> None:
     """Catches a public name added, lost or renamed by accident. Changing this list is changing the contract."""
     assert sorted(hf_megatron.__all__) == PUBLIC
-    assert set(PUBLIC) <= set(dir(hf_megatron))
+    assert dir(hf_megatron) == PUBLIC
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name != "__version__"])
@@ -45,10 +45,12 @@ def test_public_names_are_classes_of_their_own_name(name: str) -> None:
     assert public.__name__ == ("ParallelBertConfig" if name == "MegatronBertConfig" else name)
 
 
-def test_version_is_the_one_of_the_metadata() -> None:
-    """Catches a release whose code and metadata disagree."""
-    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert hf_megatron.__version__ == metadata["version"]
+def test_one_version_everywhere() -> None:
+    """Catches a release whose metadata, citation and changelog disagree, and an installation that is older."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert hf_megatron.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## [{version}] - 20" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_the_command_exists() -> None:

@@ -106,7 +106,7 @@ def write(model: MegatronGPT2LMHeadModel, prompt: Any) -> torch.Tensor:
     Raises:
         HfMegatronError: The ranks wrote different ones.
     """
-    ids = model.double().generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    ids: torch.Tensor = model.double().generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     written: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(written, ids)
     if not all(torch.equal(ids, other) for other in written):
