@@ -1,24 +1,27 @@
 """Cross entropy of logits that are split along the vocabulary, without ever gathering them.
 
-Shapes: T tokens, V vocabulary, V_p this rank's part of it.
+Shapes: T tokens, V vocabulary, V_p this rank's part of it, P ranks.
 
-Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3 ("we fuse the output of the parallel GEMM with the cross
-entropy loss"), which sends T scalars over the wire instead of T x V.
+Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3: a few numbers per token are sent instead of V logits.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from hf_megatron.errors import PartitionError
 from hf_megatron.partition import chunk_range
-from hf_megatron.tensor_parallel.collectives import start_all_reduce
+from hf_megatron.tensor_parallel.collectives import start_all_gather_single
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
-__all__ = ["check_target", "vocab_parallel_cross_entropy"]
+__all__ = ["Softmax", "Vocabulary", "check_target", "mean_scale", "vocab_parallel_cross_entropy", "wide"]
+
+# Logits that a CPU works on at a time, so that they stay in its cache from one operation to the next.
+_LOGITS_PER_BLOCK = 2**18
 
 
 def vocab_parallel_cross_entropy(
@@ -49,17 +52,14 @@ def vocab_parallel_cross_entropy(
     Raises:
         PartitionError: A target outside of the vocabulary.
 
-    Collective: all-reduce over tp, forward, of T maxima; then one of 2 x T sums (3 x T with label smoothing).
+    Collective: all-gather over tp, forward, of 3 x T numbers (4 x T with label smoothing).
     """
     check_target(target, vocab_size, ignore_index)
-    losses: torch.Tensor = _VocabParallelCrossEntropy.apply(
-        group, logits, target, vocab_size, ignore_index, label_smoothing
-    )
-    if num_items_in_batch is None:
-        return losses.sum() / (target != ignore_index).sum()
-    if isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(losses.device)
-    return losses.sum() / num_items_in_batch
+    vocabulary = Vocabulary(group, vocab_size, label_smoothing)
+    is_counted = target != ignore_index
+    scale = mean_scale(is_counted, num_items_in_batch, wide(logits.dtype), logits.device)
+    loss: torch.Tensor = _CrossEntropy.apply(vocabulary, logits, target, is_counted, scale)
+    return loss
 
 
 def check_target(target: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
@@ -77,53 +77,173 @@ def check_target(target: torch.Tensor, vocab_size: int, ignore_index: int) -> No
         )
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Per-token losses [T], replicated; the gradient of the logits is computed locally, without communication."""
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What losses and probabilities are computed in, for logits of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def mean_scale(
+    is_counted: torch.Tensor,
+    num_items_in_batch: torch.Tensor | float | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """What each token's loss is multiplied by in the mean, a scalar."""
+    divisor = is_counted.sum() if num_items_in_batch is None else num_items_in_batch
+    if isinstance(divisor, torch.Tensor):
+        divisor = divisor.to(device)
+    return torch.as_tensor(1.0, dtype=dtype, device=device) / divisor
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How the classes are cut, and what is aimed at.
+
+    Attributes:
+        group: The tensor-parallel group.
+        size: V.
+        label_smoothing: Share of the target distribution that is spread evenly over the vocabulary.
+    """
+
+    group: TensorParallelGroup
+    size: int
+    label_smoothing: float
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """What logits say about their targets: first the losses, then the gradient of the logits.
+
+    The maximum and the sum stay apart. In one number of the size of a logit, the logarithm of the sum would be rounded
+    away where a model is sure.
+
+    Attributes:
+        vocabulary: How the classes are cut.
+        logits: [T, V_p], split on dim 1.
+        is_mine: [T], whether the target lies on this rank.
+        mine: [T], the target's column of the logits if it does, else 0.
+        maximum: [T], over the whole vocabulary, replicated.
+        total: [T], the sum of exp(logit - maximum), replicated.
+    """
+
+    vocabulary: Vocabulary
+    logits: torch.Tensor
+    is_mine: torch.Tensor
+    mine: torch.Tensor
+    maximum: torch.Tensor
+    total: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, vocabulary: Vocabulary, logits: torch.Tensor, target: torch.Tensor
+    ) -> tuple[Softmax, torch.Tensor, torch.Tensor]:
+        """The softmax; the losses [T]; and minus the logarithms of the targets' probabilities [T], both replicated.
+
+        The second are the losses themselves but for label smoothing.
+
+        Args:
+            vocabulary: How the classes are cut.
+            logits: [T, V_p], split on dim 1.
+            target: [T], replicated; of one outside of the vocabulary the loss has no meaning.
+
+        Collective: all-gather over tp of 3 x T numbers (4 x T with label smoothing).
+        """
+        group, smoothing = vocabulary.group, vocabulary.label_smoothing
+        start, stop = chunk_range(vocabulary.size, group.size, group.rank)
+        is_mine = (target >= start) & (target < stop)
+        mine = torch.where(is_mine, target - start, 0)
+        statistics = _gather(group, _statistics(logits, mine, is_mine, with_sum=bool(smoothing)))  # [P, 3 or 4, T]
+        maxima, totals, predicted = statistics[:, 0], statistics[:, 1], statistics[:, 2].sum(0)
+        maximum = maxima.amax(0)
+        total = (totals * (maxima - maximum).exp()).sum(0)
+        log_total = total.log()
+        surprise = (maximum - predicted) + log_total
+        losses = surprise
+        if smoothing:
+            losses = surprise.lerp((maximum - statistics[:, 3].sum(0) / vocabulary.size) + log_total, smoothing)
+        return cls(vocabulary, logits, is_mine, mine, maximum, total), losses, surprise
+
+    def write_gradient(self, share: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The gradient of the logits: probability less target probability, times each token's share.
+
+        Computed in float32 or better and rounded once: of a target that is nearly certain only the difference matters.
+
+        Args:
+            share: [T], what the losses are multiplied by.
+            out: [T, V_p], where to write it; may be the logits.
+
+        Returns:
+            ``out``, split on dim 1.
+        """
+        smoothing = self.vocabulary.label_smoothing
+        factor = share / self.total
+        on_target = torch.where(self.is_mine, (smoothing - 1) * share, 0.0)[:, None]
+        on_all = (share * (-smoothing / self.vocabulary.size))[:, None]
+        for rows in _blocks(self.logits):
+            values = (self.logits[rows].to(share.dtype) - self.maximum[rows, None]).exp_().mul_(factor[rows, None])
+            values.scatter_add_(1, self.mine[rows, None], on_target[rows])
+            if smoothing:
+                values += on_all[rows]
+            out[rows] = values
+        return out
+
+
+def _statistics(logits: torch.Tensor, mine: torch.Tensor, is_mine: torch.Tensor, *, with_sum: bool) -> torch.Tensor:
+    """[3 or 4, T] of this rank: maximum, sum of exponentials, the target's logit if it is here, sum of the logits."""
+    dtype = wide(logits.dtype)
+    # Not a product with is_mine: the logit that stands in for another rank's target may be -inf.
+    predicted = torch.where(is_mine, logits.gather(1, mine[:, None])[:, 0].to(dtype), 0.0)
+    maxima, totals, sums = [], [], []
+    for rows in _blocks(logits):
+        values = logits[rows].to(dtype)
+        maxima.append(values.amax(1))
+        totals.append((values - maxima[-1][:, None]).exp_().sum(1))
+        if with_sum:
+            sums.append(values.sum(1))
+    statistics = [torch.cat(maxima), torch.cat(totals), predicted]
+    return torch.stack([*statistics, torch.cat(sums)] if with_sum else statistics)
+
+
+def _blocks(logits: torch.Tensor) -> list[slice]:
+    """Rows that are worked on together: all of them, or on a CPU as many as its cache holds."""
+    count = logits.shape[0]
+    if not logits.is_cpu or torch.compiler.is_compiling():
+        return [slice(0, count)]
+    size = max(1, _LOGITS_PER_BLOCK // logits.shape[1])
+    return [slice(first, first + size) for first in range(0, max(count, 1), size)]
+
+
+def _gather(group: TensorParallelGroup, tensor: torch.Tensor) -> torch.Tensor:
+    """All ranks' tensors [P, *tensor.shape]."""
+    if group.size == 1:
+        return tensor[None]
+    gathered = tensor.new_empty((group.size * tensor.shape[0], *tensor.shape[1:]))
+    start_all_gather_single(group, gathered, tensor, is_async=False)()
+    return gathered.view(group.size, *tensor.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The loss of given logits, a replicated scalar; their gradient needs no communication."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        group: TensorParallelGroup,
+        vocabulary: Vocabulary,
         logits: torch.Tensor,
         target: torch.Tensor,
-        vocab_size: int,
-        ignore_index: int,
-        label_smoothing: float,
+        is_counted: torch.Tensor,
+        scale: torch.Tensor,
     ) -> torch.Tensor:
-        start, stop = chunk_range(vocab_size, group.size, group.rank)
-        compute_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        maximum = logits.max(dim=1).values.to(compute_dtype)  # [T]
-        if group.size > 1:
-            start_all_reduce(group, maximum, dist.ReduceOp.MAX, is_async=False)()
-        shifted = logits.to(compute_dtype) - maximum[:, None]  # [T, V_p], a fresh tensor
-
-        is_mine = (target >= start) & (target < stop)
-        mine = torch.where(is_mine, target - start, 0)[:, None]  # [T, 1]
-        # Not a product with is_mine: the logit that stands in for another rank's target may be -inf.
-        predicted = torch.where(is_mine, shifted.gather(1, mine)[:, 0], 0.0)
-        sums = [predicted, shifted.sum(1)] if label_smoothing else [predicted]
-        exponentials = shifted.exp_()
-        totals = torch.stack([exponentials.sum(1), *sums])  # [2 or 3, T], partial sums
-        if group.size > 1:
-            start_all_reduce(group, totals, is_async=False)()
-
-        log_normalizer = totals[0].log()
-        losses = log_normalizer - totals[1]
-        if label_smoothing:
-            losses = (1 - label_smoothing) * losses + label_smoothing * (log_normalizer - totals[2] / vocab_size)
-        is_counted = target != ignore_index
-
-        ctx.save_for_backward(exponentials.div_(totals[0][:, None]), mine, is_mine, is_counted)
-        ctx.label_smoothing, ctx.vocab_size, ctx.dtype = label_smoothing, vocab_size, logits.dtype
-        return torch.where(is_counted, losses, 0.0)
+        softmax, losses, _ = Softmax.of(vocabulary, logits, target)
+        ctx.save_for_backward(is_counted, scale, logits, softmax.is_mine, softmax.mine, softmax.maximum, softmax.total)
+        ctx.vocabulary = vocabulary
+        return torch.where(is_counted, losses, 0.0).sum() * scale
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None, None, None]:
-        softmax, mine, is_mine, is_counted = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None, None]:
+        is_counted, scale, logits, *of_softmax = ctx.saved_tensors
         # Not a product with is_counted: where no position counts, the mean is 0/0 and its gradient not finite.
-        scale = torch.where(is_counted, gradient, 0.0)[:, None]  # [T, 1]
-        on_target = (ctx.label_smoothing - 1) * is_mine[:, None].to(softmax.dtype)
-        grad = softmax.scatter_add(1, mine, on_target)
-        if ctx.label_smoothing:
-            grad -= ctx.label_smoothing / ctx.vocab_size
-        return None, grad.mul_(scale).to(ctx.dtype), None, None, None, None
+        share = torch.where(is_counted, gradient * scale, 0.0)
+        softmax = Softmax(ctx.vocabulary, logits, *of_softmax)
+        return None, softmax.write_gradient(share, torch.empty_like(logits)), None, None, None
