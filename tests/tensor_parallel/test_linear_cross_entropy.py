@@ -217,3 +217,75 @@ def test_memory_grows_with_neither_vocabulary_nor_tokens() -> None:
     """Catches logits, or their gradient, that exist whole."""
     assert _largest_tensor(50_000, 1000) <= 2**24
     assert _largest_tensor(200_000, 1000) <= 2**24
+
+
+def _sure(loss: float, tokens: int, *, one_target: bool = False) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Hidden states, weight and bias whose targets have about this mean loss, and the targets."""
+    generator = torch.Generator().manual_seed(1)
+    weight = F.normalize(torch.randn(V, H, generator=generator))  # of one length, so that a token's own row is nearest
+    target = torch.randint(V, (tokens,), generator=generator)
+    if one_target:
+        target = torch.full_like(target, 17)
+    noise, bias = torch.randn(tokens, H, generator=generator) / 4, torch.zeros(V)
+    for strength in range(200):
+        hidden = noise + strength * weight[target]
+        if F.cross_entropy(F.linear(hidden.double(), weight.double()), target) < loss:
+            return (hidden, weight, bias), target
+    raise AssertionError(f"the targets do not become as likely as a loss of {loss}")
+
+
+def _gradients_in_short(
+    tensors: tuple[torch.Tensor, ...],
+    target: torch.Tensor,
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    smoothing: float = 0.0,
+) -> tuple[torch.Tensor, ...]:
+    tp = group()
+    hidden, *parameters = tensors
+    leaves = [hidden.clone(), *(CUT.shard(p, tp.size, tp.rank).clone() for p in parameters)]
+    hidden, weight, bias = (leaf.requires_grad_() for leaf in leaves)
+    with torch.autocast("cpu", dtype):
+        loss = vocab_parallel_linear_cross_entropy(
+            tp, hidden, weight, bias, target, vocab_size=V, label_smoothing=smoothing
+        )
+    (loss * scale).backward()
+    return tuple(leaf.grad / scale for leaf in (hidden, weight, bias) if leaf.grad is not None)
+
+
+def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_gradients_of_a_sure_model_are_as_exact_as_stocks(
+    pool: Pool, tp_size: int, smoothing: float, loss: float, dtype: torch.dtype
+) -> None:
+    """Catches a probability rounded before its target is taken from it: what is left of the gradient is rounding."""
+    tensors, target = _sure(loss, 256)
+    scale = 2.0**16 if dtype == torch.float16 else 1.0
+    results = pool(tp_size).run(_gradients_in_short, tensors, target, dtype, scale, smoothing)
+    hidden, weight, bias = zip(*results, strict=True)
+    ours = (hidden[0], CUT.merge(list(weight)), CUT.merge(list(bias)))
+
+    exact = [tensor.double().requires_grad_() for tensor in tensors]
+    F.cross_entropy(F.linear(*exact), target, label_smoothing=smoothing).backward()
+    stock = [tensor.clone().requires_grad_() for tensor in tensors]
+    with torch.autocast("cpu", dtype):
+        logits = F.linear(*stock)
+    (F.cross_entropy(logits.float(), target, label_smoothing=smoothing) * scale).backward()
+    for mine, theirs, truth in zip(ours, stock, exact, strict=True):
+        assert theirs.grad is not None
+        assert truth.grad is not None
+        assert _error(mine, truth.grad) <= 1.1 * _error(theirs.grad / scale, truth.grad)
+
+
+@pytest.mark.parametrize("exponent", [16, 3, -10])
+def test_many_tokens_of_one_target_do_not_overflow_in_float16(pool: Pool, exponent: int) -> None:
+    """Catches sums over tokens that reach the end of float16's range before the loss scale is known."""
+    tensors, target = _sure(1.0, 8192, one_target=True)
+    (gradients,) = pool(1).run(_gradients_in_short, tensors, target, torch.float16, 2.0**exponent)
+    assert all(gradient.isfinite().all() for gradient in gradients)
