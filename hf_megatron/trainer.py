@@ -31,10 +31,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint, has_length
 from transformers.utils import logging
 
-from hf_megatron.errors import DivergenceError, ParallelStateError, UnsupportedError
+from hf_megatron.errors import DivergenceError, UnsupportedError
 from hf_megatron.loss_scale import SharedGradScaler
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.streams import Stream, check_read_alike, place_in_stream
+from hf_megatron.training_arguments import check_layout, check_processes
 from hf_megatron.training_state import (
     begin_checkpoint,
     finish_checkpoint,
@@ -71,7 +72,7 @@ class MegatronTrainer(Trainer):
     """
 
     def __init__(self, model: nn.Module | None = None, args: Any = None, *pargs: Any, **kwargs: Any) -> None:
-        _check_processes(args)
+        check_processes(args)
         # The stock class refuses to save the optimizer of a model sharded while loading, as it cannot; this one can.
         saves_all = args is not None and not args.save_only_model
         if saves_all:
@@ -81,6 +82,8 @@ class MegatronTrainer(Trainer):
         finally:
             if saves_all:
                 args.save_only_model = False
+        tp_size = getattr(self.model, "tp_size", None) or 1
+        check_layout(self.args, tp_size, has_model_init=self.model_init is not None)
         if self._has_own_loss:
             # The stock smoother reads whole logits, which there are none of in training. compute_loss passes it on.
             self.label_smoother = None
@@ -220,6 +223,11 @@ class MegatronTrainer(Trainer):
         super()._track_num_input_tokens(inputs)
         # The stock count adds up all processes, of which those of a group see the same tokens.
         self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.get_tp_size()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        # The sum over all processes has those of a group several times, each for the whole model.
+        operations: int = super().floating_point_ops(inputs) // self.get_tp_size()
+        return operations
 
     # ------------------------------------------------------------------ loss
 
@@ -361,16 +369,6 @@ class MegatronTrainer(Trainer):
                 f"{checkpoint} has no random state for data-parallel rank {self._data_parallel_rank} (it was saved by "
                 "fewer); dropout and shuffling go on with other random numbers."
             )
-
-
-def _check_processes(args: Any) -> None:
-    """Refuse arguments that do not see the other processes; each rank would take itself for the only one."""
-    num_processes = dist.get_world_size() if dist.is_initialized() else 1
-    if args is not None and args.world_size != num_processes:
-        raise ParallelStateError(
-            f"there are {num_processes} processes, but TrainingArguments sees {args.world_size}. On a machine without "
-            "a GPU, pass TrainingArguments(use_cpu=True)."
-        )
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

@@ -12,6 +12,8 @@ import torch
 from transformers import EvalPrediction, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from hf_megatron import MegatronTrainer
+from hf_megatron.errors import UnsupportedError
 from tests.models.reference import Pool, rank, save_stock
 from tests.training.runs import (
     LAYOUTS,
@@ -165,3 +167,37 @@ def test_the_first_rank_alone_draws_progress_and_writes_tensorboard(pool: Pool, 
     content = events.read_bytes()
     for tag in (b"train/loss", b"train/grad_norm", b"train/learning_rate"):
         assert content.count(tag) == 6, tag
+
+
+def _refused(run: Run) -> list[str]:
+    """What is said of a run whose loss is not averaged, and of one whose model Trainer makes."""
+    trainer = make_trainer(run)
+    not_averaged = replace(trainer.args, average_tokens_across_devices=False)
+    with pytest.raises(UnsupportedError) as of_average:
+        MegatronTrainer(trainer.model, not_averaged, train_dataset=examples())
+    with pytest.raises(UnsupportedError) as of_model:
+        MegatronTrainer(args=trainer.args, model_init=lambda: trainer.model, train_dataset=examples())
+    return [str(of_average.value), str(of_model.value)]
+
+
+def test_what_trainer_counts_per_process_is_refused(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
+    """Catches a loss that grows with the degree, and ranks of a group that read different batches."""
+    averaged, initialised = on_ranks(pool, _refused, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]))
+    assert "average_tokens_across_devices=False with tp_size=2" in averaged
+    assert "model_init= with tp_size=2" in initialised
+
+
+def _operations(run: Run) -> float:
+    trainer = make_trainer(run)
+    trainer.train()
+    return float(trainer.state.total_flos)
+
+
+def test_operations_do_not_grow_with_the_degree(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
+    """Catches the work of a group counted once for each of its ranks."""
+    arguments = {"max_steps": 2, "save_strategy": "no"}
+    one, two = (
+        on_ranks(pool, _operations, Run(gpt2, tmp_path / name, layout=layout, arguments=arguments))
+        for name, layout in (("one", {}), ("two", LAYOUTS["tp2"]))
+    )
+    assert one == two > 0

@@ -1,0 +1,46 @@
+"""Arguments of a training run that do not fit its processes or its layout, refused before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from hf_megatron.errors import ParallelStateError, UnsupportedError
+
+__all__ = ["check_layout", "check_processes"]
+
+
+def check_processes(args: Any) -> None:
+    """Refuse arguments that do not see the other processes; each rank would take itself for the only one.
+
+    Raises:
+        ParallelStateError: ``args.world_size`` is not the number of processes.
+    """
+    num_processes = dist.get_world_size() if dist.is_initialized() else 1
+    if args is not None and args.world_size != num_processes:
+        raise ParallelStateError(
+            f"there are {num_processes} processes, but TrainingArguments sees {args.world_size}. On a machine without "
+            "a GPU, pass TrainingArguments(use_cpu=True)."
+        )
+
+
+def check_layout(args: Any, tp_size: int, *, has_model_init: bool) -> None:
+    """Refuse what Trainer does per process where the ranks of a tensor-parallel group act as one.
+
+    Raises:
+        UnsupportedError: Under tensor parallelism, a model that Trainer makes itself, or losses that are not averaged
+            over processes.
+    """
+    if tp_size == 1:
+        return
+    if has_model_init:
+        raise UnsupportedError(
+            f"model_init= with tp_size={tp_size}: Trainer lays out its data before it makes the model, so that the "
+            "ranks of a group would read different batches. Make the model first, and pass model=."
+        )
+    if not args.average_tokens_across_devices:
+        raise UnsupportedError(
+            f"average_tokens_across_devices=False with tp_size={tp_size}: the ranks of a group hold the same tokens, "
+            f"and the loss would be {tp_size} times too large. Leave it True."
+        )
