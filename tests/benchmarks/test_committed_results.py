@@ -11,6 +11,7 @@ import pytest
 from benchmarks import (
     bench_finetune_squad,
     bench_layernorm_placement,
+    bench_loss_gradient,
     bench_model_sizes,
     bench_pretrain_gpt2,
     bench_training_step,
@@ -100,3 +101,21 @@ def test_the_evaluation_is_three_times_faster_than_the_loop() -> None:
     setting = report["setting"]
     assert (setting["hidden"], setting["layers"], setting["tokens"]) == (256, 4, 20_000)
     assert report["ratio"] >= 3
+
+
+def test_the_gradients_of_the_loss_are_as_exact_as_stocks() -> None:
+    """Catches a committed table that does not hold what benchmarks/README.md says of it."""
+    results = read(RESULTS / "loss_gradient.json")
+    ratios = [row["ratio"] for row in results["rows"]]
+    assert len(ratios) == 192
+    assert max(ratios) <= 1.02
+    assert min(row["ratio"] for row in results["rows"] if row["dtype"] == "float16") < 0.4
+    assert {row["loss"] for row in results["rows"]} >= {10.0, 1e-5}
+    assert all(results["finite at loss scale"].values())
+
+
+@pytest.mark.slow
+def test_the_gradients_of_the_loss_are_measured(tmp_path: Path) -> None:
+    """Catches a benchmark that no longer runs."""
+    bench_loss_gradient.main(["--quick", "--output", str(tmp_path)])
+    assert max(row["ratio"] for row in read(tmp_path / "loss_gradient.json")["rows"]) < 1.1
