@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+import hf_megatron
 from hf_megatron_conversion import cli, convert
 from tests.conversion.checkpoints import read_config, save_stock
 from tests.repository import ROOT
@@ -330,3 +331,8 @@ def test_quickstart_is_offered_with_its_options(run: Callable[..., tuple[int, st
     assert code == 0
     assert "--tp" in out
     assert "--output" in out
+
+
+def test_version(run: Callable[..., tuple[int, str, str]]) -> None:
+    """Catches a version that is another than the package's, or that takes a subcommand to ask for."""
+    assert run("--version") == (0, f"hf-megatron {hf_megatron.__version__}\n", "")
