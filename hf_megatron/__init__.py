@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
 
 __all__ = [
     "MegatronBertConfig",
@@ -33,7 +34,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    __version__: str
     from hf_megatron.models.bert.configuration_bert import MegatronBertConfig
     from hf_megatron.models.bert.modeling_bert import MegatronBertModel
     from hf_megatron.models.bert.modeling_bert_heads import (
@@ -67,9 +67,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the classes when they are asked for, and look the version up in the package's metadata."""
-    if name == "__version__":
-        return version("hf-megatron")
+    """Import the classes when they are asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "hf_megatron.trainer" if name == "MegatronTrainer" else "hf_megatron.models"

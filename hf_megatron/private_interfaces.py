@@ -203,7 +203,8 @@ PRIVATE_INTERFACES: tuple[PrivateInterface, ...] = (
     PrivateInterface("torch._C", "_storage_Use_Count", "reusing the memory of the head's gradient"),
     PrivateInterface("torch", "_utils", "writing Megatron-LM's files"),
     PrivateInterface("torch._utils", "_rebuild_tensor_v2", "writing Megatron-LM's files"),
-    # numpy
+    # Python, numpy
+    PrivateInterface("pickle", "_compat_pickle", "reading protocol 2's names, which are those of Python 2"),
     PrivateInterface(
         "numpy", "_core", "resuming the random stream: the name in the allow list of the pickle that holds it"
     ),

@@ -35,7 +35,7 @@ from hf_megatron.errors import DivergenceError, UnsupportedError
 from hf_megatron.loss_scale import SharedGradScaler
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.streams import Stream, check_read_alike, place_in_stream
-from hf_megatron.training_arguments import check_layout, check_processes
+from hf_megatron.training_arguments import check_layout, check_processes, tp_size_of
 from hf_megatron.training_state import (
     begin_checkpoint,
     finish_checkpoint,
@@ -82,8 +82,7 @@ class MegatronTrainer(Trainer):
         finally:
             if saves_all:
                 args.save_only_model = False
-        tp_size = getattr(self.model, "tp_size", None) or 1
-        check_layout(self.args, tp_size, has_model_init=self.model_init is not None)
+        check_layout(self.args, self.model, has_model_init=self.model_init is not None)
         if self._has_own_loss:
             # The stock smoother reads whole logits, which there are none of in training. compute_loss passes it on.
             self.label_smoother = None
@@ -156,7 +155,7 @@ class MegatronTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator for the model's layout, on any device."""
-        tp_size = getattr(self.model, "tp_size", None) or 1
+        tp_size = tp_size_of(self.model)
         given = self.args.parallelism_config
         if tp_size > 1 and given is None:
             dp_size = self.model.config.distributed_config.dp_size

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from hf_megatron.errors import ParallelStateError, UnsupportedError
 
-__all__ = ["check_layout", "check_processes"]
+__all__ = ["check_layout", "check_processes", "tp_size_of"]
 
 
 def check_processes(args: Any) -> None:
@@ -25,13 +25,19 @@ def check_processes(args: Any) -> None:
         )
 
 
-def check_layout(args: Any, tp_size: int, *, has_model_init: bool) -> None:
+def tp_size_of(model: Any) -> int:
+    """The degree a model is cut at; ``Trainer.get_tp_size()`` is the accelerator's, which may be older than the model."""
+    return getattr(model, "tp_size", None) or 1
+
+
+def check_layout(args: Any, model: Any, *, has_model_init: bool) -> None:
     """Refuse what Trainer does per process where the ranks of a tensor-parallel group act as one.
 
     Raises:
         UnsupportedError: Under tensor parallelism, a model that Trainer makes itself, or losses that are not averaged
             over processes.
     """
+    tp_size = tp_size_of(model)
     if tp_size == 1:
         return
     if has_model_init:

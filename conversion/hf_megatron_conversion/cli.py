@@ -13,7 +13,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,7 +47,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 
 def _print_version(is_wanted: bool) -> None:
     if is_wanted:
-        typer.echo(f"hf-megatron {version('hf-megatron')}")
+        typer.echo(f"hf-megatron {_import_library('hf_megatron').__version__}")
         raise typer.Exit
 
 

@@ -26,7 +26,7 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 _ALWAYS = {
     "output_attentions": "callers and Trainer; transformers' capture_outputs records them",
     "output_hidden_states": "callers and Trainer; transformers' capture_outputs records them",
-    "return_dict": "callers and peft; transformers' capture_outputs reads it",
+    "return_dict": "callers, heads and peft; base_forward gives a tuple where it is False",
     "is_causal": "callers; the mask and the attention follow it",
     "debug_io": "callers; transformers' merge_with_config_defaults writes what the layers compute into files",
     "debug_io_dir": "callers, with debug_io",

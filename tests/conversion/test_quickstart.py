@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from hf_megatron.errors import HfMegatronError
+from tests.models.reference import Pool, rank
 from tests.repository import ROOT
 
 _KEYS = {
@@ -86,6 +90,31 @@ def test_a_broken_cache_fails(
     assert "the ranks write" in problem
 
 
+class _WritesItsRank:
+    """In place of a model: what it writes is the number of its rank."""
+
+    def double(self) -> _WritesItsRank:
+        return self
+
+    def generate(self, **_: Any) -> torch.Tensor:
+        return torch.tensor([[rank()]])
+
+
+def _write() -> str:
+    from hf_megatron_conversion.quickstart.train import write
+
+    try:
+        write(_WritesItsRank(), {})  # type: ignore[arg-type]
+    except HfMegatronError as error:
+        return str(error)
+    return "nothing was noticed"
+
+
+def test_ranks_that_write_different_texts_are_noticed(pool: Pool) -> None:
+    """Catches a check of the first rank's text only."""
+    assert all("the ranks wrote different continuations" in said for said in pool(2).run(_write))
+
+
 @pytest.mark.slow
 def test_the_default_run_learns(tmp_path: Path) -> None:
     """Catches a model, a text or a number of steps with which the loss falls by less than a third."""
@@ -95,7 +124,6 @@ def test_the_default_run_learns(tmp_path: Path) -> None:
 
 def test_nothing_is_left_where_a_stage_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a half-finished directory after an error."""
-    from hf_megatron.errors import HfMegatronError
     from hf_megatron_conversion import quickstart
 
     def fail(*arguments: object) -> None:

@@ -126,7 +126,7 @@ def test_is_causal_reaches_attention_with_dropout() -> None:
     torch.testing.assert_close(trained, model.eval()(IDS, is_causal=False).logits)
 
 
-def test_bert_ignores_no_use_cache() -> None:
+def test_an_encoder_takes_use_cache() -> None:
     """Catches what pipelines pass, and configurations say, refused: an encoder answers without a cache either way."""
     model = MegatronBertModel(MegatronBertConfig(**TINY_BERT)).eval()
     assert torch.equal(model(IDS, use_cache=False)[0], model(IDS, use_cache=True)[0])

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import DynamicCache, TrainingArguments
 
 from hf_megatron import (
     MegatronBertConfig,
@@ -29,11 +29,11 @@ IDS = torch.arange(2 * S).view(2, S)
 SELECTIVE = {"recompute": "selective"}
 
 
-def _model(architecture: str, attention: str = "eager") -> Any:
+def _model(architecture: str, attention: str = "eager", **changes: Any) -> Any:
     if architecture == "gpt2":
         sizes = {"n_embd": 16, "n_layer": LAYERS, "n_head": 4, "n_positions": S, "attn_pdrop": 0.0}
         ids = {"bos_token_id": 0, "eos_token_id": V - 1}
-        gpt2_config = MegatronGPT2Config(vocab_size=V, **sizes, **ids)
+        gpt2_config = MegatronGPT2Config(vocab_size=V, **sizes, **ids, **changes)
         return MegatronGPT2LMHeadModel.from_config(gpt2_config, seed=0, attn_implementation=attention)
     bert_config = MegatronBertConfig(
         vocab_size=V,
@@ -113,6 +113,22 @@ def test_generation_is_what_it_was() -> None:
     model.activation_checkpointing_enable(SELECTIVE)
     assert torch.equal(model.generate(IDS[:, :5], **options), expected)
     cache = model(input_ids=IDS[:, :5], use_cache=True)[CACHE]
+    assert cache.get_seq_length() == 5
+
+
+def test_a_model_in_training_mode_generates_with_its_cache() -> None:
+    """Catches a cache of keys and values left out where layers are checkpointed in training and nobody trains.
+
+    Each step would then see one token. (transformers 5.23 goes without a cache here, and sees all of them.)
+    """
+    model = _model("gpt2", embd_pdrop=0.0, resid_pdrop=0.0).train()
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(2, 5)}
+    expected = model.generate(IDS[:, :5], **options)
+    model.activation_checkpointing_enable()
+    assert torch.equal(model.generate(IDS[:, :5], **options), expected)
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=IDS[:, :5], **{CACHE: cache})
     assert cache.get_seq_length() == 5
 
 

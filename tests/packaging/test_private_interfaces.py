@@ -118,7 +118,7 @@ def _used(node: ast.AST, own: set[str]) -> list[str]:
     """Private names that a node takes from another library, as far as they can be told from our own."""
     match node:
         case ast.ImportFrom(module=str(module), names=names) if not module.startswith("hf_megatron"):
-            return [alias.name for alias in names if _is_private(alias.name)]
+            return [name for name in (*module.split("."), *(alias.name for alias in names)) if _is_private(name)]
         case ast.Attribute(attr=name) if _is_private(name) and name not in own:
             return [name]
         case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=[_, ast.Constant(value=str(name)), *_]):
