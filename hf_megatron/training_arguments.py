@@ -26,7 +26,7 @@ def check_processes(args: Any) -> None:
 
 
 def tp_size_of(model: Any) -> int:
-    """The degree a model is cut at; ``Trainer.get_tp_size()`` is the accelerator's, which may be older than the model."""
+    """The degree a model is cut at, where ``Trainer.get_tp_size()`` has the accelerator's, made before it."""
     return getattr(model, "tp_size", None) or 1
 
 
