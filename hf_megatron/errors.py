@@ -6,6 +6,7 @@
     |   `-- UnexpectedArgumentError(TypeError)    an argument of a forward that nothing would use
     |-- DataError(ValueError)                 examples or a tokenizer that cannot be trained on
     |-- ParallelStateError(RuntimeError)      process group, world size, use outside of a group
+    |   `-- RanksDifferError                  ranks of a group hold, read or do what differs and must be equal
     |-- DivergenceError(FloatingPointError)   a training step that would make the weights inf or nan
     `-- CheckpointError(ValueError)           a checkpoint that cannot be used or written
         |-- CheckpointFormatError             not a format or spelling we know
@@ -28,6 +29,7 @@ __all__ = [
     "HfMegatronError",
     "ParallelStateError",
     "PartitionError",
+    "RanksDifferError",
     "UnexpectedArgumentError",
     "UnsupportedError",
 ]
@@ -55,6 +57,10 @@ class DataError(HfMegatronError, ValueError):
 
 class ParallelStateError(HfMegatronError, RuntimeError):
     """The process group does not fit what was asked for."""
+
+
+class RanksDifferError(ParallelStateError):
+    """Ranks of a tensor-parallel group differ in something that must be equal on all of them."""
 
 
 class DivergenceError(HfMegatronError, FloatingPointError):

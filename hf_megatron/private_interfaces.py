@@ -115,7 +115,7 @@ PRIVATE_INTERFACES: tuple[PrivateInterface, ...] = (
     PrivateInterface(
         _TRAINER,
         "_init_training_state",
-        "finding the place in a stream when a run is resumed",
+        "finding the place in a stream when a run is resumed, and comparing the number of steps over ranks",
         ("self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"),
     ),
     PrivateInterface(
@@ -132,6 +132,15 @@ PRIVATE_INTERFACES: tuple[PrivateInterface, ...] = (
     ),
     PrivateInterface(
         _TRAINER, "_get_output_dir", "the place of checkpoints, in a search for hyper-parameters too", ("self", "trial")
+    ),
+    PrivateInterface(
+        _TRAINER,
+        "_get_num_items_in_batch",
+        "noticing a stream that ends earlier on one rank",
+        ("self", "batch_samples", "device"),
+    ),
+    PrivateInterface(
+        _TRAINER, "_maybe_log_save_evaluate", "doing on all ranks what a callback of one of them asks for", ("self",)
     ),
     PrivateInterface(_TRAINER, "_save_scaler", "the loss scale in checkpoints", ("self", "output_dir")),
     PrivateInterface(_TRAINER, "_push_from_checkpoint", "hub_strategy", ("self", "checkpoint_folder")),

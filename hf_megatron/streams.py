@@ -8,19 +8,15 @@ a group different ones once a run is resumed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import IterableDataset
 from transformers import TrainerState
 
-from hf_megatron.errors import UnsupportedError
-
-__all__ = ["Stream", "check_read_alike", "place_in_stream"]
+__all__ = ["Stream", "place_in_stream"]
 
 
 class Stream(IterableDataset[Any]):
@@ -60,29 +56,3 @@ def place_in_stream(checkpoint: Path) -> tuple[int, int]:
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     passes = max(0, math.ceil(state.epoch) - 1)
     return passes, round((state.epoch - passes) * state.max_steps)
-
-
-def check_read_alike(inputs: Mapping[str, Any], group: dist.ProcessGroup) -> None:
-    """Refuse a stream that the ranks of a tensor-parallel group read in different orders.
-
-    Args:
-        inputs: The first batch of this rank.
-        group: The tensor-parallel group.
-
-    Raises:
-        UnsupportedError: The batches differ.
-
-    Collective: all-gather over tp of a checksum per tensor.
-    """
-    checksums = {
-        name: (tensor.shape, crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data))
-        for name, tensor in inputs.items()
-        if isinstance(tensor, torch.Tensor)
-    }
-    gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, checksums, group=group)
-    if any(other != checksums for other in gathered):
-        raise UnsupportedError(
-            "the ranks of a tensor-parallel group read different examples from the stream. Seed its order alike on all "
-            "ranks: by set_epoch(epoch), or by an attribute `generator`, which Trainer seeds."
-        )

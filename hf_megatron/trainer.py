@@ -7,7 +7,8 @@ What it adds to the stock class, which refuses or miscounts each of these for a 
 - metrics and predictions that hold every example once, and token counts that count every token once;
 - streams of examples, the same at every layout, in which a resumed run finds its place;
 - label smoothing and the mean over predicted tokens in the model's own vocabulary-parallel loss;
-- overflow in float16 that every rank notices, and an end before inf or nan reaches the weights.
+- overflow in float16 that every rank notices, and an end before inf or nan reaches the weights;
+- ranks that drift apart are noticed (``ranks_in_step``).
 """
 
 from __future__ import annotations
@@ -21,11 +22,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, ParallelismConfig
+from accelerate import Accelerator
 from torch import nn
-from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint, has_length
@@ -34,8 +33,9 @@ from transformers.utils import logging
 from hf_megatron.errors import DivergenceError, UnsupportedError
 from hf_megatron.loss_scale import SharedGradScaler
 from hf_megatron.models.pretrained import MegatronModelMixin
-from hf_megatron.streams import Stream, check_read_alike, place_in_stream
-from hf_megatron.training_arguments import check_layout, check_processes, tp_size_of
+from hf_megatron.ranks_in_step import GuardedTrainer
+from hf_megatron.streams import Stream, place_in_stream
+from hf_megatron.training_arguments import AnyDeviceParallelismConfig, check_layout, check_processes, tp_size_of
 from hf_megatron.training_state import (
     begin_checkpoint,
     finish_checkpoint,
@@ -55,24 +55,33 @@ logger = logging.get_logger(__name__)
 _SMALLEST_LOSS_SCALE = 1e-4
 
 
-class _AnyDeviceParallelismConfig(ParallelismConfig):
-    """accelerate's parallelism configuration, which it accepts on GPUs only; on a CPU the same layout works."""
-
-    def _validate_accelerator(self, accelerator: Accelerator) -> None:
-        if accelerator.device.type != "cpu":
-            super()._validate_accelerator(accelerator)
-
-
-class MegatronTrainer(Trainer):
+class MegatronTrainer(GuardedTrainer):
     """A drop-in :class:`transformers.Trainer` for one process, TP, TP x FSDP2 and TP x replicated data parallelism.
 
     The layout is the model's: whatever ``DistributedConfig`` it was loaded or built with. Arguments, callbacks and
     outputs are the stock class's; with a stock model it behaves as the stock class does, but for the checkpoints, which
     have another form (see ``training_state``).
+
+    Args:
+        model: As for the stock class.
+        args: As for the stock class.
+        *pargs: As for the stock class.
+        rank_check_steps: After how many steps the ranks of a tensor-parallel group compare what must be equal on all of
+            them (batch, random state, replicated parameters), beside the first step of every data set, every checkpoint
+            and the end; 0 for never.
+        **kwargs: As for the stock class.
     """
 
-    def __init__(self, model: nn.Module | None = None, args: Any = None, *pargs: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        *pargs: Any,
+        rank_check_steps: int = 100,
+        **kwargs: Any,
+    ) -> None:
         check_processes(args)
+        self.rank_check_steps = rank_check_steps
         # The stock class refuses to save the optimizer of a model sharded while loading, as it cannot; this one can.
         saves_all = args is not None and not args.save_only_model
         if saves_all:
@@ -87,34 +96,21 @@ class MegatronTrainer(Trainer):
             # The stock smoother reads whole logits, which there are none of in training. compute_loss passes it on.
             self.label_smoother = None
         self._loss_of_step: torch.Tensor | float = 0.0
-        self._is_stream_unchecked = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock method; an error says in which step and on which rank it was, and where to go on from.
 
         Raises:
             DivergenceError: The gradients of a step are inf or nan. The step was not taken.
-            UnsupportedError: The ranks of a tensor-parallel group read a stream in different orders.
+            RanksDifferError: The ranks of a tensor-parallel group are no longer in step.
         """
         self._share_overflows()
-        self._limit_waiting()
-        self._is_stream_unchecked = self._is_stream(self.train_dataset) and self.get_tp_size() > 1
         tidy_checkpoints(Path(self.args.output_dir), is_first=self.is_world_process_zero())
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
             error.add_note(self._circumstances(error))
             raise
-
-    def _limit_waiting(self) -> None:
-        """Give up on a rank that does not come to a collective after ``args.ddp_timeout`` seconds.
-
-        TrainingArguments comes too late for it where the model was loaded first, and transformers waits for two hours;
-        no argument reaches the groups of a mesh.
-        """
-        if self.is_distributed_loading_by_transformers:
-            for group in _world.pg_map:
-                _set_pg_timeout(self.args.ddp_timeout_delta, group)
 
     def _circumstances(self, error: Exception) -> str:
         place = f"On rank {self.args.process_index} of {self.args.world_size}, in step {self.state.global_step + 1}."
@@ -159,7 +155,7 @@ class MegatronTrainer(Trainer):
         given = self.args.parallelism_config
         if tp_size > 1 and given is None:
             dp_size = self.model.config.distributed_config.dp_size
-            self.args.parallelism_config = _AnyDeviceParallelismConfig(tp_size=tp_size, dp_shard_size=dp_size)
+            self.args.parallelism_config = AnyDeviceParallelismConfig(tp_size=tp_size, dp_shard_size=dp_size)
         try:
             super().create_accelerator_and_postprocess()
         finally:
@@ -245,9 +241,6 @@ class MegatronTrainer(Trainer):
             self.accelerator.scaler = SharedGradScaler(self.accelerator.device.type, scaler)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._is_stream_unchecked:
-            self._is_stream_unchecked = False
-            check_read_alike(inputs, self.accelerator.torch_device_mesh["tp"].get_group())
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         self._loss_of_step = self._loss_of_step + loss
         return loss
@@ -298,6 +291,7 @@ class MegatronTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._compare("before the checkpoint of")
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         run_directory = Path(self._get_output_dir(trial=trial))

@@ -5,10 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+from accelerate import Accelerator, ParallelismConfig
 
 from hf_megatron.errors import ParallelStateError, UnsupportedError
 
-__all__ = ["check_layout", "check_processes", "tp_size_of"]
+__all__ = ["AnyDeviceParallelismConfig", "check_layout", "check_processes", "tp_size_of"]
+
+
+class AnyDeviceParallelismConfig(ParallelismConfig):
+    """accelerate's parallelism configuration, which it accepts on GPUs only; on a CPU the same layout works."""
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        if accelerator.device.type != "cpu":
+            super()._validate_accelerator(accelerator)
 
 
 def check_processes(args: Any) -> None:

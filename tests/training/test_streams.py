@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from hf_megatron.errors import UnsupportedError
+from hf_megatron.errors import RanksDifferError, UnsupportedError
 from tests.models.reference import Pool, rank, save_stock
 from tests.training.runs import (
     LAYOUTS,
@@ -181,8 +181,8 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(pool: Pool, gpt2: Pa
     assert resumed == steps[4:]
 
 
-def _refused(run: Run) -> str:
-    with pytest.raises(UnsupportedError) as caught:
+def _refused(run: Run, error: type[Exception]) -> str:
+    with pytest.raises(error) as caught:
         make_trainer(run, train_dataset=Chance()).train()
     return str(caught.value)
 
@@ -190,9 +190,11 @@ def _refused(run: Run) -> str:
 def test_what_ranks_read_in_different_orders_is_refused(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
     """Catches a group whose ranks compute parts of different examples, which looks like training."""
     run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"])
-    assert "read different examples from the stream" in on_ranks(pool, _refused, run)
+    message = on_ranks(pool, _refused, run, RanksDifferError)
+    assert "batch['input_ids']: rank 1 differs from rank 0" in message
+    assert "set_epoch(epoch)" in message
     run = replace(run, arguments={"accelerator_config": {"dispatch_batches": True}})
-    assert "dispatch_batches=True is not supported" in on_ranks(pool, _refused, run)
+    assert "dispatch_batches=True is not supported" in on_ranks(pool, _refused, run, UnsupportedError)
 
 
 def _predict(run: Run) -> tuple[Any, Any]:

@@ -1,0 +1,309 @@
+"""Ranks of a tensor-parallel group that read, draw, hold or decide something else than their peers.
+
+Each case ends in our own error that says what differs, or right; none in a hang, and none in a model that is nobody's.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback
+
+from hf_megatron.errors import RanksDifferError
+from tests.distributed import RankFailedError
+from tests.models.reference import Pool, rank, save_stock
+from tests.training.runs import (
+    LAYOUTS,
+    Log,
+    Run,
+    Step,
+    assert_same_steps,
+    examples,
+    full_weights,
+    make_trainer,
+    on_ranks,
+)
+
+DROPOUT = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
+
+
+class After(TrainerCallback):
+    """Does something after a step, on the last rank alone."""
+
+    def __init__(self, step: int, action: Callable[[Any, Any], None]) -> None:
+        self.step, self.action = step, action
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step and rank() == args.world_size - 1:
+            self.action(control, kwargs["model"])
+
+
+# ---------------------------------------------------------------------- what one rank does
+
+
+def _draw(control: Any, model: nn.Module) -> None:
+    torch.rand(1)
+
+
+def _load(control: Any, model: nn.Module) -> None:
+    """A data loader draws a seed for its workers from the default generator."""
+    next(iter(DataLoader(examples(4))))  # type: ignore[arg-type]
+
+
+def _dropout(control: Any, model: nn.Module) -> None:
+    nn.functional.dropout(torch.ones(3))
+
+
+def _shift(control: Any, model: nn.Module) -> None:
+    with torch.no_grad():
+        dict(model.named_parameters())["transformer.ln_f.weight"].add_(0.01)
+
+
+def _scale(control: Any, model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.001)
+
+
+def _own_examples() -> list[Any]:
+    return examples(seed=rank())
+
+
+def _other_from_the_fifth_batch() -> list[Any]:
+    return examples()[:40] + examples(8, seed=rank())
+
+
+def _more_examples() -> list[Any]:
+    return examples(48 + 8 * rank())
+
+
+class Shorter(IterableDataset[Any]):
+    """A stream that ends earlier on a rank."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from examples()[: 48 - 16 * rank()]
+
+
+def _masked(batch: list[Any]) -> dict[str, torch.Tensor]:
+    """Words are masked by a generator that nobody seeded alike."""
+    ids = torch.stack([example["input_ids"] for example in batch])
+    chooser = random.Random(rank())
+    keep = torch.tensor([[chooser.random() < 0.8 for _ in row] for row in ids])
+    return {"input_ids": torch.where(keep, ids, 1), "labels": ids}
+
+
+def _longer(batch: list[Any]) -> dict[str, torch.Tensor]:
+    """Rows are padded to another length on each rank, at which the collectives of a layer would abort."""
+    ids = torch.stack([example["input_ids"] for example in batch])
+    ids = nn.functional.pad(ids, (0, 2 * rank()), value=1)
+    return {"input_ids": ids, "labels": ids}
+
+
+def _message(run: Run, action: Any = None, step: int = 3, every: int = 2, **options: Any) -> str:
+    """The error that a run ends with."""
+    made = {name: value() if name.endswith("dataset") else value for name, value in options.items()}
+    trainer = make_trainer(run, rank_check_steps=every, **made)
+    if action is not None:
+        trainer.add_callback(After(step, action))
+    try:
+        trainer.train()
+    except RanksDifferError as error:
+        return f"{error}\n{''.join(error.__notes__)}"
+    return "nothing was noticed"
+
+
+CALLBACKS: dict[str, tuple[Any, str]] = {
+    "a stray random number": (_draw, "random generator of the CPU: rank 1 differs from rank 0"),
+    "a data loader of its own": (_load, "random generator of the CPU: rank 1 differs from rank 0"),
+    "dropout outside of the model": (_dropout, "random generator of the CPU: rank 1 differs from rank 0"),
+    "a weight that it changes": (_shift, "parameter transformer.ln_f.weight: rank 1 differs from rank 0"),
+    "all weights that it changes": (_scale, "more"),
+}
+
+
+@pytest.mark.parametrize("case", CALLBACKS)
+def test_what_a_callback_of_one_rank_does_is_found(pool: Pool, gpt2: Path, tmp_path: Path, case: str) -> None:
+    """Catches replicated parameters that drift apart, and dropout masks that differ."""
+    action, expected = CALLBACKS[case]
+    message = on_ranks(pool, _message, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], config=DROPOUT), action)
+    assert expected in message
+    assert "They were equal at: before the step after step 2." in message or "before the checkpoint" in message
+    assert "On rank 0 of 2" in message
+
+
+def test_what_happens_after_the_last_comparison_is_found_at_the_end(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
+    """Catches a model that is returned although its ranks have drifted apart since step 0."""
+    run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments={"save_strategy": "no"}, config=DROPOUT)
+    message = on_ranks(pool, _message, run, _draw, 5, 100)
+    assert "At: the end of training, after step 6" in message
+    assert "They were equal at: before the step after step 0" in message
+
+
+def test_no_checkpoint_is_written_of_ranks_that_differ(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
+    """Catches checkpoints of which each rank wrote a part that does not belong to the others'."""
+    run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], config=DROPOUT)
+    message = on_ranks(pool, _message, run, _draw, 2, 100)
+    assert "At: before the checkpoint of step 3" in message
+    assert not list(tmp_path.glob("*checkpoint*"))
+
+
+@pytest.mark.parametrize("layout", ["tp2 x fsdp2", pytest.param("tp2 x replicate2", marks=pytest.mark.slow)])
+def test_the_group_that_drifts_apart_is_named(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
+    """Catches comparisons over all ranks, of which those of other groups rightly read other batches."""
+    run = Run(gpt2, tmp_path, layout=LAYOUTS[layout], config=DROPOUT)
+    with pytest.raises(RankFailedError, match=r"RanksDifferError: .*rank 3 differs from rank 2"):
+        pool(4).run(_draw_on_the_last_rank, run, timeout=120)
+
+
+def _draw_on_the_last_rank(run: Run) -> None:
+    trainer = make_trainer(run, rank_check_steps=2)
+    trainer.add_callback(After(3, _draw))
+    trainer.train()
+
+
+DATA: dict[str, tuple[dict[str, Any], str]] = {
+    "data set": ({"train_dataset": _own_examples}, "batch['input_ids']: rank 1 differs from rank 0"),
+    "data set, from its fifth batch": ({"train_dataset": _other_from_the_fifth_batch}, "differs from rank 0"),
+    "length of the data set": ({"train_dataset": _more_examples}, "number of steps in an epoch (6, 7 on ranks 0, 1)"),
+    "masks of the collator": ({"data_collator": _masked}, "batch['input_ids']: rank 1 differs from rank 0"),
+    "lengths of the collator": ({"data_collator": _longer}, "batch['input_ids']: rank 1 differs from rank 0"),
+    "end of a stream": ({"train_dataset": Shorter}, "number of batches (1, 0 on ranks 0, 1)"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data_that_depend_on_the_rank_are_found(pool: Pool, gpt2: Path, tmp_path: Path, case: str) -> None:
+    """Catches groups that compute parts of different examples, and ranks that wait for one that read less."""
+    options, expected = DATA[case]
+    message = on_ranks(pool, _message_with, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]), options)
+    assert expected in message
+    assert "The usual cause: a" in message
+
+
+def _message_with(run: Run, options: dict[str, Any]) -> str:
+    return _message(run, **options)
+
+
+def _sampled(run: Run) -> str:
+    trainer = make_trainer(run)
+    trainer._get_train_sampler = lambda *_: list(range(48))[:: 1 - 2 * rank()]  # type: ignore[method-assign]
+    with pytest.raises(RanksDifferError) as caught:
+        trainer.train()
+    return str(caught.value)
+
+
+def test_a_sampler_that_depends_on_the_rank_is_found(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
+    """Catches an order of the examples that each rank chooses for itself."""
+    assert "batch['input_ids']: rank 1" in on_ranks(pool, _sampled, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]))
+
+
+EVALUATION: dict[str, tuple[Callable[[], list[Any]], str]] = {
+    "content": (lambda: examples(11, seed=rank()), "At: the first batch of an evaluation after step 0. batch["),
+    "length": (lambda: examples(5 + 4 * rank()), "number of batches (2, 3 on ranks 0, 1)"),
+}
+
+
+def _evaluated(run: Run, case: str) -> str:
+    trainer = make_trainer(run, eval_dataset=EVALUATION[case][0]())
+    with pytest.raises(RanksDifferError) as caught:
+        trainer.evaluate()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("case", EVALUATION)
+def test_evaluation_data_that_depend_on_the_rank_are_found(pool: Pool, gpt2: Path, tmp_path: Path, case: str) -> None:
+    """Catches metrics of examples of which each rank computed a part of another one."""
+    message = on_ranks(pool, _evaluated, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]), case)
+    assert EVALUATION[case][1] in message
+
+
+def _shifted_from_the_start(run: Run) -> str:
+    trainer = make_trainer(run)
+    if rank() == 1:
+        _shift(None, trainer.model)
+    with pytest.raises(RanksDifferError) as caught:
+        trainer.evaluate()
+    return str(caught.value)
+
+
+def test_replicated_weights_that_differ_are_named(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
+    """Catches weights that were loaded or changed on one rank alone. Of those that are cut nothing can be seen."""
+    message = on_ranks(pool, _shifted_from_the_start, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]))
+    assert "parameter transformer.ln_f.weight: rank 1 differs from rank 0. They were not compared before." in message
+
+
+# ---------------------------------------------------------------------- what ends right
+
+
+def _stop(control: Any, model: nn.Module) -> None:
+    control.should_training_stop = True
+
+
+def _save(control: Any, model: nn.Module) -> None:
+    control.should_save = True
+
+
+def _evaluate(control: Any, model: nn.Module) -> None:
+    control.should_evaluate = True
+
+
+def _wait(control: Any, model: nn.Module) -> None:
+    time.sleep(2)
+
+
+def _steps(run: Run, action: Any) -> tuple[int, list[float]]:
+    """The number of steps, and the losses on the evaluation data that were logged."""
+    trainer = make_trainer(run)
+    trainer.add_callback(After(4, action))
+    trainer.train()
+    return trainer.state.global_step, [
+        entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry
+    ]
+
+
+@pytest.mark.parametrize(
+    ("action", "steps", "checkpoints", "evaluations"),
+    [(_stop, 4, "3", 0), (_save, 6, "346", 0), (_evaluate, 6, "36", 1), (_wait, 6, "36", 0)],
+)
+def test_what_a_callback_of_one_rank_asks_for_all_do(
+    pool: Pool, gpt2: Path, tmp_path: Path, action: Any, steps: int, checkpoints: str, evaluations: int
+) -> None:
+    """Catches ranks that wait for ever, because one stopped at its own clock or got a signal first; late ones too."""
+    results = pool(2).run(_steps, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]), action)
+    assert results[0] == results[1]
+    assert (results[0][0], len(results[0][1])) == (steps, evaluations)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in checkpoints]
+
+
+def _train_own(run: Run) -> tuple[list[Step], dict[str, torch.Tensor]]:
+    log = Log()
+    trainer = make_trainer(run, log)
+    trainer.model.transformer.ln_f.register_forward_hook(
+        lambda module, inputs, output: nn.functional.dropout(output, 0.3, training=module.training)
+    )
+    trainer.train()
+    return log.steps, full_weights(trainer.model)
+
+
+def test_dropout_in_a_module_of_the_users_own_is_the_same_at_every_degree(
+    pool: Pool, gpt2: Path, tmp_path: Path
+) -> None:
+    """Catches a random stream that differs on the ranks, or depends on the degree."""
+    run = Run(gpt2, tmp_path / "one", config=DROPOUT, arguments={"save_strategy": "no"})
+    expected, _ = _train_own(run)
+    steps, _ = on_ranks(pool, _train_own, replace(run, output=tmp_path / "two", layout=LAYOUTS["tp2"]))
+    assert_same_steps(steps, expected)
