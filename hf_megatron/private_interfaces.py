@@ -102,6 +102,12 @@ PRIVATE_INTERFACES: tuple[PrivateInterface, ...] = (
         "_gradient_checkpointing_func",
         "selective recomputation",
     ),
+    PrivateInterface(
+        "transformers.generation.utils.GenerationMixin",
+        "_get_stopping_criteria",
+        "ranks that stop generating together, at max_time or by criteria of the caller's",
+        ("self",),
+    ),
     # transformers: Trainer
     PrivateInterface(
         _TRAINER,

@@ -1,168 +1,26 @@
-"""A guard that notices when the ranks of a tensor-parallel group drift apart.
+"""A guard that notices when the ranks of a tensor-parallel group drift apart in training.
 
 The ranks of a group act as one. They must read the same batches, draw the same random numbers, hold the same replicated
 parameters and take the same decisions. Nothing in the mathematics would notice if they did not: the losses stay
 plausible, and the model that is saved is nobody's; or one rank waits for ever for another that went elsewhere.
-
-All that is compared goes through one exchange of two integers per rank. So ranks that come to it from different places
-notice that too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-from zlib import crc32
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
-from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from hf_megatron.errors import RanksDifferError
+from hf_megatron.tensor_parallel.agreement import RankComparison
 
-__all__ = ["GuardedTrainer", "RankComparison", "replicated_parameters"]
+__all__ = ["GuardedTrainer"]
 
-_CAUSES = {
-    "batch": "a data set, sampler or collator that depends on the rank, a clock or a random generator that differs; "
-    "choose a stream's order by set_epoch(epoch), or by an attribute `generator`, which Trainer seeds",
-    "random": "random numbers that one rank alone draws, in a callback, a data loader or by sampling from the model",
-    "parameter": "other numbers in an earlier batch or dropout mask, or weights that one rank alone changed",
-    "number": "a data set, or arguments, of another length on one rank",
-    "place": "a callback or an error that only one rank has, or a stream that ends earlier on it",
-}
 _CONTROL = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
-
-
-class RankComparison:
-    """Compares small facts, and digests of large ones, over the ranks of a tensor-parallel group.
-
-    Args:
-        group: The tensor-parallel group, or one of the same ranks for tensors on the CPU.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-        self._last_equal: str | None = None
-
-    @classmethod
-    def of(cls, group: dist.ProcessGroup) -> RankComparison:
-        """One for this tensor-parallel group; every rank of every group must call it.
-
-        On GPUs the comparison has a group of its own on the CPU, so that it does not wait for the device.
-        """
-        if dist.get_backend(group) == "gloo":
-            return cls(group)
-        size, own = dist.get_world_size(group), None
-        for first in range(0, dist.get_world_size(), size):
-            ranks = list(range(first, first + size))
-            created = dist.new_group(ranks, backend="gloo")
-            own = created if dist.get_rank() in ranks else own
-        assert own is not None
-        return cls(own)
-
-    def agree(self, place: str, facts: Mapping[str, Any], wishes: int = 0) -> int:
-        """Have all ranks say where they are and what they see there.
-
-        Args:
-            place: What comes next on this rank.
-            facts: Small values, or digests, by name.
-            wishes: Bits; those that any rank has set are returned.
-
-        Returns:
-            The wishes of all ranks.
-
-        Raises:
-            RanksDifferError: Places or facts differ.
-
-        Collective: all-gather over the group of two integers; if they differ also of the facts.
-        """
-        digest = crc32(repr((place, sorted(facts.items()))).encode())
-        gathered = [torch.empty(2, dtype=torch.int64) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(gathered, torch.tensor([digest, wishes]), group=self._group)
-        digests, all_wishes = zip(*(pair.tolist() for pair in gathered), strict=True)
-        if len(set(digests)) > 1:
-            everything: list[Any] = [None] * len(digests)
-            dist.all_gather_object(everything, (place, dict(facts)), group=self._group)
-            raise RanksDifferError(self._description(everything))
-        result = 0
-        for wish in all_wishes:
-            result |= wish
-        return result
-
-    def compare(self, place: str, model: nn.Module, batch: Any = None) -> None:
-        """Compare the batch, the states of torch's random generators, and the replicated parameters.
-
-        Args:
-            place: Where the run is.
-            model: The model.
-            batch: Tensors, nested in dictionaries and lists.
-
-        Raises:
-            RanksDifferError: Any of them differs.
-
-        Collective: as :meth:`agree`.
-        """
-        facts = {f"batch{name}": _digest(tensor) for name, tensor in _tensors(batch)}
-        facts["random generator of the CPU"] = _digest(torch.get_rng_state())
-        if torch.cuda.is_initialized():
-            facts["random generator of the GPU"] = _digest(torch.cuda.get_rng_state())
-        facts |= {f"parameter {name}": _digest(tensor) for name, tensor in replicated_parameters(model)}
-        self.agree(place, facts)
-        self._last_equal = place
-
-    def _description(self, everything: list[tuple[str, dict[str, Any]]]) -> str:
-        ranks = dist.get_process_group_ranks(self._group)
-        places = [place for place, _ in everything]
-        message = "the ranks of a tensor-parallel group are no longer in step. "
-        if len(set(places)) > 1:
-            where = "; ".join(f"rank {rank}: {place}" for rank, place in zip(ranks, places, strict=True))
-            return f"{message}They are at different places: {where}. The usual cause: {_CAUSES['place']}."
-        names = list(dict.fromkeys(name for _, facts in everything for name in facts))
-        different, kinds = [], []
-        for name in names:
-            values = [facts.get(name) for _, facts in everything]
-            if len(set(values)) > 1:
-                others = [str(rank) for rank, value in zip(ranks, values, strict=True) if value != values[0]]
-                kinds.append(name.split()[0].split("[")[0])
-                has_values = kinds[-1] not in ("batch", "random", "parameter")
-                listed = f" ({', '.join(map(str, values))} on ranks {', '.join(map(str, ranks))})" if has_values else ""
-                different.append(f"{name}{listed}: rank {', '.join(others)} differs from rank {ranks[0]}")
-        shown = "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if len(different) > 5 else "")
-        since = f"They were equal at: {self._last_equal}." if self._last_equal else "They were not compared before."
-        causes = "; or ".join(_CAUSES[kind] for kind in dict.fromkeys(kinds))
-        return f"{message}At: {places[0]}. {shown}. {since} The usual cause: {causes}."
-
-
-def replicated_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters that every rank of a tensor-parallel group holds whole, or the same FSDP shard of; by name."""
-    for name, parameter in model.named_parameters():
-        if not isinstance(parameter, DTensor):
-            yield name, parameter
-            continue
-        names = parameter.device_mesh.mesh_dim_names or ()
-        placements = dict(zip(names, parameter.placements, strict=True))
-        if "tp" not in placements or placements["tp"].is_replicate():
-            yield name, parameter.to_local()
-
-
-def _tensors(data: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(data, torch.Tensor):
-        yield name, data
-    elif isinstance(data, Mapping):
-        for key, value in data.items():
-            yield from _tensors(value, f"{name}[{key!r}]")
-    elif isinstance(data, (list, tuple)):
-        for index, value in enumerate(data):
-            yield from _tensors(value, f"{name}[{index}]")
-
-
-def _digest(tensor: torch.Tensor) -> tuple[Any, ...]:
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return (*tensor.shape, crc32(data.numpy().data))
 
 
 class GuardedTrainer(Trainer):
@@ -181,7 +39,7 @@ class GuardedTrainer(Trainer):
     def _ranks(self) -> RankComparison | None:
         if self._comparison is None and self.get_tp_size() > 1 and self.rank_check_steps:
             mesh = self.accelerator.torch_device_mesh
-            self._comparison = RankComparison.of(mesh["tp"].get_group())
+            self._comparison = RankComparison.on_cpu(mesh["tp"].get_group())
         return self._comparison
 
     def _agree(self, place: str, facts: Mapping[str, Any], wishes: int = 0) -> int:

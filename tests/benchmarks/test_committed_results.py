@@ -12,6 +12,7 @@ from benchmarks import (
     bench_finetune_squad,
     bench_layernorm_placement,
     bench_loss_gradient,
+    bench_rank_checks,
     bench_model_sizes,
     bench_pretrain_gpt2,
     bench_training_step,
@@ -119,3 +120,17 @@ def test_the_gradients_of_the_loss_are_measured(tmp_path: Path) -> None:
     """Catches a benchmark that no longer runs."""
     bench_loss_gradient.main(["--quick", "--output", str(tmp_path)])
     assert max(row["ratio"] for row in read(tmp_path / "loss_gradient.json")["rows"]) < 1.1
+
+
+def test_comparing_ranks_costs_next_to_nothing() -> None:
+    """Catches a committed figure that does not hold what benchmarks/README.md says of it."""
+    results = read(RESULTS / "rank_checks.json")
+    assert results["sizes"]["n_embd"] == 1024
+    assert results["share_of_a_step"] < 0.001
+
+
+@pytest.mark.slow
+def test_the_cost_of_comparing_ranks_is_measured(tmp_path: Path) -> None:
+    """Catches a benchmark that no longer runs."""
+    bench_rank_checks.main(["--quick", "--output", str(tmp_path)])
+    assert read(tmp_path / "rank_checks.json")["seconds"]["exchange"] > 0

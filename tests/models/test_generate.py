@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, GPT2LMHeadModel, StaticCache
+from transformers import ContinuousBatchingConfig, GenerationConfig, GPT2LMHeadModel, StaticCache, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from hf_megatron import MegatronGPT2LMHeadModel
-from hf_megatron.errors import UnsupportedError
+from hf_megatron.errors import HfMegatronError, UnsupportedError
 from hf_megatron.models.arguments import CACHE
 from tests.models.reference import Pool, layout, make_batch, rank, run_at, token_ids
 
@@ -154,3 +155,79 @@ def test_continuous_batching_on_ranks_is_refused(pool: Pool, stock_dir: StockDir
     """Catches results that are empty: the paged cache has room for all heads, and each rank has some."""
     for answer in pool(2).run(_batch_on_ranks, stock_dir("base")):
         assert "tp_size=2" in answer, answer
+
+
+# ---------------------------------------------------------------------- ranks that stop together
+
+
+class _StopsOnOneRank(StoppingCriteria):
+    """Ends all sequences at a length, on the last rank alone."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        is_done = rank() == 1 and input_ids.shape[1] >= 7
+        return torch.full((len(input_ids),), is_done)
+
+
+class _Streamer(BaseStreamer):
+    """Collects tokens, and fails after some."""
+
+    def __init__(self, fails_after: int = 99) -> None:
+        self.tokens: list[torch.Tensor] = []
+        self.fails_after = fails_after
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens.append(value)
+        if len(self.tokens) > self.fails_after:
+            raise ConnectionError("the reader is gone")
+
+    def end(self) -> None:
+        self.tokens.append(torch.tensor([-1]))
+
+
+def _stop_together(directory: Path) -> list[Any]:
+    """What each rank writes, or the error that it ends with."""
+    model = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(2))
+    prompts = _prompts("none")
+    streamer, is_second = _Streamer(), rank() == 1
+    failing = {"streamer": _Streamer(3)} if is_second else {}
+    cases: list[dict[str, Any]] = [
+        {"max_time": 0.0 if is_second else 60.0},
+        {"max_time": 0.0} if is_second else {},
+        {"stopping_criteria": [_StopsOnOneRank()]},
+        {"stopping_criteria": [_StopsOnOneRank()]} if is_second else {},
+        {"stopping_criteria": [_StopsOnOneRank()], "num_beams": 2},
+        {} if is_second else {"streamer": streamer},
+        failing,
+        {"input_ids": prompts["input_ids"] + rank()},
+        {"max_new_tokens": 8 + rank()},
+        {"num_beams": 2, **({"streamer": _Streamer()} if is_second else {})},
+    ]
+    results: list[Any] = []
+    for case in cases:
+        given = {**prompts, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": True, "pad_token_id": 0, **case}
+        try:
+            results.append(model.generate(**given).tolist())
+        except (HfMegatronError, ConnectionError, ValueError) as error:
+            results.append(f"{type(error).__name__}: {error}")
+    results.append([token for part in streamer.tokens for token in part.flatten().tolist()])
+    return results
+
+
+def test_ranks_stop_together(pool: Pool, stock_dir: StockDir) -> None:
+    """Catches ranks that wait for one whose clock, criteria or streamer ended it, and prompts that differ unnoticed."""
+    first, second = pool(2).run(_stop_together, stock_dir("base"))
+    for case in range(6):
+        assert first[case] == second[case]
+    timed, at_once, criteria, one_criterion, beams, streamed = first[:6]
+    assert len(timed[0]) == 5
+    assert len(at_once[0]) == 5
+    assert {len(x[0]) for x in (criteria, one_criterion, beams)} == {7}
+    assert len(streamed[0]) == 16
+    assert second[6] == "ConnectionError: the reader is gone"
+    assert first[6].startswith("RanksDifferError: the streamer of another rank failed")
+    assert "prompt[1]['input_ids']: rank 1 differs from rank 0" in first[7]
+    assert "argument max_new_tokens (8, 9 on ranks 0, 1)" in first[8]
+    assert first[9] == second[9]
+    assert "streamer" in first[9]
+    tokens = [row for row in streamed]
+    assert first[10][:8] == [*tokens[0][:4], *tokens[1][:4]]

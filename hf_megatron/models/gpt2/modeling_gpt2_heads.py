@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2.modeling_gpt2 import (
     GPT2ForQuestionAnswering,
@@ -23,9 +22,9 @@ from transformers.models.gpt2.modeling_gpt2 import (
 )
 from transformers.utils import can_return_tuple
 
-from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.arguments import CACHE
 from hf_megatron.models.forward import region_of_call
+from hf_megatron.models.generation import ParallelGenerationMixin
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
 from hf_megatron.models.gpt2.modeling_gpt2 import MegatronGPT2Model, MegatronGPT2PreTrainedModel
 from hf_megatron.modules import VocabParallelHead, causal_lm_loss, next_token_labels, tied_weight
@@ -34,7 +33,6 @@ from hf_megatron.tensor_parallel import (
     ReplicatedLinear,
     SequenceParallelRegion,
     head_tp_plan_of,
-    synchronize_random_state,
 )
 
 __all__ = [
@@ -45,7 +43,7 @@ __all__ = [
 ]
 
 
-class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
+class MegatronGPT2LMHeadModel(ParallelGenerationMixin, MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
     """GPT-2 with the language-modeling head, which in training computes the loss without the logits.
 
     Attributes:
@@ -147,29 +145,6 @@ class MegatronGPT2LMHeadModel(MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
         if own_loss is not None:
             return own_loss(logits, labels, vocab_size=vocab_size, **loss_kwargs), logits
         return causal_lm_loss(self.tp_group, shard, labels, vocab_size=vocab_size, **loss_kwargs), logits
-
-    @wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Stock ``generate``; every rank must call it, and sampling gives every rank the same tokens.
-
-        Collective: broadcast over tp of the random state, once.
-        """
-        synchronize_random_state(self.tp_group, self.device)
-        return super().generate(*args, **kwargs)
-
-    @wraps(GenerationMixin.init_continuous_batching)
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Stock continuous batching (``generate_batch``), in one process.
-
-        Raises:
-            UnsupportedError: The heads are cut over several ranks; the paged cache would hold all of them on each.
-        """
-        if self.tp_group.size > 1:
-            raise UnsupportedError(
-                f"continuous batching under tensor parallelism (tp_size={self.tp_group.size}): the paged cache of "
-                "transformers cannot tell that these heads are cut. Call generate, or load in one process."
-            )
-        return super().init_continuous_batching(*args, **kwargs)
 
 
 class MegatronGPT2ForSequenceClassification(MegatronGPT2PreTrainedModel, GPT2ForSequenceClassification):
