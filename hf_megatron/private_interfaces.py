@@ -206,6 +206,12 @@ PRIVATE_INTERFACES: tuple[PrivateInterface, ...] = (
         ("timeout", "group"),
     ),
     PrivateInterface(
+        "torch._C._autograd",
+        "_get_current_graph_task_keep_graph",
+        "retain_graph=True in a backward pass through the fused loss, whose gradients must then stay as they are",
+    ),
+    PrivateInterface("torch._C", "_autograd", "where the name above is"),
+    PrivateInterface(
         "torch.amp.grad_scaler.GradScaler",
         "_unscale_grads_",
         "float16: a step that all ranks skip when one overflows",

@@ -140,13 +140,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # On a CPU, where looking costs nothing, a pass over the weight's gradient is saved.
-        is_one = gradient.is_cpu and not torch.compiler.is_compiling() and gradient == 1
-        scaled = [
-            None if saved is None else (saved if is_one else saved.mul_(gradient)).to(dtype)
+        def scaled(saved: torch.Tensor) -> torch.Tensor:
+            if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+                return saved * gradient  # with retain_graph=True what is saved will be needed again, as it is
+            # On a CPU, where looking costs nothing, a pass over the weight's gradient is saved.
+            return saved if gradient.is_cpu and gradient == 1 else saved.mul_(gradient)
+
+        gradients = [
+            None if saved is None else scaled(saved).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return None, *scaled, None, None, None
+        return None, *gradients, None, None, None
 
 
 class _Gradients:

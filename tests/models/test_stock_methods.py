@@ -76,3 +76,21 @@ def test_resizing_without_the_mean(is_tied: bool) -> None:
         after = full_weights(model)[name]
         assert torch.equal(after[:131], before[name])
         assert after[131:].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_graph_that_is_retained_gives_the_same_gradients_again(is_tied: bool) -> None:
+    """Catches a backward pass that changes what it has saved, or hands it out: the fused loss, the tied weight."""
+    torch.manual_seed(0)
+    model = MegatronGPT2LMHeadModel(MegatronGPT2Config(**TINY, tie_word_embeddings=is_tied)).train()
+    ids = token_ids(2, 9)
+    loss = model(input_ids=ids, labels=ids).loss
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    copies = [gradient.clone() for gradient in first]
+    doubled = torch.autograd.grad(2 * loss, parameters, retain_graph=True)
+    last = torch.autograd.grad(3 * loss, parameters)
+    for kept, copy, two, three in zip(first, copies, doubled, last, strict=True):
+        assert torch.equal(kept, copy)
+        torch.testing.assert_close(two, 2 * copy)
+        torch.testing.assert_close(three, 3 * copy)
