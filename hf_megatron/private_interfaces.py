@@ -87,6 +87,9 @@ PRIVATE_INTERFACES: tuple[PrivateInterface, ...] = (
     ),
     # transformers: what the models say of themselves, and what is asked of them
     PrivateInterface(_MODEL, "_tied_weights_keys", "tied heads without a parameter of their own"),
+    PrivateInterface(
+        "accelerate.hooks.remove_hook_from_module", "_hf_hook", "tied heads where accelerate offloads the embedding"
+    ),
     PrivateInterface(_MODEL, "_no_split_modules", "FSDP2 and device maps that take a layer as one"),
     PrivateInterface(_MODEL, "_can_record_outputs", "output_attentions and output_hidden_states"),
     PrivateInterface(_MODEL, "_supports_flex_attn", "refusing flex attention for BERT"),

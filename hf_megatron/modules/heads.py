@@ -5,8 +5,8 @@ Shapes: B batch, S sequence, H hidden, V vocabulary, V_p this rank's part of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,74 +62,52 @@ class VocabParallelHead(ParallelModule):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        embedding: torch.Tensor,
+        embedding: Callable[[], torch.Tensor],
         bias: torch.Tensor | None = None,
         region: SequenceParallelRegion | None = None,
-    ) -> torch.Tensor:
-        """This rank's logits.
-
-        Args:
-            hidden_states: [..., H], replicated; with a region [..., S_p, H], split on the sequence.
-            embedding: The word embedding's parameter [V, H], split on dim 0; used if the head is tied.
-            bias: A bias parameter [V], split on dim 0; used if the head is tied.
-            region: Where the hidden states come from, if they are split on the sequence.
-
-        Returns:
-            [..., V_p], split on the last dim.
-
-        Collective: all-reduce over tp, backward, of the hidden states' gradient. With a region all-gather over tp,
-        forward, and reduce-scatter over tp, backward.
-        """
-        if not torch.compiler.is_compiling():
-            self._gradient_memory.release()  # what computes logits computes the gradient elsewhere, if at all
-        if region is None:
-            (hidden_states,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)
-        else:
-            hidden_states = region.enter(hidden_states)
-        return F.linear(hidden_states, *self._local(embedding, bias))
-
-    def loss(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor,
-        embedding: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        region: SequenceParallelRegion | None = None,
+        labels: torch.Tensor | None = None,
         **loss_arguments: Any,
     ) -> torch.Tensor:
-        """The loss of predicting the labels, in less memory and time than by way of the logits.
+        """This rank's logits; or the loss of predicting the labels, in less memory and time than by way of the logits.
 
         Args:
             hidden_states: [..., H], replicated; with a region [..., S_p, H], split on the sequence.
+            embedding: Gives the word embedding's parameter [V, H], split on dim 0; used if the head is tied.
+            bias: A bias parameter [V], split on dim 0; used if the head is tied.
+            region: Where the hidden states come from, if they are split on the sequence.
             labels: [...], replicated; positions with ``ignore_index`` are not computed.
-            embedding: As for :meth:`forward`.
-            bias: As for :meth:`forward`.
-            region: As for :meth:`forward`.
             **loss_arguments: See :func:`vocab_parallel_linear_cross_entropy`.
 
         Returns:
-            A scalar, replicated; float32, or float64 for float64 hidden states.
+            The logits [..., V_p], split on the last dim. With labels the loss, a scalar, replicated, in float32, or in
+            float64 for float64 hidden states.
 
-        Collective: as :func:`vocab_parallel_linear_cross_entropy`, all of it forward. With a region all-gather over tp,
-        forward, and reduce-scatter over tp, backward, in the place of its all-reduce.
+        Collective: all-reduce over tp, backward, of the hidden states' gradient; with labels, those of
+        :func:`vocab_parallel_linear_cross_entropy`, all of them forward. With a region all-gather over tp, forward, and
+        reduce-scatter over tp, backward, in the place of the all-reduce.
         """
+        weight, bias = (embedding(), bias) if self.weight is None else (self.weight, self.bias)
+        weight, bias = local(weight), None if bias is None else local(bias)
+        hidden_states = hidden_states.to(weight.device)  # a tied head computes where the embedding lies
+        if labels is None and not torch.compiler.is_compiling():
+            self._gradient_memory.release()  # what computes logits computes the gradient elsewhere, if at all
         if region is not None:
             hidden_states = region.enter(hidden_states)
+        if labels is None:
+            if region is None:
+                (hidden_states,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)
+            return F.linear(hidden_states, weight, bias)
         return vocab_parallel_linear_cross_entropy(
             self.tp_group,
             hidden_states.reshape(-1, self.in_features),
-            *self._local(embedding, bias),
+            weight,
+            bias,
             labels.reshape(-1).to(hidden_states.device),
             vocab_size=self.out_features,
             reduce_gradient=region is None,
             memory=self._gradient_memory,
             **loss_arguments,
         )
-
-    def _local(self, embedding: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """This rank's weight [V_p, H] and bias [V_p], its own or those it is tied to."""
-        weight, bias = (embedding, bias) if self.weight is None else (self.weight, self.bias)
-        return local(weight), None if bias is None else local(bias)
 
     def gather(self, logits: torch.Tensor) -> torch.Tensor:
         """[..., V_p] split on the last dim to [..., V] replicated.
@@ -143,9 +121,10 @@ class VocabParallelHead(ParallelModule):
         return ", ".join(part for part in (sizes, super().extra_repr()) if part)
 
 
+@contextmanager
 def tied_weight(
     model: nn.Module, embedding: VocabParallelEmbedding, head: VocabParallelHead, labels: torch.Tensor | None
-) -> AbstractContextManager[torch.Tensor]:
+) -> Iterator[Callable[[], torch.Tensor]]:
     """Around the forward pass of a model, to get the word embedding's weight for its head.
 
     Args:
@@ -154,16 +133,20 @@ def tied_weight(
         head: The head, tied or not.
         labels: The labels, if there are any.
 
-    Returns:
-        A context manager with a weight that is split on dim 0, a DTensor [V, H] or a plain tensor [V_p, H].
+    Yields:
+        What gives the weight, split on dim 0, a DTensor [V, H] or a plain tensor [V_p, H].
     """
     weight = embedding.weight
     # Elsewhere the second gradient costs next to nothing (a GPU), or the weight is whole in its module only (FSDP2).
     pays = weight.is_cpu and not torch.compiler.is_compiling() and not isinstance(model, FSDPModule)
     has_gradient = model.training and labels is not None and torch.is_grad_enabled() and weight.requires_grad
-    if pays and has_gradient and head.weight is None:
-        return embedding.sharing_gradient()
-    return nullcontext(weight)
+    if hasattr(embedding, "_hf_hook"):  # accelerate offloads the weight, and brings it while its module is called
+        yield lambda: embedding()  # not the module itself, which the hook of the head would move
+    elif pays and has_gradient and head.weight is None:
+        with embedding.sharing_gradient() as for_head:
+            yield lambda: for_head
+    else:
+        yield lambda: weight
 
 
 def next_token_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:

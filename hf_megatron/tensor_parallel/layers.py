@@ -284,17 +284,20 @@ class VocabParallelEmbedding(ParallelModule, nn.Embedding):
     def partition_specs(self) -> Mapping[str, Spec]:
         return {"weight": VocabSplit()}
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Look up the embeddings.
 
         Args:
-            input_ids: [B, S] global token ids, replicated.
+            input_ids: [B, S] global token ids, replicated. None gives the weight itself, for a tied head: hooks that
+                bring weights when they are needed work on calls.
 
         Returns:
-            [B, S, H], replicated.
+            [B, S, H], replicated; or the weight [V, H], split on dim 0.
 
         Collective: all-reduce over tp, forward, of the output.
         """
+        if input_ids is None:
+            return self.weight
         group = self.tp_group
         if group.size == 1:
             return self._look_up(input_ids, self.padding_idx)

@@ -12,9 +12,9 @@ from benchmarks import (
     bench_finetune_squad,
     bench_layernorm_placement,
     bench_loss_gradient,
-    bench_rank_checks,
     bench_model_sizes,
     bench_pretrain_gpt2,
+    bench_rank_checks,
     bench_training_step,
 )
 from benchmarks.peers.targets import reached

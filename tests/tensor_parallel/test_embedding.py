@@ -34,7 +34,8 @@ def _values(seed: int, *shape: int) -> torch.Tensor:
 class GlobalPaddingIndex(VocabParallelEmbedding):
     """The defect: the global padding index is given to the look-up in the local rows."""
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+        assert input_ids is not None
         start, stop = chunk_range(self.num_embeddings, self.tp_group.size, self.tp_group.rank)
         is_mine = (input_ids >= start) & (input_ids < stop)
         local_ids = torch.where(is_mine, input_ids - start, 0)

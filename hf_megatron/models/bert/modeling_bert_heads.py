@@ -6,7 +6,7 @@ the small transform before it is replicated, as are the heads of the other tasks
 Shapes: B batch, S sequence, H hidden, V vocabulary; ``_p`` marks this rank's part.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, Unpack
@@ -71,21 +71,17 @@ class MegatronBertLMPredictionHead(ParallelModule):
     def partition_specs(self) -> Mapping[str, Spec]:
         return {"bias": VocabSplit()}
 
-    def forward(self, hidden_states: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """As the class says; ``embedding`` is the word embedding's parameter [V, H], split on dim 0.
+    def forward(
+        self, hidden_states: torch.Tensor, embedding: Callable[[], torch.Tensor], **loss_arguments: Any
+    ) -> torch.Tensor:
+        """As the class says; with ``labels`` the loss, see :class:`VocabParallelHead`.
+
+        ``embedding`` gives the word embedding's parameter [V, H], split on dim 0.
 
         Collective: all-reduce over tp, backward, of the gradient of the transform's output.
         """
-        logits: torch.Tensor = self.decoder(self.transform(hidden_states), embedding, self.bias)
-        return logits
-
-    def loss(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor, embedding: torch.Tensor, **loss_arguments: Any
-    ) -> torch.Tensor:
-        """The loss at [T, H] hidden states, replicated, by :meth:`VocabParallelHead.loss`."""
-        transformed = self.transform(hidden_states)
-        loss: torch.Tensor = self.decoder.loss(transformed, labels, embedding, self.bias, **loss_arguments)
-        return loss
+        output: torch.Tensor = self.decoder(self.transform(hidden_states), embedding, self.bias, **loss_arguments)
+        return output
 
 
 class MegatronBertHeads(nn.Module):
@@ -127,14 +123,14 @@ class _MaskedLM(MegatronBertPreTrainedModel):
             predictions.bias = nn.Parameter(bias, requires_grad=predictions.bias.requires_grad)
         return resized
 
-    def _embedding(self, labels: torch.Tensor | None) -> AbstractContextManager[torch.Tensor]:
-        """Around the encoder, for the word embedding's weight, split on dim 0."""
+    def _embedding(self, labels: torch.Tensor | None) -> AbstractContextManager[Callable[[], torch.Tensor]]:
+        """Around the encoder, for what gives the word embedding's weight, split on dim 0."""
         return tied_weight(self, self.bert.embeddings.word_embeddings, self.cls.predictions.decoder, labels)
 
     def _masked_lm(
         self,
         hidden_states: torch.Tensor,
-        embedding: torch.Tensor,
+        embedding: Callable[[], torch.Tensor],
         labels: torch.Tensor | None,
         loss_arguments: dict[str, Any],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -149,7 +145,7 @@ class _MaskedLM(MegatronBertPreTrainedModel):
             if not torch.compiler.is_compiling():  # how many labels there are is not known to a compiler
                 is_labelled = labels != loss_arguments.get("ignore_index", -100)
                 hidden_states, labels = hidden_states[is_labelled], labels[is_labelled]
-            return predictions.loss(hidden_states, labels, embedding, **loss_arguments), None
+            return predictions(hidden_states, embedding, labels=labels, **loss_arguments), None
         shard = predictions(hidden_states, embedding)  # [B, S, V_p], split on the last dim
         logits = predictions.decoder.gather(shard)
         if labels is None:

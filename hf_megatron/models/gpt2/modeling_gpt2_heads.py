@@ -7,6 +7,7 @@ Shapes: B batch, S sequence, H hidden, V vocabulary; ``_p`` marks this rank's pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -122,7 +123,7 @@ class MegatronGPT2LMHeadModel(ParallelGenerationMixin, MegatronGPT2PreTrainedMod
     def _loss_and_logits(
         self,
         hidden_states: torch.Tensor,
-        embedding: torch.Tensor,
+        embedding: Callable[[], torch.Tensor],
         labels: torch.Tensor | None,
         region: SequenceParallelRegion | None,
         loss_kwargs: dict[str, Any],
@@ -137,7 +138,7 @@ class MegatronGPT2LMHeadModel(ParallelGenerationMixin, MegatronGPT2PreTrainedMod
             targets = loss_kwargs.pop("shift_labels", None)
             if targets is None:
                 targets = next_token_labels(labels, loss_kwargs.get("ignore_index", -100))
-            return self.lm_head.loss(hidden_states, targets, embedding, region=region, **loss_kwargs), None
+            return self.lm_head(hidden_states, embedding, region=region, labels=targets, **loss_kwargs), None
         shard = self.lm_head(hidden_states, embedding, region=region)  # [B, S, V_p], split on the last dim
         logits = self.lm_head.gather(shard)
         if labels is None:
