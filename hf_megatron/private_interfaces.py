@@ -86,6 +86,18 @@ PRIVATE_INTERFACES: tuple[PrivateInterface, ...] = (
         "joining the data-parallel ranks of an adapter",
     ),
     # transformers: what the models say of themselves, and what is asked of them
+    PrivateInterface(
+        _MODEL,
+        "_upload_modified_files",
+        "push_to_hub once the directory is complete",
+        ("self", "working_dir", "repo_id", "files_timestamps", "commit_message", "token", "create_pr"),
+    ),
+    PrivateInterface(
+        _MODEL,
+        "_get_files_timestamps",
+        "push_to_hub of what was saved, and not what lay there",
+        ("self", "working_dir"),
+    ),
     PrivateInterface(_MODEL, "_tied_weights_keys", "tied heads without a parameter of their own"),
     PrivateInterface(
         "accelerate.hooks.remove_hook_from_module", "_hf_hook", "tied heads where accelerate offloads the embedding"

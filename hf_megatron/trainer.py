@@ -14,9 +14,6 @@ What it adds to the stock class, which refuses or miscounts each of these for a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +22,16 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint, has_length
 from transformers.utils import logging
 
+from hf_megatron.checkpointing import CheckpointingTrainer, attribute
 from hf_megatron.errors import DivergenceError, UnsupportedError
 from hf_megatron.loss_scale import SharedGradScaler
-from hf_megatron.models.pretrained import MegatronModelMixin
-from hf_megatron.ranks_in_step import GuardedTrainer
 from hf_megatron.streams import Stream, place_in_stream
 from hf_megatron.training_arguments import AnyDeviceParallelismConfig, check_layout, check_processes, tp_size_of
-from hf_megatron.training_state import (
-    begin_checkpoint,
-    finish_checkpoint,
-    load_optimizer,
-    load_random_state,
-    remove_old_checkpoints,
-    save_optimizer,
-    save_random_state,
-    tidy_checkpoints,
-)
+from hf_megatron.training_state import tidy_checkpoints
 
 __all__ = ["MegatronTrainer"]
 
@@ -55,7 +41,7 @@ logger = logging.get_logger(__name__)
 _SMALLEST_LOSS_SCALE = 1e-4
 
 
-class MegatronTrainer(GuardedTrainer):
+class MegatronTrainer(CheckpointingTrainer):
     """A drop-in :class:`transformers.Trainer` for one process, TP, TP x FSDP2 and TP x replicated data parallelism.
 
     The layout is the model's: whatever ``DistributedConfig`` it was loaded or built with. Arguments, callbacks and
@@ -91,7 +77,12 @@ class MegatronTrainer(GuardedTrainer):
         finally:
             if saves_all:
                 args.save_only_model = False
-        check_layout(self.args, self.model, has_model_init=self.model_init is not None)
+        check_layout(
+            self.args,
+            self.model,
+            has_model_init=self.model_init is not None,
+            has_optimizer=self.optimizer is not None or self.optimizer_cls_and_kwargs is not None,
+        )
         if self._has_own_loss:
             # The stock smoother reads whole logits, which there are none of in training. compute_loss passes it on.
             self.label_smoother = None
@@ -128,26 +119,9 @@ class MegatronTrainer(GuardedTrainer):
     # ------------------------------------------------------------------ layout
 
     @property
-    def _own_model(self) -> MegatronModelMixin | None:
-        """The model inside wrappers (compilation, adapters), if it is one of this package."""
-        model = self.accelerator.unwrap_model(self.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return model if isinstance(model, MegatronModelMixin) else None
-
-    @property
-    def _is_adapted(self) -> bool:
-        """Whether peft has adapted the model: then the adapter is what is trained, saved and loaded."""
-        return hasattr(self.accelerator.unwrap_model(self.model), "get_base_model")
-
-    @property
     def _has_own_loss(self) -> bool:
         model = self._own_model
         return model is not None and model.has_vocab_parallel_loss
-
-    @property
-    def _data_parallel_rank(self) -> int:
-        rank: int = self.args.process_index // self.get_tp_size()
-        return rank
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator for the model's layout, on any device."""
@@ -201,7 +175,7 @@ class MegatronTrainer(GuardedTrainer):
         if use_gather_object:
             raise UnsupportedError("eval_use_gather_object=True is not supported under tensor parallelism.")
         accelerator = self.accelerator
-        with _attribute(accelerator, "gather", self._gather_once_per_group):
+        with attribute(accelerator, "gather", self._gather_once_per_group):
             return Accelerator.gather_for_metrics(accelerator, data)
 
     def _gather_once_per_group(self, data: Any) -> Any:
@@ -273,102 +247,6 @@ class MegatronTrainer(GuardedTrainer):
             scale = scaler.get_scale()
             logger.warning(f"Step {step}: the gradients overflow at a loss scale of {scale:g}; skipped, to scale less.")
 
-    # ------------------------------------------------------------------ checkpoints
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False, *, stock: bool = False) -> None:
-        """As the stock method; every rank must call it.
-
-        Args:
-            output_dir: Where to save; ``args.output_dir`` if None.
-            stock: Write the stock ``model_type``, so that the directory loads in transformers without this package. The
-                tensors are the same either way, and an adapter is an ordinary one anyway.
-        """
-        if not stock or self._own_model is None:
-            super().save_model(output_dir, _internal_call)
-            return
-        save_stock = partial(self._own_model.save_pretrained, stock=True)
-        with _attribute(self._own_model, "save_pretrained", save_stock):
-            super().save_model(output_dir, _internal_call)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._compare("before the checkpoint of")
-        if self.hp_search_backend is None and trial is None:
-            self.store_flos()
-        run_directory = Path(self._get_output_dir(trial=trial))
-        destination = run_directory / f"checkpoint-{self.state.global_step}"
-        is_first = self.is_world_process_zero()
-        fresh = begin_checkpoint(destination, is_first=is_first)
-        self._save_model_into(fresh)
-        if not self.args.save_only_model:
-            save_optimizer(self.model, _inner(self.optimizer), fresh)
-            self._save_scaler(str(fresh))
-            if is_first:
-                torch.save(self.lr_scheduler.state_dict(), fresh / "scheduler.pt")
-            if self.args.process_index % self.get_tp_size() == 0:
-                save_random_state(fresh, self._data_parallel_rank)
-        best = run_directory / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and (best == destination or best.is_dir()):
-            self.state.best_model_checkpoint = str(best)
-        if is_first:
-            self._save_trainer_state(fresh)
-        finish_checkpoint(fresh, destination, is_first=is_first)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(destination))
-        if is_first:
-            remove_old_checkpoints(run_directory, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _save_model_into(self, directory: Path) -> None:
-        """The model as it lies: each rank's shards if it is cut, else, and for an adapter, as ``save_model`` does."""
-        if self._own_model is None or self._is_adapted or not self.is_distributed_loading_by_transformers:
-            self.save_model(str(directory), _internal_call=True)
-            return
-        self.model.save_pretrained(directory, distributed_checkpoint=True)
-        if self.is_world_process_zero():
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(directory)
-            torch.save(self.args, directory / "training_args.bin")
-
-    def _save_trainer_state(self, directory: Path) -> None:
-        for callback in (*self.callback_handler.callbacks, self.control):
-            if isinstance(callback, ExportableState):
-                name, state = type(callback).__name__, callback.state()
-                if isinstance(self.state.stateful_callbacks[name], list):
-                    self.state.stateful_callbacks[name].append(state)
-                else:
-                    self.state.stateful_callbacks[name] = state
-        self.state.save_to_json(str(directory / "trainer_state.json"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._own_model is None or self._is_adapted:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self._own_model.load_weights(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self._own_model is None or self._is_adapted:
-            super()._load_best_model()
-        else:
-            logger.info(f"Loading the best model, {self.state.best_model_checkpoint} ({self.state.best_metric}).")
-            self._own_model.load_weights(self.state.best_model_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            load_optimizer(self.model, _inner(self.optimizer), Path(checkpoint))
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and not load_random_state(Path(checkpoint), self._data_parallel_rank):
-            logger.warning(
-                f"{checkpoint} has no random state for data-parallel rank {self._data_parallel_rank} (it was saved by "
-                "fewer); dropout and shuffling go on with other random numbers."
-            )
-
-
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside accelerate's."""
-    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return inner
-
 
 def _map_tensors(data: Any, function: Any) -> Any:
     if isinstance(data, torch.Tensor):
@@ -378,13 +256,3 @@ def _map_tensors(data: Any, function: Any) -> Any:
     if isinstance(data, (list, tuple)):
         return type(data)(_map_tensors(value, function) for value in data)
     return data
-
-
-@contextmanager
-def _attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an instance an attribute of its own, in place of its class's, for a while."""
-    setattr(instance, name, value)
-    try:
-        yield
-    finally:
-        delattr(instance, name)

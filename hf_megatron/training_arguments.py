@@ -39,12 +39,17 @@ def tp_size_of(model: Any) -> int:
     return getattr(model, "tp_size", None) or 1
 
 
-def check_layout(args: Any, model: Any, *, has_model_init: bool) -> None:
+# Those of Trainer's that give parameters cut over ranks the steps of one process. The others take their parts for whole
+# tensors, mix them with plain ones, or were not seen to work.
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+
+
+def check_layout(args: Any, model: Any, *, has_model_init: bool, has_optimizer: bool) -> None:
     """Refuse what Trainer does per process where the ranks of a tensor-parallel group act as one.
 
     Raises:
-        UnsupportedError: Under tensor parallelism, a model that Trainer makes itself, or losses that are not averaged
-            over processes.
+        UnsupportedError: Under tensor parallelism, a model that Trainer makes itself, losses that are not averaged over
+            processes, or an optimizer that is not known to step right on parameters that are cut.
     """
     tp_size = tp_size_of(model)
     if tp_size == 1:
@@ -58,4 +63,10 @@ def check_layout(args: Any, model: Any, *, has_model_init: bool) -> None:
         raise UnsupportedError(
             f"average_tokens_across_devices=False with tp_size={tp_size}: the ranks of a group hold the same tokens, "
             f"and the loss would be {tp_size} times too large. Leave it True."
+        )
+    if not has_optimizer and args.optim not in _OPTIMIZERS:
+        raise UnsupportedError(
+            f"optim={str(getattr(args.optim, 'value', args.optim))!r} with tp_size={tp_size}: this optimizer is not "
+            f"known to step right on parameters that are cut over ranks. Known are {', '.join(_OPTIMIZERS)}; one of "
+            "your own can be passed by optimizers=."
         )

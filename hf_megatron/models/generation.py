@@ -7,7 +7,7 @@ would wait for it in the next layer for ever. So what one rank decides holds for
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ class ParallelGenerationMixin(GenerationMixin):
     tp_group: TensorParallelGroup
     device: torch.device
 
-    @wraps(GenerationMixin.generate)
+    @cast(Any, wraps(GenerationMixin.generate))  # type: ignore[untyped-decorator]
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Stock ``generate``; every rank must call it with the same prompts, and gets the same tokens.
 
@@ -77,7 +77,7 @@ class ParallelGenerationMixin(GenerationMixin):
                 return _SharedCriteria(criteria, self.tp_group)
         return criteria
 
-    @wraps(GenerationMixin.init_continuous_batching)
+    @cast(Any, wraps(GenerationMixin.init_continuous_batching))  # type: ignore[untyped-decorator]
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Stock continuous batching (``generate_batch``), in one process.
 

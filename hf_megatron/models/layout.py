@@ -13,7 +13,15 @@ from transformers.utils import logging
 
 from hf_megatron.errors import ParallelStateError, UnsupportedError
 
-__all__ = ["barrier", "check_distributed_config", "is_first_rank", "one_process_allowed", "quiet_loading"]
+__all__ = [
+    "barrier",
+    "check_distributed_config",
+    "is_first_rank",
+    "one_process_allowed",
+    "quiet_loading",
+    "refuse_quantization",
+    "share_failure",
+]
 
 
 def check_distributed_config(config: DistributedConfig) -> None:
@@ -42,6 +50,19 @@ def check_distributed_config(config: DistributedConfig) -> None:
         )
 
 
+def refuse_quantization(quantization_config: object) -> None:
+    """Refuse to quantize: transformers replaces ``nn.Linear`` modules, which there are none of, and leaves all whole.
+
+    Raises:
+        UnsupportedError: There is a quantization_config.
+    """
+    if quantization_config is not None:
+        raise UnsupportedError(
+            "quantization_config: the layers of these models cannot be quantized. Save the model with stock=True and "
+            "load that directory with the stock class, or leave quantization_config out."
+        )
+
+
 def is_first_rank() -> bool:
     """Whether this process is rank 0, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -51,6 +72,28 @@ def barrier() -> None:
     """Wait for all processes, if there are several."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def share_failure(error: BaseException | None) -> None:
+    """Raise on all ranks if one of them has failed; every rank must call it.
+
+    Args:
+        error: What went wrong on this rank, if anything.
+
+    Raises:
+        BaseException: ``error`` itself, where there is one.
+        ParallelStateError: Another rank has failed; the message has that rank's.
+
+    Collective: all-gather over all processes of the message.
+    """
+    if dist.is_initialized():
+        messages: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+        for rank, message in enumerate(messages):
+            if message is not None and error is None:
+                raise ParallelStateError(f"rank {rank} failed: {message}")
+    if error is not None:
+        raise error
 
 
 @contextmanager

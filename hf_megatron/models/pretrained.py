@@ -30,9 +30,10 @@ from hf_megatron.models.layout import (
     is_first_rank,
     one_process_allowed,
     quiet_loading,
+    refuse_quantization,
 )
 from hf_megatron.models.recomputation import RecomputationMixin
-from hf_megatron.models.saving import remove_shards, rewrite_config, swap_into_place
+from hf_megatron.models.saving import Upload, remove_shards, rewrite_config, swap_into_place
 from hf_megatron.modules import VocabParallelHead
 from hf_megatron.partition import ModelClass, PartitionTable
 from hf_megatron.tensor_parallel import SINGLE, TensorParallelGroup, synchronize_random_state
@@ -74,6 +75,7 @@ class MegatronModelMixin(RecomputationMixin):
 
     def _init_pretrained(self, config: PreTrainedConfig) -> None:
         """``PreTrainedModel.__init__`` without the modules of the stock class we derive from."""
+        refuse_quantization(getattr(config, "quantization_config", None))
         distributed_config = getattr(config, "distributed_config", None)
         if distributed_config is not None:
             self.partition_table_of(config).check_degree(config.to_dict(), distributed_config.tp_size)
@@ -119,7 +121,7 @@ class MegatronModelMixin(RecomputationMixin):
                     return super()._from_config(config, **kwargs)  # type: ignore[misc,no-any-return]
             dtype = kwargs.pop("dtype", None) or config.dtype or torch.get_default_dtype()
             with quiet_loading():  # an empty checkpoint is what we mean, not a corrupt one
-                model: Self = cls.from_pretrained(  # type: ignore[attr-defined]
+                model: Self = cls.from_pretrained(
                     None, config=config, state_dict={}, dtype=dtype, distributed_config=distributed_config, **kwargs
                 )
         model.config.name_or_path = ""  # type: ignore[attr-defined]
@@ -176,6 +178,17 @@ class MegatronModelMixin(RecomputationMixin):
         return float(self.config.initializer_range)  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ loading
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
+        """As the stock method, with ``distributed_config`` for the layout; every rank must make the call.
+
+        Raises:
+            CheckpointError: The directory is not complete, or not of this model.
+            UnsupportedError: ``quantization_config`` is given, or the configuration asks for what these models lack.
+        """
+        refuse_quantization(kwargs.get("quantization_config"))
+        return super().from_pretrained(*args, **kwargs)  # type: ignore[misc,no-any-return]
 
     def _partition_class(self) -> ModelClass:
         """This model's row of the table; a subclass of one of our classes is treated as that class."""
@@ -281,19 +294,14 @@ class MegatronModelMixin(RecomputationMixin):
                 rank saves its own shards.
 
         Raises:
-            UnsupportedError: ``stock`` together with ``distributed_checkpoint``, which no stock GPT-2 can load, or with
-                ``push_to_hub``.
+            UnsupportedError: ``stock`` together with ``distributed_checkpoint``, which no stock GPT-2 can load.
+            ParallelStateError: Rank 0 could not upload.
         """
         distributed = bool(kwargs.get("distributed_checkpoint"))
         if distributed and stock:
             raise UnsupportedError(
                 "stock=True with distributed_checkpoint=True: stock models cannot load a sharded directory of this "
                 "architecture. Save without distributed_checkpoint, or convert with `hf-megatron convert --to hub`."
-            )
-        if stock and kwargs.get("push_to_hub"):
-            raise UnsupportedError(
-                "stock=True with push_to_hub=True: config.json would be uploaded before it names the stock classes. "
-                "Save without push_to_hub, then upload the directory with huggingface_hub.upload_folder."
             )
         # A model that lies whole in each process may be saved by one rank alone, as Trainer does under DDP.
         is_collective = distributed or self.is_distributed_loading_by_transformers  # type: ignore[attr-defined]
@@ -304,12 +312,15 @@ class MegatronModelMixin(RecomputationMixin):
                 f"({directory}) cannot be replaced with; save into a directory of its own."
             )
         target = directory.with_name(f".{directory.name}.saving") if distributed else directory
+        is_writer = is_first_rank() and kwargs.get("is_main_process", True)
+        # The stock method would upload too early: the directory has neither its name nor the config it is to have.
+        upload = Upload.prepared(self, directory, kwargs, is_collective=is_collective, is_writer=is_writer)
         if distributed and is_first_rank():
             shutil.rmtree(target, ignore_errors=True)
         if is_collective:
             barrier()
         super().save_pretrained(target, *args, **kwargs)  # type: ignore[misc]
-        if is_first_rank() and kwargs.get("is_main_process", True):
+        if is_writer:
             if (target / "config.json").is_file():
                 rewrite_config(target, self.partition_table, self._partition_class().ours, stock=stock)
             if distributed:
@@ -318,6 +329,8 @@ class MegatronModelMixin(RecomputationMixin):
                 remove_shards(target)
         if is_collective:
             barrier()
+        if upload is not None:
+            upload.run(is_collective=is_collective, is_writer=is_writer)
 
     def save_distributed_checkpoint(
         self, model_to_save: nn.Module, save_directory: str | os.PathLike[str], **kwargs: Any

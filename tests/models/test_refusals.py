@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel
+from transformers import BitsAndBytesConfig, GPT2LMHeadModel
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
@@ -254,3 +254,13 @@ def test_resizing_without_the_mean(stock_dir: StockDir) -> None:
         weight = full_weights(model)[name]
         assert torch.equal(weight[:131], before[name])
         assert weight[131:].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_quantization(stock_dir: StockDir) -> None:
+    """Catches a model that is left whole without a word, as transformers finds no nn.Linear in it to replace."""
+    for given in ({"quant_method": "fp8"}, BitsAndBytesConfig(load_in_8bit=True)):
+        with pytest.raises(UnsupportedError, match=r"quantization_config: .* stock=True"):
+            MegatronGPT2LMHeadModel.from_pretrained(stock_dir("base"), quantization_config=given)
+    config = MegatronGPT2Config(**TINY, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UnsupportedError, match="quantization_config: "):
+        MegatronGPT2LMHeadModel(config)

@@ -20,10 +20,12 @@ from tests.training.runs import (
     Log,
     Run,
     Step,
+    assert_close,
     assert_same_steps,
     examples,
     make_trainer,
     on_ranks,
+    train,
 )
 
 Example = dict[str, torch.Tensor]
@@ -170,21 +172,39 @@ def test_the_first_rank_alone_draws_progress_and_writes_tensorboard(pool: Pool, 
 
 
 def _refused(run: Run) -> list[str]:
-    """What is said of a run whose loss is not averaged, and of one whose model Trainer makes."""
+    """What is said of a run whose loss is not averaged, one whose model Trainer makes, one with adafactor."""
     trainer = make_trainer(run)
     not_averaged = replace(trainer.args, average_tokens_across_devices=False)
     with pytest.raises(UnsupportedError) as of_average:
         MegatronTrainer(trainer.model, not_averaged, train_dataset=examples())
     with pytest.raises(UnsupportedError) as of_model:
         MegatronTrainer(args=trainer.args, model_init=lambda: trainer.model, train_dataset=examples())
-    return [str(of_average.value), str(of_model.value)]
+    factored = replace(trainer.args, optim="adafactor")
+    with pytest.raises(UnsupportedError) as of_optimizer:
+        MegatronTrainer(trainer.model, factored, train_dataset=examples())
+    own = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    MegatronTrainer(trainer.model, factored, train_dataset=examples(), optimizers=(own, None))
+    return [str(of_average.value), str(of_model.value), str(of_optimizer.value)]
 
 
 def test_what_trainer_counts_per_process_is_refused(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
     """Catches a loss that grows with the degree, and ranks of a group that read different batches."""
-    averaged, initialised = on_ranks(pool, _refused, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]))
+    averaged, initialised, factored = on_ranks(pool, _refused, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]))
     assert "average_tokens_across_devices=False with tp_size=2" in averaged
     assert "model_init= with tp_size=2" in initialised
+    assert "optim='adafactor' with tp_size=2" in factored
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "sgd", "adagrad", "rmsprop"])
+def test_optimizers_step_on_cut_parameters_as_on_whole_ones(
+    pool: Pool, gpt2: Path, tmp_path: Path, optimizer: str
+) -> None:
+    """Catches an optimizer that takes a part for the whole."""
+    run = Run(gpt2, tmp_path / "one", arguments={"optim": optimizer, "save_strategy": "no"})
+    expected, weights = train(run)
+    steps, actual = on_ranks(pool, train, replace(run, output=tmp_path / "two", layout=LAYOUTS["tp2"]))
+    assert_same_steps(steps, expected)
+    assert_close(actual, weights)
 
 
 def _operations(run: Run) -> float:

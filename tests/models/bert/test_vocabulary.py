@@ -114,7 +114,9 @@ def _padding_gradient(padding: int, directory: Path, tp_size: int) -> None:
     inputs = make_inputs("Model", pad_token_id=padding)
     inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     model.train()(**inputs).last_hidden_state.square().sum().backward()
-    gradient = full(model.embeddings.word_embeddings.weight.grad)
+    weight = model.embeddings.word_embeddings.weight
+    assert weight.grad is not None
+    gradient = full(weight.grad)
     looked_up = inputs["input_ids"].unique()
     has_gradient = torch.zeros(131, dtype=torch.bool)
     has_gradient[looked_up[looked_up != padding]] = True
