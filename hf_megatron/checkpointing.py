@@ -10,18 +10,24 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers.trainer import SCALER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from hf_megatron.errors import DestinationError, HfMegatronError
 from hf_megatron.models.layout import share_failure
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.ranks_in_step import GuardedTrainer
 from hf_megatron.training_state import (
     begin_checkpoint,
+    discard_checkpoint,
     finish_checkpoint,
     load_optimizer,
     load_random_state,
+    load_scheduler,
+    read_state,
     remove_old_checkpoints,
     save_optimizer,
     save_random_state,
@@ -80,6 +86,21 @@ class CheckpointingTrainer(GuardedTrainer):
         destination = run_directory / f"checkpoint-{self.state.global_step}"
         is_first = self.is_world_process_zero()
         fresh = begin_checkpoint(destination, is_first=is_first)
+        try:
+            self._write_checkpoint(fresh, run_directory, destination)
+        except (Exception, CheckpointException) as error:
+            discard_checkpoint(fresh)  # on a full disk it would keep the next run from writing one, too
+            if isinstance(error, HfMegatronError):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            raise DestinationError(f"{destination} could not be written, and is not there: {reason}") from error
+        if self.args.push_to_hub:
+            self._push(destination)
+        if is_first:
+            remove_old_checkpoints(run_directory, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _write_checkpoint(self, fresh: Path, run_directory: Path, destination: Path) -> None:
+        is_first = self.is_world_process_zero()
         self._save_model_into(fresh)
         if not self.args.save_only_model:
             save_optimizer(self.model, _inner(self.optimizer), fresh)
@@ -94,10 +115,6 @@ class CheckpointingTrainer(GuardedTrainer):
         if is_first:
             self._save_trainer_state(fresh)
         finish_checkpoint(fresh, destination, is_first=is_first)
-        if self.args.push_to_hub:
-            self._push(destination)
-        if is_first:
-            remove_old_checkpoints(run_directory, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _push(self, checkpoint: Path) -> None:
         """Upload a checkpoint, as ``hub_strategy`` asks, with the whole model beside it; every rank must call it."""
@@ -161,7 +178,14 @@ class CheckpointingTrainer(GuardedTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_optimizer(self.model, _inner(self.optimizer), Path(checkpoint))
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+            may_skip = self.accelerator.scaler is not None
+            load_scheduler(self.lr_scheduler, Path(checkpoint), step=self.state.global_step, may_skip=may_skip)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            path = Path(checkpoint) / SCALER_NAME
+            if path.is_file():  # a run that goes on in float16 may have begun in another dtype
+                self.accelerator.scaler.load_state_dict(read_state(path))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not load_random_state(Path(checkpoint), self._data_parallel_rank):

@@ -164,6 +164,7 @@ PRIVATE_INTERFACES: tuple[PrivateInterface, ...] = (
         _TRAINER, "_maybe_log_save_evaluate", "doing on all ranks what a callback of one of them asks for", ("self",)
     ),
     PrivateInterface(_TRAINER, "_save_scaler", "the loss scale in checkpoints", ("self", "output_dir")),
+    PrivateInterface(_TRAINER, "_load_scaler", "the loss scale of a resumed run", ("self", "checkpoint")),
     PrivateInterface(_TRAINER, "_push_from_checkpoint", "hub_strategy", ("self", "checkpoint_folder")),
     PrivateInterface(
         _TRAINER,

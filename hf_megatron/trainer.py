@@ -27,11 +27,12 @@ from transformers.trainer_utils import get_last_checkpoint, has_length
 from transformers.utils import logging
 
 from hf_megatron.checkpointing import CheckpointingTrainer, attribute
-from hf_megatron.errors import DivergenceError, UnsupportedError
+from hf_megatron.errors import CheckpointError, DivergenceError, UnsupportedError
 from hf_megatron.loss_scale import SharedGradScaler
+from hf_megatron.models.pretrained import non_finite_names
 from hf_megatron.streams import Stream, place_in_stream
 from hf_megatron.training_arguments import AnyDeviceParallelismConfig, check_layout, check_processes, tp_size_of
-from hf_megatron.training_state import tidy_checkpoints
+from hf_megatron.training_state import last_usable_checkpoint, tidy_checkpoints, verify_checkpoint
 
 __all__ = ["MegatronTrainer"]
 
@@ -88,33 +89,43 @@ class MegatronTrainer(CheckpointingTrainer):
             self.label_smoother = None
         self._loss_of_step: torch.Tensor | float = 0.0
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock method; an error says in which step and on which rank it was, and where to go on from.
 
         Raises:
+            CheckpointError: The checkpoint to resume from is damaged, or one could not be written.
             DivergenceError: The gradients of a step are inf or nan. The step was not taken.
             RanksDifferError: The ranks of a tensor-parallel group are no longer in step.
         """
         self._share_overflows()
-        tidy_checkpoints(Path(self.args.output_dir), is_first=self.is_world_process_zero())
+        output = Path(self.args.output_dir)
+        tidy_checkpoints(output, is_first=self.is_world_process_zero())
+        if resume_from_checkpoint is True and output.is_dir():
+            resume_from_checkpoint = (
+                get_last_checkpoint(str(output)) or True
+            )  # of which the stock method says what it is
+        resumed = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
         try:
-            return super().train(*args, **kwargs)
+            if resumed is not None:
+                verify_checkpoint(resumed)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         except Exception as error:
-            error.add_note(self._circumstances(error))
+            is_of_resuming = isinstance(error, CheckpointError) and resumed is not None and str(resumed) in str(error)
+            error.add_note(self._circumstances(error, resumed if is_of_resuming else None))
             raise
 
-    def _circumstances(self, error: Exception) -> str:
+    def _circumstances(self, error: Exception, unusable: Path | None) -> str:
         place = f"On rank {self.args.process_index} of {self.args.world_size}, in step {self.state.global_step + 1}."
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             place += (
                 " A collective failed, because another rank ended or does not come: the first error in the log, or the "
                 "launcher's root cause, tells why."
             )
-        directory = Path(self.args.output_dir)
-        last = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+        last = last_usable_checkpoint(Path(self.args.output_dir), unusable)
         if last is None:
-            return f"{place} No checkpoint was saved."
-        return f"{place} The last complete checkpoint is {last}; train(resume_from_checkpoint=True) goes on from it."
+            return f"{place} There is no {'other ' if unusable else ''}checkpoint to resume from."
+        how = "True" if unusable is None else repr(str(last))
+        return f"{place} The last complete checkpoint is {last}; train(resume_from_checkpoint={how}) goes on from it."
 
     # ------------------------------------------------------------------ layout
 
@@ -208,6 +219,12 @@ class MegatronTrainer(CheckpointingTrainer):
 
     # ------------------------------------------------------------------ numbers that are none
 
+    def _advice(self) -> str:
+        broken = non_finite_names(self.model)
+        if broken:
+            return f"These weights are inf or nan, and were before the step: {', '.join(broken[:10])}."
+        return "Look at the batch of that step; lower the learning rate, or lengthen the warm-up."
+
     def _share_overflows(self) -> None:
         """In float16, have every rank skip a step that overflowed on one of them."""
         scaler = self.accelerator.scaler
@@ -236,7 +253,7 @@ class MegatronTrainer(CheckpointingTrainer):
         elif scaler is None:
             raise DivergenceError(
                 f"step {step}: {numbers}. The step was not taken, so that the weights are those after step {step - 1}. "
-                "Look at the batch of that step; lower the learning rate, or lengthen the warm-up."
+                f"{self._advice()}"
             )
         elif scaler.get_scale() < _SMALLEST_LOSS_SCALE:
             raise DivergenceError(

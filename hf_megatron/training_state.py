@@ -5,7 +5,8 @@ torch's distributed format under parameter names, ``scheduler.pt``, one random s
 ``trainer_state.json``.
 
 Whatever carries the name of a checkpoint is one: it is written under a hidden name and renamed when complete, and
-renamed before it is deleted. What a run that was killed has left under hidden names the next run removes.
+renamed before it is deleted. What a run that was killed has left under hidden names the next run removes. The checksums
+of all files lie beside them, and are verified before a run is resumed.
 """
 
 from __future__ import annotations
@@ -20,25 +21,45 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import TrainerState
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+from transformers.optimization import GreedyLR
 from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import logging
 
-from hf_megatron.errors import CheckpointIncompleteError
+from hf_megatron.checkpoint.checksums import CHECKSUMS, compute_checksums, damages, read_checksums, write_checksums
+from hf_megatron.errors import (
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointIncompleteError,
+    DestinationError,
+)
 from hf_megatron.models.layout import barrier, one_process_allowed
+from hf_megatron.models.saving import reasons
 
 __all__ = [
     "OPTIMIZER_DIRECTORY",
     "begin_checkpoint",
+    "discard_checkpoint",
     "finish_checkpoint",
+    "last_usable_checkpoint",
     "load_optimizer",
     "load_random_state",
+    "load_scheduler",
+    "read_state",
     "remove_old_checkpoints",
     "save_optimizer",
     "save_random_state",
     "tidy_checkpoints",
+    "verify_checkpoint",
 ]
 
+logger = logging.get_logger(__name__)
+
 OPTIMIZER_DIRECTORY = "optimizer"
+TRAINER_STATE_NAME = "trainer_state.json"
 
 # The names below, and what save_pretrained puts beside the directory it is given.
 _HIDDEN = re.compile(r"\.+checkpoint-\d+\..+")
@@ -70,15 +91,109 @@ def begin_checkpoint(destination: Path, *, is_first: bool) -> Path:
 
 
 def finish_checkpoint(fresh: Path, destination: Path, *, is_first: bool) -> None:
-    """Give a complete checkpoint its name, once all ranks have written their part; every rank must call it."""
+    """Give a complete checkpoint its name, once all ranks have written their part; every rank must call it.
+
+    Collective: all-gather over all processes of the checksums, of which each rank computes some.
+    """
     barrier()
+    rank, num_ranks = _place()
+    parts = _gather(compute_checksums(fresh, part=rank, num_parts=num_ranks))
     if is_first:
+        write_checksums(fresh, {name: checksum for part in parts for name, checksum in part.items()})
         old = destination.with_name(f".{destination.name}.old")
         if destination.exists():
             destination.rename(old)
         fresh.rename(destination)
         shutil.rmtree(old, ignore_errors=True)
     barrier()
+
+
+def discard_checkpoint(fresh: Path) -> None:
+    """Remove what could not be completed; any rank may call it."""
+    for path in (fresh, fresh.with_name(f".{fresh.name}.saving")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def verify_checkpoint(directory: Path) -> None:
+    """See that a checkpoint is as it was written, and that its parts belong together; every rank must call it.
+
+    Raises:
+        CheckpointIncompleteError: Files are missing, or have other bytes than were written.
+        CheckpointFormatError: The step in ``trainer_state.json`` is not that of the directory's name.
+
+    Collective: all-gather over all processes of what each rank has found in its share of the files.
+    """
+    error: CheckpointError | None = None
+    found: list[str] = []
+    try:
+        checksums = read_checksums(directory)
+        if checksums is None:
+            logger.warning_once(f"{directory} has no {CHECKSUMS}: its files are not verified.")
+        else:
+            rank, num_ranks = _place()
+            found = damages(directory, checksums, part=rank, num_parts=num_ranks)
+        check_step(directory)
+    except CheckpointError as caught:
+        error = caught
+    found = [damage for part in _gather(found) for damage in part]
+    if found:
+        raise CheckpointIncompleteError(
+            f"{directory} is damaged: {'; '.join(found)}. Resume from another checkpoint. If a file was changed on "
+            f"purpose, delete {CHECKSUMS}."
+        )
+    if error is not None:
+        raise error
+
+
+def check_step(directory: Path) -> None:
+    """See that ``trainer_state.json`` is there, and is that of the step in the directory's name.
+
+    Raises:
+        CheckpointIncompleteError: It is missing.
+        CheckpointFormatError: It is damaged, or of another step.
+    """
+    path = directory / TRAINER_STATE_NAME
+    if not path.is_file():
+        raise CheckpointIncompleteError(
+            f"{path} is missing: {directory} is no training checkpoint, or not a whole one."
+        )
+    try:
+        step = TrainerState.load_from_json(str(path)).global_step
+    except (ValueError, TypeError) as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {error}") from None
+    named = re.fullmatch(r"checkpoint-(\d+)", directory.name)
+    if named is not None and int(named[1]) != step:
+        raise CheckpointFormatError(
+            f"{path} is of step {step}, and the directory's name says {named[1]}. Give the directory the name it had, "
+            "or resume from another checkpoint."
+        )
+
+
+def last_usable_checkpoint(run_directory: Path, unusable: Path | None = None) -> Path | None:
+    """The newest checkpoint with all its files, in their sizes, but for one that is known to be unusable."""
+    checkpoints = sort_checkpoints(str(run_directory)) if run_directory.is_dir() else []
+    for path in map(Path, reversed(checkpoints)):
+        try:
+            check_step(path)
+            checksums = read_checksums(path)
+        except CheckpointError:
+            continue
+        is_known = unusable is not None and path.absolute() == unusable.absolute()
+        if not is_known and not (checksums and damages(path, checksums, sizes_only=True)):
+            return path
+    return None
+
+
+def _place() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _gather(mine: Any) -> list[Any]:
+    gathered: list[Any] = [mine]
+    if dist.is_initialized():
+        gathered *= dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+    return gathered
 
 
 def remove_old_checkpoints(run_directory: Path, limit: int | None, best: str | None) -> None:
@@ -94,8 +209,11 @@ def remove_old_checkpoints(run_directory: Path, limit: int | None, best: str | N
 
 def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
     """Save the optimizer's state under parameter names, each rank its own part; every rank must call it."""
-    with one_process_allowed(), _without_empty_groups(optimizer):
-        save_optimizer_distributed(model, optimizer, str(directory / OPTIMIZER_DIRECTORY))
+    try:
+        with one_process_allowed(), _without_empty_groups(optimizer):
+            save_optimizer_distributed(model, optimizer, str(directory / OPTIMIZER_DIRECTORY))
+    except CheckpointException as error:
+        raise DestinationError(f"{directory / OPTIMIZER_DIRECTORY}: {reasons(error)}") from error
 
 
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
@@ -112,8 +230,50 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, dir
         )
     # With gradients in place torch takes the optimizer for one that has stepped, and silently restores nothing.
     model.zero_grad(set_to_none=True)
-    with one_process_allowed(), _without_empty_groups(optimizer):
-        load_optimizer_distributed(model, optimizer, str(path))
+    try:
+        with one_process_allowed(), _without_empty_groups(optimizer):
+            load_optimizer_distributed(model, optimizer, str(path))
+    except CheckpointException as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {reasons(error)}") from error
+
+
+def load_scheduler(scheduler: Any, directory: Path, *, step: int, may_skip: bool) -> None:
+    """Restore the learning rate's schedule.
+
+    Args:
+        scheduler: The scheduler.
+        directory: The checkpoint.
+        step: The number of steps taken.
+        may_skip: Whether steps that overflow are skipped, which the schedule then does not count.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or the schedule is at another step.
+    """
+    state = read_state(directory / "scheduler.pt")
+    place = state.get("last_epoch")
+    follows_metrics = isinstance(scheduler, (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR))
+    if isinstance(place, int) and not follows_metrics and (place > step or (place < step and not may_skip)):
+        raise CheckpointFormatError(
+            f"{directory / 'scheduler.pt'} is of step {place}, and {TRAINER_STATE_NAME} of step {step}: they are of "
+            "two checkpoints. Resume from another one."
+        )
+    scheduler.load_state_dict(state)
+
+
+def read_state(path: Path) -> Any:
+    """What ``torch.save`` has written, tensors and plain data alone.
+
+    Raises:
+        CheckpointIncompleteError: The file is missing.
+        CheckpointFormatError: It cannot be read.
+    """
+    if not path.is_file():
+        raise CheckpointIncompleteError(f"{path} is missing. Resume from another checkpoint.")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -145,8 +305,7 @@ def load_random_state(directory: Path, data_parallel_rank: int) -> bool:
     path = _random_state_file(directory, data_parallel_rank)
     if not path.is_file():
         return False
-    with torch.serialization.safe_globals(_NUMPY_GLOBALS):
-        state = torch.load(path, weights_only=True)
+    state = read_state(path)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.random.set_rng_state(state["cpu"])

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -22,7 +23,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from hf_megatron.checkpoint import LazyTensor, canonicalise, open_checkpoint, open_files
-from hf_megatron.errors import CheckpointIncompleteError, CheckpointShapeError, DestinationError, UnsupportedError
+from hf_megatron.errors import (
+    CheckpointFormatError,
+    CheckpointIncompleteError,
+    CheckpointShapeError,
+    DestinationError,
+    UnsupportedError,
+)
 from hf_megatron.models.initialization import fill_normal, initialization_seed, local_seed, seed_of_first_rank
 from hf_megatron.models.layout import (
     barrier,
@@ -33,19 +40,19 @@ from hf_megatron.models.layout import (
     refuse_quantization,
 )
 from hf_megatron.models.recomputation import RecomputationMixin
-from hf_megatron.models.saving import Upload, remove_shards, rewrite_config, swap_into_place
-from hf_megatron.modules import VocabParallelHead
+from hf_megatron.models.resizing import ResizingMixin
+from hf_megatron.models.saving import Upload, reasons, remove_shards, rewrite_config, swap_into_place
 from hf_megatron.partition import ModelClass, PartitionTable
-from hf_megatron.tensor_parallel import SINGLE, TensorParallelGroup, synchronize_random_state
+from hf_megatron.tensor_parallel import SINGLE, TensorParallelGroup, local, synchronize_random_state
 
-__all__ = ["MegatronModelMixin"]
+__all__ = ["MegatronModelMixin", "non_finite_names"]
 
 logger = logging.get_logger(__name__)
 
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]  # a tensor's name, its shape in the file and in the model
 
 
-class MegatronModelMixin(RecomputationMixin):
+class MegatronModelMixin(RecomputationMixin, ResizingMixin):
     """Base of our model classes, beside the stock ``PreTrainedModel`` they derive from.
 
     Attributes:
@@ -239,6 +246,9 @@ class MegatronModelMixin(RecomputationMixin):
         for name, shape, expected in mismatched:
             loading_info.missing_keys.discard(name)
             loading_info.mismatched_keys.add((name, torch.Size(shape), torch.Size(expected)))
+        broken = non_finite_names(model)
+        if broken:
+            logger.warning(f"These weights are inf or nan in the checkpoint: {', '.join(broken)}.")
         return loading_info, offload_index
 
     def _load_and_finalize_distributed_pretrained_model(
@@ -277,6 +287,9 @@ class MegatronModelMixin(RecomputationMixin):
                     parameter.to_local().copy_(part)
                 else:
                     parameter.copy_(state_dict[name][...])
+        broken = non_finite_names(self)  # type: ignore[arg-type]
+        if broken:
+            raise CheckpointFormatError(f"{directory} holds weights that are inf or nan: {', '.join(broken)}.")
 
     # ------------------------------------------------------------------ saving
 
@@ -336,11 +349,14 @@ class MegatronModelMixin(RecomputationMixin):
         self, model_to_save: nn.Module, save_directory: str | os.PathLike[str], **kwargs: Any
     ) -> None:
         """Save this rank's shards; a model that lies whole in one process is saved as the one shard it is."""
-        if any(isinstance(parameter, DTensor) for parameter in model_to_save.parameters()):
-            super().save_distributed_checkpoint(model_to_save, save_directory, **kwargs)  # type: ignore[misc]
-            return
-        with one_process_allowed():
-            _save_model_checkpoint_distributed(model_to_save, save_directory)
+        try:
+            if any(isinstance(parameter, DTensor) for parameter in model_to_save.parameters()):
+                super().save_distributed_checkpoint(model_to_save, save_directory, **kwargs)  # type: ignore[misc]
+                return
+            with one_process_allowed():
+                _save_model_checkpoint_distributed(model_to_save, save_directory)
+        except CheckpointException as error:
+            raise DestinationError(f"{save_directory} could not be written: {reasons(error)}") from error
 
     def gather_sharded_state_dict_for_save(
         self,
@@ -371,28 +387,14 @@ class MegatronModelMixin(RecomputationMixin):
         # does so in its base class.
         return True
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize the vocabulary, as the stock method does, in one process.
 
-        Raises:
-            UnsupportedError: The embedding is cut over several ranks; their shards would have to move.
-        """
-        if isinstance(self.get_input_embeddings().weight, DTensor):  # type: ignore[attr-defined]
-            raise UnsupportedError(
-                f"resize_token_embeddings needs the whole vocabulary, which is cut over {self.tp_group.size} ranks. "
-                "Load in one process, resize, save_pretrained, then load that directory with distributed_config."
-            )
-        resized: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
-        for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, VocabParallelHead):
-                module.out_features = resized.num_embeddings
-        return resized
-
-    def _get_resized_lm_head(self, old_lm_head: Any, *args: Any, **kwargs: Any) -> Any:
-        # The stock method resizes an nn.Linear, which our heads are not. It gets one that shares the parameters.
-        linear = nn.Linear(old_lm_head.in_features, old_lm_head.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = old_lm_head.weight, old_lm_head.bias
-        linear = super()._get_resized_lm_head(linear, *args, **kwargs)  # type: ignore[misc]
-        old_lm_head.weight, old_lm_head.bias = linear.weight, linear.bias
-        old_lm_head.out_features = linear.out_features
-        return old_lm_head
+def non_finite_names(model: nn.Module) -> list[str]:
+    """Names of the parameters of which this rank's part has inf or nan in it; one pass over the memory."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        # Of a finite sum no element is inf or nan; of another one has to look, as finite ones may overflow together.
+        if not parameter.is_meta
+        and not torch.isfinite(local(parameter).detach().sum(dtype=torch.float32))
+        and not torch.isfinite(local(parameter)).all()
+    ]

@@ -14,13 +14,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers.utils.hub import create_and_tag_model_card, hf_api
 
 from hf_megatron.checkpoint.sharded import is_shard
 from hf_megatron.models.layout import share_failure
 from hf_megatron.partition import PartitionTable
 
-__all__ = ["Upload", "remove_shards", "rewrite_config", "swap_into_place"]
+__all__ = ["Upload", "reasons", "remove_shards", "rewrite_config", "swap_into_place"]
 
 _logger = logging.getLogger(__name__)
 
@@ -75,6 +76,12 @@ def swap_into_place(fresh: Path, destination: Path) -> None:
         if not is_weights and not (destination / entry.name).exists():
             entry.rename(destination / entry.name)
     shutil.rmtree(old)
+
+
+def reasons(error: CheckpointException) -> str:
+    """What went wrong on which ranks; the exception itself is a nested traceback, and a BaseException."""
+    found = {f"{type(cause).__name__}: {cause}": rank for rank, (cause, _) in reversed(error.failures.items())}
+    return "; ".join(f"rank {rank}: {reason}" for reason, rank in found.items())
 
 
 class Upload:

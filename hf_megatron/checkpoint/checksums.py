@@ -1,0 +1,69 @@
+"""Checksums of all files of a directory, in a file of their own: what was written is what is read.
+
+``checksums.json`` has the size and the SHA-256 of every other file, by its path in the directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_megatron.errors import CheckpointFormatError
+
+__all__ = ["CHECKSUMS", "compute_checksums", "damages", "read_checksums", "write_checksums"]
+
+CHECKSUMS = "checksums.json"
+Checksums = Mapping[str, Mapping[str, Any]]
+
+
+def compute_checksums(directory: Path, *, part: int = 0, num_parts: int = 1) -> dict[str, dict[str, Any]]:
+    """Sizes and checksums of every ``num_parts``-th file, from the ``part``-th on, so that ranks can share the work."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    return {path.relative_to(directory).as_posix(): _of(path) for path in files[part::num_parts]}
+
+
+def _of(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def write_checksums(directory: Path, checksums: Checksums) -> None:
+    """Write them beside the files."""
+    (directory / CHECKSUMS).write_text(json.dumps(checksums, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_checksums(directory: Path) -> Checksums | None:
+    """Those of a directory, or None if it has none.
+
+    Raises:
+        CheckpointFormatError: The file is damaged.
+    """
+    path = directory / CHECKSUMS
+    if not path.is_file():
+        return None
+    try:
+        checksums = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(c["size"], int) and isinstance(c["sha256"], str) for c in checksums.values()):
+            return dict(checksums)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise CheckpointFormatError(f"{path} is damaged. If the other files are known to be right, delete it.")
+
+
+def damages(
+    directory: Path, checksums: Checksums, *, part: int = 0, num_parts: int = 1, sizes_only: bool = False
+) -> list[str]:
+    """What is wrong with every ``num_parts``-th file, from the ``part``-th on; nothing if all are as they were."""
+    found = []
+    for name in sorted(checksums)[part::num_parts]:
+        path, expected = directory / name, checksums[name]
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != expected["size"]:
+            found.append(f"{name} has {path.stat().st_size} bytes, not the {expected['size']} that were written")
+        elif not sizes_only and _of(path)["sha256"] != expected["sha256"]:
+            found.append(f"{name} has other bytes than were written")
+    return found
