@@ -173,14 +173,15 @@ def last_usable_checkpoint(run_directory: Path, unusable: Path | None = None) ->
     """The newest checkpoint with all its files, in their sizes, but for one that is known to be unusable."""
     checkpoints = sort_checkpoints(str(run_directory)) if run_directory.is_dir() else []
     for path in map(Path, reversed(checkpoints)):
+        if unusable is not None and path.absolute() == unusable.absolute():
+            continue
         try:
             check_step(path)
             checksums = read_checksums(path)
-        except CheckpointError:
+            if checksums is None or not damages(path, checksums, sizes_only=True):
+                return path
+        except (CheckpointError, OSError):  # another rank may be removing one
             continue
-        is_known = unusable is not None and path.absolute() == unusable.absolute()
-        if not is_known and not (checksums and damages(path, checksums, sizes_only=True)):
-            return path
     return None
 
 

@@ -9,12 +9,15 @@ from torch.distributed.tensor import DTensor
 
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.modules import VocabParallelHead
+from hf_megatron.tensor_parallel import TensorParallelGroup
 
 __all__ = ["ResizingMixin"]
 
 
 class ResizingMixin:
     """``resize_token_embeddings`` for heads that are no ``nn.Linear``."""
+
+    tp_group: TensorParallelGroup
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the vocabulary, as the stock method does, in one process.
