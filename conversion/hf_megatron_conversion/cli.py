@@ -172,12 +172,16 @@ def plan(
             metavar="MODEL", help="A size of the paper such as gpt2-8.3b, a config.json, a directory, or a repository."
         ),
     ],
-    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")] = 1,
-    dp: Annotated[int, typer.Option("--dp", help="Data-parallel degree.")] = 1,
+    tp: Annotated[int | None, typer.Option("--tp", help="Tensor-parallel degree: 1; with --gpus any.")] = None,
+    dp: Annotated[int | None, typer.Option("--dp", help="Data-parallel degree: 1.")] = None,
     pp: Annotated[int, typer.Option("--pp", help="Pipeline stages: 1, as these models have none.")] = 1,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", min=1, help="Find the best TP x DP for so many GPUs instead.")
+        int | None, typer.Option("--gpus", min=1, help="Find the best way to train on so many GPUs.")
     ] = None,
+    global_batch: Annotated[
+        int | None, typer.Option("--global-batch", min=1, help="Sequences of a step, with --gpus.")
+    ] = None,
+    tokens: Annotated[float | None, typer.Option("--tokens", min=1, help="Tell the hours for so many tokens.")] = None,
     micro_batch: Annotated[int, typer.Option("--micro-batch", help="Sequences a rank computes at a time.")] = 1,
     seq: Annotated[
         int | None, typer.Option("--seq", help="Tokens per sequence; the model's longest by default.")
@@ -191,20 +195,27 @@ def plan(
         typer.Option("--precision", help="amp: float32 weights, 16-bit autocast; master: 16-bit, float32 copies."),
     ] = "amp",
     recompute: Annotated[
-        Literal["none", "selective", "full"], typer.Option("--recompute", help="What the backward pass computes again.")
-    ] = "none",
+        Literal["none", "selective", "full"] | None,
+        typer.Option("--recompute", help="What the backward pass computes again: none; with --gpus any."),
+    ] = None,
     attention: Annotated[Literal["sdpa", "eager"], typer.Option("--attention", help="Fused, or written out.")] = "sdpa",
     sequence_parallel: Annotated[
-        bool, typer.Option("--sequence-parallel", help="Split along the sequence what TP replicates.")
-    ] = False,
-    fsdp: Annotated[bool, typer.Option("--fsdp", help="Data-parallel ranks share weights and optimizer.")] = False,
+        bool | None,
+        typer.Option("--sequence-parallel/--no-sequence-parallel", help="Split along the sequence what TP replicates."),
+    ] = None,
+    fsdp: Annotated[
+        bool | None, typer.Option("--fsdp/--no-fsdp", help="Data-parallel ranks share weights and optimizer.")
+    ] = None,
     dropout: Annotated[bool, typer.Option("--dropout/--no-dropout", help="The configuration's dropout.")] = True,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw memory by kind over TP degrees.")
     ] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Say what training needs per rank, whether it fits, and how long a step takes, before anything is rented."""
+    """Say what training needs per rank, whether it fits, and how long a step takes, before anything is rented.
+
+    Exits with 1 if it does not fit.
+    """
     result, shown = _import_library("hf_megatron_conversion.planning").plan_run(
         model,
         device=device,
@@ -212,6 +223,8 @@ def plan(
         sequence_length=seq,
         pp_size=pp,
         num_gpus=gpus,
+        global_batch=global_batch,
+        num_tokens=tokens,
         plot=plot,
         tp_size=tp,
         dp_size=dp,
@@ -223,7 +236,7 @@ def plan(
         fsdp=fsdp,
         dropout=dropout,
     )
-    return _finish(model, result, as_json, shown=shown)
+    return _finish(model, result, as_json, shown=shown, code=_DONE if result["fits"] else _CHECK_FAILED)
 
 
 @app.command()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
+from hf_megatron.errors import PartitionError
 from hf_megatron.planning.machine import Machine
 from hf_megatron.planning.memory import MemoryPlan, local_numel, plan_memory
 from hf_megatron.planning.roofline import Operation, head_operations, layer_operations, optimizer_bytes
@@ -76,9 +80,14 @@ class Plan:
         return round(sum(c.count * c.bytes_sent(ranks[c.group]) for c in self.collectives))
 
     @property
+    def global_batch(self) -> int:
+        """Sequences of one optimizer step, over all ranks."""
+        return self.run.micro_batch * self.run.accumulation * self.run.dp_size
+
+    @property
     def tokens_per_second(self) -> float:
         """Of all ranks."""
-        return self.run.tokens * self.run.accumulation * self.run.dp_size / self.time.total
+        return self.global_batch * self.run.sequence_length / self.time.total
 
     @property
     def flops_utilisation(self) -> float:
@@ -120,28 +129,69 @@ def model_flops(shape: ModelShape, run: Run) -> int:
     return 3 * forward * run.accumulation * run.dp_size
 
 
-def layouts(shape: ModelShape, run: Run, machine: Machine, num_ranks: int) -> list[Plan]:
-    """Every way to divide ``num_ranks`` GPUs into tensor- and data-parallel ones, the best first.
+def layouts(
+    shape: ModelShape,
+    run: Run,
+    machine: Machine,
+    num_ranks: int,
+    *,
+    global_batch: int | None = None,
+    kept: Collection[str] = (),
+) -> list[Plan]:
+    """Every way to train on ``num_ranks`` GPUs at one global batch, the best first.
 
-    Best is what fits and trains most tokens per second; what does not fit comes last, by its peak. A tensor-parallel
-    group stays inside a node.
+    Tried are the tensor- and data-parallel degrees, FSDP, sequence parallelism and recomputation; the micro-batches per
+    step follow from the global batch. Best is what fits and trains most tokens per second, and of equals the plainer
+    one; what does not fit comes last, by its peak. A tensor-parallel group stays inside a node.
 
     Args:
         shape: The model.
-        run: Batch, precision and so on; its degrees are replaced.
+        run: Micro-batch, precision and so on.
         machine: The machine.
         num_ranks: Number of GPUs.
+        global_batch: Sequences of one optimizer step; by default those of ``run``'s micro-batches on every GPU.
+        kept: Of ``tp_size``, ``fsdp``, ``sequence_parallel`` and ``recompute`` those that stay as they are in ``run``.
+
+    Raises:
+        PartitionError: No layout can have this global batch.
     """
-    plans = []
-    for tp_size in range(1, min(num_ranks, machine.gpus_per_node) + 1):
-        if num_ranks % tp_size:
+    global_batch = run.micro_batch * run.accumulation * num_ranks if global_batch is None else global_batch
+    plans, refused = [], ""
+    for tp_size in _choices(run, kept, "tp_size", range(1, min(num_ranks, machine.gpus_per_node) + 1)):
+        dp_size, rest = divmod(num_ranks, tp_size)
+        if rest:
             continue
-        candidate = replace(run, tp_size=tp_size, dp_size=num_ranks // tp_size)
-        try:
-            plans.append(plan(shape, candidate, machine))
-        except ValueError:  # a degree that the model cannot be cut to
+        accumulation, rest = divmod(global_batch, run.micro_batch * dp_size)
+        if rest or not accumulation:
+            refused = f"{global_batch} sequences are no whole micro-batches of {run.micro_batch} on {dp_size} ranks"
             continue
+        for fsdp, split, recompute in product(
+            _choices(run, kept, "fsdp", (False, True) if dp_size > 1 else (False,)),
+            _choices(run, kept, "sequence_parallel", (False, True) if tp_size > 1 else (False,)),
+            _choices(run, kept, "recompute", ("none", "selective", "full")),
+        ):
+            candidate = replace(
+                run,
+                tp_size=tp_size,
+                dp_size=dp_size,
+                accumulation=accumulation,
+                fsdp=fsdp,
+                sequence_parallel=split,
+                recompute=recompute,
+            )
+            if recompute == "selective" and "recompute" not in kept and not candidate.keeps_probabilities(shape):
+                continue  # there would be nothing to compute again
+            try:
+                plans.append(plan(shape, candidate, machine))
+            except ValueError:  # a degree that the model cannot be cut to
+                continue
+    if not plans and refused:
+        raise PartitionError(f"{refused}; choose another global batch or micro-batch.")
     return sorted(plans, key=lambda p: (not p.fits, -p.tokens_per_second if p.fits else p.memory.peak))
+
+
+def _choices(run: Run, kept: Collection[str], name: str, values: Iterable[Any]) -> list[Any]:
+    return [getattr(run, name)] if name in kept else list(values)
 
 
 def _step_time(shape: ModelShape, run: Run, machine: Machine) -> StepTime:

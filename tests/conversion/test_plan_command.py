@@ -75,6 +75,30 @@ def test_layouts_for_a_number_of_gpus(capfd: pytest.CaptureFixture[str]) -> None
     assert {way["tp_size"] * way["dp_size"] for way in result["layouts"]} == {16}
 
 
+def test_what_is_given_with_gpus_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches --tp that is ignored, and layouts that are not compared at one global batch."""
+    code, result, _ = _run(capfd, "gpt2-2.5b", "--gpus", "8", "--tp", "4", "--global-batch", "64", "--no-fsdp")
+    assert code == 0
+    assert {(way["tp_size"], way["dp_size"], way["fsdp"]) for way in result["layouts"]} == {(4, 2, False)}
+    assert {way["accumulation"] for way in result["layouts"]} == {32}
+    assert {way["recompute"] for way in result["layouts"]} == {"none", "full"}
+    assert result["global_batch"] == 64
+
+
+def test_hours_for_a_number_of_tokens(capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches hours of one GPU, or of another speed than the one that is printed."""
+    code, result, _ = _run(capfd, "gpt2-355m", "--gpus", "8", "--tokens", "3e9")
+    assert code == 0
+    assert result["hours"] == pytest.approx(3e9 / result["tokens_per_second"] / 3600)
+
+
+@pytest.mark.parametrize("options", [[], ["--gpus", "1"]])
+def test_what_does_not_fit_is_no_success(options: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a script that rents GPUs which the model does not fit."""
+    code, result, _ = _run(capfd, "gpt2-8.3b", *options)
+    assert (code, result["fits"]) == (1, False)
+
+
 @pytest.mark.parametrize("kind", ["file", "hub", "tp", "megatron-lm"])
 def test_what_can_be_planned(kind: str, tied: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Catches a checkpoint that has to be converted, or read whole, before anything can be planned."""
@@ -94,7 +118,24 @@ def test_a_table_for_people(capfd: pytest.CaptureFixture[str], tmp_path: Path) -
     plot = tmp_path / "memory.png"
     assert cli.run(["plan", *_LARGEST, "--gpus", "8", "--device", "h100", "--plot", str(plot)]) == 0
     out = capfd.readouterr().out
-    for part in ("8,314,143,744", "optimizer", "peak", "fits", "all-reduce", "layouts", "TP 8 x DP 1", "nccl-tests"):
+    out = " ".join(out.replace("│", " ").split())
+    assumed = (
+        "global batch 64 of 1,024 tokens each",
+        "precision amp",
+        "recomputation full, attention sdpa, dropout on",
+    )
+    for part in (
+        *assumed,
+        "of one GPU that had the memory",
+        "8,314,143,744",
+        "optimizer",
+        "peak",
+        "fits",
+        "all-reduce",
+        "layouts",
+        "TP 8 x DP 1",
+        "nccl-tests",
+    ):
         assert part in out
     assert plot.stat().st_size > 10_000
 
@@ -105,6 +146,10 @@ def test_a_table_for_people(capfd: pytest.CaptureFixture[str], tmp_path: Path) -
         (["gpt3"], "gpt2-8.3b"),
         (["gpt2-8.3b", "--tp", "5"], "num_attention_heads=24"),
         (["gpt2-8.3b", "--pp", "2"], "no pipeline stages"),
+        (["gpt2-8.3b", "--gpus", "8", "--tp", "3"], "cannot be divided over 8 GPUs at tp_size=3"),
+        (["gpt2-8.3b", "--gpus", "8", "--dp", "2"], "leave --dp or --gpus out"),
+        (["gpt2-8.3b", "--global-batch", "8"], "is for --gpus"),
+        (["gpt2-8.3b", "--gpus", "8", "--micro-batch", "3", "--global-batch", "8"], "no whole micro-batches of 3"),
         (["gpt2-8.3b", "--device", "tpu"], "v100-32gb"),
         (["gpt2-8.3b", "--device", "absent.json"], "absent.json"),
         (["gpt2-8.3b", "--seq", "4096"], "1024 positions"),

@@ -141,12 +141,34 @@ def test_layouts_put_what_fits_first() -> None:
     """Catches advice to rent GPUs that the model does not fit, or to cut it more than it needs."""
     shape = ModelShape.from_config(PRESETS["gpt2-8.3b"].config)
     run = Run(micro_batch=8, recompute="full", attention="eager", precision=PRECISIONS["master"])
-    found = layouts(shape, run, _DGX2, 16)
+    kept = ("fsdp", "sequence_parallel", "recompute")
+    found = layouts(shape, run, _DGX2, 16, kept=kept)
     assert [(p.run.tp_size, p.run.dp_size) for p in found] == [(8, 2), (4, 4), (2, 8), (1, 16)]
     assert [p.fits for p in found] == [True, False, False, False]
-    small = layouts(ModelShape.from_config(PRESETS["gpt2-355m"].config), run, _DGX2, 16)
+    small = layouts(ModelShape.from_config(PRESETS["gpt2-355m"].config), run, _DGX2, 16, kept=kept)
     assert (small[0].run.tp_size, small[0].run.dp_size) == (1, 16)
     assert all(p.tokens_per_second <= small[0].tokens_per_second for p in small if p.fits)
+
+
+def test_layouts_are_compared_at_one_global_batch() -> None:
+    """Catches a layout that seems slow because its step has fewer sequences, and ways that are not tried."""
+    shape = ModelShape.from_config(PRESETS["gpt2-1.2b"].config)
+    found = layouts(shape, Run(micro_batch=2, accumulation=3), _DGX2, 8, global_batch=48)
+    assert {p.global_batch for p in found} == {48}
+    assert {p.run.num_ranks for p in found} == {8}
+    for name, values in {"tp_size": {1, 2, 4, 8}, "fsdp": {False, True}, "recompute": {"none", "full"}}.items():
+        assert {getattr(p.run, name) for p in found} == values, name
+    assert {p.global_batch for p in layouts(shape, Run(micro_batch=2, accumulation=3), _DGX2, 8)} == {48}
+    eager = layouts(shape, Run(attention="eager"), _DGX2, 8)
+    assert {p.run.recompute for p in eager} == {"none", "selective", "full"}
+    assert not any(p.run.sequence_parallel and p.run.tp_size == 1 for p in found)
+    assert not any(p.run.fsdp and p.run.dp_size == 1 for p in found)
+    # As a plan of its own says.
+    best = found[0]
+    assert plan(shape, best.run, _DGX2).tokens_per_second == best.tokens_per_second
+    assert best.tokens_per_second == max(p.tokens_per_second for p in found if p.fits)
+    with pytest.raises(PartitionError, match="3 sequences are no whole micro-batches of 2"):
+        layouts(shape, Run(micro_batch=2), _DGX2, 8, global_batch=3)
 
 
 def test_sharded_data_parallelism_divides_weights_and_state() -> None:
