@@ -19,7 +19,7 @@ from pathlib import Path
 import evaluate
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronBertForSequenceClassification, MegatronTrainer
@@ -49,7 +49,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-activations", action="store_true", help="for the backward pass: more memory, less time")
     parser.add_argument("--tp", type=int, help="tensor-parallel degree; all processes if not given")
     parser.add_argument("--seed", type=int, default=1234)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if (args.train is None) != (args.validation is None):
+        parser.error("--train and --validation go together; without both the data comes from the Hub.")
+    for path in [args.train, *args.validation] if args.train is not None else []:
+        if not path.exists():
+            parser.error(f"there is no {path}.")
+    positions = AutoConfig.from_pretrained(args.model).max_position_embeddings
+    if args.length > positions:
+        parser.error(f"--length {args.length} is more than the model's {positions} positions.")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.tp is not None and (args.tp < 1 or world_size % args.tp):
+        parser.error(f"--tp {args.tp} does not divide the {world_size} processes.")
+    return args
 
 
 def read_pairs(args: argparse.Namespace) -> tuple[list[SentencePair], dict[str, list[SentencePair]]]:

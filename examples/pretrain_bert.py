@@ -53,7 +53,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, help="tensor-parallel degree; all processes if not given")
     parser.add_argument("--seed", type=int, default=1909)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for path in args.text or []:
+        if not path.is_file():
+            parser.error(f"there is no file {path}.")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.tp is not None and (args.tp < 1 or world_size % args.tp):
+        parser.error(f"--tp {args.tp} does not divide the {world_size} processes.")
+    if args.preset is None and (args.hidden % args.heads or args.heads % (args.tp or world_size)):
+        parser.error(f"--heads {args.heads} has to divide --hidden {args.hidden}, and the degree --heads.")
+    return args
 
 
 def read_texts(args: argparse.Namespace) -> Iterable[str]:

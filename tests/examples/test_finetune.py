@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification
 
-from hf_megatron import MegatronBertForQuestionAnswering
+from hf_megatron import MegatronBertConfig, MegatronBertForQuestionAnswering
 from tests.examples.commands import launch, losses, run_here
 from tests.models.reference import Pool
 
@@ -25,6 +25,7 @@ _TEXT = "The import statement finds a module and then binds a name. The assert s
 _TEXT += "raises an exception where that is false."
 _COPIES = 20  # of what there is to learn, in place of epochs, each of which ends with a checkpoint
 _FEW_COPIES = 10  # where it need not be learned: as many steps as lie between two log entries
+_SIZES = {"vocab_size": 131, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 _LEARN = ["--learning-rate=3e-3", "--batch=4", "--length=48"]
 
 
@@ -217,3 +218,29 @@ def test_what_is_saved_is_for_everybody(pool: Pool, tmp_path: Path, tiny_bert: s
     model, info = BertForSequenceClassification.from_pretrained(output, output_loading_info=True)
     assert not info["missing_keys"]
     assert model.classifier.weight.shape == torch.Size([3, 48])
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "told"),
+    [
+        ("squad", ["--train={file}"], "--train and --validation go together"),
+        ("race", ["--validation={file}"], "--train and --validation go together"),
+        ("sentence_pairs", ["mnli", "--train={file}", "--validation=absent.tsv"], "there is no absent.tsv"),
+        ("squad", [], "--length 384 is more than the model's 64 positions"),
+        ("race", ["--length=65"], "--length 65 is more than the model's 64 positions"),
+        ("sentence_pairs", ["qqp", "--length=64", "--tp=2"], "--tp 2 does not divide the 1 processes"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], example: str, options: list[str], told: str
+) -> None:
+    """Catches an AttributeError after a model and a data set were loaded, or an index that is out of range in one."""
+    file = tmp_path / "train.json"
+    file.touch()
+    MegatronBertConfig(**_SIZES, max_position_embeddings=64).save_pretrained(tmp_path / "model")  # no weights at all
+    given = [option.format(file=file) for option in options]
+    with pytest.raises(SystemExit) as caught:
+        run_here(f"finetune_{example}", *given, f"--model={tmp_path / 'model'}", f"--output={tmp_path / 'out'}")
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
