@@ -264,7 +264,12 @@ def evaluate(
     result = _import_library("hf_megatron_conversion.evaluation").evaluate(
         task, model, data=data, tp_size=tp, tokenizer=tokenizer, dtype=dtype, batch_size=batch_size, stride=stride
     )
-    return _DONE if result is None else _finish(f"{task} of {model}", result, as_json)
+    if result is None:
+        return _DONE
+    shown = {name: value for name, value in result.items() if name != "units" and value is not None}
+    for name, unit in result["units"].items():
+        shown[name] = f"{shown[name]} {unit}"
+    return _finish(f"{task} of {model}", result, as_json, shown=shown)
 
 
 def main() -> None:

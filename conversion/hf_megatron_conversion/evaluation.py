@@ -24,10 +24,28 @@ from hf_megatron_conversion.formats.base import load_config
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.tokenizer_files import has_tokenizer
 
-__all__ = ["Task", "evaluate"]
+__all__ = ["UNITS", "Task", "evaluate"]
 
 Task = Literal["wikitext103", "lambada"]
 
+# Per what each number is, or of what.
+UNITS: Mapping[str, Mapping[str, str]] = {
+    "wikitext103": {
+        "perplexity": "per word of the original text (original_tokens)",
+        "loss": "nats per predicted token",
+        "tokens": "predicted, of the model's vocabulary",
+        "original_tokens": "words of the original text, end marks and punctuation included",
+        "examples": "windows",
+        "window": "tokens",
+        "stride": "tokens",
+    },
+    "lambada": {
+        "perplexity": "per last word, of one token or more",
+        "accuracy": "share of passages, in [0, 1], whose last word is right in all its tokens",
+        "tokens": "of all last words, of the model's vocabulary",
+        "examples": "passages",
+    },
+}
 # What every result has, whether it applies or not.
 _EMPTY: Mapping[str, Any] = {"perplexity": None, "accuracy": None, "tokens": None, "original_tokens": None}
 
@@ -57,7 +75,8 @@ def evaluate(
 
     Returns:
         ``task``, ``model``, ``tp_size``, ``perplexity``, ``accuracy``, ``tokens``, ``original_tokens``, ``examples``,
-        ``seconds`` and what else the evaluation has; None on all ranks but the first.
+        ``seconds``, what else the evaluation has, and ``units``, which says per what each number is; None on all ranks
+        but the first.
 
     Raises:
         UnsupportedError: A model that cannot be evaluated.
@@ -86,7 +105,8 @@ def evaluate(
     found = _on_ranks(job, tp_size) if tp_size > 1 and world_size == 1 else _run(job, world_size)
     if int(os.environ.get("RANK", "0")):
         return None
-    return {"task": task, "model": model, "tp_size": max(tp_size, world_size), **_EMPTY, **found}
+    head = {"task": task, "model": model, "tp_size": max(tp_size, world_size)}
+    return {**head, **_EMPTY, **found, "units": dict(UNITS[task])}
 
 
 def _check_model(directory: Path, tp_size: int) -> None:

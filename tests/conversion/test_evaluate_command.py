@@ -60,6 +60,20 @@ def test_lambada_of_shards_with_a_tokenizer_of_two_files(
     assert result["original_tokens"] is None
 
 
+def test_every_number_says_per_what_it_is(
+    model_dir: Path, data: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a perplexity per word that is taken for one per token, which is smaller by the tokens of a word."""
+    for task, label in (("wikitext103", "per word of the original text"), ("lambada", "per last word")):
+        _, result, _ = _run(capfd, task, model_dir, "--data", data[task])
+        numbers = {name for name, value in result.items() if isinstance(value, (int, float))}
+        assert numbers - set(result["units"]) == {"tp_size", "seconds"}
+        assert cli.run(["evaluate", task, str(model_dir), "--data", str(data[task])]) == 0
+        shown = " ".join(capfd.readouterr().out.replace("│", " ").split())
+        assert label in shown
+        assert "None" not in shown
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_ranks(model_dir: Path, data: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
