@@ -32,8 +32,8 @@ class GuardedTrainer(Trainer):
 
     rank_check_steps: int = 100
     _comparison: RankComparison | None = None
-    _is_data_unchecked = False
-    _checked_step: int | None = None
+    _checked_step: int | None = None  # the last one before which a batch of the training data was compared
+    _is_evaluation_unchecked = False
 
     @property
     def _ranks(self) -> RankComparison | None:
@@ -48,11 +48,10 @@ class GuardedTrainer(Trainer):
     def _compare(self, place: str, batch: Any = None) -> None:
         if self._ranks is not None:
             self._ranks.compare(f"{place} step {self.state.global_step}", self.model, batch)
-            self._checked_step = self.state.global_step
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._limit_waiting()
-        self._is_data_unchecked = True
+        self._checked_step = None
         output = super().train(*args, **kwargs)
         self._compare("the end of training, after")
         return output
@@ -82,9 +81,9 @@ class GuardedTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         step = self.state.global_step
-        is_due = bool(self.rank_check_steps) and step % self.rank_check_steps == 0 and step != self._checked_step
-        if self._is_data_unchecked or is_due:
-            self._is_data_unchecked = False
+        is_due = bool(self.rank_check_steps) and step % self.rank_check_steps == 0
+        if self._checked_step is None or (is_due and step != self._checked_step):
+            self._checked_step = step
             self._compare("before the step after", inputs)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
@@ -105,11 +104,11 @@ class GuardedTrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         if has_length(dataloader):
             self._agree(f"the start of {description}", {"number of batches": len(dataloader)})
-        self._is_data_unchecked = True
+        self._is_evaluation_unchecked = True
         return super().evaluation_loop(dataloader, description, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._is_data_unchecked:
-            self._is_data_unchecked = False
+        if self._is_evaluation_unchecked:
+            self._is_evaluation_unchecked = False
             self._compare("the first batch of an evaluation after", inputs)
         return super().prediction_step(model, inputs, *args, **kwargs)

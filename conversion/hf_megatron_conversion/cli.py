@@ -175,17 +175,11 @@ def plan(
     tp: Annotated[int | None, typer.Option("--tp", help="Tensor-parallel degree: 1; with --gpus any.")] = None,
     dp: Annotated[int | None, typer.Option("--dp", help="Data-parallel degree: 1.")] = None,
     pp: Annotated[int, typer.Option("--pp", help="Pipeline stages: 1, as these models have none.")] = 1,
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", min=1, help="Find the best way to train on so many GPUs.")
-    ] = None,
-    global_batch: Annotated[
-        int | None, typer.Option("--global-batch", min=1, help="Sequences of a step, with --gpus.")
-    ] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="Find the best way to use so many.")] = None,
+    global_batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a step, with --gpus.")] = None,
     tokens: Annotated[float | None, typer.Option("--tokens", min=1, help="Tell the hours for so many tokens.")] = None,
     micro_batch: Annotated[int, typer.Option("--micro-batch", help="Sequences a rank computes at a time.")] = 1,
-    seq: Annotated[
-        int | None, typer.Option("--seq", help="Tokens per sequence; the model's longest by default.")
-    ] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's longest by default.")] = None,
     accumulation: Annotated[int, typer.Option("--accumulation", help="Micro-batches per optimizer step.")] = 1,
     device: Annotated[
         str, typer.Option("--device", help="v100-32gb, a100-80gb, h100, h200, or a JSON file that describes one.")
@@ -199,17 +193,10 @@ def plan(
         typer.Option("--recompute", help="What the backward pass computes again: none; with --gpus any."),
     ] = None,
     attention: Annotated[Literal["sdpa", "eager"], typer.Option("--attention", help="Fused, or written out.")] = "sdpa",
-    sequence_parallel: Annotated[
-        bool | None,
-        typer.Option("--sequence-parallel/--no-sequence-parallel", help="Split along the sequence what TP replicates."),
-    ] = None,
-    fsdp: Annotated[
-        bool | None, typer.Option("--fsdp/--no-fsdp", help="Data-parallel ranks share weights and optimizer.")
-    ] = None,
+    sequence_parallel: Annotated[bool | None, typer.Option(help="Split along the sequence what TP replicates.")] = None,
+    fsdp: Annotated[bool | None, typer.Option(help="Data-parallel ranks share weights and optimizer.")] = None,
     dropout: Annotated[bool, typer.Option("--dropout/--no-dropout", help="The configuration's dropout.")] = True,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw memory by kind over TP degrees.")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw memory by kind over TP degrees.")] = None,
     as_json: JsonOption = False,
 ) -> int:
     """Say what training needs per rank, whether it fits, and how long a step takes, before anything is rented.

@@ -69,7 +69,7 @@ def test_every_number_says_per_what_it_is(
         numbers = {name for name, value in result.items() if isinstance(value, (int, float))}
         assert numbers - set(result["units"]) == {"tp_size", "seconds"}
         assert cli.run(["evaluate", task, str(model_dir), "--data", str(data[task])]) == 0
-        shown = " ".join(capfd.readouterr().out.replace("│", " ").split())
+        shown = " ".join(capfd.readouterr().out.replace("\u2502", " ").split())
         assert label in shown
         assert "None" not in shown
 

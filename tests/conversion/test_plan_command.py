@@ -118,7 +118,7 @@ def test_a_table_for_people(capfd: pytest.CaptureFixture[str], tmp_path: Path) -
     plot = tmp_path / "memory.png"
     assert cli.run(["plan", *_LARGEST, "--gpus", "8", "--device", "h100", "--plot", str(plot)]) == 0
     out = capfd.readouterr().out
-    out = " ".join(out.replace("│", " ").split())
+    out = " ".join(out.replace("\u2502", " ").split())
     assumed = (
         "global batch 64 of 1,024 tokens each",
         "precision amp",

@@ -198,6 +198,15 @@ def _message_with(run: Run, options: dict[str, Any]) -> str:
     return _message(run, **options)
 
 
+def test_an_evaluation_before_the_first_step_takes_nothing_from_the_training_data(
+    pool: Pool, gpt2: Path, tmp_path: Path
+) -> None:
+    """Catches a first batch that is not compared, because one of the evaluation data was."""
+    run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments={"eval_on_start": True})
+    message = on_ranks(pool, _message_with, run, {"train_dataset": _own_examples})
+    assert "At: before the step after step 0. batch['input_ids']" in message
+
+
 def _sampled(run: Run) -> str:
     trainer = make_trainer(run)
     trainer._get_train_sampler = lambda *_: list(range(48))[:: 1 - 2 * rank()]  # type: ignore[method-assign]
