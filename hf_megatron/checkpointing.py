@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -89,11 +90,14 @@ class CheckpointingTrainer(GuardedTrainer):
         try:
             self._write_checkpoint(fresh, run_directory, destination)
         except (Exception, CheckpointException) as error:
+            free = shutil.disk_usage(run_directory).free
             discard_checkpoint(fresh)  # on a full disk it would keep the next run from writing one, too
-            if isinstance(error, HfMegatronError):
+            if isinstance(error, HfMegatronError) and not isinstance(error, DestinationError):
                 raise
-            reason = f"{type(error).__name__}: {error}"
-            raise DestinationError(f"{destination} could not be written, and is not there: {reason}") from error
+            reason = str(error) if isinstance(error, DestinationError) else f"{type(error).__name__}: {error}"
+            raise DestinationError(
+                f"{destination} could not be written, and is not there: {reason} (bytes free on its disk: {free:,})."
+            ) from error
         if self.args.push_to_hub:
             self._push(destination)
         if is_first:

@@ -240,7 +240,8 @@ def test_a_full_disk_leaves_no_half_checkpoint(
     """Catches half a checkpoint that keeps the disk full, a nested traceback, and an error that names no file."""
     run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(layout, {}))
     message = on_ranks(pool, _fill_the_disk, run, full_ranks)
-    assert "could not be written" in message
+    assert f"{run.output / 'checkpoint-6'} could not be written, and is not there" in message
+    assert "bytes free on its disk: " in message
     assert "File too large" in message or "could not be serialized" in message or "I/O" in message
     assert "in step 7" in message
     assert f"The last complete checkpoint is {run.output / 'checkpoint-3'}" in message
