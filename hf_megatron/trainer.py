@@ -29,8 +29,8 @@ from transformers.utils import logging
 from hf_megatron.checkpointing import CheckpointingTrainer, attribute
 from hf_megatron.errors import CheckpointError, DivergenceError, UnsupportedError
 from hf_megatron.loss_scale import SharedGradScaler
-from hf_megatron.models.pretrained import non_finite_names
 from hf_megatron.streams import Stream, place_in_stream
+from hf_megatron.tensor_parallel import non_finite_names
 from hf_megatron.training_arguments import AnyDeviceParallelismConfig, check_layout, check_processes, tp_size_of
 from hf_megatron.training_state import last_usable_checkpoint, tidy_checkpoints, verify_checkpoint
 

@@ -41,18 +41,19 @@ from hf_megatron.models.layout import (
 )
 from hf_megatron.models.recomputation import RecomputationMixin
 from hf_megatron.models.resizing import ResizingMixin
-from hf_megatron.models.saving import Upload, reasons, remove_shards, rewrite_config, swap_into_place
+from hf_megatron.models.saving import reasons, remove_shards, rewrite_config, swap_into_place
+from hf_megatron.models.uploading import HubMixin, Upload
 from hf_megatron.partition import ModelClass, PartitionTable
-from hf_megatron.tensor_parallel import SINGLE, TensorParallelGroup, local, synchronize_random_state
+from hf_megatron.tensor_parallel import SINGLE, TensorParallelGroup, non_finite_names, synchronize_random_state
 
-__all__ = ["MegatronModelMixin", "non_finite_names"]
+__all__ = ["MegatronModelMixin"]
 
 logger = logging.get_logger(__name__)
 
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]  # a tensor's name, its shape in the file and in the model
 
 
-class MegatronModelMixin(RecomputationMixin, ResizingMixin):
+class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
     """Base of our model classes, beside the stock ``PreTrainedModel`` they derive from.
 
     Attributes:
@@ -327,7 +328,9 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin):
         target = directory.with_name(f".{directory.name}.saving") if distributed else directory
         is_writer = is_first_rank() and kwargs.get("is_main_process", True)
         # The stock method would upload too early: the directory has neither its name nor the config it is to have.
-        upload = Upload.prepared(self, directory, kwargs, is_collective=is_collective, is_writer=is_writer)
+        upload = None
+        if kwargs.get("push_to_hub"):
+            upload = Upload(self, directory, kwargs, is_collective=is_collective, is_writer=is_writer)
         if distributed and is_first_rank():
             shutil.rmtree(target, ignore_errors=True)
         if is_collective:
@@ -343,7 +346,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin):
         if is_collective:
             barrier()
         if upload is not None:
-            upload.run(is_collective=is_collective, is_writer=is_writer)
+            upload.run()
 
     def save_distributed_checkpoint(
         self, model_to_save: nn.Module, save_directory: str | os.PathLike[str], **kwargs: Any
@@ -386,15 +389,3 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin):
         # The stock method looks in the module's source for an attention class that asks for its kernel by name; ours
         # does so in its base class.
         return True
-
-
-def non_finite_names(model: nn.Module) -> list[str]:
-    """Names of the parameters of which this rank's part has inf or nan in it; one pass over the memory."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        # Of a finite sum no element is inf or nan; of another one has to look, as finite ones may overflow together.
-        if not parameter.is_meta
-        and not torch.isfinite(local(parameter).detach().sum(dtype=torch.float32))
-        and not torch.isfinite(local(parameter)).all()
-    ]

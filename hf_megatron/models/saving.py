@@ -12,16 +12,13 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers.utils.hub import create_and_tag_model_card, hf_api
 
 from hf_megatron.checkpoint.sharded import is_shard
-from hf_megatron.models.layout import share_failure
 from hf_megatron.partition import PartitionTable
 
-__all__ = ["Upload", "reasons", "remove_shards", "rewrite_config", "swap_into_place"]
+__all__ = ["reasons", "remove_shards", "rewrite_config", "swap_into_place"]
 
 _logger = logging.getLogger(__name__)
 
@@ -82,71 +79,3 @@ def reasons(error: CheckpointException) -> str:
     """What went wrong on which ranks; the exception itself is a nested traceback, and a BaseException."""
     found = {f"{type(cause).__name__}: {cause}": rank for rank, (cause, _) in reversed(error.failures.items())}
     return "; ".join(f"rank {rank}: {reason}" for reason, rank in found.items())
-
-
-class Upload:
-    """An upload of a saved directory to the Hub, with what ``save_pretrained(push_to_hub=True)`` was given.
-
-    Args:
-        model: The model that is saved.
-        directory: Where it is saved.
-        options: Of the stock method: ``repo_id`` (the directory's name by default), ``commit_message``, ``create_pr``,
-            ``token``, and what creates the repository.
-    """
-
-    def __init__(self, model: Any, directory: Path, options: dict[str, Any]) -> None:
-        self._model, self._directory, self._token = model, directory, options.get("token")
-        self._commit = {name: options.pop(name, None) for name in ("commit_message", "create_pr")}
-        repo_id = options.pop("repo_id", directory.name)
-        self._repo_id = hf_api().create_repo(repo_id, exist_ok=True, **options).repo_id
-        # Only what is written from now on is uploaded; a run's directory may hold its checkpoints.
-        self._before = model._get_files_timestamps(directory) if directory.is_dir() else {}
-
-    @classmethod
-    def prepared(
-        cls, model: Any, directory: Path, arguments: dict[str, Any], *, is_collective: bool, is_writer: bool
-    ) -> Upload | None:
-        """The upload that the arguments of ``save_pretrained`` ask for, and takes them out; the repository is there.
-
-        Raises:
-            ParallelStateError: Rank 0 could not create the repository.
-        """
-        names = ("repo_id", "commit_message", "create_pr", "private", "repo_type", "exist_ok", "resource_group_id")
-        options = {name: arguments.pop(name) for name in names if name in arguments}
-        if not arguments.pop("push_to_hub", False):
-            return None
-        if arguments.get("token") is not None:
-            options["token"] = arguments["token"]
-        options.pop("exist_ok", None)
-        upload, error = None, None
-        try:
-            upload = cls(model, directory, options) if is_writer else cls.__new__(cls)
-        except Exception as caught:
-            error = caught
-        _settle(error, is_collective=is_collective)
-        return upload
-
-    def run(self, *, is_collective: bool, is_writer: bool) -> None:
-        """Upload what has been written.
-
-        Raises:
-            ParallelStateError: Rank 0 could not upload.
-        """
-        error = None
-        try:
-            if is_writer:
-                card = create_and_tag_model_card(self._repo_id, self._model.model_tags, token=self._token)
-                card.save(self._directory / "README.md")
-                self._model._upload_modified_files(
-                    self._directory, self._repo_id, self._before, token=self._token, **self._commit
-                )
-        except Exception as caught:
-            error = caught
-        _settle(error, is_collective=is_collective)
-
-
-def _settle(error: Exception | None, *, is_collective: bool) -> None:
-    if is_collective:
-        share_failure(error)
-    elif error is not None:
-        raise error

@@ -1,7 +1,7 @@
 """Tensor parallelism: the region functions, the layers, the loss, and dropout that does not depend on the degree."""
 
 from hf_megatron.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from hf_megatron.tensor_parallel.group import SINGLE, TensorParallelGroup, local
+from hf_megatron.tensor_parallel.group import SINGLE, TensorParallelGroup, local, non_finite_names
 from hf_megatron.tensor_parallel.layers import (
     ColumnParallelLinear,
     HiddenDropout,
@@ -55,6 +55,7 @@ __all__ = [
     "gathered_products",
     "head_tp_plan_of",
     "local",
+    "non_finite_names",
     "parallelize_module",
     "reduce_from_tensor_parallel_region",
     "reduce_scatter_to_sequence_parallel_region",

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-__all__ = ["SINGLE", "TensorParallelGroup", "local"]
+__all__ = ["SINGLE", "TensorParallelGroup", "local", "non_finite_names"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +50,15 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
     replicated parameter that is right only if the gradient is already the same on every rank.
     """
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def non_finite_names(model: nn.Module) -> list[str]:
+    """Names of the parameters of which this rank's part has inf or nan in it; one pass over the memory."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        # Of a finite sum no element is inf or nan; of another one has to look, as finite ones may overflow together.
+        if not parameter.is_meta
+        and not torch.isfinite(local(parameter).detach().sum(dtype=torch.float32))
+        and not torch.isfinite(local(parameter)).all()
+    ]

@@ -60,9 +60,11 @@ class FakeHub:
 
 def _connect(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> FakeHub:
     hub = FakeHub(failing)
-    for module in ("transformers.utils.hub", "transformers.trainer", "hf_megatron.models.saving"):
+    for module in ("transformers.utils.hub", "transformers.trainer", "hf_megatron.models.uploading"):
         monkeypatch.setattr(f"{module}.hf_api", lambda: hub)
-    monkeypatch.setattr("hf_megatron.models.saving.create_and_tag_model_card", lambda *_, **__: ModelCard("# A model"))
+    monkeypatch.setattr(
+        "hf_megatron.models.uploading.create_and_tag_model_card", lambda *_, **__: ModelCard("# A model")
+    )
     return hub
 
 
@@ -110,6 +112,22 @@ def test_what_is_saved_is_pushed(
     assert sorted(name for name in commit if name.endswith(".safetensors")) == expected
     assert {"config.json", "README.md"} <= set(commit)
     assert (b'"model_type": "gpt2"' in commit["config.json"]) == bool(options.get("stock"))
+
+
+def _push(source: Path) -> tuple[list[str], list[Commit]]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        hub = _connect(monkeypatch)
+        model = MegatronGPT2LMHeadModel.from_pretrained(source, distributed_config=layout(2))
+        model.push_to_hub("me/model", commit_message="a message", private=True)
+        return hub.repositories, hub.commits
+
+
+def test_a_model_that_is_cut_is_pushed_once(pool: Pool, gpt2: Path) -> None:
+    """Catches a commit of each rank, of which most have no weights."""
+    (repositories, (commit,)), others = pool(2).run(_push, gpt2)
+    assert (repositories, others) == (["me/model"], ([], []))
+    weights = load(commit["model.safetensors"])
+    assert weights.keys() == load((gpt2 / "model.safetensors").read_bytes()).keys()
 
 
 def _fail_to_save(source: Path, directory: Path, failing: str) -> str:

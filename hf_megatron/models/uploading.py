@@ -1,0 +1,94 @@
+"""Uploads to the Hub, once a directory has its name and the config it is to have."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import create_and_tag_model_card, hf_api
+
+from hf_megatron.models.layout import share_failure
+
+__all__ = ["HubMixin", "Upload"]
+
+# Arguments of the stock methods: of the repository, and of the commit.
+_REPOSITORY = ("private", "repo_type", "resource_group_id")
+_COMMIT = ("commit_message", "commit_description", "create_pr", "revision")
+
+
+class Upload:
+    """An upload of what ``save_pretrained(push_to_hub=True)`` writes. Every rank of a collective save makes one.
+
+    Args:
+        model: The model that is saved.
+        directory: Where it is saved. Only what is written from now on is uploaded: a run's checkpoints may lie there.
+        arguments: Of ``save_pretrained``; those of the upload are taken out.
+        is_collective: Whether all ranks take part; then a failure of the writer is an error on all.
+        is_writer: Whether this process writes and uploads.
+
+    Raises:
+        ParallelStateError: The writer could not create the repository.
+    """
+
+    def __init__(
+        self, model: Any, directory: Path, arguments: dict[str, Any], *, is_collective: bool, is_writer: bool
+    ) -> None:
+        self._model, self._directory, self._is_collective = model, directory, is_collective
+        self._is_writer = is_writer
+        del arguments["push_to_hub"]
+        self._repo_id = arguments.pop("repo_id", directory.name)
+        self._commit = {name: arguments.pop(name) for name in _COMMIT if name in arguments}
+        options = {name: arguments.pop(name) for name in _REPOSITORY if name in arguments}
+        self._token = arguments.get("token")
+        self._before: dict[str, float] = {}
+        self._settle(lambda: self._create(options))
+
+    def _create(self, options: dict[str, Any]) -> None:
+        self._repo_id = hf_api().create_repo(self._repo_id, exist_ok=True, token=self._token, **options).repo_id
+        if self._directory.is_dir():
+            self._before = self._model._get_files_timestamps(self._directory)
+
+    def run(self) -> None:
+        """Upload what has been written.
+
+        Raises:
+            ParallelStateError: The writer could not.
+        """
+        self._settle(self._upload)
+
+    def _upload(self) -> None:
+        card = create_and_tag_model_card(self._repo_id, self._model.model_tags, token=self._token)
+        card.save(self._directory / "README.md")
+        self._model._upload_modified_files(
+            self._directory, self._repo_id, self._before, token=self._token, **self._commit
+        )
+
+    def _settle(self, action: Callable[[], None]) -> None:
+        error = None
+        try:
+            if self._is_writer:
+                action()
+        except Exception as caught:
+            error = caught
+        if self._is_collective:
+            share_failure(error)
+        elif error is not None:
+            raise error
+
+
+class HubMixin:
+    """``push_to_hub`` of a model that is cut: one commit, of the whole model."""
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method; every rank of a model that is cut must call it, and the first one uploads.
+
+        Raises:
+            ParallelStateError: The first rank could not upload.
+        """
+        if not self.is_distributed_loading_by_transformers:  # type: ignore[attr-defined]
+            return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(scratch, push_to_hub=True, repo_id=repo_id, **kwargs)  # type: ignore[attr-defined]
+        return None
