@@ -90,6 +90,8 @@ class CheckpointingTrainer(GuardedTrainer):
         try:
             self._write_checkpoint(fresh, run_directory, destination)
         except (Exception, CheckpointException) as error:
+            if destination.exists() and not fresh.exists():
+                raise  # it is complete, and what failed came after
             free = shutil.disk_usage(run_directory).free
             discard_checkpoint(fresh)  # on a full disk it would keep the next run from writing one, too
             if isinstance(error, HfMegatronError) and not isinstance(error, DestinationError):

@@ -101,9 +101,8 @@ class MegatronTrainer(CheckpointingTrainer):
         output = Path(self.args.output_dir)
         tidy_checkpoints(output, is_first=self.is_world_process_zero())
         if resume_from_checkpoint is True and output.is_dir():
-            resume_from_checkpoint = (
-                get_last_checkpoint(str(output)) or True
-            )  # of which the stock method says what it is
+            # If there is none, the stock method says so.
+            resume_from_checkpoint = get_last_checkpoint(str(output)) or True
         resumed = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
         try:
             if resumed is not None:
@@ -121,10 +120,11 @@ class MegatronTrainer(CheckpointingTrainer):
                 " A collective failed, because another rank ended or does not come: the first error in the log, or the "
                 "launcher's root cause, tells why."
             )
-        last = last_usable_checkpoint(Path(self.args.output_dir), unusable)
+        output = self.args.output_dir
+        last = last_usable_checkpoint(Path(output), unusable)
         if last is None:
             return f"{place} There is no {'other ' if unusable else ''}checkpoint to resume from."
-        how = "True" if unusable is None else repr(str(last))
+        how = "True" if get_last_checkpoint(output) == str(last) else repr(str(last))
         return f"{place} The last complete checkpoint is {last}; train(resume_from_checkpoint={how}) goes on from it."
 
     # ------------------------------------------------------------------ layout
