@@ -38,6 +38,7 @@ from hf_megatron.models.layout import (
     one_process_allowed,
     quiet_loading,
     refuse_quantization,
+    share_failure,
 )
 from hf_megatron.models.recomputation import RecomputationMixin
 from hf_megatron.models.resizing import ResizingMixin
@@ -289,8 +290,9 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
                 else:
                     parameter.copy_(state_dict[name][...])
         broken = non_finite_names(self)  # type: ignore[arg-type]
-        if broken:
-            raise CheckpointFormatError(f"{directory} holds weights that are inf or nan: {', '.join(broken)}.")
+        message = f"{directory} holds weights that are inf or nan: {', '.join(broken)}."
+        # Only the rank that holds them sees it.
+        share_failure(CheckpointFormatError(message) if broken else None)
 
     # ------------------------------------------------------------------ saving
 

@@ -13,10 +13,17 @@ from typing import Any
 import pytest
 import torch
 
+from hf_megatron import MegatronGPT2LMHeadModel
 from hf_megatron.checkpoint.checksums import CHECKSUMS, compute_checksums, damages, read_checksums, write_checksums
-from hf_megatron.errors import CheckpointError, CheckpointFormatError, DestinationError, DivergenceError
+from hf_megatron.errors import (
+    CheckpointError,
+    CheckpointFormatError,
+    DestinationError,
+    DivergenceError,
+    ParallelStateError,
+)
 from hf_megatron.training_state import last_usable_checkpoint
-from tests.models.reference import Pool, rank, save_stock
+from tests.models.reference import Pool, layout, rank, save_stock
 from tests.training.runs import LAYOUTS, Run, make_trainer, on_ranks, train
 from tests.training.test_failure import AtStep
 
@@ -268,3 +275,20 @@ def test_weights_that_are_nan_are_named(gpt2: Path, tmp_path: Path, caplog: pyte
     trainer = make_trainer(replace(run, model=six))
     with pytest.raises(DivergenceError, match=f"These weights are inf or nan, and were before the step: {name}"):
         trainer.train()
+
+
+def _load_again(directory: Path) -> str:
+    model = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(2))
+    with pytest.raises((CheckpointFormatError, ParallelStateError)) as caught:
+        model.load_weights(directory)
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def test_nan_that_one_rank_holds_is_an_error_on_all(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
+    """Catches a rank that goes on to train, and waits for the one that found nan in its part of a weight."""
+    model = MegatronGPT2LMHeadModel.from_pretrained(gpt2)
+    _spoil(model)
+    model.save_pretrained(tmp_path)
+    first, second = pool(2).run(_load_again, tmp_path)
+    assert first.startswith(f"CheckpointFormatError: {tmp_path} holds weights that are inf or nan: transformer.h.0.mlp")
+    assert second.startswith("ParallelStateError: rank 0 failed: CheckpointFormatError")
