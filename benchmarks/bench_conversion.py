@@ -26,15 +26,16 @@ import torch
 
 from benchmarks.command_line import make_parser, parse
 from benchmarks.records import environment, read, write
+from hf_megatron.architectures import GPT2
 from hf_megatron.checkpoint import itemsize, torch_dtype
-from hf_megatron.partition import GPT2, Box
+from hf_megatron.partition import Box
 from hf_megatron_conversion.files import Part, SafetensorsFile
 
 MEGA = 10**6
 CHUNK = 16 * 2**20
 # Where the interpreter stands when the command has imported all that any conversion needs, and opened no file.
 BASE = """
-import re, hf_megatron.checkpoint, hf_megatron_conversion.converter, hf_megatron_conversion.console, torch
+import re, hf_megatron.checkpoint, hf_megatron_conversion.converter, hf_megatron.commands.console, torch
 from hf_megatron_conversion.formats import megatron_lm, hub, tp
 from hf_megatron_conversion.formats.megatron_lm import writer
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])

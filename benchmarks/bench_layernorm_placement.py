@@ -28,7 +28,7 @@ from benchmarks.command_line import make_parser, parse
 from benchmarks.records import environment, read, write
 from benchmarks.runs import run_all
 from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining
-from hf_megatron.data import DataCollatorForMegatronBertPretraining, sentence_order_pairs, tokenize_sentences
+from hf_megatron.paper.data import DataCollatorForMegatronBertPretraining, sentence_order_pairs, tokenize_sentences
 
 TITLES = {"post": "post: original BERT", "pre": "pre: the paper's BERT"}
 COLOURS = {"post": "tab:red", "pre": "tab:blue"}

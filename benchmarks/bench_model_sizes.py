@@ -31,8 +31,8 @@ from benchmarks.command_line import make_parser, parse
 from benchmarks.records import environment, read, write
 from benchmarks.runs import run_all
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel, MegatronTrainer
-from hf_megatron.data import PackedDocuments
-from hf_megatron.recipe import GPT2_PRETRAINING
+from hf_megatron.paper.data import PackedDocuments
+from hf_megatron.paper.recipe import GPT2_PRETRAINING
 
 HEAD_SIZE = 32
 COLOURS = ("tab:green", "tab:orange", "tab:blue", "tab:red")

@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoTokenizer, DataCollatorForMultipleChoic
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronBertForMultipleChoice, MegatronTrainer
-from hf_megatron.data import RaceQuestion, RaceQuestions, read_race
-from hf_megatron.metrics import metric_path
-from hf_megatron.recipe import finetuning_recipe
+from hf_megatron.paper.data import RaceQuestion, RaceQuestions, read_race
+from hf_megatron.paper.metrics import metric_path
+from hf_megatron.paper.recipe import finetuning_recipe
 
 HUB = ("ehovy/race", "all")
 

@@ -23,9 +23,9 @@ from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, Pre
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronBertForSequenceClassification, MegatronTrainer
-from hf_megatron.data import PAIR_TASKS, SentencePair, read_sentence_pairs, sentence_pairs_from_hub
-from hf_megatron.metrics import metric_path
-from hf_megatron.recipe import finetuning_recipe
+from hf_megatron.paper.data import PAIR_TASKS, SentencePair, read_sentence_pairs, sentence_pairs_from_hub
+from hf_megatron.paper.metrics import metric_path
+from hf_megatron.paper.recipe import finetuning_recipe
 
 HUB = "nyu-mll/glue"
 HUB_VALIDATION = {"mnli": ("validation_matched", "validation_mismatched"), "qqp": ("validation",)}

@@ -23,9 +23,9 @@ from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, set
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronBertForQuestionAnswering, MegatronTrainer
-from hf_megatron.data import Answer, Question, QuestionWindows, find_answers, read_squad
-from hf_megatron.metrics import metric_path
-from hf_megatron.recipe import finetuning_recipe
+from hf_megatron.paper.data import Answer, Question, QuestionWindows, find_answers, read_squad
+from hf_megatron.paper.metrics import metric_path
+from hf_megatron.paper.recipe import finetuning_recipe
 
 HUB = {"1.1": "rajpurkar/squad", "2.0": "rajpurkar/squad_v2"}
 

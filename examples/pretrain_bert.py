@@ -26,8 +26,8 @@ from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBa
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining, MegatronTrainer
-from hf_megatron.data import DataCollatorForMegatronBertPretraining, sentence_order_pairs, tokenize_sentences
-from hf_megatron.recipe import BERT_PRETRAINING, scale_residual_outputs
+from hf_megatron.paper.data import DataCollatorForMegatronBertPretraining, sentence_order_pairs, tokenize_sentences
+from hf_megatron.paper.recipe import BERT_PRETRAINING, scale_residual_outputs
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -26,8 +26,8 @@ from transformers import GPT2TokenizerFast, PreTrainedTokenizerBase, default_dat
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel, MegatronTrainer
-from hf_megatron.data import PackedDocuments
-from hf_megatron.recipe import GPT2_PRETRAINING
+from hf_megatron.paper.data import PackedDocuments
+from hf_megatron.paper.recipe import GPT2_PRETRAINING
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Megatron-LM's tensor parallelism for Hugging Face transformers.
 
-Importing the package registers its models with transformers' Auto classes.
+Importing the package registers its models with transformers' Auto classes, whichever of the two is imported first.
+It imports neither torch nor transformers: the classes are imported when they are asked for.
 
 Source: Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
 arXiv:1909.08053.
@@ -8,9 +9,10 @@ arXiv:1909.08053.
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from hf_megatron.after_import import after_import
 
 __version__ = "0.2.0"
 
@@ -52,14 +54,18 @@ if TYPE_CHECKING:
         MegatronGPT2ForTokenClassification,
         MegatronGPT2LMHeadModel,
     )
-    from hf_megatron.trainer import MegatronTrainer
+    from hf_megatron.training.trainer import MegatronTrainer
 
-# The command line needs the partition table in a fraction of the seconds that transformers takes to import; it sets
-# this variable while it imports the package, and the commands that run models register themselves.
-if os.environ.get("HF_MEGATRON_REGISTER", "1") != "0":
+
+def _register() -> None:
     from hf_megatron.models.registration import register
 
     register()
+
+
+# transformers takes seconds to import, and much of this package works without it: the Auto classes are told of the
+# models as soon as there are Auto classes.
+after_import("transformers", _register)
 
 
 def __dir__() -> list[str]:
@@ -70,5 +76,5 @@ def __getattr__(name: str) -> Any:
     """Import the classes when they are asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "hf_megatron.trainer" if name == "MegatronTrainer" else "hf_megatron.models"
+    module = "hf_megatron.training.trainer" if name == "MegatronTrainer" else "hf_megatron.models"
     return getattr(import_module(module), name)

@@ -18,22 +18,6 @@ Every message gives the numbers and the remedy. Each class also derives from the
 ``except ValueError`` in existing code keeps working.
 """
 
-__all__ = [
-    "CheckpointError",
-    "CheckpointFormatError",
-    "CheckpointIncompleteError",
-    "CheckpointShapeError",
-    "DataError",
-    "DestinationError",
-    "DivergenceError",
-    "HfMegatronError",
-    "ParallelStateError",
-    "PartitionError",
-    "RanksDifferError",
-    "UnexpectedArgumentError",
-    "UnsupportedError",
-]
-
 
 class HfMegatronError(Exception):
     """Base of all errors that this package raises on purpose."""

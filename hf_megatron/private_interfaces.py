@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["PRIVATE_INTERFACES", "PrivateInterface"]
-
 
 class PrivateInterface(NamedTuple):
     """One private name.

@@ -14,8 +14,8 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from hf_megatron.presets import PRESETS, Preset
-from hf_megatron.recipe import BERT_PRETRAINING, GPT2_PRETRAINING
+from hf_megatron.architectures.presets import PRESETS, Preset
+from hf_megatron.paper.recipe import BERT_PRETRAINING, GPT2_PRETRAINING
 from hf_megatron_conversion.card_text import TEMPLATE, card_text
 
 _PAPER = "Shoeybi et al. 2019, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053)"
@@ -71,8 +71,8 @@ def _training(preset: Preset, *, is_gpt2: bool) -> str:
         else "predicting masked words (whole-word n-grams) and the order of two sentences"
     )
     return (
-        f"The paper's recipe (`hf_megatron.recipe.{'GPT2' if is_gpt2 else 'BERT'}_PRETRAINING`): {task}; batches of "
-        f"{recipe.batch} sequences, {steps:,} steps; Adam, weight decay 0.01, learning rate "
+        f"The paper's recipe (`hf_megatron.paper.recipe.{'GPT2' if is_gpt2 else 'BERT'}_PRETRAINING`): {task}; "
+        f"batches of {recipe.batch} sequences, {steps:,} steps; Adam, weight decay 0.01, learning rate "
         f"{recipe.settings['learning_rate']:g} after {warm_up:,} steps of warm-up, then {schedule}; gradients clipped "
         "at 1.0; dropout 0.1; mixed precision with a dynamic loss scale; weights from N(0, 0.02), those before a "
         f"residual addition scaled by 1/sqrt(2 x layers). Its data: {corpora}, 174 GB deduplicated."

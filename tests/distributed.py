@@ -55,7 +55,7 @@ _PRELOADED = [
     "transformers.distributed.utils",
     "transformers.modeling_utils",
     "transformers.models.gpt2.modeling_gpt2",
-    "hf_megatron.trainer",
+    "hf_megatron.training.trainer",
     "tests.preloaded",
 ]
 _START_TIMEOUT = 180.0  # seconds; importing everything takes tens of seconds on a cold, busy machine

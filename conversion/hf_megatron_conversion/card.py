@@ -12,8 +12,6 @@ from hf_megatron_conversion.files import TextFile
 from hf_megatron_conversion.formats.base import Model
 from hf_megatron_conversion.tensors import Readable
 
-__all__ = ["dtype_names", "model_card"]
-
 _BEGIN, _END = "<!-- hf-megatron convert: begin -->", "<!-- hf-megatron convert: end -->"
 
 

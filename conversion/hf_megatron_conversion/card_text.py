@@ -12,12 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from hf_megatron.architectures import table_for
 from hf_megatron.errors import UnsupportedError
-from hf_megatron.partition import table_for
 from hf_megatron.planning import PRECISIONS, MemoryPlan, ModelShape, Run, plan_memory
 from hf_megatron.planning.memory import local_numel
-
-__all__ = ["TEMPLATE", "card_text"]
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 
@@ -137,7 +135,7 @@ def _protocol(is_gpt2: bool) -> str:
         )
     return (
         "The protocol of Shoeybi et al. 2019: fine-tuning on MNLI, QQP, SQuAD 1.1 and 2.0, and RACE, the median of "
-        "five seeds on the development sets (RACE: test), with the metrics of `hf_megatron.metrics`."
+        "five seeds on the development sets (RACE: test), with the metrics of `hf_megatron.paper.metrics`."
     )
 
 

@@ -19,7 +19,6 @@ from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Verification", "compare", "finite", "verify"]
 
 # Entries of config.json that change what the model computes and that the tensors' names and shapes do not show.
 _FUNCTIONAL = (

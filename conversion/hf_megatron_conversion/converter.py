@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_megatron.architectures import table_for
 from hf_megatron.errors import DestinationError
-from hf_megatron.partition import table_for
 from hf_megatron_conversion.comparison import compare, finite
+from hf_megatron_conversion.conversion_plan import Options, Plan, check_options, make_plan
 from hf_megatron_conversion.execute import execute
 from hf_megatron_conversion.formats import FormatName, format_of, read_model
 from hf_megatron_conversion.formats.base import Given, Model, ModelType, load_config, warn_of_padding
-from hf_megatron_conversion.plan import Options, Plan, check_options, make_plan
 from hf_megatron_conversion.progress import Progress, Silent
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.staging import Staging, check_destination, check_overlap
@@ -27,7 +27,6 @@ from hf_megatron_conversion.tensors import dtype_code
 if TYPE_CHECKING:
     from hf_megatron_conversion.logits import Agreement
 
-__all__ = ["Conversion", "convert"]
 
 _logger = logging.getLogger(__name__)
 

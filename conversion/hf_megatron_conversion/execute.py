@@ -7,11 +7,9 @@ import os
 from pathlib import Path
 
 from hf_megatron.errors import DestinationError
+from hf_megatron_conversion.conversion_plan import Plan
 from hf_megatron_conversion.files import OutputFile
-from hf_megatron_conversion.plan import Plan
 from hf_megatron_conversion.progress import Progress
-
-__all__ = ["execute"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

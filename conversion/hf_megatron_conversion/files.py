@@ -18,8 +18,6 @@ from hf_megatron.errors import CheckpointIncompleteError
 from hf_megatron.partition import Box
 from hf_megatron_conversion.tensors import Buffer, Readable, slices_of_bytes
 
-__all__ = ["CopiedFile", "OutputFile", "Part", "SafetensorsFile", "TextFile"]
-
 _COPY_BYTES = 256 * 2**20
 # What copy_file_range says where it does not work; None is for systems that do not have it.
 _CANNOT_COPY = (None, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM)

@@ -12,8 +12,6 @@ from hf_megatron_conversion.formats import FormatName, read_model
 from hf_megatron_conversion.formats.base import Given, warn_of_padding
 from hf_megatron_conversion.source import source_directory
 
-__all__ = ["Inspection", "inspect"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:

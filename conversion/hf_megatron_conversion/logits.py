@@ -25,8 +25,6 @@ from hf_megatron_conversion.megatron_forward import megatron_outputs
 from hf_megatron_conversion.sample import sample_ids
 from hf_megatron_conversion.tensors import Readable
 
-__all__ = ["Agreement", "agreement", "outputs", "stock_gap"]
-
 _MAX_TOKENS = 64
 # In float64, relative to the largest output. The forms of the tanh gelu differ by 1e-9 of their values.
 _TOLERANCE = 1e-7

@@ -23,8 +23,6 @@ import torch.nn.functional as F
 from hf_megatron.checkpoint import torch_dtype
 from hf_megatron_conversion.formats.megatron_lm import Opened
 
-__all__ = ["megatron_outputs"]
-
 Gelu = Callable[[torch.Tensor], torch.Tensor]
 
 _TANH_SCALE = 0.79788456  # as Megatron-LM's kernel has it

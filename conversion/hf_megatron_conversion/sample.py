@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
 
-__all__ = ["sample_ids"]
-
 _logger = logging.getLogger(__name__)
 
 _SEED = 0

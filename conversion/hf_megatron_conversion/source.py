@@ -7,8 +7,6 @@ from pathlib import Path
 
 from hf_megatron.errors import CheckpointFormatError
 
-__all__ = ["source_directory"]
-
 _logger = logging.getLogger(__name__)
 
 _SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]

@@ -16,8 +16,6 @@ from types import TracebackType
 
 from hf_megatron.errors import DestinationError
 
-__all__ = ["Staging", "check_destination", "check_overlap"]
-
 
 def check_overlap(destination: Path, source: Path) -> None:
     """Raise DestinationError if one of the two directories is the other one or lies in it."""

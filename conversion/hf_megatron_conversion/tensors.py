@@ -14,7 +14,6 @@ from hf_megatron.partition import Box
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Buffer", "Cast", "Readable", "bounded", "cast", "dtype_code", "raw_bytes", "slices_of_bytes"]
 
 # A tensor is read and written this many bytes at a time, so that the size of the model does not matter.
 _SLICE_BYTES = 16 * 2**20

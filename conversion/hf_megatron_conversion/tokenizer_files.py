@@ -10,8 +10,6 @@ from typing import Any
 
 from hf_megatron.errors import CheckpointFormatError
 
-__all__ = ["TOKENIZER_FILES", "TokenizerFacts", "has_tokenizer", "tokenizer_facts"]
-
 TOKENIZER_FILES = frozenset(
     {
         "added_tokens.json",

@@ -24,8 +24,6 @@ from hf_megatron.checkpoint import itemsize
 from hf_megatron.partition import Box
 from hf_megatron_conversion.tensors import Buffer, Readable, slices_of_bytes
 
-__all__ = ["TorchZipFile"]
-
 _ALIGNMENT = 64
 _PICKLE_PROTOCOL = 2  # torch.save's
 _LONG = 0xFFFFFFFF  # from here on a number needs 64 bits, and stands in an extra field; its own holds _ELSEWHERE

@@ -13,8 +13,6 @@ from typing import Any
 
 from hf_megatron.errors import CheckpointFormatError
 
-__all__ = ["CHECKSUMS", "compute_checksums", "damages", "read_checksums", "write_checksums"]
-
 CHECKSUMS = "checksums.json"
 Checksums = Mapping[str, Mapping[str, Any]]
 

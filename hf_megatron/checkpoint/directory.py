@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_megatron.architectures import table_for
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
 from hf_megatron.checkpoint.pickled import open_pickle
 from hf_megatron.checkpoint.safetensors_header import read_header
 from hf_megatron.checkpoint.sharded import SHARDING_INFO, is_shard, open_shards
 from hf_megatron.checkpoint.spelling import listed, respelled
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
-from hf_megatron.partition import Box, table_for
-
-__all__ = ["Checkpoint", "open_checkpoint", "open_files"]
+from hf_megatron.partition import Box
 
 # In the order in which transformers prefers them where a directory holds several.
 _HUB_NAMES = (

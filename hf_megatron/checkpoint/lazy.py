@@ -19,7 +19,6 @@ from hf_megatron.partition import Box
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LazyTensor", "Piece"]
 
 # A longer run is read straight into the tensor; of a shorter one this much is read, which serves the next ones too.
 _BUFFER_BYTES = 8192

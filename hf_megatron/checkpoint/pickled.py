@@ -9,8 +9,6 @@ from hf_megatron.checkpoint.torch_file import StoredArray, open_torch_file
 from hf_megatron.checkpoint.unpickle import Global
 from hf_megatron.errors import CheckpointFormatError
 
-__all__ = ["open_pickle"]
-
 
 def open_pickle(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a torch pickle, by name; none is read.

@@ -20,7 +20,6 @@ from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "Header", "StoredTensor", "itemsize", "read_header", "torch_dtype"]
 
 # Spelling in the file -> (bytes per element, name in torch).
 DTYPES: dict[str, tuple[int, str]] = {

@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_megatron.architectures import table_for
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
 from hf_megatron.checkpoint.safetensors_header import Header, read_header
 from hf_megatron.checkpoint.spelling import listed, model_class_of, respelled
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
-from hf_megatron.partition import Box, table_for, tiling_error
-
-__all__ = ["SHARDING_INFO", "is_shard", "open_shards"]
+from hf_megatron.partition import Box, tiling_error
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
 _SHARD_NAME = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")

@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_megatron.architectures import ModelClass, PartitionTable
 from hf_megatron.checkpoint.lazy import LazyTensor
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, UnsupportedError
-from hf_megatron.partition import ModelClass, PartitionTable
-
-__all__ = ["Canonical", "canonicalise", "listed", "model_class_of", "require_complete", "respelled", "stored_model"]
 
 Shape = tuple[int, ...]
 

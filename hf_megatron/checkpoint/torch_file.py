@@ -26,8 +26,6 @@ from hf_megatron.checkpoint.unpickle import Call, Global, Unpickled, UnpickleErr
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 from hf_megatron.partition import Box
 
-__all__ = ["TENSOR_NAMES", "StoredArray", "open_torch_file"]
-
 _DTYPES = {
     "DoubleStorage": "F64",
     "FloatStorage": "F32",

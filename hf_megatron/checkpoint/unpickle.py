@@ -17,8 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol, cast
 
-__all__ = ["Call", "Global", "UnpickleError", "Unpickled", "read_pickle"]
-
 # Larger than any state dict, whose tensors take about 100 bytes each.
 _MAX_BYTES = 32 * 2**20
 _MAX_LINE = 4096

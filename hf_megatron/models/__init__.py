@@ -1,5 +1,7 @@
 """The model classes, and their registration with transformers' Auto classes."""
 
+import transformers  # noqa: F401 (first: its import registers our models, which import this package)
+
 from hf_megatron.models.bert.configuration_bert import MegatronBertConfig
 from hf_megatron.models.bert.modeling_bert import MegatronBertModel
 from hf_megatron.models.bert.modeling_bert_heads import (

@@ -17,8 +17,6 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from hf_megatron.errors import UnexpectedArgumentError
 
-__all__ = ["CACHE", "check_arguments", "refuse_arguments", "rename_cache"]
-
 # What this transformers calls the key-value cache in forwards, outputs and masks: 5.24 renamed past_key_values.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 

@@ -12,8 +12,6 @@ import torch
 from hf_megatron.models.arguments import check_arguments, rename_cache
 from hf_megatron.tensor_parallel import SequenceParallelRegion, gather_from_tensor_parallel_region
 
-__all__ = ["base_forward", "region_of_call"]
-
 
 def region_of_call(
     model: Any, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None

@@ -25,8 +25,6 @@ from hf_megatron.errors import RanksDifferError, UnsupportedError
 from hf_megatron.tensor_parallel import TensorParallelGroup, synchronize_random_state
 from hf_megatron.tensor_parallel.agreement import RankComparison, digests_of
 
-__all__ = ["ParallelGenerationMixin"]
-
 # These see nothing but tokens and scores, which are equal on all ranks.
 _SAME_EVERYWHERE = (ConfidenceCriteria, EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
 

@@ -19,8 +19,6 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers.distributed.sharding_utils import DtensorShardOperation
 
-__all__ = ["fill_normal", "initialization_seed", "seed_of_first_rank"]
-
 _BLOCK_ELEMENTS = 2**22  # 16 MiB of float32; changing it changes the weights that a seed gives
 
 _requested_seed: ContextVar[int | None] = ContextVar("requested_seed", default=None)

@@ -22,6 +22,7 @@ from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from hf_megatron.architectures import ModelClass, PartitionTable
 from hf_megatron.checkpoint import LazyTensor, canonicalise, open_checkpoint, open_files
 from hf_megatron.errors import (
     CheckpointFormatError,
@@ -31,7 +32,7 @@ from hf_megatron.errors import (
     UnsupportedError,
 )
 from hf_megatron.models.initialization import fill_normal, initialization_seed, local_seed, seed_of_first_rank
-from hf_megatron.models.layout import (
+from hf_megatron.models.processes import (
     barrier,
     check_distributed_config,
     is_first_rank,
@@ -44,10 +45,7 @@ from hf_megatron.models.recomputation import RecomputationMixin
 from hf_megatron.models.resizing import ResizingMixin
 from hf_megatron.models.saving import reasons, remove_shards, rewrite_config, swap_into_place
 from hf_megatron.models.uploading import HubMixin, Upload
-from hf_megatron.partition import ModelClass, PartitionTable
 from hf_megatron.tensor_parallel import SINGLE, TensorParallelGroup, non_finite_names, synchronize_random_state
-
-__all__ = ["MegatronModelMixin"]
 
 logger = logging.get_logger(__name__)
 

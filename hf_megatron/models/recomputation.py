@@ -14,8 +14,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_megatron.errors import UnsupportedError
 
-__all__ = ["RecomputationMixin"]
-
 
 class RecomputationMixin:
     """Adds selective recomputation to the activation checkpointing of ``PreTrainedModel``."""

@@ -8,8 +8,6 @@ from transformers import AutoConfig, AutoTokenizer, BertTokenizerFast, GPT2Token
 from hf_megatron.models.bert import configuration_bert, modeling_bert, modeling_bert_heads
 from hf_megatron.models.gpt2 import configuration_gpt2, modeling_gpt2, modeling_gpt2_heads
 
-__all__ = ["register"]
-
 _GPT2 = {
     "AutoModel": modeling_gpt2.MegatronGPT2Model,
     "AutoModelForCausalLM": modeling_gpt2_heads.MegatronGPT2LMHeadModel,

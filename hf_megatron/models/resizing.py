@@ -8,10 +8,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hf_megatron.errors import UnsupportedError
-from hf_megatron.modules import VocabParallelHead
+from hf_megatron.models.heads import VocabParallelHead
 from hf_megatron.tensor_parallel import TensorParallelGroup
-
-__all__ = ["ResizingMixin"]
 
 
 class ResizingMixin:

@@ -15,10 +15,8 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hf_megatron.architectures import PartitionTable
 from hf_megatron.checkpoint.sharded import is_shard
-from hf_megatron.partition import PartitionTable
-
-__all__ = ["reasons", "remove_shards", "rewrite_config", "swap_into_place"]
 
 _logger = logging.getLogger(__name__)
 

@@ -9,9 +9,7 @@ from typing import Any
 
 from transformers.utils.hub import create_and_tag_model_card, hf_api
 
-from hf_megatron.models.layout import share_failure
-
-__all__ = ["HubMixin", "Upload"]
+from hf_megatron.models.processes import share_failure
 
 # Arguments of the stock methods: of the repository, and of the commit.
 _REPOSITORY = ("private", "repo_type", "resource_group_id")

@@ -20,7 +20,6 @@ from hf_megatron.errors import PartitionError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Box", "FusedSplit", "Replicated", "Spec", "Split", "VocabSplit", "chunk_range"]
 
 Shape = tuple[int, ...]
 

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 from hf_megatron.partition.spec import Box, Shape
 
-__all__ = ["tiling_error"]
-
 
 def tiling_error(shape: Shape, boxes: Sequence[Box]) -> str | None:
     """Say how ``boxes`` fail to tile ``shape``, or None if they cover every element exactly once.

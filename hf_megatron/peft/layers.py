@@ -28,8 +28,6 @@ from hf_megatron.tensor_parallel import (
     parallelize_module,
 )
 
-__all__ = ["ADAPTABLE", "ParallelLora", "is_managed_by_fsdp"]
-
 ADAPTABLE = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 
 

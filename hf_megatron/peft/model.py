@@ -16,12 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hf_megatron.errors import CheckpointIncompleteError
-from hf_megatron.models.layout import barrier, is_first_rank
+from hf_megatron.models.processes import barrier, is_first_rank
 from hf_megatron.peft.layers import is_managed_by_fsdp
 from hf_megatron.peft.targets import adapting
 from hf_megatron.tensor_parallel import ParallelModule, local, parallelize_module
-
-__all__ = ["join_data_parallel_ranks", "with_our_methods"]
 
 
 class _MegatronPeftModel(PeftModel):

@@ -14,12 +14,10 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from hf_megatron.errors import UnsupportedError
+from hf_megatron.models.heads import VocabParallelHead
 from hf_megatron.models.pretrained import MegatronModelMixin
-from hf_megatron.modules import VocabParallelHead
 from hf_megatron.peft.layers import ADAPTABLE, ParallelLora
 from hf_megatron.tensor_parallel import ParallelModule, VocabParallelEmbedding
-
-__all__ = ["adapting"]
 
 # What of LoraConfig is honoured. Every other field has to keep its default, those that peft will add too.
 _HONOURED = {

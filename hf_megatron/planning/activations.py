@@ -18,18 +18,6 @@ from math import ceil
 from hf_megatron.planning.run import Run
 from hf_megatron.planning.shape import ModelShape
 
-__all__ = [
-    "LOGITS_PER_CHUNK",
-    "Kept",
-    "chunk_tokens",
-    "kept_by_embedding",
-    "kept_by_head",
-    "kept_by_layer",
-    "kept_by_loss",
-    "kept_for_recomputation",
-    "vocabulary",
-]
-
 # As in hf_megatron.tensor_parallel.linear_cross_entropy, which needs torch.
 LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**26}
 

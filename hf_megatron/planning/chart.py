@@ -12,8 +12,6 @@ from hf_megatron.planning.memory import MemoryPlan, plan_memory
 from hf_megatron.planning.run import Run
 from hf_megatron.planning.shape import ModelShape
 
-__all__ = ["draw_memory", "memory_by_degree"]
-
 _KINDS = ("parameters", "gradients", "optimizer", "activations", "logits_and_loss", "communication")
 _GIGA = 1e9
 

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from hf_megatron.errors import UnsupportedError
 
-__all__ = ["MACHINES", "Machine", "machine_named"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:

@@ -24,8 +24,6 @@ from hf_megatron.planning.activations import (
 from hf_megatron.planning.run import Run
 from hf_megatron.planning.shape import ModelShape
 
-__all__ = ["MemoryPlan", "gathered_parts", "local_numel", "plan_memory"]
-
 _STEP_COUNTER = 4  # bytes; torch's Adam has one for each parameter
 
 

@@ -15,8 +15,6 @@ from hf_megatron.planning.run import Run
 from hf_megatron.planning.shape import ModelShape
 from hf_megatron.planning.traffic import Collective, collectives, seconds
 
-__all__ = ["Plan", "StepTime", "layouts", "plan"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:

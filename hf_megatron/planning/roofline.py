@@ -18,8 +18,6 @@ from hf_megatron.planning.memory import local_numel
 from hf_megatron.planning.run import Run
 from hf_megatron.planning.shape import ModelShape
 
-__all__ = ["Operation", "head_operations", "layer_operations", "optimizer_bytes"]
-
 
 @dataclass(frozen=True, slots=True)
 class Operation:

@@ -10,8 +10,6 @@ from typing import Literal
 from hf_megatron.errors import PartitionError, UnsupportedError
 from hf_megatron.planning.shape import ModelShape
 
-__all__ = ["PRECISIONS", "Precision", "Recompute", "Run"]
-
 Recompute = Literal["none", "selective", "full"]
 
 

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import cast
 
+from hf_megatron.architectures import ModelClass, PartitionTable, table_for
 from hf_megatron.errors import CheckpointFormatError, UnsupportedError
-from hf_megatron.partition import ModelClass, PartitionTable, table_for
-
-__all__ = ["ModelShape"]
-
 
 # Activation functions that are one kernel in these models, and whether their backward pass needs the input. If it needs
 # the output instead, that is the next product's input, and kept in any case.

@@ -16,8 +16,6 @@ from hf_megatron.planning.memory import gathered_parts
 from hf_megatron.planning.run import Run
 from hf_megatron.planning.shape import ModelShape
 
-__all__ = ["Collective", "collectives", "seconds"]
-
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
 
 

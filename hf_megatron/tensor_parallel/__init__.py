@@ -23,6 +23,7 @@ from hf_megatron.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
     scatter_to_tensor_parallel_region,
 )
+from hf_megatron.tensor_parallel.placement import parallelize_module
 from hf_megatron.tensor_parallel.products import gathered_products
 from hf_megatron.tensor_parallel.random import (
     attention_dropout,
@@ -31,7 +32,6 @@ from hf_megatron.tensor_parallel.random import (
 )
 from hf_megatron.tensor_parallel.reused_memory import ReusedMemory
 from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion
-from hf_megatron.tensor_parallel.style import head_tp_plan_of, parallelize_module, tp_plan_of
 
 __all__ = [
     "SINGLE",
@@ -53,7 +53,6 @@ __all__ = [
     "gather_from_sequence_parallel_region",
     "gather_from_tensor_parallel_region",
     "gathered_products",
-    "head_tp_plan_of",
     "local",
     "non_finite_names",
     "parallelize_module",
@@ -62,7 +61,6 @@ __all__ = [
     "replicated_parameters",
     "scatter_to_tensor_parallel_region",
     "synchronize_random_state",
-    "tp_plan_of",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_linear_cross_entropy",
 ]

@@ -17,8 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from hf_megatron.errors import RanksDifferError
 
-__all__ = ["RankComparison", "digests_of", "parameters_held_whole"]
-
 _CAUSES = {
     "batch": "a data set, sampler or collator that depends on the rank, a clock or a random generator that differs; "
     "choose a stream's order by set_epoch(epoch), or by an attribute `generator`, which Trainer seeds",

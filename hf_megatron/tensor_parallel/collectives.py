@@ -18,8 +18,6 @@ import torch.distributed as dist
 
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
-__all__ = ["start_all_gather_single", "start_all_reduce", "start_reduce_scatter_single"]
-
 # How long a rank on a CPU asks whether a collective is done before it sleeps until it is. Gloo sums a few kilobytes in
 # less time than a thread needs to be put to sleep and woken, which decoding would pay ten times a token. Who waits
 # longer than this waits for the work of another rank. Where ranks outnumber the cores they all sleep: each that asks

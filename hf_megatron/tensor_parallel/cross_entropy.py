@@ -18,8 +18,6 @@ from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel.collectives import start_all_gather_single
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
-__all__ = ["Softmax", "Vocabulary", "check_target", "mean_scale", "vocab_parallel_cross_entropy", "wide"]
-
 # Logits that a CPU works on at a time, so that they stay in its cache from one operation to the next.
 _LOGITS_PER_BLOCK = 2**18
 

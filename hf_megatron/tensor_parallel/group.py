@@ -10,8 +10,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-__all__ = ["SINGLE", "TensorParallelGroup", "local", "non_finite_names"]
-
 
 @dataclass(frozen=True, slots=True)
 class TensorParallelGroup:

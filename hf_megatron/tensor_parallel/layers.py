@@ -29,19 +29,6 @@ from hf_megatron.tensor_parallel.products import copied_products
 from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion
 from hf_megatron.tensor_parallel.tied import sparse_lookup, tied_rows
 
-__all__ = [
-    "ColumnParallelLinear",
-    "HiddenDropout",
-    "ParallelModule",
-    "ReplicatedEmbedding",
-    "ReplicatedLayerNorm",
-    "ReplicatedLinear",
-    "RowParallelLinear",
-    "VocabParallelEmbedding",
-    "column_products",
-    "replicated_parameters",
-]
-
 WeightLayout = Literal["out_in", "in_out"]
 
 

@@ -23,8 +23,6 @@ from hf_megatron.tensor_parallel.cross_entropy import Softmax, Vocabulary, check
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 from hf_megatron.tensor_parallel.reused_memory import ReusedMemory
 
-__all__ = ["vocab_parallel_linear_cross_entropy"]
-
 # Logits that exist at a time. Smaller chunks read and write the weight's gradient more often than memory gains by it.
 _LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**26}
 

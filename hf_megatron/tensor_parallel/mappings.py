@@ -35,15 +35,6 @@ from hf_megatron.tensor_parallel.collectives import (
 )
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
-__all__ = [
-    "copy_to_tensor_parallel_region",
-    "gather_from_sequence_parallel_region",
-    "gather_from_tensor_parallel_region",
-    "reduce_from_tensor_parallel_region",
-    "reduce_scatter_to_sequence_parallel_region",
-    "scatter_to_tensor_parallel_region",
-]
-
 
 def copy_to_tensor_parallel_region(group: TensorParallelGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Enter the parallel region: the paper's ``f``.

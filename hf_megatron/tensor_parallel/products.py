@@ -17,8 +17,6 @@ from hf_megatron.tensor_parallel.mappings import (
     start_reduce_scatter,
 )
 
-__all__ = ["copied_products", "gathered_products"]
-
 
 def copied_products(
     group: TensorParallelGroup,

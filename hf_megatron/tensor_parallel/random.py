@@ -24,14 +24,6 @@ import torch.nn.functional as F
 from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
-__all__ = [
-    "attention_dropout",
-    "broadcast_from_first_rank",
-    "private_cuda_stream",
-    "sliced_dropout",
-    "synchronize_random_state",
-]
-
 # Sub-seeds are seed + head, and must not exceed what a torch.Generator accepts.
 _MAX_SEED = 2**62
 

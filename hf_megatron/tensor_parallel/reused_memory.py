@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["ReusedMemory"]
-
 
 class ReusedMemory:
     """Where to put a large tensor that is computed anew in every step, such as the gradient of a head's weight.

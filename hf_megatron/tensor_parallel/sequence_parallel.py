@@ -30,8 +30,6 @@ from hf_megatron.tensor_parallel.mappings import (
 from hf_megatron.tensor_parallel.products import gathered_products
 from hf_megatron.tensor_parallel.random import sliced_dropout
 
-__all__ = ["SequenceParallelRegion"]
-
 _SEQUENCE_DIM = -2
 
 

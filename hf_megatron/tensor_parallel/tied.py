@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["sparse_lookup", "tied_rows"]
-
 
 def tied_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One weight twice, for :func:`sparse_lookup` and for a head.

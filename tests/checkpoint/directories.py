@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hf_megatron.partition import Box, table_for
+from hf_megatron.architectures import table_for
+from hf_megatron.partition import Box
 
 Tensors = dict[str, torch.Tensor]
 Placed = dict[str, list[tuple[int, Box]]]  # name -> (index of the shard file, box) of every piece

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hf_megatron.architectures import GPT2
 from hf_megatron.checkpoint import canonicalise, model_class_of, open_checkpoint, read_header, require_complete
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, UnsupportedError
-from hf_megatron.partition import GPT2, Box, Replicated, chunk_range
+from hf_megatron.partition import Box, Replicated, chunk_range
 from tests.checkpoint.directories import (
     CONFIG,
     SHARD_NAME,

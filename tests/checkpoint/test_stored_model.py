@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from hf_megatron.architectures import BERT_POST, table_for
 from hf_megatron.checkpoint import open_checkpoint, require_complete, stored_model
 from hf_megatron.errors import CheckpointFormatError
-from hf_megatron.partition import BERT_POST, table_for
 from tests.checkpoint.directories import CONFIG, Tensors, model_tensors, write_hub
 
 BERT: dict[str, Any] = {

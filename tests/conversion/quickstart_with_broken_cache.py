@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_megatron.commands.quickstart.train import main
 from hf_megatron.models import forward
-from hf_megatron_conversion.quickstart.train import main
 
 
 def _without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hf_megatron_conversion import convert, execute, staging
 from tests.conversion.checkpoints import directory_bytes, hub_bytes, tp_entries
 from tests.repository import ROOT
 
-_CHILD = "import sys; from hf_megatron_conversion.cli import main; main()"
+_CHILD = "import sys; from hf_megatron.commands.cli import main; main()"
 
 
 def _child(code: str, *arguments: str) -> list[str]:
@@ -24,7 +24,7 @@ def _child(code: str, *arguments: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'conversion'}", "HF_MEGATRON_REGISTER": "0"}
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'conversion'}"}
 
 
 _KILLED = """
@@ -74,7 +74,7 @@ def test_kill_leaves_the_old_destination(tied: Path, untied: Path, tmp_path: Pat
 def test_terminate_cleans_up(tied: Path, tmp_path: Path) -> None:
     """Catches hidden directories left by a scheduler's SIGTERM, for which there is time to clean up."""
     code = _KILLED.replace("SIGKILL", "SIGTERM").split("source, destination")[0]
-    code += "from hf_megatron_conversion import cli, console\n"
+    code += "from hf_megatron.commands import cli, console\n"
     code += "class Bar(Killer):\n    def __init__(self, bars): self.left = 1000\n"
     code += "console.ProgressBar = Bar\ncli.main()"
     arguments = ("convert", str(tied), str(tmp_path / "tp"), "--to", "tp", "--tp", "2", "--json")

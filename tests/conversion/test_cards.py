@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_megatron.architectures.presets import PRESETS
 from hf_megatron.planning import ModelShape
 from hf_megatron.planning.memory import local_numel
-from hf_megatron.presets import PRESETS
 from hf_megatron_conversion import convert
 from hf_megatron_conversion.card_text import TEMPLATE
 from tests.conversion.checkpoints import save_stock

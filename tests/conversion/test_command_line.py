@@ -16,7 +16,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import hf_megatron
-from hf_megatron_conversion import cli, convert
+from hf_megatron.commands import cli
+from hf_megatron_conversion import convert
 from tests.conversion.checkpoints import read_config, save_stock
 from tests.repository import ROOT
 
@@ -291,7 +292,7 @@ def _seconds(*command: str) -> float:
 def test_inspect_needs_neither_torch_nor_transformers(tied: Path) -> None:
     """Catches an import that makes a look at a header wait for seconds; and the time itself."""
     watched = (
-        "import sys; from hf_megatron_conversion.cli import run; code = run(sys.argv[1:]); "
+        "import sys; from hf_megatron.commands.cli import run; code = run(sys.argv[1:]); "
         "sys.exit(code or bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     inspect = min(_seconds("-c", watched, "inspect", str(tied)) for _ in range(2))
@@ -324,7 +325,7 @@ def test_quickstart_is_offered_with_its_options(run: Callable[..., tuple[int, st
     """Catches the command line and the quickstart drifting apart."""
     import inspect as introspection
 
-    from hf_megatron_conversion.quickstart import quickstart
+    from hf_megatron.commands.quickstart import quickstart
 
     assert {"tp_size", "output", "overwrite", "say"} <= set(introspection.signature(quickstart).parameters)
     code, out, _ = run("quickstart", "--help")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from hf_megatron.evaluation import evaluate_lambada, evaluate_wikitext103
-from hf_megatron_conversion import cli, convert
+from hf_megatron.commands import cli
+from hf_megatron.paper.evaluation import evaluate_lambada, evaluate_wikitext103
+from hf_megatron_conversion import convert
 from tests.evaluation.models import PASSAGES, TEXT, load, save_model
 
 _KEYS = {"task", "model", "tp_size", "perplexity", "accuracy", "tokens", "original_tokens", "examples", "seconds"}

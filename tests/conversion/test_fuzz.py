@@ -258,7 +258,7 @@ def test_damaged_sources_on_the_command_line(pristine: dict[str, Path], tmp_path
     kinds = list(_CASES)
     script = (
         "import json, sys\n"
-        "from hf_megatron_conversion import cli\n"
+        "from hf_megatron.commands import cli\n"
         "print(json.dumps([cli.run(line) for line in json.loads(sys.argv[1])]))\n"
     )
     lines = []

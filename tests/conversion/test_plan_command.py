@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from hf_megatron.presets import PRESETS
-from hf_megatron_conversion import cli, convert
+from hf_megatron.architectures.presets import PRESETS
+from hf_megatron.commands import cli
+from hf_megatron_conversion import convert
 from tests.repository import ROOT
 
 _KEYS = {
@@ -170,7 +171,7 @@ def test_what_cannot_be_planned(arguments: list[str], told: str, capfd: pytest.C
 def test_planning_needs_neither_torch_nor_transformers() -> None:
     """Catches an import that makes a plan wait for seconds."""
     watched = (
-        "import sys; from hf_megatron_conversion.cli import run; code = run(sys.argv[1:]); "
+        "import sys; from hf_megatron.commands.cli import run; code = run(sys.argv[1:]); "
         "sys.exit(code or bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'conversion'}"}

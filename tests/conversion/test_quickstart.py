@@ -84,7 +84,7 @@ def test_a_broken_cache_fails(
 
     A model that has learned less writes one token for ever, with or without a cache.
     """
-    from hf_megatron_conversion import cli, quickstart
+    from hf_megatron.commands import cli, quickstart
 
     monkeypatch.setattr(quickstart, "_TRAINING", "tests.conversion.quickstart_with_broken_cache")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "conversion"))))
@@ -104,7 +104,7 @@ class _WritesItsRank:
 
 
 def _write() -> str:
-    from hf_megatron_conversion.quickstart.train import write
+    from hf_megatron.commands.quickstart.train import write
 
     try:
         write(_WritesItsRank(), {})  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def test_the_default_run_learns(tmp_path: Path) -> None:
 
 def test_nothing_is_left_where_a_stage_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a half-finished directory after an error."""
-    from hf_megatron_conversion import quickstart
+    from hf_megatron.commands import quickstart
 
     def fail(*arguments: object) -> None:
         raise HfMegatronError("training failed")

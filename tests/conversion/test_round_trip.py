@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronGPT2LMHeadModel
-from hf_megatron.partition import TABLES, PartitionTable
+from hf_megatron.architectures import TABLES, PartitionTable
 from hf_megatron_conversion import convert, inspect, verify
 from tests.conversion.checkpoints import directory_bytes, hub_bytes, read_config, save_stock, tp_entries
 from tests.distributed import RankPool

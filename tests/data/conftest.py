@@ -7,7 +7,7 @@ from pydoc_data.topics import topics
 import pytest
 from transformers import BertTokenizerFast, PreTrainedTokenizerBase
 
-from hf_megatron.data import tokenize_sentences
+from hf_megatron.paper.data import tokenize_sentences
 
 Document = list[list[int]]
 

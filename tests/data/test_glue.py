@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
-from hf_megatron.data import PAIR_TASKS, read_sentence_pairs, sentence_pairs_from_hub
 from hf_megatron.errors import DataError
+from hf_megatron.paper.data import PAIR_TASKS, read_sentence_pairs, sentence_pairs_from_hub
 
 _MNLI, _QQP = PAIR_TASKS["mnli"], PAIR_TASKS["qqp"]
 

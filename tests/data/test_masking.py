@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizerFast, GPT2TokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_megatron.data import NgramMasking
 from hf_megatron.errors import DataError
+from hf_megatron.paper.data import NgramMasking
 from tests.data.conftest import Document
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_megatron.data import PackedDocuments
 from hf_megatron.errors import DataError
+from hf_megatron.paper.data import PackedDocuments
 
 _END = 99
 

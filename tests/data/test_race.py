@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import DataCollatorForMultipleChoice, PreTrainedTokenizerBase
 
-from hf_megatron.data import RaceQuestion, RaceQuestions, read_race
 from hf_megatron.errors import DataError
+from hf_megatron.paper.data import RaceQuestion, RaceQuestions, read_race
 
 _ARTICLE = "The import statement finds a module and binds a name. " * 4
 _OPTIONS = ["a module", "a name", "nothing at all", "an exception"]

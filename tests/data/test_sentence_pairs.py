@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import BertTokenizerFast, GPT2TokenizerFast, PreTrainedTokenizerBase
 
-from hf_megatron.data import sentence_order_pairs, tokenize_sentences
 from hf_megatron.errors import DataError
+from hf_megatron.paper.data import sentence_order_pairs, tokenize_sentences
 from tests.data.conftest import Document
 
 

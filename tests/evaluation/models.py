@@ -9,7 +9,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from hf_megatron.evaluation import detokenize_wikitext
+from hf_megatron.paper.evaluation import detokenize_wikitext
 
 WINDOW = 48  # positions of the model
 

@@ -11,8 +11,8 @@ import torch
 
 from hf_megatron import MegatronGPT2LMHeadModel
 from hf_megatron.errors import DataError
-from hf_megatron.evaluation import Passage, evaluate_lambada, read_passages
-from hf_megatron.evaluation.scoring import encode
+from hf_megatron.paper.evaluation import Passage, evaluate_lambada, read_passages
+from hf_megatron.paper.evaluation.scoring import encode
 from tests.evaluation.models import PASSAGES, load
 from tests.models.reference import Pool, layout, run_at
 

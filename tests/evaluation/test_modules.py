@@ -8,7 +8,7 @@ import evaluate
 import pytest
 
 from hf_megatron.errors import DataError
-from hf_megatron.evaluation import MODULES, evaluate_lambada, evaluate_wikitext103, module_path
+from hf_megatron.paper.evaluation import MODULES, evaluate_lambada, evaluate_wikitext103, module_path
 from tests.evaluation.models import PASSAGES, TEXT, load
 
 

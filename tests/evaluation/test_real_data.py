@@ -12,8 +12,8 @@ from pathlib import Path
 
 from transformers import GPT2TokenizerFast
 
-from hf_megatron.evaluation import Passage, detokenize_wikitext, read_passages
-from hf_megatron.evaluation.scoring import encode
+from hf_megatron.paper.evaluation import Passage, detokenize_wikitext, read_passages
+from hf_megatron.paper.evaluation.scoring import encode
 
 _ROOT = Path(os.environ["HF_MEGATRON_EVALUATION_DATA"])
 

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from hf_megatron import MegatronGPT2ForTokenClassification, MegatronGPT2LMHeadModel
+from hf_megatron.architectures import GPT2
 from hf_megatron.checkpoint import LazyTensor
-from hf_megatron.partition import GPT2, Box, Replicated
+from hf_megatron.partition import Box, Replicated
 from tests.models.reference import Pool, assert_all_equal, full_weights, layout, rank, run_at, save_distributed
 from tests.tiers import quick
 

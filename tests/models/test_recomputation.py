@@ -21,7 +21,7 @@ from hf_megatron import (
 )
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.arguments import CACHE
-from hf_megatron.modules import ParallelAttention
+from hf_megatron.models.attention import ParallelAttention
 from hf_megatron.tensor_parallel import RowParallelLinear
 
 V, S, LAYERS = 131, 16, 4

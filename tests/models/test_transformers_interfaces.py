@@ -41,7 +41,7 @@ from hf_megatron import (
 )
 from hf_megatron.checkpoint.sharded import SHARDING_INFO, is_shard
 from hf_megatron.models.arguments import CACHE
-from hf_megatron.tensor_parallel.style import STYLE_NAME
+from hf_megatron.models.parallel_style import STYLE_NAME
 from tests.models.reference import TINY
 
 StockDir = Callable[[str], Path]

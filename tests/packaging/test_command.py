@@ -9,7 +9,7 @@ import time
 
 from tests.repository import ROOT
 
-_HELP = "import sys; sys.argv = ['hf-megatron', '--help']; from hf_megatron_conversion.cli import main; main()"
+_HELP = "import sys; sys.argv = ['hf-megatron', '--help']; from hf_megatron.commands.cli import main; main()"
 _HEAVY = {"accelerate", "datasets", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
 
 
@@ -22,7 +22,7 @@ def _run(*options: str) -> subprocess.CompletedProcess[str]:
 def test_help_imports_nothing_heavy() -> None:
     """Catches a top-level import that makes `--help` (and shell completion) wait for torch or transformers."""
     imported = {line.rpartition("|")[2].strip() for line in _run("-X", "importtime").stderr.splitlines()}
-    assert "hf_megatron_conversion.cli" in imported
+    assert "hf_megatron.commands.cli" in imported
     assert not imported & _HEAVY
 
 

@@ -9,8 +9,9 @@ import torch
 import transformers
 from transformers import BertConfig, MegatronBertConfig
 
+from hf_megatron.architectures import BERT_POST, BERT_PRE, PartitionTable, table_for
 from hf_megatron.errors import PartitionError, UnsupportedError
-from hf_megatron.partition import BERT_POST, BERT_PRE, PartitionTable, Replicated, Split, VocabSplit, table_for
+from hf_megatron.partition import Replicated, Split, VocabSplit
 
 STOCK_CONFIG: dict[str, Any] = {"bert": BertConfig, "megatron-bert": MegatronBertConfig}
 PLACEMENTS = [pytest.param(BERT_PRE, id="pre"), pytest.param(BERT_POST, id="post")]

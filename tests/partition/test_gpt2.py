@@ -13,8 +13,9 @@ import torch
 import transformers
 from transformers import GPT2Config
 
+from hf_megatron.architectures import GPT2, table_for
 from hf_megatron.errors import PartitionError, UnsupportedError
-from hf_megatron.partition import GPT2, FusedSplit, Replicated, Split, VocabSplit, table_for
+from hf_megatron.partition import FusedSplit, Replicated, Split, VocabSplit
 from tests.repository import ROOT
 
 SIZES = {
@@ -190,6 +191,6 @@ def test_the_table_needs_neither_torch_nor_transformers() -> None:
         "GPT2.check_degree({}, 4)\n"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MEGATRON_REGISTER": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True)
     assert not {"numpy", "safetensors", "torch", "transformers"} & set(done.stdout.split())

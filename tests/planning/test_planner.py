@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from hf_megatron.architectures.presets import PRESETS
 from hf_megatron.errors import CheckpointFormatError, PartitionError, UnsupportedError
 from hf_megatron.planning import MACHINES, PRECISIONS, Machine, ModelShape, Plan, Run, layouts, machine_named, plan
 from hf_megatron.planning.chart import draw_memory, memory_by_degree
-from hf_megatron.presets import PRESETS
 
 _DGX2 = MACHINES["v100-32gb"]
 

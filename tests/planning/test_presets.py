@@ -11,10 +11,10 @@ from hf_megatron import (
     MegatronGPT2Config,
     MegatronGPT2LMHeadModel,
 )
+from hf_megatron.architectures.presets import PRESETS, preset_named
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.planning import ModelShape
 from hf_megatron.planning.memory import local_numel
-from hf_megatron.presets import PRESETS, preset_named
 
 # Layers, hidden size, heads: tables 1, 2 and 4 of the paper.
 _PAPER = {

@@ -10,7 +10,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from hf_megatron.partition import GPT2, FusedSplit, Replicated, Spec, Split, VocabSplit
+from hf_megatron.architectures import GPT2
+from hf_megatron.models.parallel_style import STYLE_NAME, head_tp_plan_of, tp_plan_of
+from hf_megatron.partition import FusedSplit, Replicated, Spec, Split, VocabSplit
 from hf_megatron.tensor_parallel import (
     SINGLE,
     ColumnParallelLinear,
@@ -19,12 +21,10 @@ from hf_megatron.tensor_parallel import (
     RowParallelLinear,
     TensorParallelGroup,
     VocabParallelEmbedding,
-    head_tp_plan_of,
     local,
     parallelize_module,
-    tp_plan_of,
 )
-from hf_megatron.tensor_parallel.style import STYLE_NAME, placement_of
+from hf_megatron.tensor_parallel.placement import placement_of
 from tests.tensor_parallel.ranks import TP_SIZES, Pool, group, mesh
 
 SPECS: dict[str, Spec] = {

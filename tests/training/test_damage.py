@@ -22,7 +22,7 @@ from hf_megatron.errors import (
     DivergenceError,
     ParallelStateError,
 )
-from hf_megatron.training_state import last_usable_checkpoint
+from hf_megatron.training.training_state import last_usable_checkpoint
 from tests.models.reference import Pool, layout, rank, save_stock
 from tests.training.runs import LAYOUTS, Run, make_trainer, on_ranks, train
 from tests.training.test_failure import AtStep

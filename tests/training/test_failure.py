@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_megatron.errors import DivergenceError
-from hf_megatron.training_state import remove_old_checkpoints, tidy_checkpoints
+from hf_megatron.training.training_state import remove_old_checkpoints, tidy_checkpoints
 from tests.distributed import RankFailedError
 from tests.models.reference import Pool, rank, save_stock
 from tests.training.runs import LAYOUTS, Run, full_weights, make_trainer, on_ranks, train
@@ -131,7 +131,7 @@ def test_a_loss_that_does_no_harm_is_reported_with_its_step(
 ) -> None:
     """Catches a nan that Trainer's filter keeps out of the log, so that nobody hears of it."""
     warnings: list[str] = []
-    monkeypatch.setattr("hf_megatron.trainer.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_megatron.training.trainer.logger.warning", warnings.append)
     trainer = make_trainer(Run(gpt2, tmp_path, arguments={"logging_nan_inf_filter": True, "save_strategy": "no"}))
     stock = trainer.compute_loss
 
@@ -203,7 +203,7 @@ def test_a_checkpoint_being_deleted_has_no_checkpoints_name(tmp_path: Path, monk
     def killed(path: Path, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_megatron.training_state.shutil.rmtree", killed)
+    monkeypatch.setattr("hf_megatron.training.training_state.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         remove_old_checkpoints(tmp_path, 1, None)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]

@@ -17,7 +17,7 @@ from hf_megatron import (
     MegatronTrainer,
 )
 from hf_megatron.errors import PartitionError, UnsupportedError
-from hf_megatron.recipe import (
+from hf_megatron.paper.recipe import (
     BERT_PRETRAINING,
     FINETUNING_TASKS,
     GPT2_PRETRAINING,

@@ -232,7 +232,7 @@ def test_an_interrupted_save_is_no_checkpoint(gpt2: Path, tmp_path: Path, monkey
     trainer = make_trainer(replace(run, arguments={"save_steps": 2, "max_steps": 2}))
     trainer.train()
     with monkeypatch.context() as patch:
-        patch.setattr("hf_megatron.checkpointing.finish_checkpoint", break_off)
+        patch.setattr("hf_megatron.training.checkpoints.finish_checkpoint", break_off)
         trainer = make_trainer(replace(run, arguments={"save_steps": 4, "max_steps": 4}))
         with pytest.raises(KeyboardInterrupt):
             trainer.train(resume_from_checkpoint=True)

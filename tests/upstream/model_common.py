@@ -20,7 +20,7 @@ from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 import hf_megatron
-from hf_megatron.partition import BERT_POST, BERT_PRE, GPT2, PartitionTable
+from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, PartitionTable
 
 # Only a sample of transformers' models takes these tests by default, to save time.
 tensor_parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES = None

@@ -22,7 +22,7 @@ from transformers.models.bert import modeling_bert
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.megatron_bert import modeling_megatron_bert
 
-from hf_megatron.partition import BERT_POST, BERT_PRE, GPT2, PartitionTable
+from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, PartitionTable
 from tests.repository import ROOT
 
 _HERE = Path(__file__).resolve().parent

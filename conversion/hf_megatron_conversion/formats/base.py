@@ -13,23 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from hf_megatron.architectures import ModelClass, PartitionTable, table_for
 from hf_megatron.checkpoint import model_class_of, open_checkpoint, read_header, require_complete, stored_model
 from hf_megatron.errors import CheckpointFormatError, UnsupportedError
-from hf_megatron.partition import ModelClass, PartitionTable, table_for
 from hf_megatron_conversion.files import OutputFile
 from hf_megatron_conversion.formats import FormatName
 from hf_megatron_conversion.tensors import Readable
-
-__all__ = [
-    "Format",
-    "Given",
-    "Model",
-    "ModelType",
-    "Target",
-    "load_config",
-    "read_transformers_directory",
-    "warn_of_padding",
-]
 
 _logger = logging.getLogger(__name__)
 

@@ -16,8 +16,6 @@ from hf_megatron_conversion.formats import FormatName
 from hf_megatron_conversion.formats.base import Given, Model, ModelType, Target, read_transformers_directory
 from hf_megatron_conversion.tensors import Readable
 
-__all__ = ["HubFormat"]
-
 _INDEX = "model.safetensors.index.json"
 # save_pretrained's own default in transformers 5.23.
 _MAX_SHARD_SIZE = "50GB"

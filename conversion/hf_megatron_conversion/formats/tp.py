@@ -17,8 +17,6 @@ from hf_megatron_conversion.files import CopiedFile, OutputFile, Part, Safetenso
 from hf_megatron_conversion.formats import FormatName
 from hf_megatron_conversion.formats.base import Given, Model, ModelType, Target, read_transformers_directory
 
-__all__ = ["TpFormat"]
-
 
 class TpFormat:
     """``shard-0000R-model-00001-of-00001.safetensors`` for each rank; the metadata says where each box starts."""

@@ -9,12 +9,10 @@ from typing import Any, ClassVar, Literal, Self
 from transformers import BertConfig
 from transformers import MegatronBertConfig as StockMegatronBertConfig
 
+from hf_megatron.architectures import BERT_POST, BERT_PRE, PartitionTable
+from hf_megatron.architectures.presets import preset_named
 from hf_megatron.errors import UnsupportedError
-from hf_megatron.partition import BERT_POST, BERT_PRE, PartitionTable
-from hf_megatron.presets import preset_named
-from hf_megatron.tensor_parallel import tp_plan_of
-
-__all__ = ["MegatronBertConfig", "table_of_placement"]
+from hf_megatron.models.parallel_style import tp_plan_of
 
 _TABLES = {"pre": BERT_PRE, "post": BERT_POST}
 _STOCK = {BERT_PRE.stock_model_type: ("pre", StockMegatronBertConfig), BERT_POST.stock_model_type: ("post", BertConfig)}
@@ -76,7 +74,7 @@ class ParallelBertConfig(BertConfig):
         """The configuration of one of the paper's models, such as ``bert-3.9b``.
 
         Args:
-            name: See ``hf_megatron.presets``.
+            name: See ``hf_megatron.architectures.presets``.
             **changes: What is to differ, such as ``layernorm_placement="post"``.
 
         Raises:

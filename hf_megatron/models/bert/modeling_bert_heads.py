@@ -27,21 +27,15 @@ from transformers.models.bert.modeling_bert import (
 )
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from hf_megatron.architectures import BERT_PRE
 from hf_megatron.errors import UnsupportedError
+from hf_megatron.models.activations import activation
 from hf_megatron.models.bert.configuration_bert import MegatronBertConfig
 from hf_megatron.models.bert.modeling_bert import MegatronBertModel, MegatronBertPreTrainedModel
-from hf_megatron.modules import VocabParallelHead, activation, masked_lm_loss, tied_weight
-from hf_megatron.partition import BERT_PRE, Spec, VocabSplit
-from hf_megatron.tensor_parallel import ParallelModule, ReplicatedLayerNorm, ReplicatedLinear, head_tp_plan_of
-
-__all__ = [
-    "MegatronBertForMaskedLM",
-    "MegatronBertForMultipleChoice",
-    "MegatronBertForPreTraining",
-    "MegatronBertForQuestionAnswering",
-    "MegatronBertForSequenceClassification",
-    "MegatronBertForTokenClassification",
-]
+from hf_megatron.models.heads import VocabParallelHead, masked_lm_loss, tied_weight
+from hf_megatron.models.parallel_style import head_tp_plan_of
+from hf_megatron.partition import Spec, VocabSplit
+from hf_megatron.tensor_parallel import ParallelModule, ReplicatedLayerNorm, ReplicatedLinear
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "label_smoothing")
 

@@ -7,11 +7,9 @@ from typing import Any, ClassVar, Self
 
 from transformers import GPT2Config
 
-from hf_megatron.partition import GPT2
-from hf_megatron.presets import preset_named
-from hf_megatron.tensor_parallel import tp_plan_of
-
-__all__ = ["MegatronGPT2Config"]
+from hf_megatron.architectures import GPT2
+from hf_megatron.architectures.presets import preset_named
+from hf_megatron.models.parallel_style import tp_plan_of
 
 
 class MegatronGPT2Config(GPT2Config):
@@ -42,7 +40,7 @@ class MegatronGPT2Config(GPT2Config):
         """The configuration of one of the paper's models, such as ``gpt2-8.3b``.
 
         Args:
-            name: See ``hf_megatron.presets``.
+            name: See ``hf_megatron.architectures.presets``.
             **changes: What is to differ, such as ``vocab_size=51200``.
 
         Raises:

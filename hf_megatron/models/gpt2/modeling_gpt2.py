@@ -23,12 +23,13 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2Model, GPT2Pre
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from hf_megatron.architectures import GPT2, PartitionTable
+from hf_megatron.models.activations import activation
 from hf_megatron.models.arguments import CACHE, refuse_arguments
+from hf_megatron.models.attention import ParallelAttention
 from hf_megatron.models.forward import base_forward
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
 from hf_megatron.models.pretrained import MegatronModelMixin
-from hf_megatron.modules import ParallelAttention, activation
-from hf_megatron.partition import GPT2, PartitionTable
 from hf_megatron.tensor_parallel import (
     ColumnParallelLinear,
     HiddenDropout,
@@ -39,8 +40,6 @@ from hf_megatron.tensor_parallel import (
     VocabParallelEmbedding,
     replicated_parameters,
 )
-
-__all__ = ["MegatronGPT2Model", "MegatronGPT2PreTrainedModel"]
 
 
 class MegatronGPT2Attention(ParallelAttention):

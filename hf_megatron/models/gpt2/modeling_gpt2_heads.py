@@ -23,25 +23,15 @@ from transformers.models.gpt2.modeling_gpt2 import (
 )
 from transformers.utils import can_return_tuple
 
+from hf_megatron.architectures import GPT2
 from hf_megatron.models.arguments import CACHE
 from hf_megatron.models.forward import region_of_call
 from hf_megatron.models.generation import ParallelGenerationMixin
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
 from hf_megatron.models.gpt2.modeling_gpt2 import MegatronGPT2Model, MegatronGPT2PreTrainedModel
-from hf_megatron.modules import VocabParallelHead, causal_lm_loss, next_token_labels, tied_weight
-from hf_megatron.partition import GPT2
-from hf_megatron.tensor_parallel import (
-    ReplicatedLinear,
-    SequenceParallelRegion,
-    head_tp_plan_of,
-)
-
-__all__ = [
-    "MegatronGPT2ForQuestionAnswering",
-    "MegatronGPT2ForSequenceClassification",
-    "MegatronGPT2ForTokenClassification",
-    "MegatronGPT2LMHeadModel",
-]
+from hf_megatron.models.heads import VocabParallelHead, causal_lm_loss, next_token_labels, tied_weight
+from hf_megatron.models.parallel_style import head_tp_plan_of
+from hf_megatron.tensor_parallel import ReplicatedLinear, SequenceParallelRegion
 
 
 class MegatronGPT2LMHeadModel(ParallelGenerationMixin, MegatronGPT2PreTrainedModel, GPT2LMHeadModel):

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from hf_megatron.commands import cli
 from hf_megatron.errors import CheckpointError, CheckpointIncompleteError, HfMegatronError
-from hf_megatron_conversion import cli, convert
+from hf_megatron_conversion import convert
 from tests.conversion.megatron_lm.generator import (
     HEADS,
     HIDDEN,

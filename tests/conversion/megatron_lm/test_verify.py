@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import hf_megatron
-from hf_megatron_conversion import cli, convert, logits, sample, verify
+from hf_megatron.commands import cli
+from hf_megatron_conversion import convert, logits, sample, verify
 from hf_megatron_conversion.formats import read_model
 from hf_megatron_conversion.formats.base import Given
 from hf_megatron_conversion.formats.megatron_lm import arguments, config, merge, reader

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_megatron import MegatronBertConfig, MegatronBertForMaskedLM, MegatronBertForPreTraining
+from hf_megatron.architectures import BERT_POST
 from hf_megatron.checkpoint import LazyTensor
 from hf_megatron.errors import CheckpointFormatError, PartitionError
-from hf_megatron.partition import BERT_POST, Box
+from hf_megatron.partition import Box
 from tests.models.bert.reference import (
     HEADS,
     PLACEMENTS,

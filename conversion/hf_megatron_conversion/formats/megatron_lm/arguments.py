@@ -13,19 +13,6 @@ from typing import Any
 
 from hf_megatron.checkpoint.unpickle import Call, Global
 
-__all__ = [
-    "ERF",
-    "TANH",
-    "Activations",
-    "Arguments",
-    "activations",
-    "padded_vocab_size",
-    "stored_layers",
-    "unsupported",
-    "value_of",
-    "vocab_size_of",
-]
-
 Arguments = Mapping[str, Any]
 
 TANH = ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate")

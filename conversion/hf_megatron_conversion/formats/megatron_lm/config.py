@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, PartitionTable, table_for
 from hf_megatron.errors import UnsupportedError
-from hf_megatron.partition import BERT_POST, BERT_PRE, GPT2, PartitionTable, table_for
 from hf_megatron_conversion.formats.megatron_lm.arguments import (
     ERF,
     TANH,
@@ -18,8 +18,6 @@ from hf_megatron_conversion.formats.megatron_lm.arguments import (
     value_of,
     vocab_size_of,
 )
-
-__all__ = ["EPSILON", "Found", "Outside", "config_of"]
 
 _logger = logging.getLogger(__name__)
 

@@ -11,8 +11,6 @@ from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.formats.base import Model
 from hf_megatron_conversion.formats.megatron_lm.arguments import ERF, TANH
 
-__all__ = ["arguments_of"]
-
 _logger = logging.getLogger(__name__)
 
 # The stock configurations' own defaults, for what config.json leaves out.

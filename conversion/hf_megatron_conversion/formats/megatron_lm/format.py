@@ -14,8 +14,6 @@ from hf_megatron_conversion.formats.megatron_lm.ranks import is_megatron_lm
 from hf_megatron_conversion.formats.megatron_lm.reader import Opened, open_megatron_lm
 from hf_megatron_conversion.tokenizer_files import tokenizer_facts
 
-__all__ = ["MegatronLmFormat"]
-
 
 class MegatronLmFormat:
     """One pickle per rank, with Megatron-LM's names, order of queries, keys and values, and padded vocabulary."""

@@ -9,8 +9,6 @@ from math import prod
 from hf_megatron.checkpoint import LazyTensor, Piece, itemsize
 from hf_megatron.partition import Box
 
-__all__ = ["fused_qkv", "joined", "one_of_qkv"]
-
 
 def joined(shards: Sequence[LazyTensor], dim: int, limit: int | None = None) -> LazyTensor:
     """The shards one after the other along ``dim``, of which the first ``limit`` entries are kept."""

@@ -10,9 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from hf_megatron.partition import PartitionTable
-
-__all__ = ["COLUMN", "ROW", "VOCABULARY", "is_ignored", "megatron_names", "own_name", "split_layer"]
+from hf_megatron.architectures import PartitionTable
 
 _QKV = "self_attention.query_key_value"
 _DENSE = "self_attention.dense"

@@ -14,8 +14,6 @@ from hf_megatron.checkpoint.unpickle import Call
 from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError
 from hf_megatron_conversion.formats.megatron_lm.names import is_ignored, own_name
 
-__all__ = ["Rank", "is_megatron_lm", "iteration_directory", "open_ranks"]
-
 _TRACKER = "latest_checkpointed_iteration.txt"
 _FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")
 _ITERATION = re.compile(r"iter_\d{7,}|release")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_megatron.architectures import ModelClass, PartitionTable, Tensor
 from hf_megatron.checkpoint import DTYPES, LazyTensor, listed
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
-from hf_megatron.partition import Box, ModelClass, PartitionTable, Tensor
+from hf_megatron.partition import Box
 from hf_megatron_conversion.formats.megatron_lm.arguments import Arguments, stored_layers, unsupported
 from hf_megatron_conversion.formats.megatron_lm.config import Found, Outside, config_of
 from hf_megatron_conversion.formats.megatron_lm.merge import fused_qkv, joined, one_of_qkv
@@ -18,8 +19,6 @@ from hf_megatron_conversion.formats.megatron_lm.ranks import Rank, iteration_dir
 from hf_megatron_conversion.formats.megatron_lm.stages import Shards, common, merged_stages
 from hf_megatron_conversion.formats.megatron_lm.views import Filled, Memo, Transposed
 from hf_megatron_conversion.tensors import Readable, bounded
-
-__all__ = ["Opened", "open_megatron_lm"]
 
 _WORDS, _POSITIONS, _TOKEN_TYPES = (f"{kind}_embeddings.weight" for kind in ("word", "position", "tokentype"))
 _HEAD, _HEAD_COPY = "output_layer.weight", "word_embeddings_for_head.weight"

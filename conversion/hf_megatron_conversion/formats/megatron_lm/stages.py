@@ -10,8 +10,6 @@ from hf_megatron_conversion.formats.megatron_lm.arguments import Arguments, valu
 from hf_megatron_conversion.formats.megatron_lm.names import split_layer
 from hf_megatron_conversion.formats.megatron_lm.ranks import Rank
 
-__all__ = ["Shards", "common", "merged_stages"]
-
 _VERSIONS = (0.0, 1.0, 2.0, 3.0)
 # Of the arguments those that would show that the files are not of one model.
 _COMPARED = (

@@ -13,7 +13,6 @@ from hf_megatron_conversion.tensors import Readable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Filled", "Memo", "Padded", "Stacked", "Transposed", "narrowed"]
 
 # What lies in runs of this length is read run by run; of shorter ones everything is read.
 _MIN_RUN_BYTES = 4096

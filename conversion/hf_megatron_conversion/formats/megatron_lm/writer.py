@@ -21,8 +21,6 @@ from hf_megatron_conversion.formats.megatron_lm.views import Filled, Memo, Padde
 from hf_megatron_conversion.tensors import Readable
 from hf_megatron_conversion.torch_zip import TorchZipFile
 
-__all__ = ["megatron_lm_files"]
-
 _logger = logging.getLogger(__name__)
 
 _DIVISOR = 128  # Megatron-LM's default for --make-vocab-size-divisible-by

@@ -1,0 +1,149 @@
+"""What a conversion will write, computed from headers alone. This is all that a dry run does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_megatron.architectures import PartitionTable
+from hf_megatron.checkpoint import DTYPES
+from hf_megatron.errors import CheckpointFormatError, PartitionError
+from hf_megatron_conversion.card import model_card
+from hf_megatron_conversion.files import CopiedFile, OutputFile, TextFile
+from hf_megatron_conversion.formats import FormatName, format_named
+from hf_megatron_conversion.formats.base import Format, Model, ModelType, Target
+from hf_megatron_conversion.tensors import Readable, cast, dtype_code
+from hf_megatron_conversion.tokenizer_files import TOKENIZER_FILES
+
+_GENERATION_CONFIG = "generation_config.json"
+_OTHER_SIDE_FILES = {_GENERATION_CONFIG, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asks for; the names are those of ``convert``'s arguments."""
+
+    to: FormatName
+    tp_size: int | None = None
+    dtype: str | None = None
+    max_shard_size: str | int | None = None
+    tokenizer: Path | None = None
+    model_type: ModelType | None = None
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The files of the destination.
+
+    Attributes:
+        files: In the order in which they are written. config.json is the last one, because without it nothing loads.
+        tensors: What the destination will hold, under canonical names.
+        config: The destination's config.json.
+        tp_size: The destination's degree; 1 if its format is not cut.
+        mismatch: What the stock class named in the config.json computes differently, or None.
+    """
+
+    files: Sequence[OutputFile]
+    tensors: Mapping[str, Readable]
+    config: Mapping[str, Any]
+    tp_size: int
+    mismatch: str | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.nbytes for file in self.files)
+
+
+def check_options(options: Options, config: Mapping[str, Any], table: PartitionTable) -> None:
+    """Refuse what the configuration alone shows to be impossible, before a weight file is opened.
+
+    Raises:
+        PartitionError: The model cannot be cut for the degree, or the format is not cut at all.
+        UnsupportedError: Unknown dtype, or a model that is not offered here.
+    """
+    if options.tp_size is not None:
+        if not format_named(options.to).is_cut:
+            raise PartitionError(f"tp_size={options.tp_size} was given, but a {options.to} directory is not cut.")
+        table.check_degree(config, options.tp_size)
+    if options.dtype is not None:
+        dtype_code(options.dtype)
+
+
+def make_plan(model: Model, options: Options, source_name: str) -> Plan:
+    """Lay out the destination of a conversion.
+
+    Args:
+        model: The source.
+        options: What the user asks for.
+        source_name: How the model card calls the source.
+
+    Raises:
+        PartitionError: No degree was given, and the source has none, or none that fits.
+        CheckpointFormatError: The tokenizer's directory holds no tokenizer.
+    """
+    target_format = format_named(options.to)
+    code = None if options.dtype is None else dtype_code(options.dtype)
+    tensors = {name: cast(name, tensor, code) for name, tensor in model.tensors.items()}
+    tp_size = _degree(target_format, model, options.tp_size)
+    target = Target(model=model, tensors=tensors, tp_size=tp_size, max_shard_size=options.max_shard_size)
+    model_type = options.model_type or target_format.default_model_type
+    config = _config(model, model_type, code)
+    mismatch = model.table.stock_mismatch(config) if model_type == "stock" and target_format.has_config else None
+    card = model_card(
+        model=model,
+        tensors=tensors,
+        config=config,
+        source=source_name,
+        layout=f"{options.to}, tensor-parallel degree {tp_size}" if target_format.is_cut else options.to,
+        verified=options.verify,
+        mismatch=mismatch,
+    )
+    files = [
+        *target_format.weight_files(target),
+        *_side_files(model, options.tokenizer),
+        card,
+        TextFile.json("config.json", config),
+    ]
+    return Plan(files=files, tensors=tensors, config=config, tp_size=tp_size, mismatch=mismatch)
+
+
+def _degree(target_format: Format, model: Model, tp_size: int | None) -> int:
+    if not target_format.is_cut:
+        return 1
+    if tp_size is not None:
+        return tp_size
+    if not format_named(model.format).is_cut:
+        raise PartitionError(f"A {target_format.name} directory needs a degree: give tp_size (--tp N).")
+    model.table.check_degree(model.config, model.tp_size)
+    return model.tp_size
+
+
+def _config(model: Model, model_type: ModelType, code: str | None) -> dict[str, Any]:
+    """The source's config.json under the names of the stock library or ours, with the dtype if it is a new one."""
+    config = model.table.config_of(model.config, model.model_class, stock=model_type == "stock")
+    if code is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = DTYPES[code][1]
+    return config
+
+
+def _side_files(model: Model, tokenizer: Path | None) -> list[OutputFile]:
+    """Tokenizer, generation settings and licence, as they are; of a source without generation settings, the model's."""
+    wanted = _OTHER_SIDE_FILES if tokenizer is not None else _OTHER_SIDE_FILES | TOKENIZER_FILES
+    files: list[OutputFile] = [*_named(model.directory, wanted)]
+    if model.generation_config is not None and not (model.directory / _GENERATION_CONFIG).is_file():
+        files.append(TextFile.json(_GENERATION_CONFIG, model.generation_config))
+    if tokenizer is not None:
+        found = _named(tokenizer, TOKENIZER_FILES)
+        if not found:
+            raise CheckpointFormatError(f"{tokenizer} holds no tokenizer (tokenizer.json, vocab.json, vocab.txt, ...).")
+        files += found
+    return files
+
+
+def _named(directory: Path, names: Set[str]) -> list[CopiedFile]:
+    return [CopiedFile.of(directory / name) for name in sorted(names) if (directory / name).is_file()]

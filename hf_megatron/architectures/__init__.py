@@ -1,0 +1,44 @@
+"""What each architecture is made of: one table per architecture, which everything else reads.
+
+A table lists every tensor with its shape and its cut. Pure: importing this package touches neither torch nor
+transformers, opens no file and knows no process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hf_megatron.architectures.bert import BERT_POST, BERT_PRE
+from hf_megatron.architectures.gpt2 import GPT2
+from hf_megatron.architectures.table import ModelClass, PartitionTable, Tensor, TensorRule
+from hf_megatron.errors import UnsupportedError
+
+__all__ = [
+    "BERT_POST",
+    "BERT_PRE",
+    "GPT2",
+    "TABLES",
+    "ModelClass",
+    "PartitionTable",
+    "Tensor",
+    "TensorRule",
+    "table_for",
+]
+
+TABLES: tuple[PartitionTable, ...] = (GPT2, BERT_PRE, BERT_POST)
+
+
+def table_for(config: Mapping[str, object]) -> PartitionTable:
+    """The table for a config.json, by its ``model_type``, ours or the stock one, and what it says beyond.
+
+    Raises:
+        UnsupportedError: No table for this ``model_type``.
+    """
+    for table in TABLES:
+        if table.is_for(config):
+            return table
+    known = dict.fromkeys(name for table in TABLES for name in (table.stock_model_type, table.model_type))
+    own = {name: config.get(name) for table in TABLES for name in table.own_config}
+    raise UnsupportedError(
+        f"model_type {config.get('model_type')!r} with {own} is not supported; known are {', '.join(known)}."
+    )

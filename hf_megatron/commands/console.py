@@ -1,0 +1,118 @@
+"""What the command line shows: progress and messages on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+_MAX_LISTED = 20
+_LOGGERS = ("hf_megatron", "hf_megatron_conversion")
+
+
+class ProgressBar:
+    """One bar on stderr for each task, with speed and remaining time."""
+
+    def __init__(self, bars: Progress) -> None:
+        """Show tasks in ``bars``."""
+        self._bars = bars
+        self._task: TaskID | None = None
+
+    def begin(self, task: str, total_bytes: int) -> None:
+        """Start a task."""
+        self._task = self._bars.add_task(task, total=total_bytes)
+
+    def advance(self, num_bytes: int) -> None:
+        """Move the bar of the current task."""
+        assert self._task is not None, "begin comes before advance"
+        self._bars.advance(self._task, num_bytes)
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressBar]:
+    """Bars that live until the context is left; none where stderr is not a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        yield ProgressBar(bars)
+
+
+def messages_to_stderr() -> None:
+    """Show what the library logs, from INFO upwards."""
+    handler = logging.StreamHandler(sys.stderr)
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+
+
+def print_json(result: Mapping[str, object]) -> None:
+    """Print one JSON object to stdout."""
+    sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
+
+
+def print_message(message: str) -> None:
+    """Print a line to stderr."""
+    Console(stderr=True).print(Text(message), soft_wrap=True)
+
+
+def print_error(message: str, kind: str, *, as_json: bool) -> None:
+    """Print an error to stderr, and with ``as_json`` as one JSON object to stdout too."""
+    Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
+    if as_json:
+        print_json({"error": message, "error_type": kind})
+
+
+def print_table(title: str, rows: Mapping[str, object]) -> None:
+    """Print names and values to stdout."""
+    table = Table("", "", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name.replace("_", " "), Text(_shown(value)))
+    console = Console()
+    # Not as the table's title, which is broken where the table ends.
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(table)
+
+
+def human_bytes(num_bytes: int) -> str:
+    """``1,234,567 (1.2 MB)``."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if num_bytes >= 1000**power:
+            return f"{num_bytes:,} ({num_bytes / 1000**power:.1f} {unit})"
+    return f"{num_bytes:,}"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (tuple, list)):
+        more = [f"and {len(value) - _MAX_LISTED} more"] if len(value) > _MAX_LISTED else []
+        return "\n".join([*map(str, value[:_MAX_LISTED]), *more]) or "-"
+    return str(value)

@@ -1,1 +1,0 @@
-"""The evaluations as ``evaluate`` modules, one a file; ``hf_megatron.evaluation.module_path`` gives their paths."""

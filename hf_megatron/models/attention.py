@@ -1,0 +1,164 @@
+"""Attention cut by heads: each rank computes its own heads and needs nobody else's.
+
+Shapes: B batch, S_q queries, S_k keys, N heads, N_p heads per partition, D head dim, H = N x D hidden.
+
+Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3 and figure 3b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_megatron.errors import PartitionError
+from hf_megatron.tensor_parallel import (
+    ParallelModule,
+    TensorParallelGroup,
+    attention_dropout,
+)
+from hf_megatron.tensor_parallel.random import private_cuda_stream
+
+
+class ParallelAttention(ParallelModule):
+    """Scaled dot-product attention over this rank's heads; subclasses add the projections around it.
+
+    Args:
+        config: The model's configuration; ``_attn_implementation`` says which kernel to use.
+        num_heads: N, over all ranks.
+        head_dim: D.
+        dropout: Probability of dropping an attention probability in training.
+        scaling: Factor on the scores.
+        is_causal: Whether a position sees only itself and earlier ones where no mask is given and the call has no
+            ``is_causal`` of its own.
+        upcast: Compute the scores and their softmax in float32 (eager attention only).
+        layer_idx: Which layer of the key-value cache is this one's.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        num_heads: int,
+        head_dim: int,
+        dropout: float,
+        scaling: float,
+        is_causal: bool,
+        upcast: bool = False,
+        layer_idx: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.dropout_p = float(dropout)
+        self.scaling, self.is_causal, self.upcast, self.layer_idx = scaling, is_causal, upcast, layer_idx
+
+    @property
+    def num_heads_per_partition(self) -> int:
+        """N_p, the heads of this rank."""
+        return self.num_heads // self.tp_group.size
+
+    @property
+    def first_head(self) -> int:
+        """Global index of this rank's first head."""
+        return self.tp_group.rank * self.num_heads_per_partition
+
+    def set_tensor_parallel(self, group: TensorParallelGroup) -> None:
+        if self.num_heads % group.size:
+            raise PartitionError(f"{self.num_heads} heads cannot be cut over {group.size} ranks evenly.")
+        super().set_tensor_parallel(group)
+
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, S, H_p] to [B, N_p, S, D], split by heads before and after."""
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        *,
+        recompute: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend with this rank's heads.
+
+        Args:
+            query: [B, S_q, H_p], split by heads.
+            key: [B, S, H_p], split by heads.
+            value: [B, S, H_p], split by heads.
+            attention_mask: Broadcastable to [B, N_p, S_q, S_k], boolean (True: attend) or additive, replicated.
+            past_key_values: Cache that holds and receives this rank's heads of this layer.
+            recompute: Calls a function with arguments, as ``torch.utils.checkpoint.checkpoint`` does, so that what is
+                in between is not kept but computed again; None keeps it. Fused kernels keep nothing anyway.
+            **kwargs: For the attention kernel.
+
+        Returns:
+            The context [B, S_q, H_p], split by heads, and the probabilities [B, N_p, S_q, S_k] where the kernel
+            keeps them.
+        """
+        query, key, value = (self.split_heads(x) for x in (query, key, value))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
+        context, probabilities = self._kernel(query, key, value, attention_mask, recompute, **kwargs)
+        return context.reshape(*context.shape[:-2], -1).contiguous(), probabilities
+
+    def _kernel(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        recompute: Callable[..., Any] | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, N_p, S, D] each to the context [B, S_q, N_p, D] and perhaps the probabilities."""
+        dropout = self.dropout_p if self.training else 0.0
+        is_causal = self.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
+        implementation = self.config._attn_implementation
+        if implementation == "eager" or (dropout and implementation == "sdpa" and not query.is_cuda):
+            # sdpa draws its dropout from the default generator, which gives every rank the same masks. On a CPU it
+            # has no fused kernel with dropout anyway, so nothing is lost by drawing per head.
+            explicit = self._explicit if recompute is None else partial(recompute, self._explicit)
+            return explicit(query, key, value, mask, dropout, is_causal)
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
+        stream = private_cuda_stream(query.device, self.first_head) if dropout else nullcontext()
+        with stream:
+            output: tuple[torch.Tensor, torch.Tensor | None] = kernel(
+                self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
+        return output
+
+    def _explicit(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout: float,
+        is_causal: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention written out, with the probabilities in memory and one dropout mask per global head."""
+        if self.upcast and self.config._attn_implementation == "eager":
+            with torch.autocast(query.device.type, enabled=False):
+                scores = torch.matmul(query.float() * self.scaling, key.float().transpose(-1, -2))
+        else:
+            scores = torch.matmul(query, key.transpose(-1, -2)) * self.scaling
+        if mask is None and is_causal and query.shape[2] > 1:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            mask = mask.tril(key.shape[2] - query.shape[2])
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores = scores + mask
+        probabilities = torch.softmax(scores, dim=-1).to(value.dtype)
+        probabilities = attention_dropout(probabilities, dropout, self.first_head)
+        return torch.matmul(probabilities, value).transpose(1, 2), probabilities

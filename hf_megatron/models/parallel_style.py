@@ -1,0 +1,50 @@
+"""How our modules meet transformers' tensor parallelism: one parallel style, and the plans that name it.
+
+transformers walks a plan of ``module or parameter name -> style`` and lets the style replace parameters by DTensors
+and modules' forwards by wrapped ones. Ours asks each module for the cut of its parameters and wraps nothing: the
+modules do their communication themselves.
+"""
+
+from __future__ import annotations
+
+from torch.distributed.device_mesh import DeviceMesh
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed.tensor_parallel import TensorParallelLayer
+
+from hf_megatron.architectures import PartitionTable
+from hf_megatron.tensor_parallel import ParallelModule, TensorParallelGroup
+from hf_megatron.tensor_parallel.placement import shard_parameter
+
+STYLE_NAME = "megatron"
+
+
+class MegatronStyle(TensorParallelLayer):
+    """The style behind every entry of our plans."""
+
+    def shard_param(self, module: ParallelModule, param: str, mesh: DeviceMesh) -> None:
+        """Replace one parameter by a DTensor that holds this rank's part of it."""
+        shard_parameter(module, param, mesh)
+
+    def install_forward(self, module: ParallelModule, mesh: DeviceMesh) -> ParallelModule:
+        """Tell the module its group; its forward stays its own."""
+        module.set_tensor_parallel(TensorParallelGroup.from_mesh(mesh))
+        return module
+
+
+ALL_PARALLEL_STYLES.register(STYLE_NAME, MegatronStyle())
+
+
+def tp_plan_of(table: PartitionTable, modules: tuple[str, ...] = ()) -> dict[str, str]:
+    """The plan transformers wants for the base model: every module that holds parameters, and those named here.
+
+    Args:
+        table: The partition table.
+        modules: Further modules that have no parameters of their own and need the group, such as the attention.
+    """
+    with_parameters = dict.fromkeys(rule.module for rule in table.body)
+    return dict.fromkeys((*with_parameters, *modules), STYLE_NAME)
+
+
+def head_tp_plan_of(table: PartitionTable, model_class: str) -> dict[str, str]:
+    """The plan for the modules of a class's head."""
+    return dict.fromkeys((rule.module for rule in table.model_class(model_class).head), STYLE_NAME)

@@ -1,0 +1,215 @@
+"""The part of ``MegatronTrainer`` that saves, resumes and uploads: checkpoints that any layout goes on from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers.trainer import SCALER_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+
+from hf_megatron.errors import DestinationError, HfMegatronError
+from hf_megatron.models.pretrained import MegatronModelMixin
+from hf_megatron.models.processes import share_failure
+from hf_megatron.training.rank_guard import GuardedTrainer
+from hf_megatron.training.training_state import (
+    begin_checkpoint,
+    discard_checkpoint,
+    finish_checkpoint,
+    load_optimizer,
+    load_random_state,
+    load_scheduler,
+    read_state,
+    remove_old_checkpoints,
+    save_optimizer,
+    save_random_state,
+)
+
+logger = logging.get_logger(__name__)
+
+
+class CheckpointingTrainer(GuardedTrainer):
+    """Trainer whose checkpoints hold models that are cut, and their optimizers, whole models and adapters."""
+
+    @property
+    def _own_model(self) -> MegatronModelMixin | None:
+        """The model inside wrappers (compilation, adapters), if it is one of this package."""
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return model if isinstance(model, MegatronModelMixin) else None
+
+    @property
+    def _is_adapted(self) -> bool:
+        """Whether peft has adapted the model: then the adapter is what is trained, saved and loaded."""
+        return hasattr(self.accelerator.unwrap_model(self.model), "get_base_model")
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether each rank saves its shards: not of a model that lies whole, and not of an adapter."""
+        return self._own_model is not None and not self._is_adapted and self.is_distributed_loading_by_transformers
+
+    @property
+    def _data_parallel_rank(self) -> int:
+        rank: int = self.args.process_index // self.get_tp_size()
+        return rank
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False, *, stock: bool = False) -> None:
+        """As the stock method; every rank must call it.
+
+        Args:
+            output_dir: Where to save; ``args.output_dir`` if None.
+            stock: Write the stock ``model_type``, so that the directory loads in transformers without this package. The
+                tensors are the same either way, and an adapter is an ordinary one anyway.
+        """
+        if not stock or self._own_model is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        save_stock = partial(self._own_model.save_pretrained, stock=True)
+        with attribute(self._own_model, "save_pretrained", save_stock):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._compare("before the checkpoint of")
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        run_directory = Path(self._get_output_dir(trial=trial))
+        destination = run_directory / f"checkpoint-{self.state.global_step}"
+        is_first = self.is_world_process_zero()
+        fresh = begin_checkpoint(destination, is_first=is_first)
+        try:
+            self._write_checkpoint(fresh, run_directory, destination)
+        except (Exception, CheckpointException) as error:
+            if destination.exists() and not fresh.exists():
+                raise  # it is complete, and what failed came after
+            free = shutil.disk_usage(run_directory).free
+            discard_checkpoint(fresh)  # on a full disk it would keep the next run from writing one, too
+            if isinstance(error, HfMegatronError) and not isinstance(error, DestinationError):
+                raise
+            reason = str(error) if isinstance(error, DestinationError) else f"{type(error).__name__}: {error}"
+            raise DestinationError(
+                f"{destination} could not be written, and is not there: {reason} (bytes free on its disk: {free:,})."
+            ) from error
+        if self.args.push_to_hub:
+            self._push(destination)
+        if is_first:
+            remove_old_checkpoints(run_directory, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _write_checkpoint(self, fresh: Path, run_directory: Path, destination: Path) -> None:
+        is_first = self.is_world_process_zero()
+        self._save_model_into(fresh)
+        if not self.args.save_only_model:
+            save_optimizer(self.model, _inner(self.optimizer), fresh)
+            self._save_scaler(str(fresh))
+            if is_first:
+                torch.save(self.lr_scheduler.state_dict(), fresh / "scheduler.pt")
+            if self.args.process_index % self.get_tp_size() == 0:
+                save_random_state(fresh, self._data_parallel_rank)
+        best = run_directory / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == destination or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+        if is_first:
+            self._save_trainer_state(fresh)
+        finish_checkpoint(fresh, destination, is_first=is_first)
+
+    def _push(self, checkpoint: Path) -> None:
+        """Upload a checkpoint, as ``hub_strategy`` asks, with the whole model beside it; every rank must call it."""
+        if self._is_cut and self.args.hub_strategy != HubStrategy.END:
+            self.save_model(_internal_call=True)  # the stock method finds whole weights only
+        error = None
+        try:
+            self._push_from_checkpoint(str(checkpoint))
+        except Exception as caught:
+            error = caught
+        share_failure(error)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method; every rank must call it, and a failure of the first one is an error on all.
+
+        Raises:
+            ParallelStateError: Rank 0 could not upload.
+        """
+        result, error = None, None
+        try:
+            result = super().push_to_hub(*args, **kwargs)
+        except Exception as caught:
+            error = caught
+        share_failure(error)
+        return result
+
+    def _save_model_into(self, directory: Path) -> None:
+        """The model as it lies: each rank's shards if it is cut, else, and for an adapter, as ``save_model`` does."""
+        if not self._is_cut:
+            self.save_model(str(directory), _internal_call=True)
+            return
+        self.model.save_pretrained(directory, distributed_checkpoint=True)
+        if self.is_world_process_zero():
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(directory)
+            torch.save(self.args, directory / "training_args.bin")
+
+    def _save_trainer_state(self, directory: Path) -> None:
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):
+                name, state = type(callback).__name__, callback.state()
+                if isinstance(self.state.stateful_callbacks[name], list):
+                    self.state.stateful_callbacks[name].append(state)
+                else:
+                    self.state.stateful_callbacks[name] = state
+        self.state.save_to_json(str(directory / "trainer_state.json"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._own_model is None or self._is_adapted:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._own_model.load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self._own_model is None or self._is_adapted:
+            super()._load_best_model()
+        else:
+            logger.info(f"Loading the best model, {self.state.best_model_checkpoint} ({self.state.best_metric}).")
+            self._own_model.load_weights(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(self.model, _inner(self.optimizer), Path(checkpoint))
+            may_skip = self.accelerator.scaler is not None
+            load_scheduler(self.lr_scheduler, Path(checkpoint), step=self.state.global_step, may_skip=may_skip)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            path = Path(checkpoint) / SCALER_NAME
+            if path.is_file():  # a run that goes on in float16 may have begun in another dtype
+                self.accelerator.scaler.load_state_dict(read_state(path))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not load_random_state(Path(checkpoint), self._data_parallel_rank):
+            logger.warning(
+                f"{checkpoint} has no random state for data-parallel rank {self._data_parallel_rank} (it was saved by "
+                "fewer); dropout and shuffling go on with other random numbers."
+            )
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+@contextmanager
+def attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an instance an attribute of its own, in place of its class's, for a while."""
+    setattr(instance, name, value)
+    try:
+        yield
+    finally:
+        delattr(instance, name)

@@ -1,0 +1,40 @@
+"""The loss scale of training in float16, the same on all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class SharedGradScaler(torch.amp.GradScaler):
+    """A loss scale that all ranks lower, and a step that all of them skip, when the gradients of one overflow.
+
+    Each sees its own part of the gradients. The stock class asks the others only if the first gradient of all is cut:
+    not with an adapter, whose first half is replicated, and not for plain tensors. (torch has such a class for FSDP,
+    whose flag has a shape that fused optimizers do not take.)
+
+    Args:
+        device: Type of the device.
+        scaler: The scale to begin with, and how it grows and shrinks.
+    """
+
+    def __init__(self, device: str, scaler: torch.amp.GradScaler) -> None:
+        super().__init__(
+            device,
+            init_scale=scaler.get_scale(),
+            growth_factor=scaler.get_growth_factor(),
+            backoff_factor=scaler.get_backoff_factor(),
+            growth_interval=scaler.get_growth_interval(),
+        )
+
+    def _unscale_grads_(self, *args: Any, **kwargs: Any) -> dict[torch.device, torch.Tensor]:
+        """As the stock method.
+
+        Collective: all-reduce over all processes of one flag per device.
+        """
+        flags: dict[torch.device, torch.Tensor] = super()._unscale_grads_(*args, **kwargs)
+        for flag in flags.values():
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flags

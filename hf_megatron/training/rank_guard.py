@@ -1,0 +1,112 @@
+"""A guard that notices when the ranks of a tensor-parallel group drift apart in training.
+
+The ranks of a group act as one. They must read the same batches, draw the same random numbers, hold the same replicated
+parameters and take the same decisions. Nothing in the mathematics would notice if they did not: the losses stay
+plausible, and the model that is saved is nobody's; or one rank waits for ever for another that went elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+
+from hf_megatron.tensor_parallel.agreement import RankComparison
+
+_CONTROL = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+
+
+class GuardedTrainer(Trainer):
+    """Trainer whose tensor-parallel ranks compare what must be equal.
+
+    They do so in the first step of every data set, every ``rank_check_steps`` steps, before every checkpoint and when
+    training ends. What a callback of one rank asks for, to stop or to save, all ranks of its group do.
+    """
+
+    rank_check_steps: int = 100
+    _comparison: RankComparison | None = None
+    _checked_step: int | None = None  # the last one before which a batch of the training data was compared
+    _is_evaluation_unchecked = False
+
+    @property
+    def _ranks(self) -> RankComparison | None:
+        if self._comparison is None and self.get_tp_size() > 1 and self.rank_check_steps:
+            mesh = self.accelerator.torch_device_mesh
+            self._comparison = RankComparison.on_cpu(mesh["tp"].get_group())
+        return self._comparison
+
+    def _agree(self, place: str, facts: Mapping[str, Any], wishes: int = 0) -> int:
+        return wishes if self._ranks is None else self._ranks.agree(place, facts, wishes)
+
+    def _compare(self, place: str, batch: Any = None) -> None:
+        if self._ranks is not None:
+            self._ranks.compare(f"{place} step {self.state.global_step}", self.model, batch)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._limit_waiting()
+        self._checked_step = None
+        output = super().train(*args, **kwargs)
+        self._compare("the end of training, after")
+        return output
+
+    def _limit_waiting(self) -> None:
+        """Give up on a rank that does not come to a collective after ``args.ddp_timeout`` seconds.
+
+        TrainingArguments comes too late for it where the model was loaded first, and transformers waits for two hours;
+        no argument reaches the groups of a mesh.
+        """
+        if self.is_distributed_loading_by_transformers:
+            for group in _world.pg_map:
+                _set_pg_timeout(self.args.ddp_timeout_delta, group)
+
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        facts = {"number of steps": max_steps, "number of steps in an epoch": steps_per_epoch}
+        self._agree("the start of training", facts)
+        place: tuple[int, int] = super()._init_training_state(max_steps, steps_per_epoch, *args, **kwargs)
+        return place
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        # The first thing after reading; what follows is a collective that a rank without a batch leaves out.
+        if not has_length(self.train_dataset):
+            facts = {"number of batches": len(batch_samples)}
+            self._agree(f"reading for step {self.state.global_step + 1}", facts)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        step = self.state.global_step
+        is_due = bool(self.rank_check_steps) and step % self.rank_check_steps == 0
+        if self._checked_step is None or (is_due and step != self._checked_step):
+            self._checked_step = step
+            self._compare("before the step after", inputs)
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._share_control("after a step")
+        does_anything = self.control.should_log or self.control.should_evaluate or self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if does_anything:
+            self._share_control("after logging, evaluating and saving")
+
+    def _share_control(self, place: str) -> None:
+        wishes = sum(getattr(self.control, name) << bit for bit, name in enumerate(_CONTROL))
+        wishes = self._agree(f"{place} {self.state.global_step}", {}, wishes)
+        for bit, name in enumerate(_CONTROL):
+            setattr(self.control, name, bool(wishes >> bit & 1))
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        if has_length(dataloader):
+            self._agree(f"the start of {description}", {"number of batches": len(dataloader)})
+        self._is_evaluation_unchecked = True
+        return super().evaluation_loop(dataloader, description, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._is_evaluation_unchecked:
+            self._is_evaluation_unchecked = False
+            self._compare("the first batch of an evaluation after", inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)

@@ -1,0 +1,278 @@
+"""``MegatronTrainer``: transformers' Trainer for models that are cut over ranks, on CPUs and GPUs.
+
+What it adds to the stock class, which refuses or miscounts each of these for a model that was sharded while loading:
+
+- tensor parallelism on a CPU;
+- checkpoints with optimizer state, that resume at the same or at another layout;
+- metrics and predictions that hold every example once, and token counts that count every token once;
+- streams of examples, the same at every layout, in which a resumed run finds its place;
+- label smoothing and the mean over predicted tokens in the model's own vocabulary-parallel loss;
+- overflow in float16 that every rank notices, and an end before inf or nan reaches the weights;
+- ranks that drift apart are noticed (``ranks_in_step``).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.utils import logging
+
+from hf_megatron.errors import CheckpointError, DivergenceError, UnsupportedError
+from hf_megatron.tensor_parallel import non_finite_names
+from hf_megatron.training.checkpoints import CheckpointingTrainer, attribute
+from hf_megatron.training.loss_scale import SharedGradScaler
+from hf_megatron.training.streams import Stream, place_in_stream
+from hf_megatron.training.training_arguments import (
+    AnyDeviceParallelismConfig,
+    check_layout,
+    check_processes,
+    tp_size_of,
+)
+from hf_megatron.training.training_state import last_usable_checkpoint, tidy_checkpoints, verify_checkpoint
+
+logger = logging.get_logger(__name__)
+
+# Gradients that overflow at this scale are too large, or not numbers, whatever the scale.
+_SMALLEST_LOSS_SCALE = 1e-4
+
+
+class MegatronTrainer(CheckpointingTrainer):
+    """A drop-in :class:`transformers.Trainer` for one process, TP, TP x FSDP2 and TP x replicated data parallelism.
+
+    The layout is the model's: whatever ``DistributedConfig`` it was loaded or built with. Arguments, callbacks and
+    outputs are the stock class's; with a stock model it behaves as the stock class does, but for the checkpoints, which
+    have another form (see ``training_state``).
+
+    Args:
+        model: As for the stock class.
+        args: As for the stock class.
+        *pargs: As for the stock class.
+        rank_check_steps: After how many steps the ranks of a tensor-parallel group compare what must be equal on all of
+            them (batch, random state, replicated parameters), beside the first step of every data set, every checkpoint
+            and the end; 0 for never.
+        **kwargs: As for the stock class.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        *pargs: Any,
+        rank_check_steps: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        check_processes(args)
+        self.rank_check_steps = rank_check_steps
+        # The stock class refuses to save the optimizer of a model sharded while loading, as it cannot; this one can.
+        saves_all = args is not None and not args.save_only_model
+        if saves_all:
+            args.save_only_model = True
+        try:
+            super().__init__(model, args, *pargs, **kwargs)
+        finally:
+            if saves_all:
+                args.save_only_model = False
+        check_layout(
+            self.args,
+            self.model,
+            has_model_init=self.model_init is not None,
+            has_optimizer=self.optimizer is not None or self.optimizer_cls_and_kwargs is not None,
+        )
+        if self._has_own_loss:
+            # The stock smoother reads whole logits, which there are none of in training. compute_loss passes it on.
+            self.label_smoother = None
+        self._loss_of_step: torch.Tensor | float = 0.0
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method; an error says in which step and on which rank it was, and where to go on from.
+
+        Raises:
+            CheckpointError: The checkpoint to resume from is damaged, or one could not be written.
+            DivergenceError: The gradients of a step are inf or nan. The step was not taken.
+            RanksDifferError: The ranks of a tensor-parallel group are no longer in step.
+        """
+        self._share_overflows()
+        output = Path(self.args.output_dir)
+        tidy_checkpoints(output, is_first=self.is_world_process_zero())
+        if resume_from_checkpoint is True and output.is_dir():
+            # If there is none, the stock method says so.
+            resume_from_checkpoint = get_last_checkpoint(str(output)) or True
+        resumed = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
+        try:
+            if resumed is not None:
+                verify_checkpoint(resumed)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:
+            is_of_resuming = isinstance(error, CheckpointError) and resumed is not None and str(resumed) in str(error)
+            error.add_note(self._circumstances(error, resumed if is_of_resuming else None))
+            raise
+
+    def _circumstances(self, error: Exception, unusable: Path | None) -> str:
+        place = f"On rank {self.args.process_index} of {self.args.world_size}, in step {self.state.global_step + 1}."
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            place += (
+                " A collective failed, because another rank ended or does not come: the first error in the log, or the "
+                "launcher's root cause, tells why."
+            )
+        output = self.args.output_dir
+        last = last_usable_checkpoint(Path(output), unusable)
+        if last is None:
+            return f"{place} There is no {'other ' if unusable else ''}checkpoint to resume from."
+        how = "True" if get_last_checkpoint(output) == str(last) else repr(str(last))
+        return f"{place} The last complete checkpoint is {last}; train(resume_from_checkpoint={how}) goes on from it."
+
+    # ------------------------------------------------------------------ layout
+
+    @property
+    def _has_own_loss(self) -> bool:
+        model = self._own_model
+        return model is not None and model.has_vocab_parallel_loss
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator for the model's layout, on any device."""
+        tp_size = tp_size_of(self.model)
+        given = self.args.parallelism_config
+        if tp_size > 1 and given is None:
+            dp_size = self.model.config.distributed_config.dp_size
+            self.args.parallelism_config = AnyDeviceParallelismConfig(tp_size=tp_size, dp_shard_size=dp_size)
+        try:
+            super().create_accelerator_and_postprocess()
+        finally:
+            self.args.parallelism_config = given
+        if tp_size > 1:
+            self.accelerator.gather_for_metrics = self._gather_for_metrics
+            self.gather_function = self._gather_for_metrics
+            if self.accelerator.dispatch_batches:
+                raise UnsupportedError("dispatch_batches=True is not supported with tensor parallelism; leave it None.")
+            self.accelerator.dataloader_config.dispatch_batches = False
+
+    def _is_stream(self, dataset: Any) -> bool:
+        """Whether a data set is a stream that a model of this package reads."""
+        return isinstance(dataset, IterableDataset) and self._own_model is not None
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader[Any]:
+        if self._is_stream(dataset):
+            dataset = Stream(dataset)
+            if not is_training and 1 < self.get_tp_size() < self.args.world_size:
+                # The groups fill up their last batch, and what fills it is left out of the results by the length.
+                dataset = list(dataset)
+        loader: DataLoader[Any] = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        return loader
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler) and self._own_model is not None:
+            # By the batch of all ranks, so that the order is the same at every layout.
+            sampler.batch_size *= self.args.world_size // self.get_tp_size()
+        return sampler
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
+        if checkpoint is not None and not has_length(self.train_dataset) and not self.args.ignore_data_skip:
+            epochs, steps = place_in_stream(Path(checkpoint))
+            batches = steps * self.args.gradient_accumulation_steps
+        return epochs, batches
+
+    def _gather_for_metrics(self, data: Any, use_gather_object: bool = False) -> Any:
+        """Gather every example once: the ranks of a tensor-parallel group hold the same ones."""
+        if use_gather_object:
+            raise UnsupportedError("eval_use_gather_object=True is not supported under tensor parallelism.")
+        accelerator = self.accelerator
+        with attribute(accelerator, "gather", self._gather_once_per_group):
+            return Accelerator.gather_for_metrics(accelerator, data)
+
+    def _gather_once_per_group(self, data: Any) -> Any:
+        gathered = Accelerator.gather(self.accelerator, data)
+        return _map_tensors(gathered, self._first_of_each_group)
+
+    def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
+        """Of [world x n, ...], the rows of each tensor-parallel group's first rank."""
+        parts = gathered.chunk(self.accelerator.num_processes) if gathered.shape[0] else (gathered,)
+        return torch.cat(parts[:: self.get_tp_size()])
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        # The stock count adds up all processes, of which those of a group see the same tokens.
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.get_tp_size()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        # The sum over all processes has those of a group several times, each for the whole model.
+        operations: int = super().floating_point_ops(inputs) // self.get_tp_size()
+        return operations
+
+    # ------------------------------------------------------------------ loss
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method; label smoothing happens inside the model's loss where that is vocabulary-parallel."""
+        if self.args.label_smoothing_factor and self._has_own_loss:
+            inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    # ------------------------------------------------------------------ numbers that are none
+
+    def _advice(self) -> str:
+        broken = non_finite_names(self.model)
+        if broken:
+            return f"These weights are inf or nan, and were before the step: {', '.join(broken[:10])}."
+        return "Look at the batch of that step; lower the learning rate, or lengthen the warm-up."
+
+    def _share_overflows(self) -> None:
+        """In float16, have every rank skip a step that overflowed on one of them."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and self.is_distributed_loading_by_transformers:
+            self.accelerator.scaler = SharedGradScaler(self.accelerator.device.type, scaler)
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self._loss_of_step = self._loss_of_step + loss
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The last thing that Trainer does before it takes the step.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._check_step(float(norm))
+        return norm
+
+    def _check_step(self, norm: float) -> None:
+        """Warn of numbers that do no harm, and raise before inf or nan gets into the weights."""
+        loss, self._loss_of_step = float(self._loss_of_step), 0.0
+        step, scaler = self.state.global_step + 1, self.accelerator.scaler
+        numbers = f"the norm of the gradients is {norm}, the loss {loss} on rank {self.args.process_index}"
+        if math.isfinite(norm):
+            if not math.isfinite(loss):
+                logger.warning(f"Step {step}: {numbers}. Is there a batch without any label?")
+        elif scaler is None:
+            raise DivergenceError(
+                f"step {step}: {numbers}. The step was not taken, so that the weights are those after step {step - 1}. "
+                f"{self._advice()}"
+            )
+        elif scaler.get_scale() < _SMALLEST_LOSS_SCALE:
+            raise DivergenceError(
+                f"step {step}: {numbers}, at a loss scale of {scaler.get_scale():g}: no scale will do. Lower the "
+                "learning rate, or train in bfloat16."
+            )
+        elif self.is_world_process_zero():
+            scale = scaler.get_scale()
+            logger.warning(f"Step {step}: the gradients overflow at a loss scale of {scale:g}; skipped, to scale less.")
+
+
+def _map_tensors(data: Any, function: Any) -> Any:
+    if isinstance(data, torch.Tensor):
+        return function(data)
+    if isinstance(data, dict):
+        return type(data)({name: _map_tensors(value, function) for name, value in data.items()})
+    if isinstance(data, (list, tuple)):
+        return type(data)(_map_tensors(value, function) for value in data)
+    return data

@@ -1,0 +1,70 @@
+"""Arguments of a training run that do not fit its processes or its layout, refused before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator, ParallelismConfig
+
+from hf_megatron.errors import ParallelStateError, UnsupportedError
+
+
+class AnyDeviceParallelismConfig(ParallelismConfig):
+    """accelerate's parallelism configuration, which it accepts on GPUs only; on a CPU the same layout works."""
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        if accelerator.device.type != "cpu":
+            super()._validate_accelerator(accelerator)
+
+
+def check_processes(args: Any) -> None:
+    """Refuse arguments that do not see the other processes; each rank would take itself for the only one.
+
+    Raises:
+        ParallelStateError: ``args.world_size`` is not the number of processes.
+    """
+    num_processes = dist.get_world_size() if dist.is_initialized() else 1
+    if args is not None and args.world_size != num_processes:
+        raise ParallelStateError(
+            f"there are {num_processes} processes, but TrainingArguments sees {args.world_size}. On a machine without "
+            "a GPU, pass TrainingArguments(use_cpu=True)."
+        )
+
+
+def tp_size_of(model: Any) -> int:
+    """The degree a model is cut at, where ``Trainer.get_tp_size()`` has the accelerator's, made before it."""
+    return getattr(model, "tp_size", None) or 1
+
+
+# Those of Trainer's that give parameters cut over ranks the steps of one process. The others take their parts for whole
+# tensors, mix them with plain ones, or were not seen to work.
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+
+
+def check_layout(args: Any, model: Any, *, has_model_init: bool, has_optimizer: bool) -> None:
+    """Refuse what Trainer does per process where the ranks of a tensor-parallel group act as one.
+
+    Raises:
+        UnsupportedError: Under tensor parallelism, a model that Trainer makes itself, losses that are not averaged over
+            processes, or an optimizer that is not known to step right on parameters that are cut.
+    """
+    tp_size = tp_size_of(model)
+    if tp_size == 1:
+        return
+    if has_model_init:
+        raise UnsupportedError(
+            f"model_init= with tp_size={tp_size}: Trainer lays out its data before it makes the model, so that the "
+            "ranks of a group would read different batches. Make the model first, and pass model=."
+        )
+    if not args.average_tokens_across_devices:
+        raise UnsupportedError(
+            f"average_tokens_across_devices=False with tp_size={tp_size}: the ranks of a group hold the same tokens, "
+            f"and the loss would be {tp_size} times too large. Leave it True."
+        )
+    if not has_optimizer and args.optim not in _OPTIMIZERS:
+        raise UnsupportedError(
+            f"optim={str(getattr(args.optim, 'value', args.optim))!r} with tp_size={tp_size}: this optimizer is not "
+            f"known to step right on parameters that are cut over ranks. Known are {', '.join(_OPTIMIZERS)}; one of "
+            "your own can be passed by optimizers=."
+        )

@@ -1,0 +1,311 @@
+"""What a training run needs to go on where it stopped, written so that any layout can read it.
+
+A checkpoint directory holds the model (a ``tp`` directory if the model is cut, else a Hub directory), ``optimizer/`` in
+torch's distributed format under parameter names, ``scheduler.pt``, one random state per data-parallel rank and
+``trainer_state.json``.
+
+Whatever carries the name of a checkpoint is one: it is written under a hidden name and renamed when complete, and
+renamed before it is deleted. What a run that was killed has left under hidden names the next run removes. The checksums
+of all files lie beside them, and are verified before a run is resumed.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import TrainerState
+from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+from transformers.optimization import GreedyLR
+from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import logging
+
+from hf_megatron.checkpoint.checksums import CHECKSUMS, compute_checksums, damages, read_checksums, write_checksums
+from hf_megatron.errors import (
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointIncompleteError,
+    DestinationError,
+)
+from hf_megatron.models.processes import barrier, one_process_allowed
+from hf_megatron.models.saving import reasons
+
+logger = logging.get_logger(__name__)
+
+OPTIMIZER_DIRECTORY = "optimizer"
+TRAINER_STATE_NAME = "trainer_state.json"
+
+# The names below, and what save_pretrained puts beside the directory it is given.
+_HIDDEN = re.compile(r"\.+checkpoint-\d+\..+")
+
+
+def tidy_checkpoints(run_directory: Path, *, is_first: bool) -> None:
+    """Remove what a run that was killed has left; every rank must call it, before it looks for checkpoints."""
+    if is_first and run_directory.is_dir():
+        for path in [path for path in run_directory.iterdir() if _HIDDEN.fullmatch(path.name)]:
+            checkpoint = path.with_name(path.stem.lstrip("."))
+            if path.suffix == ".old" and not checkpoint.exists():  # killed while this one was about to be replaced
+                path.rename(checkpoint)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+    barrier()
+
+
+def begin_checkpoint(destination: Path, *, is_first: bool) -> Path:
+    """An empty directory beside ``destination`` to write a checkpoint into; every rank must call it.
+
+    The name is hidden, so that nothing takes the directory for a checkpoint before it is one.
+    """
+    fresh = destination.with_name(f".{destination.name}.incomplete")
+    if is_first:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+    barrier()
+    return fresh
+
+
+def finish_checkpoint(fresh: Path, destination: Path, *, is_first: bool) -> None:
+    """Give a complete checkpoint its name, once all ranks have written their part; every rank must call it.
+
+    Collective: all-gather over all processes of the checksums, of which each rank computes some.
+    """
+    barrier()
+    rank, num_ranks = _place()
+    parts = _gather(compute_checksums(fresh, part=rank, num_parts=num_ranks))
+    if is_first:
+        write_checksums(fresh, {name: checksum for part in parts for name, checksum in part.items()})
+        old = destination.with_name(f".{destination.name}.old")
+        if destination.exists():
+            destination.rename(old)
+        fresh.rename(destination)
+        shutil.rmtree(old, ignore_errors=True)
+    barrier()
+
+
+def discard_checkpoint(fresh: Path) -> None:
+    """Remove what could not be completed; any rank may call it."""
+    for path in (fresh, fresh.with_name(f".{fresh.name}.saving")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def verify_checkpoint(directory: Path) -> None:
+    """See that a checkpoint is as it was written, and that its parts belong together; every rank must call it.
+
+    Raises:
+        CheckpointIncompleteError: Files are missing, or have other bytes than were written.
+        CheckpointFormatError: The step in ``trainer_state.json`` is not that of the directory's name.
+
+    Collective: all-gather over all processes of what each rank has found in its share of the files.
+    """
+    error: CheckpointError | None = None
+    found: list[str] = []
+    try:
+        checksums = read_checksums(directory)
+        if checksums is None:
+            logger.warning_once(f"{directory} has no {CHECKSUMS}: its files are not verified.")
+        else:
+            rank, num_ranks = _place()
+            found = damages(directory, checksums, part=rank, num_parts=num_ranks)
+        check_step(directory)
+    except CheckpointError as caught:
+        error = caught
+    found = [damage for part in _gather(found) for damage in part]
+    if found:
+        raise CheckpointIncompleteError(
+            f"{directory} is damaged: {'; '.join(found)}. Resume from another checkpoint. If a file was changed on "
+            f"purpose, delete {CHECKSUMS}."
+        )
+    if error is not None:
+        raise error
+
+
+def check_step(directory: Path) -> None:
+    """See that ``trainer_state.json`` is there, and is that of the step in the directory's name.
+
+    Raises:
+        CheckpointIncompleteError: It is missing.
+        CheckpointFormatError: It is damaged, or of another step.
+    """
+    path = directory / TRAINER_STATE_NAME
+    if not path.is_file():
+        raise CheckpointIncompleteError(
+            f"{path} is missing: {directory} is no training checkpoint, or not a whole one."
+        )
+    try:
+        step = TrainerState.load_from_json(str(path)).global_step
+    except (ValueError, TypeError) as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {error}") from None
+    named = re.fullmatch(r"checkpoint-(\d+)", directory.name)
+    if named is not None and int(named[1]) != step:
+        raise CheckpointFormatError(
+            f"{path} is of step {step}, and the directory's name says {named[1]}. Give the directory the name it had, "
+            "or resume from another checkpoint."
+        )
+
+
+def last_usable_checkpoint(run_directory: Path, unusable: Path | None = None) -> Path | None:
+    """The newest checkpoint with all its files, in their sizes, but for one that is known to be unusable."""
+    checkpoints = sort_checkpoints(str(run_directory)) if run_directory.is_dir() else []
+    for path in map(Path, reversed(checkpoints)):
+        if unusable is not None and path.absolute() == unusable.absolute():
+            continue
+        try:
+            check_step(path)
+            checksums = read_checksums(path)
+            if checksums is None or not damages(path, checksums, sizes_only=True):
+                return path
+        except (CheckpointError, OSError):  # another rank may be removing one
+            continue
+    return None
+
+
+def _place() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _gather(mine: Any) -> list[Any]:
+    gathered: list[Any] = [mine]
+    if dist.is_initialized():
+        gathered *= dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+    return gathered
+
+
+def remove_old_checkpoints(run_directory: Path, limit: int | None, best: str | None) -> None:
+    """Keep the ``limit`` newest checkpoints, of which the best one is one, as Trainer's ``save_total_limit`` asks."""
+    checkpoints = [Path(path) for path in sort_checkpoints(str(run_directory), use_mtime=True)]
+    if not limit or limit < 0 or len(checkpoints) <= limit:
+        return
+    kept = {checkpoints[-1]} | ({Path(best)} if best is not None else set())
+    surplus = len(checkpoints) - max(limit, len(kept))
+    for path in [path for path in checkpoints if path not in kept][:surplus]:
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleted")), ignore_errors=True)
+
+
+def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+    """Save the optimizer's state under parameter names, each rank its own part; every rank must call it."""
+    try:
+        with one_process_allowed(), _without_empty_groups(optimizer):
+            save_optimizer_distributed(model, optimizer, str(directory / OPTIMIZER_DIRECTORY))
+    except CheckpointException as error:
+        raise DestinationError(f"{directory / OPTIMIZER_DIRECTORY}: {reasons(error)}") from error
+
+
+def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+    """Load what :func:`save_optimizer` wrote, at any layout; every rank must call it.
+
+    Raises:
+        CheckpointIncompleteError: There is no optimizer state.
+    """
+    path = directory / OPTIMIZER_DIRECTORY
+    if not (path / ".metadata").is_file():
+        raise CheckpointIncompleteError(
+            f"{directory} holds no optimizer state ({OPTIMIZER_DIRECTORY}/ is missing: was it saved with "
+            "save_only_model=True?). To go on with a fresh optimizer, load the model from it and start anew."
+        )
+    # With gradients in place torch takes the optimizer for one that has stepped, and silently restores nothing.
+    model.zero_grad(set_to_none=True)
+    try:
+        with one_process_allowed(), _without_empty_groups(optimizer):
+            load_optimizer_distributed(model, optimizer, str(path))
+    except CheckpointException as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {reasons(error)}") from error
+
+
+def load_scheduler(scheduler: Any, directory: Path, *, step: int, may_skip: bool) -> None:
+    """Restore the learning rate's schedule.
+
+    Args:
+        scheduler: The scheduler.
+        directory: The checkpoint.
+        step: The number of steps taken.
+        may_skip: Whether steps that overflow are skipped, which the schedule then does not count.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or the schedule is at another step.
+    """
+    state = read_state(directory / "scheduler.pt")
+    place = state.get("last_epoch")
+    follows_metrics = isinstance(scheduler, (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR))
+    if isinstance(place, int) and not follows_metrics and (place > step or (place < step and not may_skip)):
+        raise CheckpointFormatError(
+            f"{directory / 'scheduler.pt'} is of step {place}, and {TRAINER_STATE_NAME} of step {step}: they are of "
+            "two checkpoints. Resume from another one."
+        )
+    scheduler.load_state_dict(state)
+
+
+def read_state(path: Path) -> Any:
+    """What ``torch.save`` has written, tensors and plain data alone.
+
+    Raises:
+        CheckpointIncompleteError: The file is missing.
+        CheckpointFormatError: It cannot be read.
+    """
+    if not path.is_file():
+        raise CheckpointIncompleteError(f"{path} is missing. Resume from another checkpoint.")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Hide parameter groups without parameters, at which torch raises an IndexError; an adapter has no biases, say."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        filled = iter(optimizer.param_groups)
+        optimizer.param_groups = [next(filled) if group["params"] else group for group in groups]
+
+
+def save_random_state(directory: Path, data_parallel_rank: int) -> None:
+    """Save this process's random streams; one process of each tensor-parallel group calls it, as theirs are equal."""
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    torch.save(state, _random_state_file(directory, data_parallel_rank))
+
+
+def load_random_state(directory: Path, data_parallel_rank: int) -> bool:
+    """Restore the random streams of a data-parallel rank; returns whether the checkpoint had them."""
+    path = _random_state_file(directory, data_parallel_rank)
+    if not path.is_file():
+        return False
+    state = read_state(path)
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.random.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    return True
+
+
+# What numpy's random state is pickled with.
+_NUMPY_GLOBALS: list[Any] = [
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+]
+
+
+def _random_state_file(directory: Path, data_parallel_rank: int) -> Path:
+    return directory / f"random_state_{data_parallel_rank}.pt"
