@@ -187,7 +187,7 @@ def test_the_table_needs_neither_torch_nor_transformers() -> None:
     """Catches an import that makes every command, and every message about a wrong degree, wait for seconds."""
     program = (
         "import sys\n"
-        "from hf_megatron.partition import GPT2\n"
+        "from hf_megatron.architectures import GPT2\n"
         "GPT2.check_degree({}, 4)\n"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
