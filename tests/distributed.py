@@ -314,7 +314,7 @@ def _join_world(index: int, world_size: int, directory: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from hf_megatron.tensor_parallel import collectives
+    from hf_megatron.tensor_parallel import cpu
 
     os.environ.update(
         RANK=str(index),
@@ -330,7 +330,7 @@ def _join_world(index: int, world_size: int, directory: Path) -> None:
     for name in {"lo", "lo0"}.intersection(name for _, name in socket.if_nameindex()):
         os.environ["GLOO_SOCKET_IFNAME"] = name
     torch.set_num_threads(1)
-    collectives.POLLING_SECONDS = 0.0  # the cores are shared with the ranks of other workers
+    cpu.POLLING_SECONDS = 0.0  # the cores are shared with the ranks of other workers
     dist.init_process_group(
         "gloo",
         init_method=f"file://{directory}/rendezvous",

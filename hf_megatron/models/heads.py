@@ -5,8 +5,7 @@ Shapes: B batch, S sequence, H hidden, V vocabulary, V_p this rank's part of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,16 +16,14 @@ from torch.distributed.fsdp import FSDPModule
 from hf_megatron.partition import Spec, VocabSplit
 from hf_megatron.tensor_parallel import (
     ParallelModule,
-    ReusedMemory,
     SequenceParallelRegion,
-    TensorParallelGroup,
     VocabParallelEmbedding,
     copy_to_tensor_parallel_region,
     gather_from_tensor_parallel_region,
     local,
-    vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
+from hf_megatron.tensor_parallel.cpu import TiedGradient, is_tuned
 
 
 class VocabParallelHead(ParallelModule):
@@ -48,7 +45,6 @@ class VocabParallelHead(ParallelModule):
     def __init__(self, hidden_size: int, vocab_size: int, *, is_tied: bool, bias: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = hidden_size, vocab_size
-        self._gradient_memory = ReusedMemory()
         self.register_parameter("weight", None if is_tied else nn.Parameter(torch.empty(vocab_size, hidden_size)))
         self.register_parameter("bias", None if is_tied or not bias else nn.Parameter(torch.zeros(vocab_size)))
         if self.weight is not None:
@@ -60,20 +56,22 @@ class VocabParallelHead(ParallelModule):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        embedding: Callable[[], torch.Tensor],
+        embedding: VocabParallelEmbedding,
         bias: torch.Tensor | None = None,
         region: SequenceParallelRegion | None = None,
         labels: torch.Tensor | None = None,
+        tied: TiedGradient | None = None,
         **loss_arguments: Any,
     ) -> torch.Tensor:
         """This rank's logits; or the loss of predicting the labels, in less memory and time than by way of the logits.
 
         Args:
             hidden_states: [..., H], replicated; with a region [..., S_p, H], split on the sequence.
-            embedding: Gives the word embedding's parameter [V, H], split on dim 0; used if the head is tied.
+            embedding: The word embedding, whose weight [V, H], split on dim 0, is used if the head is tied.
             bias: A bias parameter [V], split on dim 0; used if the head is tied.
             region: Where the hidden states come from, if they are split on the sequence.
             labels: [...], replicated; positions with ``ignore_index`` are not computed.
+            tied: Gets the weight's gradient in autograd's place, with labels and on a CPU.
             **loss_arguments: See :func:`vocab_parallel_linear_cross_entropy`.
 
         Returns:
@@ -84,11 +82,12 @@ class VocabParallelHead(ParallelModule):
         :func:`vocab_parallel_linear_cross_entropy`, all of them forward. With a region all-gather over tp, forward, and
         reduce-scatter over tp, backward, in the place of the all-reduce.
         """
-        weight, bias = (embedding(), bias) if self.weight is None else (self.weight, self.bias)
-        weight, bias = local(weight), None if bias is None else local(bias)
+        if self.weight is not None:
+            weight, bias = local(self.weight), self.bias
+        else:
+            weight = _weight_of(embedding) if tied is None else tied.weight
+        bias = None if bias is None else local(bias)
         hidden_states = hidden_states.to(weight.device)  # a tied head computes where the embedding lies
-        if labels is None and not torch.compiler.is_compiling():
-            self._gradient_memory.release()  # what computes logits computes the gradient elsewhere, if at all
         if region is not None:
             hidden_states = region.enter(hidden_states)
         if labels is None:
@@ -103,7 +102,7 @@ class VocabParallelHead(ParallelModule):
             labels.reshape(-1).to(hidden_states.device),
             vocab_size=self.out_features,
             reduce_gradient=region is None,
-            memory=self._gradient_memory,
+            tied=tied,
             **loss_arguments,
         )
 
@@ -119,112 +118,47 @@ class VocabParallelHead(ParallelModule):
         return ", ".join(part for part in (sizes, super().extra_repr()) if part)
 
 
-@contextmanager
-def tied_weight(
-    model: nn.Module, embedding: VocabParallelEmbedding, head: VocabParallelHead, labels: torch.Tensor | None
-) -> Iterator[Callable[[], torch.Tensor]]:
-    """Around the forward pass of a model, to get the word embedding's weight for its head.
+def _weight_of(embedding: VocabParallelEmbedding) -> torch.Tensor:
+    # accelerate offloads weights, and brings them while their module is called.
+    return local(embedding() if hasattr(embedding, "_hf_hook") else embedding.weight)
 
-    Args:
-        model: The model they belong to.
-        embedding: The word embedding.
-        head: The head, tied or not.
-        labels: The labels, if there are any.
 
-    Yields:
-        What gives the weight, split on dim 0, a DTensor [V, H] or a plain tensor [V_p, H].
+class VocabParallelLossMixin:
+    """What the models with a :class:`VocabParallelHead` share: in training the head computes the loss, and no logits.
+
+    Attributes:
+        fuses_head_and_loss: Set to False, outputs have logits in training too, gathered on every rank.
     """
-    weight = embedding.weight
-    # Elsewhere the second gradient costs next to nothing (a GPU), or the weight is whole in its module only (FSDP2).
-    pays = weight.is_cpu and not torch.compiler.is_compiling() and not isinstance(model, FSDPModule)
-    has_gradient = model.training and labels is not None and torch.is_grad_enabled() and weight.requires_grad
-    if hasattr(embedding, "_hf_hook"):  # accelerate offloads the weight, and brings it while its module is called
-        yield lambda: embedding()  # not the module itself, which the hook of the head would move
-    elif pays and has_gradient and head.weight is None:
-        with embedding.sharing_gradient() as for_head:
-            yield lambda: for_head
-    else:
-        yield lambda: weight
+
+    fuses_head_and_loss = True
+    has_vocab_parallel_loss = True
+    _tied_weights_keys = None  # a tied head has no weight of its own
+
+    def _is_fused(self: Any, labels: torch.Tensor | None) -> bool:
+        """Whether this call computes the loss without logits; not with ``model.loss_function = ...``."""
+        has_own_loss = getattr(self, "_loss_function", None) is not None
+        return labels is not None and self.training and self.fuses_head_and_loss and not has_own_loss
+
+    def _embed_for_tied_head(
+        self: Any, head: VocabParallelHead, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, TiedGradient | None]:
+        """Look the words up here where their gradient is to be added to that of a tied head, see :class:`TiedGradient`.
+
+        Returns:
+            ``input_ids``, ``inputs_embeds`` [B, S, H], one of them None; and where the gradients are added up, or None.
+        """
+        embedding = self.get_input_embeddings()
+        weight = embedding.weight
+        has_gradient = head.weight is None and weight.requires_grad and torch.is_grad_enabled()
+        # FSDP and accelerate's hooks have the weight whole while its module is called only.
+        is_elsewhere = isinstance(self, FSDPModule) or hasattr(embedding, "_hf_hook")
+        if input_ids is None or not has_gradient or is_elsewhere or not is_tuned(weight):
+            return input_ids, None, None
+        tied = TiedGradient(local(weight))
+        self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        return None, embedding(input_ids.view(-1, input_ids.shape[-1]), tied), tied
 
 
 def next_token_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
     """[B, S] token ids to what each position has to predict; nothing follows the last one."""
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-
-
-def masked_lm_loss(
-    group: TensorParallelGroup,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    vocab_size: int,
-    num_items_in_batch: torch.Tensor | float | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """Loss of predicting the masked tokens.
-
-    Args:
-        group: The tensor-parallel group.
-        logits: [..., V_p], split on the last dim.
-        labels: [...], replicated, ``ignore_index`` where nothing was masked.
-        vocab_size: V.
-        num_items_in_batch: What to divide the sum by; the number of labelled positions if None.
-        ignore_index: Label of positions that do not count.
-        label_smoothing: Share of the target distribution that is spread over the vocabulary.
-
-    Returns:
-        A scalar, replicated; float32, or float64 for float64 logits.
-
-    Collective: two all-reduces over tp, forward, see :func:`vocab_parallel_cross_entropy`.
-    """
-    return vocab_parallel_cross_entropy(
-        group,
-        logits.reshape(-1, logits.shape[-1]),
-        labels.reshape(-1).to(logits.device),
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        num_items_in_batch=num_items_in_batch,
-    )
-
-
-def causal_lm_loss(
-    group: TensorParallelGroup,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    vocab_size: int,
-    shift_labels: torch.Tensor | None = None,
-    num_items_in_batch: torch.Tensor | float | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """Loss of predicting each next token, as transformers defines it.
-
-    Args:
-        group: The tensor-parallel group.
-        logits: [B, S, V_p], split on the last dim.
-        labels: [B, S], replicated; shifted here.
-        vocab_size: V.
-        shift_labels: [B, S], labels that are shifted already and take the place of ``labels``.
-        num_items_in_batch: What to divide the sum by; the number of predicted tokens if None.
-        ignore_index: Label of positions that do not count.
-        label_smoothing: Share of the target distribution that is spread over the vocabulary.
-
-    Returns:
-        A scalar, replicated; float32, or float64 for float64 logits.
-
-    Collective: two all-reduces over tp, forward, see :func:`vocab_parallel_cross_entropy`.
-    """
-    if shift_labels is None:
-        shift_labels = next_token_labels(labels, ignore_index)
-    return masked_lm_loss(
-        group,
-        logits,
-        shift_labels,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        num_items_in_batch=num_items_in_batch,
-    )

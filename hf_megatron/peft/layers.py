@@ -23,7 +23,6 @@ from hf_megatron.tensor_parallel import (
     ReplicatedLinear,
     RowParallelLinear,
     TensorParallelGroup,
-    copy_to_tensor_parallel_region,
     local,
     parallelize_module,
 )
@@ -99,21 +98,6 @@ class ParallelLora(LoraLinear):
         )
 
 
-class _SharedInputLinear(ReplicatedLinear):
-    """A for an input that went through ``f`` already, together with other layers'.
-
-    Then the input's gradient has to stay a partial sum, which that ``f`` makes whole, and the weight's is one too.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] to [..., r], both replicated.
-
-        Collective: all-reduce over tp, backward, of the weight's gradient.
-        """
-        (weight,) = copy_to_tensor_parallel_region(self.tp_group, local(self.weight))
-        return F.linear(x, weight)
-
-
 class _SplitDropout(nn.Dropout):
     """Dropout on activations that are split on the last dim, with the mask one rank would draw for them whole.
 
@@ -139,9 +123,8 @@ def _halves_of(base: nn.Module, r: int) -> tuple[nn.Module, nn.Module]:
     if isinstance(base, ColumnParallelLinear):
         # The rows of B belong to the columns of the weight, and are cut as those are: in three blocks if they are.
         specs = {"weight": dataclasses.replace(base.partition_specs()["weight"], dim=0)}  # type: ignore[type-var]
-        is_copied = base.is_input_copied
-        a = (_SharedInputLinear if is_copied else ReplicatedLinear)(base.in_features, r, bias=False)
-        return a, ColumnParallelLinear(r, base.out_features, bias=False, specs=specs, is_input_copied=is_copied)
+        a = ReplicatedLinear(base.in_features, r, bias=False)
+        return a, ColumnParallelLinear(r, base.out_features, bias=False, specs=specs)
     assert isinstance(base, (RowParallelLinear, ReplicatedLinear))
     a_class = RowParallelLinear if isinstance(base, RowParallelLinear) else ReplicatedLinear
     return a_class(base.in_features, r, bias=False), ReplicatedLinear(r, base.out_features, bias=False)

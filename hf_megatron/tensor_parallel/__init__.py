@@ -1,19 +1,9 @@
 """Tensor parallelism: the region functions, the layers, the loss, and dropout that does not depend on the degree."""
 
 from hf_megatron.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from hf_megatron.tensor_parallel.embedding import VocabParallelEmbedding
 from hf_megatron.tensor_parallel.group import SINGLE, TensorParallelGroup, local, non_finite_names
-from hf_megatron.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    HiddenDropout,
-    ParallelModule,
-    ReplicatedEmbedding,
-    ReplicatedLayerNorm,
-    ReplicatedLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    column_products,
-    replicated_parameters,
-)
+from hf_megatron.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel_linear
 from hf_megatron.tensor_parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from hf_megatron.tensor_parallel.mappings import (
     copy_to_tensor_parallel_region,
@@ -23,14 +13,19 @@ from hf_megatron.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
     scatter_to_tensor_parallel_region,
 )
+from hf_megatron.tensor_parallel.parallel_module import ParallelModule, replicated_parameters
 from hf_megatron.tensor_parallel.placement import parallelize_module
-from hf_megatron.tensor_parallel.products import gathered_products
 from hf_megatron.tensor_parallel.random import (
     attention_dropout,
     broadcast_from_first_rank,
     synchronize_random_state,
 )
-from hf_megatron.tensor_parallel.reused_memory import ReusedMemory
+from hf_megatron.tensor_parallel.replicated import (
+    HiddenDropout,
+    ReplicatedEmbedding,
+    ReplicatedLayerNorm,
+    ReplicatedLinear,
+)
 from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion
 
 __all__ = [
@@ -41,18 +36,16 @@ __all__ = [
     "ReplicatedEmbedding",
     "ReplicatedLayerNorm",
     "ReplicatedLinear",
-    "ReusedMemory",
     "RowParallelLinear",
     "SequenceParallelRegion",
     "TensorParallelGroup",
     "VocabParallelEmbedding",
     "attention_dropout",
     "broadcast_from_first_rank",
-    "column_products",
+    "column_parallel_linear",
     "copy_to_tensor_parallel_region",
     "gather_from_sequence_parallel_region",
     "gather_from_tensor_parallel_region",
-    "gathered_products",
     "local",
     "non_finite_names",
     "parallelize_module",

@@ -1,31 +1,20 @@
 """Collectives over a tensor-parallel group that are begun now and waited for later.
 
 Each function returns another, which waits, once. A compiler orders things itself and knows no handles of work in
-progress: under ``torch.compile`` the collective is done when the first function returns, and the second has nothing to
-wait for.
+progress: under ``torch.compile`` the collective is done when the first function returns.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from hf_megatron.partition import chunk_range
+from hf_megatron.tensor_parallel.cpu import wait_for
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
-
-# How long a rank on a CPU asks whether a collective is done before it sleeps until it is. Gloo sums a few kilobytes in
-# less time than a thread needs to be put to sleep and woken, which decoding would pay ten times a token. Who waits
-# longer than this waits for the work of another rank. Where ranks outnumber the cores they all sleep: each that asks
-# would keep another from computing.
-POLLING_SECONDS = 10e-3
-# How long a rank waits for gloo's thread to let go of the tensors of a collective that is done, see `_WorkOnCPU`.
-RELEASE_SECONDS = 1.0
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # torch 2.13 renamed them and warns about the old names.
 if hasattr(dist, "all_gather_single"):
@@ -55,86 +44,84 @@ def start_all_reduce(
     return _start(dist.all_reduce, tensor, op=op, group=group, is_async=is_async)
 
 
-def start_all_gather_single(
-    group: TensorParallelGroup, gathered: torch.Tensor, tensor: torch.Tensor, *, is_async: bool = True
-) -> Callable[[], object]:
-    """Begin to gather the ranks' tensors, all of one shape, one after the other along the first dim of ``gathered``.
+def start_all_gather(
+    group: TensorParallelGroup, shard: torch.Tensor, dim: int, size: int, *, is_async: bool = True
+) -> Callable[[], torch.Tensor]:
+    """Begin to gather shards that may differ in size: padded to the largest, gathered, trimmed.
 
-    Arguments and what is returned are as for :func:`start_all_reduce`.
+    Args:
+        group: The tensor-parallel group.
+        shard: Split on ``dim`` as ``torch.chunk`` cuts ``size``.
+        dim: The dimension it is split on, not negative.
+        size: Size of that dimension when whole.
+        is_async: As for :func:`start_all_reduce`.
+
+    Returns:
+        A function that waits, and has the full tensor.
     """
-    return _start(_all_gather_single, gathered, tensor, group=group, is_async=is_async)
+    ranges = [chunk_range(size, group.size, rank) for rank in range(group.size)]
+    sent = _padded(shard, dim, ranges[0][1]).contiguous()
+    gathered = sent.new_empty((group.size * sent.shape[0], *sent.shape[1:]))
+    wait = _start(_all_gather_single, gathered, sent, group=group, is_async=is_async)
+
+    def finish() -> torch.Tensor:
+        wait()
+        parts = gathered.chunk(group.size)
+        return torch.cat([p.narrow(dim, 0, stop - start) for p, (start, stop) in zip(parts, ranges, strict=True)], dim)
+
+    return finish
 
 
-def start_reduce_scatter_single(
-    group: TensorParallelGroup, total: torch.Tensor, tensor: torch.Tensor, *, is_async: bool = True
-) -> Callable[[], object]:
-    """Begin to sum over ranks; of the sum's equal parts along its first dim ``total`` gets this rank's.
+def start_reduce_scatter(
+    group: TensorParallelGroup, tensor: torch.Tensor, dim: int, *, is_async: bool = True
+) -> Callable[[], torch.Tensor]:
+    """Begin to sum over ranks what each rank keeps a slice of; slices may differ in size, so zeros fill them up.
 
-    Arguments and what is returned are as for :func:`start_all_reduce`.
+    Args:
+        group: The tensor-parallel group.
+        tensor: A partial sum, left as it is.
+        dim: The dimension to split, not negative, cut as ``torch.chunk`` cuts it.
+        is_async: As for :func:`start_all_reduce`.
+
+    Returns:
+        A function that waits, and has this rank's slice of the sum.
     """
-    return _start(_reduce_scatter_single, total, tensor, group=group, is_async=is_async)
+    largest = chunk_range(tensor.shape[dim], group.size, 0)[1]
+    sent = torch.cat(_padded(tensor, dim, group.size * largest).chunk(group.size, dim))  # the ranks' slices in a row
+    total = sent.new_empty((tensor.shape[0] if dim else largest, *sent.shape[1:]))
+    wait = _start(_reduce_scatter_single, total, sent, group=group, is_async=is_async)
+    start, stop = chunk_range(tensor.shape[dim], group.size, group.rank)
+
+    def finish() -> torch.Tensor:
+        wait()
+        return total.narrow(dim, 0, stop - start).contiguous()
+
+    return finish
+
+
+def all_gather_stacked(group: TensorParallelGroup, tensor: torch.Tensor) -> torch.Tensor:
+    """All ranks' tensors, which have one shape: [P, *tensor.shape]."""
+    if group.size == 1:
+        return tensor[None]
+    gathered = tensor.new_empty((group.size * tensor.shape[0], *tensor.shape[1:]))
+    _start(_all_gather_single, gathered, tensor, group=group, is_async=False)()
+    return gathered.view(group.size, *tensor.shape)
+
+
+def _padded(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """The tensor, with zeros at the end of ``dim`` up to ``size``."""
+    missing = list(tensor.shape)
+    missing[dim] = size - tensor.shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor
 
 
 def _start(
     collective: Callable[..., Any], *tensors: torch.Tensor, group: TensorParallelGroup, is_async: bool, **options: Any
 ) -> Callable[[], object]:
-    if tensors[0].device.type == "cpu" and not torch.compiler.is_compiling():
-        # Aliases, which nobody but the collective holds.
-        aliases = [tensor.detach() for tensor in tensors]
-        return _WorkOnCPU(collective(*aliases, group=group.process_group, async_op=True, **options), aliases, group)
-    is_async = is_async and not torch.compiler.is_compiling()
-    work = collective(*tensors, group=group.process_group, async_op=is_async, **options)
-    return _nothing if work is None else work.wait
-
-
-def _nothing() -> None:
-    pass
-
-
-class _WorkOnCPU:
-    """Waits until gloo has done a collective, and has let go of its tensors.
-
-    Gloo works on a thread of its own, which holds the tensors for a moment after it has called the work done. If that
-    thread is the last to hold one it has to delete a Python object, and if the process ends just then, it takes the
-    process down: "terminate called without an active exception" (pytorch issue 190489).
-
-    The work's future is asked, not the work: ``Work.is_completed`` takes a lock without giving up Python's own, and
-    under a profiler the thread may hold the first while it waits for the second, forever.
-
-    Args:
-        work: The handle of the collective.
-        aliases: The tensors that it was called with, held by nobody else.
-        group: The tensor-parallel group.
-    """
-
-    def __init__(self, work: dist.Work, aliases: Sequence[torch.Tensor], group: TensorParallelGroup) -> None:
-        self._work: dist.Work | None = work
-        self._aliases = aliases
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", group.size))
-        self._polling_seconds = POLLING_SECONDS if ranks_here <= _CORES else 0.0
-
-    def __call__(self) -> None:
-        work, self._work = self._work, None
-        assert work is not None, "a collective is waited for once"
-        with suppress(RuntimeError):  # not implemented by gloo's reduce-scatter
-            _ask_until(work.get_future().done, self._polling_seconds)
-        work.wait()  # sleeps if it has to, and raises what went wrong
-        del work
-        _ask_until(self._is_released, RELEASE_SECONDS)
-
-    def _is_released(self) -> bool:
-        counts = (alias._use_count() for alias in self._aliases)  # type: ignore[attr-defined]
-        return all(count == 1 for count in counts)  # ours
-
-
-def _ask_until(is_true: Callable[[], bool], seconds: float) -> None:
-    """Ask until it is so or the time is over, and let others have the core in between."""
-    end = time.perf_counter() + seconds
-    while not is_true() and time.perf_counter() < end:
-        _give_way()
-
-
-def _give_way() -> None:
-    if hasattr(os, "sched_yield"):
-        os.sched_yield()
-    time.sleep(0)  # gives up Python's lock, which gloo's thread may need too; before 3.12 the line above does not
+    is_compiling = torch.compiler.is_compiling()
+    if tensors[0].device.type == "cpu" and not is_compiling:
+        aliases = [tensor.detach() for tensor in tensors]  # which nobody but the collective holds
+        unfinished = [collective(*aliases, group=group.process_group, async_op=True, **options)]
+        return lambda: wait_for(unfinished.pop(), aliases, group.size)
+    work = collective(*tensors, group=group.process_group, async_op=is_async and not is_compiling, **options)
+    return (lambda: None) if work is None else work.wait

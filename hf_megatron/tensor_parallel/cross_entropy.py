@@ -15,11 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from hf_megatron.errors import PartitionError
 from hf_megatron.partition import chunk_range
-from hf_megatron.tensor_parallel.collectives import start_all_gather_single
+from hf_megatron.tensor_parallel.collectives import all_gather_stacked
+from hf_megatron.tensor_parallel.cpu import row_blocks
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
-
-# Logits that a CPU works on at a time, so that they stay in its cache from one operation to the next.
-_LOGITS_PER_BLOCK = 2**18
 
 
 def vocab_parallel_cross_entropy(
@@ -36,8 +34,8 @@ def vocab_parallel_cross_entropy(
 
     Args:
         group: The tensor-parallel group.
-        logits: [T, V_p], split on dim 1 as ``torch.chunk`` cuts ``vocab_size``. Never modified.
-        target: [T], token ids in ``[0, vocab_size)`` or ``ignore_index``, replicated.
+        logits: [..., V_p], split on the last dim as ``torch.chunk`` cuts ``vocab_size``. Never modified.
+        target: [...], token ids in ``[0, vocab_size)`` or ``ignore_index``, replicated.
         vocab_size: V, the real vocabulary; label smoothing spreads its mass over it.
         ignore_index: Positions with this target count neither in the loss nor in the mean.
         label_smoothing: Share of the target distribution that is spread evenly over the vocabulary.
@@ -52,6 +50,7 @@ def vocab_parallel_cross_entropy(
 
     Collective: all-gather over tp, forward, of 3 x T numbers (4 x T with label smoothing).
     """
+    logits, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1).to(logits.device)
     check_target(target, vocab_size, ignore_index)
     vocabulary = Vocabulary(group, vocab_size, label_smoothing)
     is_counted = target != ignore_index
@@ -150,7 +149,8 @@ class Softmax:
         start, stop = chunk_range(vocabulary.size, group.size, group.rank)
         is_mine = (target >= start) & (target < stop)
         mine = torch.where(is_mine, target - start, 0)
-        statistics = _gather(group, _statistics(logits, mine, is_mine, with_sum=bool(smoothing)))  # [P, 3 or 4, T]
+        of_this_rank = _statistics(logits, mine, is_mine, with_sum=bool(smoothing))
+        statistics = all_gather_stacked(group, of_this_rank)  # [P, 3 or 4, T]
         maxima, totals, predicted = statistics[:, 0], statistics[:, 1], statistics[:, 2].sum(0)
         maximum = maxima.amax(0)
         total = (totals * (maxima - maximum).exp()).sum(0)
@@ -177,7 +177,7 @@ class Softmax:
         factor = share / self.total
         on_target = torch.where(self.is_mine, (smoothing - 1) * share, 0.0)[:, None]
         on_all = (share * (-smoothing / self.vocabulary.size))[:, None]
-        for rows in _blocks(self.logits):
+        for rows in row_blocks(self.logits):
             values = (self.logits[rows].to(share.dtype) - self.maximum[rows, None]).exp_().mul_(factor[rows, None])
             values.scatter_add_(1, self.mine[rows, None], on_target[rows])
             if smoothing:
@@ -192,7 +192,7 @@ def _statistics(logits: torch.Tensor, mine: torch.Tensor, is_mine: torch.Tensor,
     # Not a product with is_mine: the logit that stands in for another rank's target may be -inf.
     predicted = torch.where(is_mine, logits.gather(1, mine[:, None])[:, 0].to(dtype), 0.0)
     maxima, totals, sums = [], [], []
-    for rows in _blocks(logits):
+    for rows in row_blocks(logits):
         values = logits[rows].to(dtype)
         maxima.append(values.amax(1))
         totals.append((values - maxima[-1][:, None]).exp_().sum(1))
@@ -200,24 +200,6 @@ def _statistics(logits: torch.Tensor, mine: torch.Tensor, is_mine: torch.Tensor,
             sums.append(values.sum(1))
     statistics = [torch.cat(maxima), torch.cat(totals), predicted]
     return torch.stack([*statistics, torch.cat(sums)] if with_sum else statistics)
-
-
-def _blocks(logits: torch.Tensor) -> list[slice]:
-    """Rows that are worked on together: all of them, or on a CPU as many as its cache holds."""
-    count = logits.shape[0]
-    if not logits.is_cpu or torch.compiler.is_compiling():
-        return [slice(0, count)]
-    size = max(1, _LOGITS_PER_BLOCK // logits.shape[1])
-    return [slice(first, first + size) for first in range(0, max(count, 1), size)]
-
-
-def _gather(group: TensorParallelGroup, tensor: torch.Tensor) -> torch.Tensor:
-    """All ranks' tensors [P, *tensor.shape]."""
-    if group.size == 1:
-        return tensor[None]
-    gathered = tensor.new_empty((group.size * tensor.shape[0], *tensor.shape[1:]))
-    start_all_gather_single(group, gathered, tensor, is_async=False)()
-    return gathered.view(group.size, *tensor.shape)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from hf_megatron.tensor_parallel.collectives import start_all_reduce
+from hf_megatron.tensor_parallel.cpu import TiedGradient
 from hf_megatron.tensor_parallel.cross_entropy import Softmax, Vocabulary, check_target, mean_scale, wide
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
-from hf_megatron.tensor_parallel.reused_memory import ReusedMemory
 
 # Logits that exist at a time. Smaller chunks read and write the weight's gradient more often than memory gains by it.
 _LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**26}
@@ -40,7 +40,7 @@ def vocab_parallel_linear_cross_entropy(
     num_items_in_batch: torch.Tensor | float | None = None,
     chunk_size: int | None = None,
     reduce_gradient: bool = True,
-    memory: ReusedMemory | None = None,
+    tied: TiedGradient | None = None,
 ) -> torch.Tensor:
     """Mean cross entropy of ``hidden_states @ weight.T + bias``, of which tokens that do not count are not computed.
 
@@ -61,7 +61,7 @@ def vocab_parallel_linear_cross_entropy(
         chunk_size: C; by default as many tokens as have 2**24 logits on a rank, or 2**26 on a GPU.
         reduce_gradient: Whether to make the gradient of the hidden states whole. If not it is left a partial sum, for
             hidden states out of a gather whose backward pass is a reduce-scatter.
-        memory: Where to put the weight's gradient on a CPU.
+        tied: Gets the weight's gradient in autograd's place, on a CPU.
 
     Returns:
         The loss, a scalar, replicated; float32, or float64 for float64 hidden states. NaN if no token counts, as in
@@ -90,7 +90,7 @@ def vocab_parallel_linear_cross_entropy(
         # Asked for here: inside of the function there is always a gradient wanted and never one recorded.
         needs=tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors),
         reduce_gradient=reduce_gradient and group.size > 1,
-        memory=memory if weight.is_cpu and memory is not None and not torch.compiler.is_compiling() else None,
+        tied=tied,
     )
     with torch.autocast(device, enabled=False):
         loss: torch.Tensor = _LinearCrossEntropy.apply(head, *tensors, target, is_counted, scale)
@@ -106,7 +106,7 @@ class _Head:
     chunk_size: int
     needs: tuple[bool, ...]
     reduce_gradient: bool
-    memory: ReusedMemory | None
+    tied: TiedGradient | None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -132,7 +132,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses = gradients.add(chunk, target[chunk], share[chunk])
             total += torch.where(is_counted[chunk], losses, 0.0).sum()
         ctx.save_for_backward(*gradients.finish())
-        ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (hidden_states, weight, bias))
+        ctx.tied, ctx.dtypes = (
+            head.tied,
+            tuple(None if tensor is None else tensor.dtype for tensor in (hidden_states, weight, bias)),
+        )
         return total * scale
 
     @staticmethod
@@ -148,6 +151,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if saved is None else scaled(saved).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
+        if ctx.tied is not None:
+            ctx.tied.put(gradients[1])
+            gradients[1] = None
         return None, *gradients, None, None, None
 
 
@@ -225,21 +231,13 @@ class _Gradients:
                 self._unfinished.append(start_all_reduce(self.head.vocabulary.group, self.d_hidden[chunk]))
         if self.needs_weight:
             if self.d_weight is None:
-                self.d_weight = unscaled(self._first_product(d_logits.t(), hidden))
+                self.d_weight = unscaled((d_logits.t() @ hidden).to(self.sum_dtype))
             elif hidden.dtype == self.sum_dtype:
                 self.d_weight.addmm_(d_logits.t(), hidden)
             else:
                 self.d_weight += unscaled(d_logits.t() @ hidden)
         if self.d_bias is not None:
             self.d_bias += unscaled(d_logits.sum(0, dtype=self.sum_dtype))
-
-    def _first_product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """The first chunk's part of the weight's gradient [V_p, H], split on dim 0, in the dtype of the sum."""
-        memory = self.head.memory
-        if memory is None:
-            return (left @ right).to(self.sum_dtype)
-        total = memory.empty(torch.Size((left.shape[0], right.shape[1])), self.sum_dtype)
-        return torch.mm(left, right, out=total) if right.dtype == self.sum_dtype else total.copy_(left @ right)
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """The gradients of hidden states, weight and bias, None where none is needed."""

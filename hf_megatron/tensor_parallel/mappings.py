@@ -23,16 +23,13 @@ arXiv:2205.05198, section 4.2, operators g and g-bar of figures 5 and 6.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from hf_megatron.partition import chunk_range
-from hf_megatron.tensor_parallel.collectives import (
-    start_all_gather_single,
-    start_all_reduce,
-    start_reduce_scatter_single,
-)
+from hf_megatron.tensor_parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
 
@@ -67,10 +64,7 @@ def reduce_from_tensor_parallel_region(group: TensorParallelGroup, tensor: torch
 
     Collective: all-reduce over tp, forward, of the tensor.
     """
-    if group.size == 1:
-        return tensor
-    output: torch.Tensor = _Reduce.apply(group, tensor)
-    return output
+    return _mapped(group, tensor, partial(_all_reduced, group), _same)
 
 
 def gather_from_tensor_parallel_region(
@@ -89,10 +83,8 @@ def gather_from_tensor_parallel_region(
 
     Collective: all-gather over tp, forward, of the largest shard's size.
     """
-    if group.size == 1:
-        return tensor
-    output: torch.Tensor = _Gather.apply(group, tensor, dim % tensor.dim(), size)
-    return output
+    dim %= tensor.dim()
+    return _mapped(group, tensor, partial(_gathered, group, dim, size), partial(_sliced, group, dim))
 
 
 def scatter_to_tensor_parallel_region(group: TensorParallelGroup, tensor: torch.Tensor, *, dim: int) -> torch.Tensor:
@@ -108,10 +100,8 @@ def scatter_to_tensor_parallel_region(group: TensorParallelGroup, tensor: torch.
 
     Collective: all-gather over tp, backward.
     """
-    if group.size == 1:
-        return tensor
-    output: torch.Tensor = _Scatter.apply(group, tensor, dim % tensor.dim())
-    return output
+    dim %= tensor.dim()
+    return _mapped(group, tensor, partial(_sliced, group, dim), partial(_gathered, group, dim, tensor.shape[dim]))
 
 
 def gather_from_sequence_parallel_region(
@@ -132,10 +122,8 @@ def gather_from_sequence_parallel_region(
     Collective: all-gather over tp, forward; reduce-scatter over tp, backward. Both of ``size`` rounded up to a multiple
     of the degree.
     """
-    if group.size == 1:
-        return tensor
-    output: torch.Tensor = _GatherSequence.apply(group, tensor, dim % tensor.dim(), size)
-    return output
+    dim %= tensor.dim()
+    return _mapped(group, tensor, partial(_gathered, group, dim, size), partial(_reduce_scattered, group, dim))
 
 
 def reduce_scatter_to_sequence_parallel_region(
@@ -153,102 +141,31 @@ def reduce_scatter_to_sequence_parallel_region(
 
     Collective: reduce-scatter over tp, forward; all-gather over tp, backward.
     """
+    dim %= tensor.dim()
+    gather = partial(_gathered, group, dim, tensor.shape[dim])
+    return _mapped(group, tensor, partial(_reduce_scattered, group, dim), gather)
+
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _mapped(group: TensorParallelGroup, tensor: torch.Tensor, forward: Map, backward: Map) -> torch.Tensor:
+    """``forward(tensor)``, whose gradient is ``backward(gradient)``; on one rank the tensor itself."""
     if group.size == 1:
         return tensor
-    output: torch.Tensor = _ReduceScatter.apply(group, tensor, dim % tensor.dim())
+    output: torch.Tensor = _Mapping.apply(forward, backward, tensor)
     return output
 
 
-def _all_reduced(group: TensorParallelGroup, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Sums over ranks of several tensors of one dtype, with one collective; the arguments stay as they are."""
-    if len(tensors) == 1:
-        total = tensors[0].clone(memory_format=torch.contiguous_format)
-        start_all_reduce(group, total, is_async=False)()
-        return [total]
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    start_all_reduce(group, flat, is_async=False)()
-    totals = [
-        part.view(tensor.shape)
-        for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
-    ]
-    # Views keep the whole buffer alive, and a parameter keeps its gradient: a bias would hold on to activations.
-    largest = max(total.numel() for total in totals)
-    return [total if total.numel() == largest else total.clone() for total in totals]
+class _Mapping(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: Map, backward: Map, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.map = backward
+        return forward(tensor)
 
-
-def start_all_gather(
-    group: TensorParallelGroup, shard: torch.Tensor, dim: int, size: int, *, is_async: bool = True
-) -> Callable[[], torch.Tensor]:
-    """Begin to gather shards that may differ in size: padded to the largest, gathered, trimmed.
-
-    Args:
-        group: The tensor-parallel group.
-        shard: Split on ``dim`` as ``torch.chunk`` cuts ``size``.
-        dim: The dimension it is split on, not negative.
-        size: Size of that dimension when whole.
-        is_async: Whether there is something to do meanwhile.
-
-    Returns:
-        A function that waits, and has the full tensor.
-    """
-    ranges = [chunk_range(size, group.size, rank) for rank in range(group.size)]
-    sent = _padded(shard, dim, ranges[0][1]).contiguous()
-    gathered = sent.new_empty((group.size * sent.shape[0], *sent.shape[1:]))
-    wait = start_all_gather_single(group, gathered, sent, is_async=is_async)
-
-    def finish() -> torch.Tensor:
-        wait()
-        parts = gathered.chunk(group.size)
-        return torch.cat([p.narrow(dim, 0, stop - start) for p, (start, stop) in zip(parts, ranges, strict=True)], dim)
-
-    return finish
-
-
-def _gathered(group: TensorParallelGroup, shard: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    return start_all_gather(group, shard, dim, size, is_async=False)()
-
-
-def start_reduce_scatter(
-    group: TensorParallelGroup, tensor: torch.Tensor, dim: int, *, is_async: bool = True
-) -> Callable[[], torch.Tensor]:
-    """Begin to sum over ranks what each rank keeps a slice of; slices may differ in size, so zeros fill them up.
-
-    Args:
-        group: The tensor-parallel group.
-        tensor: A partial sum, left as it is.
-        dim: The dimension to split, not negative, cut as ``torch.chunk`` cuts it.
-        is_async: As for :func:`start_all_gather`.
-
-    Returns:
-        A function that waits, and has this rank's slice of the sum.
-    """
-    largest = chunk_range(tensor.shape[dim], group.size, 0)[1]
-    sent = torch.cat(_padded(tensor, dim, group.size * largest).chunk(group.size, dim))  # the ranks' slices in a row
-    total = sent.new_empty((tensor.shape[0] if dim else largest, *sent.shape[1:]))
-    wait = start_reduce_scatter_single(group, total, sent, is_async=is_async)
-    start, stop = chunk_range(tensor.shape[dim], group.size, group.rank)
-
-    def finish() -> torch.Tensor:
-        wait()
-        return total.narrow(dim, 0, stop - start).contiguous()
-
-    return finish
-
-
-def _reduce_scattered(group: TensorParallelGroup, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    return start_reduce_scatter(group, tensor, dim, is_async=False)()
-
-
-def _padded(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """The tensor, with zeros at the end of ``dim`` up to ``size``."""
-    missing = list(tensor.shape)
-    missing[dim] = size - tensor.shape[dim]
-    return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor
-
-
-def _sliced(group: TensorParallelGroup, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    start, stop = chunk_range(tensor.shape[dim], group.size, group.rank)
-    return tensor.narrow(dim, start, stop - start)
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, torch.Tensor]:
+        return None, None, ctx.map(gradient)
 
 
 class _Copy(torch.autograd.Function):
@@ -263,61 +180,43 @@ class _Copy(torch.autograd.Function):
         results: list[torch.Tensor | None] = [None] * len(gradients)
         for dtype in dict.fromkeys(gradients[i].dtype for i in needed):
             chosen = [i for i in needed if gradients[i].dtype == dtype]
-            for i, total in zip(chosen, _all_reduced(ctx.group, [gradients[i] for i in chosen]), strict=True):
+            for i, total in zip(chosen, _all_reduced_together(ctx.group, [gradients[i] for i in chosen]), strict=True):
                 results[i] = total
         return None, *results
 
 
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: TensorParallelGroup, tensor: torch.Tensor) -> torch.Tensor:
-        return _all_reduced(group, [tensor])[0]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, gradient
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: TensorParallelGroup, tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _gathered(group, tensor, dim, size)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
-        return None, _sliced(ctx.group, gradient, ctx.dim).contiguous(), None, None
+def _all_reduced(group: TensorParallelGroup, tensor: torch.Tensor) -> torch.Tensor:
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    start_all_reduce(group, total, is_async=False)()
+    return total
 
 
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: TensorParallelGroup, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        ctx.group, ctx.dim, ctx.size = group, dim, tensor.shape[dim]
-        # A copy, as a view would keep the whole tensor alive.
-        return _sliced(group, tensor, dim).clone(memory_format=torch.contiguous_format)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None]:
-        return None, _gathered(ctx.group, gradient, ctx.dim, ctx.size), None
-
-
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: TensorParallelGroup, tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _gathered(group, tensor, dim, size)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
-        return None, _reduce_scattered(ctx.group, gradient, ctx.dim), None, None
+def _all_reduced_together(group: TensorParallelGroup, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Sums over ranks of several tensors of one dtype, with one collective."""
+    if len(tensors) == 1:
+        return [_all_reduced(group, tensors[0])]
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    start_all_reduce(group, flat, is_async=False)()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    totals = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    # Views keep the whole buffer alive, and a parameter keeps its gradient: a bias would hold on to activations.
+    largest = max(total.numel() for total in totals)
+    return [total if total.numel() == largest else total.clone() for total in totals]
 
 
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: TensorParallelGroup, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        ctx.group, ctx.dim, ctx.size = group, dim, tensor.shape[dim]
-        return _reduce_scattered(group, tensor, dim)
+def _gathered(group: TensorParallelGroup, dim: int, size: int, shard: torch.Tensor) -> torch.Tensor:
+    return start_all_gather(group, shard, dim, size, is_async=False)()
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None]:
-        return None, _gathered(ctx.group, gradient, ctx.dim, ctx.size), None
+
+def _reduce_scattered(group: TensorParallelGroup, dim: int, tensor: torch.Tensor) -> torch.Tensor:
+    return start_reduce_scatter(group, tensor, dim, is_async=False)()
+
+
+def _sliced(group: TensorParallelGroup, dim: int, tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's slice; a copy, as a view would keep the whole tensor alive."""
+    start, stop = chunk_range(tensor.shape[dim], group.size, group.rank)
+    return tensor.narrow(dim, start, stop - start).clone(memory_format=torch.contiguous_format)

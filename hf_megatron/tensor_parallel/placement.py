@@ -10,7 +10,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from hf_megatron.partition import FusedSplit, Replicated, Spec, Split
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
-from hf_megatron.tensor_parallel.layers import ParallelModule
+from hf_megatron.tensor_parallel.parallel_module import ParallelModule
 
 
 def placement_of(spec: Spec) -> Placement:

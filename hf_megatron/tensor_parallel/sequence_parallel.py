@@ -14,7 +14,7 @@ Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,7 +27,6 @@ from hf_megatron.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
     scatter_to_tensor_parallel_region,
 )
-from hf_megatron.tensor_parallel.products import gathered_products
 from hf_megatron.tensor_parallel.random import sliced_dropout
 
 _SEQUENCE_DIM = -2
@@ -59,10 +58,6 @@ class SequenceParallelRegion:
         copies = copy_to_tensor_parallel_region(self.group, *(local(parameter) for parameter in parameters))
         return replace(self, shared={id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)})
 
-    def parameter(self, parameter: torch.Tensor) -> torch.Tensor:
-        """A parameter that is shared, replicated, to be used on this rank's positions or heads."""
-        return self.shared[id(parameter)]
-
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
         """Begin: [B, S, H], replicated, to [B, S_p, H].
 
@@ -84,12 +79,6 @@ class SequenceParallelRegion:
         """
         return gather_from_sequence_parallel_region(self.group, x, dim=_SEQUENCE_DIM, size=self.length)
 
-    def enter_products(
-        self, x: torch.Tensor, weights: Sequence[torch.Tensor], *, is_transposed: bool
-    ) -> tuple[torch.Tensor, ...]:
-        """Enter a parallel region that begins with products, see :func:`gathered_products`."""
-        return gathered_products(self.group, x, weights, length=self.length, is_transposed=is_transposed)
-
     def leave(self, x: torch.Tensor) -> torch.Tensor:
         """Leave a parallel region: partial sums [B, S, H] to [B, S_p, H].
 
@@ -100,3 +89,8 @@ class SequenceParallelRegion:
     def dropout(self, x: torch.Tensor, p: float) -> torch.Tensor:
         """Dropout on [B, S_p, H] with the mask that the whole sequence would get on one rank."""
         return sliced_dropout(self.group, x, p, dim=_SEQUENCE_DIM, size=self.length)
+
+
+def in_region(parameter: torch.Tensor, region: SequenceParallelRegion | None) -> torch.Tensor:
+    """A parameter as a plain tensor to compute with: from the region if it is held whole and shared there."""
+    return local(parameter) if region is None else region.shared.get(id(parameter), local(parameter))

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_megatron.tensor_parallel import collectives
-from hf_megatron.tensor_parallel.collectives import start_all_gather_single, start_all_reduce
+from hf_megatron.tensor_parallel import cpu
+from hf_megatron.tensor_parallel.collectives import start_all_gather, start_all_reduce
 from hf_megatron.tensor_parallel.group import SINGLE
 from tests.tensor_parallel.ranks import Pool, group
 
@@ -20,14 +20,12 @@ from tests.tensor_parallel.ranks import Pool, group
 def _wait_for_a_late_rank(polling_seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
     tp = group()
     total, shard = torch.full((3,), float(tp.rank)), torch.full((2,), float(tp.rank))
-    gathered = torch.empty(2 * tp.size)
     if tp.rank == 0:
         time.sleep(0.1)
-    with patch.multiple(collectives, POLLING_SECONDS=polling_seconds, _CORES=2):
-        waits = [start_all_reduce(tp, total), start_all_gather_single(tp, gathered, shard, is_async=False)]
-    for wait in waits:
+    with patch.multiple(cpu, POLLING_SECONDS=polling_seconds, _CORES=2):
+        wait, gather = start_all_reduce(tp, total), start_all_gather(tp, shard, 0, 2 * tp.size, is_async=False)
         wait()
-    return total, gathered
+        return total, gather()
 
 
 @pytest.mark.parametrize("polling_seconds", [0.0, 0.01, 10.0])
@@ -73,7 +71,7 @@ def _start(
 
 def test_ranks_that_outnumber_the_cores_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches ranks that ask all the time and so keep those they wait for from computing."""
-    monkeypatch.setattr(collectives, "_CORES", 2)
+    monkeypatch.setattr(cpu, "_CORES", 2)
     for local_world_size, questions in (("2", 3), ("3", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
         work = _Work([False, False, True])
@@ -96,7 +94,7 @@ def test_a_wait_ends_when_the_tensors_are_let_go(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.timeout(30)
 def test_a_tensor_that_is_never_let_go_is_waited_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a hang where a profiler, say, keeps what a collective was called with."""
-    monkeypatch.setattr(collectives, "RELEASE_SECONDS", 0.01)
+    monkeypatch.setattr(cpu, "RELEASE_SECONDS", 0.01)
     wait, _ = _start(monkeypatch, _Work([True]), "cpu", held=[])
     wait()
 

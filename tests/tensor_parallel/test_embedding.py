@@ -21,6 +21,7 @@ from hf_megatron.tensor_parallel import (
     parallelize_module,
     reduce_from_tensor_parallel_region,
 )
+from hf_megatron.tensor_parallel.cpu import TiedGradient
 from tests.tensor_parallel.ranks import TP_SIZES, Pool, assert_close, mesh, proven, same_on_all_ranks
 
 V, H = 11, 4  # over 4 ranks: 3, 3, 3, 2 rows
@@ -34,7 +35,7 @@ def _values(seed: int, *shape: int) -> torch.Tensor:
 class GlobalPaddingIndex(VocabParallelEmbedding):
     """The defect: the global padding index is given to the look-up in the local rows."""
 
-    def forward(self, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor | None = None, tied: TiedGradient | None = None) -> torch.Tensor:
         assert input_ids is not None
         start, stop = chunk_range(self.num_embeddings, self.tp_group.size, self.tp_group.rank)
         is_mine = (input_ids >= start) & (input_ids < stop)

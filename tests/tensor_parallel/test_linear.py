@@ -18,8 +18,7 @@ from hf_megatron.partition import FusedSplit, Replicated, Spec, Split
 from hf_megatron.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    column_products,
-    copy_to_tensor_parallel_region,
+    column_parallel_linear,
     local,
     parallelize_module,
 )
@@ -187,16 +186,15 @@ def test_columns_then_rows_need_nothing_in_between(pool: Pool, tp_size: int) -> 
             assert_close(gradients[name], value)
 
 
-def _run_three(is_input_copied: bool) -> tuple[dict[str, torch.Tensor], int]:
-    """The gradients of three layers on one input, by way of one ``f`` or all at once."""
-    layers = [ColumnParallelLinear(IN, OUT, is_input_copied=is_input_copied).double() for _ in range(3)]
+def _run_three() -> tuple[dict[str, torch.Tensor], int]:
+    """The gradients of three layers on one input."""
+    layers = [ColumnParallelLinear(IN, OUT).double() for _ in range(3)]
     for i, layer in enumerate(layers):
         with torch.no_grad():
             layer.weight.copy_(_values(i, OUT, IN))
         parallelize_module(layer, mesh())
     x = _values(9, B, S, IN).requires_grad_()
-    (copied,) = copy_to_tensor_parallel_region(layers[0].tp_group, x)
-    products = [layer(copied) for layer in layers] if is_input_copied else column_products(x, None, *layers)
+    products = column_parallel_linear(x, None, *layers)
     with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
         sum((product.pow(2).sum() for product in products), start=x.new_zeros(())).backward()
     named = {f"{name} {i}": parameter for i, layer in enumerate(layers) for name, parameter in layer.named_parameters()}
@@ -206,9 +204,8 @@ def _run_three(is_input_copied: bool) -> tuple[dict[str, torch.Tensor], int]:
     return {"input": x.grad, **full}, all_reduce.call_count
 
 
-@pytest.mark.parametrize("is_input_copied", [True, False])
 @pytest.mark.parametrize("tp_size", TP_SIZES)
-def test_layers_that_share_their_input_share_its_all_reduce(pool: Pool, tp_size: int, is_input_copied: bool) -> None:
+def test_layers_that_share_their_input_share_its_all_reduce(pool: Pool, tp_size: int) -> None:
     """Catches an input gradient that is summed once per layer: three times the communication, and a wrong sum; and
     gradients of one layer's weight or bias that are another's."""
     x = _values(9, B, S, IN).requires_grad_()
@@ -218,7 +215,7 @@ def test_layers_that_share_their_input_share_its_all_reduce(pool: Pool, tp_size:
         [F.linear(x, parameters[f"weight {i}"], parameters[f"bias {i}"]).pow(2).sum() for i in range(3)]
     ).sum().backward()
     expected = {name: tensor.grad for name, tensor in {"input": x, **parameters}.items() if tensor.grad is not None}
-    for gradients, num_all_reduces in pool(tp_size).run(_run_three, is_input_copied):
+    for gradients, num_all_reduces in pool(tp_size).run(_run_three):
         assert gradients.keys() == expected.keys()
         for name, value in expected.items():
             assert_close(gradients[name], value)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from hf_megatron.errors import PartitionError
 from hf_megatron.partition import VocabSplit
-from hf_megatron.tensor_parallel import SINGLE, cross_entropy, vocab_parallel_linear_cross_entropy
+from hf_megatron.tensor_parallel import SINGLE, cpu, vocab_parallel_linear_cross_entropy
 from tests.tensor_parallel.ranks import TP_SIZES, Pool, assert_close, group, same_on_all_ranks
 
 H, V = 16, 131  # V over 2 ranks: 66 and 65; over 4: 33, 33, 33 and 32
@@ -99,7 +99,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, dtype: torch.dty
     """Catches rows left out between blocks, and statistics that end up at other tokens."""
     results = []
     for rows in (9, 5):  # of the 9 that count
-        monkeypatch.setattr(cross_entropy, "_LOGITS_PER_BLOCK", rows * V)
+        monkeypatch.setattr(cpu, "_LOGITS_PER_BLOCK", rows * V)
         hidden, weight, bias = (tensor.requires_grad_() for tensor in _inputs(dtype))
         loss = vocab_parallel_linear_cross_entropy(
             SINGLE, hidden, weight, bias, TARGET, vocab_size=V, label_smoothing=label_smoothing

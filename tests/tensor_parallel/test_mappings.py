@@ -13,16 +13,18 @@ import torch.distributed as dist
 from hf_megatron.partition import Split
 from hf_megatron.tensor_parallel import (
     SINGLE,
+    ColumnParallelLinear,
+    SequenceParallelRegion,
     TensorParallelGroup,
+    column_parallel_linear,
     copy_to_tensor_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_parallel_region,
-    gathered_products,
     reduce_from_tensor_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
     scatter_to_tensor_parallel_region,
 )
-from hf_megatron.tensor_parallel.collectives import start_all_gather_single
+from hf_megatron.tensor_parallel.collectives import start_all_gather
 from tests.tensor_parallel.ranks import TP_SIZES, Pool, assert_close, group, proven, same_on_all_ranks
 
 Copy = Callable[..., tuple[torch.Tensor, ...]]
@@ -124,7 +126,7 @@ def _bytes_behind_small_gradient(returns_views: bool) -> int:
     module = "hf_megatron.tensor_parallel.mappings"
     copies = copy_to_tensor_parallel_region(group(), activations, bias)
     if returns_views:
-        with patch(f"{module}._all_reduced", _flat_views):
+        with patch(f"{module}._all_reduced_together", _flat_views):
             torch.add(*copies).sum().backward()
     else:
         torch.add(*copies).sum().backward()
@@ -281,12 +283,17 @@ def _multiply(is_transposed: bool, is_fused: bool, is_frozen: bool = False) -> l
     weights = [_values(5 + tp.rank + 10 * i, (7, 4 + i)).requires_grad_(not is_frozen) for i in range(2)]
     stored = [weight.t() if is_transposed else weight for weight in weights]
     if is_fused:
-        products = gathered_products(tp, shard, stored, length=SHAPE[1], is_transposed=is_transposed)
+        layers = []
+        for weight in stored:
+            layer = ColumnParallelLinear(1, 1, bias=False, weight_layout="out_in" if is_transposed else "in_out")
+            layer.set_tensor_parallel(tp)
+            layer._parameters["weight"] = weight  # type: ignore[assignment]
+            layers.append(layer)
+        products = column_parallel_linear(shard, SequenceParallelRegion(tp, SHAPE[1]), *layers)
     else:
         full = gather_from_sequence_parallel_region(tp, shard, dim=1, size=SHAPE[1])
         products = tuple(full @ weight for weight in weights)
-    name = "hf_megatron.tensor_parallel.mappings.start_all_gather_single"
-    with patch(name, wraps=start_all_gather_single) as gather:
+    with patch("hf_megatron.tensor_parallel.linear.start_all_gather", wraps=start_all_gather) as gather:
         torch.stack([(product**2).sum() for product in products]).sum().backward()
     again = 1 if is_fused and not is_frozen else 0
     assert gather.call_count == again, f"{gather.call_count} gathers in the backward pass"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_megatron.tensor_parallel import ColumnParallelLinear, column_products
+from hf_megatron.tensor_parallel import ColumnParallelLinear, column_parallel_linear
 from tests.tensor_parallel.ranks import Pool, group
 
 
@@ -31,7 +31,7 @@ def _order(num_layers: int) -> tuple[list[str], list[bool]]:
     for layer in layers:
         layer.set_tensor_parallel(group())
     x = torch.ones(3, 4, requires_grad=True)
-    output = torch.cat(column_products(x, None, *layers))
+    output = torch.cat(column_parallel_linear(x, None, *layers))
     are_async = []
     original: Any = dist.all_reduce
 
@@ -51,8 +51,8 @@ def _order(num_layers: int) -> tuple[list[str], list[bool]]:
 def test_the_sum_travels_while_the_weights_gradients_are_computed(pool: Pool) -> None:
     """Catches a sum that is waited for before the next product, or begun after it, or for each layer."""
     for names, are_async in pool(2).run(_order, 1):
-        assert names == ["mm", "allreduce_", "mm"]
+        assert names == ["addmm_", "allreduce_", "mm"]
         assert are_async == [True]
     for names, are_async in pool(2).run(_order, 3):
-        assert names == ["mm", "addmm_", "addmm_", "allreduce_", "mm", "mm", "mm"]
+        assert names == ["addmm_", "addmm_", "addmm_", "allreduce_", "mm", "mm", "mm"]
         assert are_async == [True]

@@ -47,8 +47,7 @@ from hf_megatron.tensor_parallel import (
     RowParallelLinear,
     SequenceParallelRegion,
     VocabParallelEmbedding,
-    column_products,
-    copy_to_tensor_parallel_region,
+    column_parallel_linear,
     replicated_parameters,
 )
 
@@ -110,7 +109,6 @@ class MegatronBertSelfAttention(ParallelAttention):
                 config.hidden_size,
                 config.hidden_size,
                 specs=_table(config).module_specs(f"{_LAYER}.attention.self.{name}"),
-                is_input_copied=True,
             )
             for name in ("query", "key", "value")
         )
@@ -133,14 +131,13 @@ class MegatronBertSelfAttention(ParallelAttention):
         Returns:
             The context [B, S, H_p], split by heads, and the probabilities [B, N_p, S, S] where they are kept.
 
-        Collective: those of :func:`column_products`, once for all three projections.
+        Collective: those of :func:`column_parallel_linear`, once for all three projections.
         """
         layers = (self.query, self.key, self.value)
-        if self.tp_group.size > 1 and all(isinstance(layer, ColumnParallelLinear) for layer in layers):
-            query, key, value = column_products(hidden_states, region, *layers)
+        if all(isinstance(layer, ColumnParallelLinear) for layer in layers):
+            query, key, value = column_parallel_linear(hidden_states, region, *layers)
         else:  # an adapter around one of them computes something of its own
-            (copied,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)
-            query, key, value = (layer(copied) for layer in layers)
+            query, key, value = (layer(hidden_states) for layer in layers)
         return self.attend(query, key, value, attention_mask, **kwargs)
 
 

@@ -6,8 +6,7 @@ the small transform before it is replicated, as are the heads of the other tasks
 Shapes: B batch, S sequence, H hidden, V vocabulary; ``_p`` marks this rank's part.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from functools import wraps
 from typing import Any, Unpack
 
@@ -32,10 +31,17 @@ from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.activations import activation
 from hf_megatron.models.bert.configuration_bert import MegatronBertConfig
 from hf_megatron.models.bert.modeling_bert import MegatronBertModel, MegatronBertPreTrainedModel
-from hf_megatron.models.heads import VocabParallelHead, masked_lm_loss, tied_weight
+from hf_megatron.models.heads import VocabParallelHead, VocabParallelLossMixin
 from hf_megatron.models.parallel_style import head_tp_plan_of
 from hf_megatron.partition import Spec, VocabSplit
-from hf_megatron.tensor_parallel import ParallelModule, ReplicatedLayerNorm, ReplicatedLinear
+from hf_megatron.tensor_parallel import (
+    ParallelModule,
+    ReplicatedLayerNorm,
+    ReplicatedLinear,
+    VocabParallelEmbedding,
+    vocab_parallel_cross_entropy,
+)
+from hf_megatron.tensor_parallel.cpu import TiedGradient
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "label_smoothing")
 
@@ -66,11 +72,11 @@ class MegatronBertLMPredictionHead(ParallelModule):
         return {"bias": VocabSplit()}
 
     def forward(
-        self, hidden_states: torch.Tensor, embedding: Callable[[], torch.Tensor], **loss_arguments: Any
+        self, hidden_states: torch.Tensor, embedding: VocabParallelEmbedding, **loss_arguments: Any
     ) -> torch.Tensor:
         """As the class says; with ``labels`` the loss, see :class:`VocabParallelHead`.
 
-        ``embedding`` gives the word embedding's parameter [V, H], split on dim 0.
+        ``embedding`` is the word embedding, whose weight a tied decoder uses.
 
         Collective: all-reduce over tp, backward, of the gradient of the transform's output.
         """
@@ -88,16 +94,8 @@ class MegatronBertHeads(nn.Module):
             self.seq_relationship = ReplicatedLinear(config.hidden_size, 2)
 
 
-class _MaskedLM(MegatronBertPreTrainedModel):
-    """What the two classes with a masked-LM head share.
-
-    Attributes:
-        fuses_head_and_loss: Set to False, outputs have logits in training too, gathered on every rank.
-    """
-
-    fuses_head_and_loss = True
-    _tied_weights_keys = None  # a tied decoder has no parameters of its own
-    has_vocab_parallel_loss = True
+class _MaskedLM(VocabParallelLossMixin, MegatronBertPreTrainedModel):
+    """What the two classes with a masked-LM head share."""
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The decoder if it has a weight of its own."""
@@ -117,15 +115,11 @@ class _MaskedLM(MegatronBertPreTrainedModel):
             predictions.bias = nn.Parameter(bias, requires_grad=predictions.bias.requires_grad)
         return resized
 
-    def _embedding(self, labels: torch.Tensor | None) -> AbstractContextManager[Callable[[], torch.Tensor]]:
-        """Around the encoder, for what gives the word embedding's weight, split on dim 0."""
-        return tied_weight(self, self.bert.embeddings.word_embeddings, self.cls.predictions.decoder, labels)
-
     def _masked_lm(
         self,
         hidden_states: torch.Tensor,
-        embedding: Callable[[], torch.Tensor],
         labels: torch.Tensor | None,
+        tied: TiedGradient | None,
         loss_arguments: dict[str, Any],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Loss and logits of the masked-LM head.
@@ -134,19 +128,21 @@ class _MaskedLM(MegatronBertPreTrainedModel):
         logits; otherwise the logits are [B, S, V], replicated.
         """
         predictions, vocab_size = self.cls.predictions, self.config.vocab_size
-        own_loss = getattr(self, "_loss_function", None)  # set by ``model.loss_function = ...``
-        if labels is not None and self.training and self.fuses_head_and_loss and own_loss is None:
+        embedding = self.bert.embeddings.word_embeddings
+        if labels is not None and self._is_fused(labels):
             if not torch.compiler.is_compiling():  # how many labels there are is not known to a compiler
                 is_labelled = labels != loss_arguments.get("ignore_index", -100)
                 hidden_states, labels = hidden_states[is_labelled], labels[is_labelled]
-            return predictions(hidden_states, embedding, labels=labels, **loss_arguments), None
+            return predictions(hidden_states, embedding, labels=labels, tied=tied, **loss_arguments), None
         shard = predictions(hidden_states, embedding)  # [B, S, V_p], split on the last dim
         logits = predictions.decoder.gather(shard)
         if labels is None:
             return None, logits
+        own_loss = getattr(self, "_loss_function", None)  # set by ``model.loss_function = ...``
         if own_loss is not None:
             return own_loss(logits, labels, vocab_size=vocab_size, **loss_arguments), logits
-        return masked_lm_loss(self.tp_group, shard, labels, vocab_size=vocab_size, **loss_arguments), logits
+        loss = vocab_parallel_cross_entropy(self.tp_group, shard, labels, vocab_size=vocab_size, **loss_arguments)
+        return loss, logits
 
 
 class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
@@ -196,16 +192,19 @@ class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
             raise UnsupportedError("sentence_order_label and next_sentence_label are the same argument; give one.")
         order = sentence_order_label if next_sentence_label is None else next_sentence_label
         loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
-        with self._embedding(labels) as embedding:
-            outputs = self.bert(
-                input_ids,
-                attention_mask=attention_mask,
-                token_type_ids=token_type_ids,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                **kwargs,
-            )
-        loss, logits = self._masked_lm(outputs.last_hidden_state, embedding, labels, loss_arguments)
+        tied = None
+        if self._is_fused(labels) and inputs_embeds is None:
+            decoder = self.cls.predictions.decoder
+            input_ids, inputs_embeds, tied = self._embed_for_tied_head(decoder, input_ids, attention_mask)
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        loss, logits = self._masked_lm(outputs.last_hidden_state, labels, tied, loss_arguments)
         order_logits = self.cls.seq_relationship(outputs.pooler_output)
         if order is not None:
             order_loss = F.cross_entropy(order_logits.view(-1, 2), order.view(-1))
@@ -246,18 +245,21 @@ class MegatronBertForMaskedLM(_MaskedLM, BertForMaskedLM):
         **kwargs: Any,
     ) -> MaskedLMOutput:
         loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
-        with self._embedding(labels) as embedding:
-            outputs = self.bert(
-                input_ids,
-                attention_mask=attention_mask,
-                token_type_ids=token_type_ids,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                encoder_hidden_states=encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
-                **kwargs,
-            )
-        loss, logits = self._masked_lm(outputs.last_hidden_state, embedding, labels, loss_arguments)
+        tied = None
+        if self._is_fused(labels) and inputs_embeds is None:
+            decoder = self.cls.predictions.decoder
+            input_ids, inputs_embeds, tied = self._embed_for_tied_head(decoder, input_ids, attention_mask)
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            **kwargs,
+        )
+        loss, logits = self._masked_lm(outputs.last_hidden_state, labels, tied, loss_arguments)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -7,7 +7,6 @@ Shapes: B batch, S sequence, H hidden, V vocabulary; ``_p`` marks this rank's pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -29,22 +28,18 @@ from hf_megatron.models.forward import region_of_call
 from hf_megatron.models.generation import ParallelGenerationMixin
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
 from hf_megatron.models.gpt2.modeling_gpt2 import MegatronGPT2Model, MegatronGPT2PreTrainedModel
-from hf_megatron.models.heads import VocabParallelHead, causal_lm_loss, next_token_labels, tied_weight
+from hf_megatron.models.heads import VocabParallelHead, VocabParallelLossMixin, next_token_labels
 from hf_megatron.models.parallel_style import head_tp_plan_of
-from hf_megatron.tensor_parallel import ReplicatedLinear, SequenceParallelRegion
+from hf_megatron.tensor_parallel import ReplicatedLinear, SequenceParallelRegion, vocab_parallel_cross_entropy
+from hf_megatron.tensor_parallel.cpu import TiedGradient
 
 
-class MegatronGPT2LMHeadModel(ParallelGenerationMixin, MegatronGPT2PreTrainedModel, GPT2LMHeadModel):
-    """GPT-2 with the language-modeling head, which in training computes the loss without the logits.
+class MegatronGPT2LMHeadModel(
+    VocabParallelLossMixin, ParallelGenerationMixin, MegatronGPT2PreTrainedModel, GPT2LMHeadModel
+):
+    """GPT-2 with the language-modeling head, which in training computes the loss without the logits."""
 
-    Attributes:
-        fuses_head_and_loss: Set to False, outputs have logits in training too, gathered on every rank.
-    """
-
-    fuses_head_and_loss = True
     _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2LMHeadModel")
-    _tied_weights_keys = None  # a tied head has no parameter of its own
-    has_vocab_parallel_loss = True
     accepts_loss_kwargs = True
 
     def __init__(self, config: MegatronGPT2Config) -> None:
@@ -62,7 +57,7 @@ class MegatronGPT2LMHeadModel(ParallelGenerationMixin, MegatronGPT2PreTrainedMod
     @wraps(GPT2LMHeadModel.forward)
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
@@ -80,28 +75,29 @@ class MegatronGPT2LMHeadModel(ParallelGenerationMixin, MegatronGPT2PreTrainedMod
             for name in ("shift_labels", "num_items_in_batch", "ignore_index", "label_smoothing")
             if name in kwargs
         }
-        region = region_of_call(self.transformer, input_ids, inputs_embeds)
-        with tied_weight(self, self.transformer.wte, self.lm_head, labels) as embedding:
-            outputs = self.transformer(
-                input_ids,
-                past_key_values=past_key_values,
-                attention_mask=attention_mask,
-                token_type_ids=token_type_ids,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                encoder_hidden_states=encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
-                use_cache=use_cache,
-                region=region,
-                **kwargs,
-            )
+        region, tied = region_of_call(self.transformer, input_ids, inputs_embeds), None
+        if self._is_fused(labels) and inputs_embeds is None:
+            input_ids, inputs_embeds, tied = self._embed_for_tied_head(self.lm_head, input_ids, attention_mask)
+        outputs = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            use_cache=use_cache,
+            region=region,
+            **kwargs,
+        )
         hidden_states = outputs.last_hidden_state
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             if region is not None:
                 hidden_states, region = region.gather(hidden_states), None
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, kept, :]
-        loss, logits = self._loss_and_logits(hidden_states, embedding, labels, region, loss_kwargs)
+        loss, logits = self._loss_and_logits(hidden_states, labels, region, tied, loss_kwargs)
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
@@ -113,29 +109,31 @@ class MegatronGPT2LMHeadModel(ParallelGenerationMixin, MegatronGPT2PreTrainedMod
     def _loss_and_logits(
         self,
         hidden_states: torch.Tensor,
-        embedding: Callable[[], torch.Tensor],
         labels: torch.Tensor | None,
         region: SequenceParallelRegion | None,
+        tied: TiedGradient | None,
         loss_kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The loss, a scalar, if there are labels [B, S]; the logits [B, S, V], unless the loss is all it takes.
 
         All of them are replicated; the hidden states [B, S_p, H] are split on the sequence if there is a region.
         """
-        vocab_size = self.config.vocab_size
+        vocab_size, embedding = self.config.vocab_size, self.transformer.wte
         own_loss = getattr(self, "_loss_function", None)  # set by ``model.loss_function = ...``
-        if labels is not None and self.training and self.fuses_head_and_loss and own_loss is None:
+        if labels is not None and own_loss is None:
             targets = loss_kwargs.pop("shift_labels", None)
             if targets is None:
                 targets = next_token_labels(labels, loss_kwargs.get("ignore_index", -100))
-            return self.lm_head(hidden_states, embedding, region=region, labels=targets, **loss_kwargs), None
+        if self._is_fused(labels):
+            loss = self.lm_head(hidden_states, embedding, region=region, labels=targets, tied=tied, **loss_kwargs)
+            return loss, None
         shard = self.lm_head(hidden_states, embedding, region=region)  # [B, S, V_p], split on the last dim
         logits = self.lm_head.gather(shard)
         if labels is None:
             return None, logits
         if own_loss is not None:
             return own_loss(logits, labels, vocab_size=vocab_size, **loss_kwargs), logits
-        return causal_lm_loss(self.tp_group, shard, labels, vocab_size=vocab_size, **loss_kwargs), logits
+        return vocab_parallel_cross_entropy(self.tp_group, shard, targets, vocab_size=vocab_size, **loss_kwargs), logits
 
 
 class MegatronGPT2ForSequenceClassification(MegatronGPT2PreTrainedModel, GPT2ForSequenceClassification):

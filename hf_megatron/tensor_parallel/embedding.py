@@ -1,0 +1,73 @@
+"""The word embedding, with its rows, the vocabulary, cut over the ranks.
+
+Shapes: B batch, S sequence, H hidden, V vocabulary; V_p is this rank's part of it.
+
+Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_megatron.partition import Spec, VocabSplit, chunk_range
+from hf_megatron.tensor_parallel.cpu import TiedGradient
+from hf_megatron.tensor_parallel.group import local
+from hf_megatron.tensor_parallel.mappings import reduce_from_tensor_parallel_region
+from hf_megatron.tensor_parallel.parallel_module import ParallelModule
+
+
+class VocabParallelEmbedding(ParallelModule, nn.Embedding):
+    """Embedding whose rows, the vocabulary, are cut: each rank looks up its own tokens, and the sum is everybody's.
+
+    ``num_embeddings`` and ``padding_idx`` are global. No rank but the one that holds the padding row may freeze a row
+    for it, and a token of another rank must not reach the padding row's gradient.
+    """
+
+    def partition_specs(self) -> Mapping[str, Spec]:
+        return {"weight": VocabSplit()}
+
+    def forward(self, input_ids: torch.Tensor | None = None, tied: TiedGradient | None = None) -> torch.Tensor:
+        """Look up the embeddings.
+
+        Args:
+            input_ids: [B, S] global token ids, replicated. None gives the weight itself, for a tied head: hooks that
+                bring weights when they are needed work on calls.
+
+            tied: Looks the words up instead, on a CPU, and adds their gradient to that of a head with the same weight.
+
+        Returns:
+            [B, S, H], replicated; or the weight [V, H], split on dim 0.
+
+        Collective: all-reduce over tp, forward, of the output.
+        """
+        if input_ids is None:
+            return self.weight
+        group = self.tp_group
+        if group.size == 1:
+            return self._look_up(input_ids, self.padding_idx, tied)
+        start, stop = chunk_range(self.num_embeddings, group.size, group.rank)
+        self._check_range(input_ids)
+        is_mine = (input_ids >= start) & (input_ids < stop)
+        padding = self.padding_idx
+        local_padding = padding - start if padding is not None and start <= padding < stop else None
+        embedded = self._look_up(torch.where(is_mine, input_ids - start, 0), local_padding, tied)
+        # Row 0 stood in for the tokens of other ranks; zeroing the output keeps their gradients out of it.
+        return reduce_from_tensor_parallel_region(group, embedded.masked_fill(~is_mine[..., None], 0.0))
+
+    def _look_up(self, rows: torch.Tensor, padding: int | None, tied: TiedGradient | None) -> torch.Tensor:
+        return F.embedding(rows, local(self.weight), padding) if tied is None else tied.look_up(rows, padding)
+
+    def _check_range(self, input_ids: torch.Tensor) -> None:
+        # An id outside of the vocabulary belongs to no shard and would silently embed as zero; one rank raises.
+        if input_ids.is_cuda or torch.compiler.is_compiling():
+            in_range = ((input_ids >= 0) & (input_ids < self.num_embeddings)).all()
+            torch._assert_async(in_range, "a token id is outside of the vocabulary")
+        elif input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.num_embeddings:
+            raise IndexError(
+                f"token ids from {int(input_ids.min())} to {int(input_ids.max())} were given, but the embedding has "
+                f"{self.num_embeddings} rows; check that the tokenizer belongs to this model."
+            )

@@ -1,0 +1,289 @@
+"""Linear layers whose columns or rows are cut over the ranks of a tensor-parallel group.
+
+Every parameter keeps its full, unsharded shape and name: on one rank it is an ordinary tensor, on several a DTensor
+whose placement says how it is cut. The forward pass runs on this rank's part, with the communication written out.
+
+Shapes: B batch, S sequence, H hidden, P ranks; ``in`` and ``out`` are full sizes, ``_p`` marks this rank's part.
+
+Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from hf_megatron.partition import FusedSplit, Replicated, Spec, Split, chunk_range
+from hf_megatron.tensor_parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
+from hf_megatron.tensor_parallel.group import TensorParallelGroup, local
+from hf_megatron.tensor_parallel.mappings import reduce_from_tensor_parallel_region
+from hf_megatron.tensor_parallel.parallel_module import ParallelModule
+from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion, in_region
+
+WeightLayout = Literal["out_in", "in_out"]
+
+
+class _ParallelLinear(ParallelModule):
+    """What the two linear layers share: their parameters."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        weight_layout: WeightLayout,
+        specs: Mapping[str, Spec],
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_layout = weight_layout
+        shape = (in_features, out_features) if weight_layout == "in_out" else (out_features, in_features)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        self._specs = dict(specs)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights from N(0, 0.02), bias zero, as in GPT-2 and BERT; models draw theirs anew."""
+        nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def partition_specs(self) -> Mapping[str, Spec]:
+        return self._specs
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return ", ".join(part for part in (sizes, super().extra_repr()) if part)
+
+
+class ColumnParallelLinear(_ParallelLinear):
+    """``Y = X A + b`` with the columns of ``A`` cut: ``A = [A_1, ..., A_P]``, so rank i computes ``Y_i = X A_i + b_i``.
+
+    Args:
+        in_features: Size of X's last dimension.
+        out_features: Size of Y's last dimension over all ranks.
+        bias: Whether there is a ``b``.
+        weight_layout: ``"out_in"`` stores ``A`` transposed, as ``nn.Linear`` does; ``"in_out"`` as it is, as GPT-2's
+            Conv1D does.
+        specs: The cut of ``weight`` and ``bias``; both along ``out`` by default. A bias may be held whole, if each rank
+            uses a part of it (``Replicated(used=FusedSplit(...))``).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        weight_layout: WeightLayout = "out_in",
+        specs: Mapping[str, Spec] | None = None,
+    ) -> None:
+        default = {"weight": Split(1 if weight_layout == "in_out" else 0), "bias": Split(0)}
+        super().__init__(in_features, out_features, bias=bias, weight_layout=weight_layout, specs=specs or default)
+        spec = self._specs.get("bias")
+        used = spec.used if isinstance(spec, Replicated) else None
+        self._bias_blocks = used.num_blocks if bias and isinstance(used, FusedSplit) else 0  # of a bias held whole
+
+    def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
+        """Multiply by this rank's columns.
+
+        Args:
+            x: [..., in], replicated; with a region [..., S_p, in], split on the sequence.
+            region: Where x comes from, if it is split on the sequence.
+
+        Returns:
+            [..., out_p], split on the last dim.
+
+        Collective: that of :func:`column_parallel_linear`.
+        """
+        return column_parallel_linear(x, region, self)[0]
+
+
+def column_parallel_linear(
+    x: torch.Tensor, region: SequenceParallelRegion | None, *layers: ColumnParallelLinear
+) -> tuple[torch.Tensor, ...]:
+    """Column-parallel layers on one input, behind one *f*: ``Y_i = f(X) A_i + b_i`` for each layer.
+
+    Args:
+        x: [..., in], replicated; with a region [..., S_p, in], split on the sequence.
+        region: Where x comes from, if it is split on the sequence.
+        layers: Layers of one weight layout; one whose bias is held whole comes alone.
+
+    Returns:
+        For each layer [..., out_p], split on the last dim.
+
+    Collective: one for all layers, while the gradients of the weights are computed: all-reduce over tp, backward, of
+    x's gradient, and of that of a bias that is held whole. With a region all-gather over tp, forward, and all-gather
+    and reduce-scatter over tp, backward: of the input only this rank's positions are kept for the backward pass.
+    """
+    group, layout = layers[0].tp_group, layers[0].weight_layout
+    weights = [local(layer.weight) for layer in layers]
+    biases = [None if layer.bias is None else in_region(layer.bias, region) for layer in layers]
+    if group.size == 1:
+        return tuple(_product(x, weight, bias, layout) for weight, bias in zip(weights, biases, strict=True))
+    blocks = layers[0]._bias_blocks
+    if blocks and region is not None:  # then the block's shared f has it, see `SequenceParallelRegion.sharing`
+        biases, blocks = [_part_of_bias(bias, group, blocks).reshape(-1) for bias in biases if bias is not None], 0
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # which casts the arguments of torch's functions, not of ours
+        dtype = torch.get_autocast_dtype(device)
+        x, *weights = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *weights))
+    entry = _Entry(group, layout, None if region is None else region.length, blocks)
+    products: tuple[torch.Tensor, ...] = _ColumnParallelLinear.apply(entry, x, *weights, *biases)
+    return products
+
+
+class RowParallelLinear(_ParallelLinear):
+    """``Y = X A + b`` with the rows of ``A`` and the columns of ``X`` cut: ``Y = sum_i X_i A_i + b``.
+
+    The bias is replicated and added once, after the sum.
+
+    Args:
+        in_features: Size of X's last dimension over all ranks.
+        out_features: Size of Y's last dimension.
+        bias: Whether there is a ``b``.
+        weight_layout: As in :class:`ColumnParallelLinear`.
+        specs: The cut of ``weight`` and ``bias``; by default ``weight`` along ``in`` and ``bias`` replicated.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        weight_layout: WeightLayout = "out_in",
+        specs: Mapping[str, Spec] | None = None,
+    ) -> None:
+        default = {"weight": Split(0 if weight_layout == "in_out" else 1), "bias": Replicated()}
+        super().__init__(in_features, out_features, bias=bias, weight_layout=weight_layout, specs=specs or default)
+
+    def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
+        """Multiply by this rank's rows and sum over the ranks.
+
+        Args:
+            x: [..., in_p], split on the last dim.
+            region: Where the output goes to, if that is split on the sequence.
+
+        Returns:
+            [..., out], replicated; with a region [..., S_p, out], split on the sequence.
+
+        Collective: all-reduce over tp, forward, of the output. With a region reduce-scatter over tp, forward, and
+        all-gather over tp, backward.
+        """
+        weight = local(self.weight)
+        bias = None if self.bias is None else in_region(self.bias, region)
+        if self.tp_group.size == 1:
+            return _product(x, weight, bias, self.weight_layout)
+        partial_sum = _product(x, weight, None, self.weight_layout)
+        if region is None:
+            product = reduce_from_tensor_parallel_region(self.tp_group, partial_sum)
+        else:
+            product = region.leave(partial_sum)
+        return product if bias is None else product + bias
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layout: WeightLayout) -> torch.Tensor:
+    """``x @ A + bias`` with local tensors; ``A`` is [in, out], or stored transposed."""
+    if layout == "out_in":
+        return F.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    product = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return product.view(*x.shape[:-1], weight.shape[1])
+
+
+def _part_of_bias(whole: torch.Tensor, group: TensorParallelGroup, blocks: int) -> torch.Tensor:
+    """[blocks, out_p / blocks], a view: what this rank uses of a bias [out] that it holds whole."""
+    rows = whole.view(blocks, -1)
+    return rows[:, slice(*chunk_range(rows.shape[1], group.size, group.rank))]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """How an input enters a parallel region.
+
+    Attributes:
+        group: The tensor-parallel group, of more than one rank.
+        layout: How the weights are stored.
+        length: S, if the input is split on the sequence; None if it is replicated.
+        bias_blocks: Blocks of a single bias that is held whole; 0 if biases are split.
+    """
+
+    group: TensorParallelGroup
+    layout: WeightLayout
+    length: int | None
+    bias_blocks: int
+
+
+class _ColumnParallelLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, entry: _Entry, x: torch.Tensor, *weights_and_biases: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        count = len(weights_and_biases) // 2
+        weights, biases = weights_and_biases[:count], weights_and_biases[count:]
+        ctx.entry, ctx.biases = entry, [None if bias is None else (bias.numel(), bias.dtype) for bias in biases]
+        ctx.save_for_backward(x, *weights)
+        if entry.length is not None:
+            x = start_all_gather(entry.group, x, x.dim() - 2, entry.length, is_async=False)()
+        if entry.bias_blocks:
+            biases = tuple(_part_of_bias(bias, entry.group, entry.bias_blocks).reshape(-1) for bias in biases)
+        return tuple(_product(x, weight, bias, entry.layout) for weight, bias in zip(weights, biases, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        entry, (x, *weights) = ctx.entry, ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad[1:]
+        needs_weights, needs_biases = needs[: len(weights)], needs[len(weights) :]
+        flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]  # [T, out_p]
+        of_biases: list[Any] = [g.sum(0) if needed else None for g, needed in zip(flat, needs_biases, strict=True)]
+        again = None  # the whole input, of which only this rank's positions were kept
+        if entry.length is not None and any(needs_weights):
+            again = start_all_gather(entry.group, x, x.dim() - 2, entry.length)
+        has_whole_bias = bool(entry.bias_blocks) and needs_biases[0]
+        shape = (*gradients[0].shape[:-1], x.shape[-1] if needs_x else 0)
+        # A fresh buffer, so that an all-reduce in place changes nobody's tensor: the gradient of x, a partial sum, and
+        # behind it that of a bias that is held whole.
+        buffer = flat[0].new_empty(math.prod(shape) + (ctx.biases[0][0] if has_whole_bias else 0))
+        of_x, of_whole_bias = buffer[: math.prod(shape)].view(shape), buffer[math.prod(shape) :]
+        if needs_x:
+            for i, (gradient, weight) in enumerate(zip(flat, weights, strict=True)):
+                matrix = weight if entry.layout == "out_in" else weight.t()
+                of_x.view(-1, shape[-1]).addmm_(gradient, matrix, beta=min(i, 1))
+        if has_whole_bias:
+            part = _part_of_bias(of_whole_bias.zero_(), entry.group, entry.bias_blocks)
+            part.copy_(of_biases[0].view(part.shape))
+        wait: Callable[[], Any] | None = None
+        if entry.length is None and buffer.numel():
+            wait = start_all_reduce(entry.group, buffer)
+        elif needs_x and entry.length is not None:
+            wait = start_reduce_scatter(entry.group, of_x, x.dim() - 2)
+        # Computed while the sum travels.
+        rows = (x if again is None else again()).reshape(-1, x.shape[-1])
+        of_weights = [
+            None if not is_needed else gradient.t() @ rows if entry.layout == "out_in" else rows.t() @ gradient
+            for gradient, is_needed in zip(flat, needs_weights, strict=True)
+        ]
+        if wait is not None:
+            total = wait()
+            of_x = of_x if entry.length is None else total
+        if has_whole_bias:
+            of_biases[0] = of_whole_bias.clone()  # as a view it would keep the buffer as long as its parameter has it
+        of_biases = [
+            None if gradient is None else gradient.to(bias[1])
+            for gradient, bias in zip(of_biases, ctx.biases, strict=True)
+        ]
+        return None, of_x if needs_x else None, *of_weights, *of_biases

@@ -1,0 +1,58 @@
+"""The base of all modules that know their tensor-parallel group.
+
+Every parameter keeps its full, unsharded shape and name: on one rank it is an ordinary tensor, on several a DTensor
+whose placement says how it is cut. The forward pass runs on this rank's part, with the communication written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+from torch import nn
+
+from hf_megatron.errors import UnsupportedError
+from hf_megatron.partition import Replicated, Spec
+from hf_megatron.tensor_parallel.group import SINGLE, TensorParallelGroup
+
+
+class ParallelModule(nn.Module):
+    """A module that knows its tensor-parallel group and how its own parameters are cut.
+
+    Attributes:
+        tp_group: The group; one rank until :meth:`set_tensor_parallel` is called.
+    """
+
+    tp_group: TensorParallelGroup = SINGLE
+
+    @cached_property
+    def _hf_tp_plan(self) -> str:
+        # peft reads this attribute before it adapts a layer, and hf_megatron.peft sets it before that. Without it, peft
+        # would take a replicated layer or an embedding for the stock one it derives from.
+        raise UnsupportedError(
+            f"peft cannot tell how a {type(self).__name__} is cut over the ranks. Call hf_megatron.peft.get_peft_model "
+            "in place of peft.get_peft_model, and hf_megatron.peft.load_adapter in place of PeftModel.from_pretrained."
+        )
+
+    def partition_specs(self) -> Mapping[str, Spec]:
+        """The cut of each own parameter; parameters that are not named are replicated."""
+        return {}
+
+    def set_tensor_parallel(self, group: TensorParallelGroup) -> None:
+        """Take part in ``group`` from now on. The parameters are cut separately, see ``placement``."""
+        self.tp_group = group
+
+    def extra_repr(self) -> str:
+        """What the base class says, and the place in the group."""
+        place = f"tp_size={self.tp_group.size}, tp_rank={self.tp_group.rank}" if self.tp_group.size > 1 else ""
+        return ", ".join(part for part in (super().extra_repr(), place) if part)
+
+
+def replicated_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of a module's parameters that every rank holds whole, in the order of its submodules."""
+    for child in module.modules():
+        if isinstance(child, ParallelModule):
+            specs = child.partition_specs()
+            for name, parameter in child._parameters.items():
+                if parameter is not None and isinstance(specs.get(name, Replicated()), Replicated):
+                    yield parameter

@@ -1,0 +1,62 @@
+"""The gradient of a weight that embeds words and predicts them, added up in one tensor on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_megatron.tensor_parallel import SINGLE, VocabParallelEmbedding, vocab_parallel_linear_cross_entropy
+from hf_megatron.tensor_parallel.cpu import TiedGradient
+from tests.tensor_parallel.ranks import assert_close
+
+V, H, PADDING = 13, 6, 3
+IDS = torch.tensor([[0, 7, PADDING, 12], [12, 7, 7, 5]])  # some of them several times
+
+
+class _Whole(TorchDispatchMode):
+    """Counts the tensors as large as the weight that operations make; views and sums in place make none."""
+
+    count: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        is_new = all(returned.alias_info is None for returned in func._schema.returns)
+        self.count += is_new and isinstance(out, torch.Tensor) and out.numel() == V * H
+        return out
+
+
+def _gradient(
+    *, is_tied: bool, padding: int | None = None, uses_head: bool = True, backwards: int = 1
+) -> tuple[torch.Tensor, int]:
+    """The weight's gradient, and how many tensors of its size the backward pass makes."""
+    torch.manual_seed(0)
+    embedding = VocabParallelEmbedding(V, H, padding_idx=padding).double()
+    tied = TiedGradient(embedding.weight) if is_tied else None
+    embedded = embedding(IDS, tied)
+    loss = vocab_parallel_linear_cross_entropy(
+        SINGLE, embedded.sin().view(-1, H), embedding.weight, None, IDS.roll(1).view(-1), vocab_size=V, tied=tied
+    )
+    with _Whole() as whole:
+        for _ in range(backwards):
+            (loss if uses_head else embedded.square().sum()).backward(retain_graph=backwards > 1)
+    assert embedding.weight.grad is not None
+    return embedding.weight.grad, whole.count
+
+
+@pytest.mark.parametrize("padding", [None, PADDING])
+@pytest.mark.parametrize(("uses_head", "backwards"), [(True, 1), (True, 2), (False, 1)])
+def test_gradient_is_that_of_two(padding: int | None, uses_head: bool, backwards: int) -> None:
+    """Catches tokens that occur twice counted once, a padding row that learns, one of two gradients lost, and a second
+    backward pass that begins with the sum of the first."""
+    expected, _ = _gradient(is_tied=False, padding=padding, uses_head=uses_head, backwards=backwards)
+    actual, _ = _gradient(is_tied=True, padding=padding, uses_head=uses_head, backwards=backwards)
+    assert_close(actual, expected)
+
+
+def test_no_second_gradient_is_made() -> None:
+    """Catches a whole gradient for the lookups, and a sum that does not happen in place."""
+    assert _gradient(is_tied=False)[1] > 0
+    assert _gradient(is_tied=True)[1] == 0
