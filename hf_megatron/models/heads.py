@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, H hidden, V vocabulary, V_p this rank's part of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from hf_megatron.partition import Spec, VocabSplit
 from hf_megatron.tensor_parallel import (
     ParallelModule,
     SequenceParallelRegion,
-    VocabParallelEmbedding,
     copy_to_tensor_parallel_region,
     gather_from_tensor_parallel_region,
     local,
@@ -56,7 +55,7 @@ class VocabParallelHead(ParallelModule):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        embedding: VocabParallelEmbedding,
+        shared_weight: Callable[[], torch.Tensor],
         bias: torch.Tensor | None = None,
         region: SequenceParallelRegion | None = None,
         labels: torch.Tensor | None = None,
@@ -67,7 +66,7 @@ class VocabParallelHead(ParallelModule):
 
         Args:
             hidden_states: [..., H], replicated; with a region [..., S_p, H], split on the sequence.
-            embedding: The word embedding, whose weight [V, H], split on dim 0, is used if the head is tied.
+            shared_weight: Gives the word embedding's weight [V_p, H], split on dim 0; used if the head is tied.
             bias: A bias parameter [V], split on dim 0; used if the head is tied.
             region: Where the hidden states come from, if they are split on the sequence.
             labels: [...], replicated; positions with ``ignore_index`` are not computed.
@@ -85,7 +84,7 @@ class VocabParallelHead(ParallelModule):
         if self.weight is not None:
             weight, bias = local(self.weight), self.bias
         else:
-            weight = _weight_of(embedding) if tied is None else tied.weight
+            weight = shared_weight() if tied is None else tied.weight
         bias = None if bias is None else local(bias)
         hidden_states = hidden_states.to(weight.device)  # a tied head computes where the embedding lies
         if region is not None:
@@ -116,11 +115,6 @@ class VocabParallelHead(ParallelModule):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, is_tied={self.weight is None}"
         return ", ".join(part for part in (sizes, super().extra_repr()) if part)
-
-
-def _weight_of(embedding: VocabParallelEmbedding) -> torch.Tensor:
-    # accelerate offloads weights, and brings them while their module is called.
-    return local(embedding() if hasattr(embedding, "_hf_hook") else embedding.weight)
 
 
 class VocabParallelLossMixin:

@@ -58,6 +58,11 @@ class VocabParallelEmbedding(ParallelModule, nn.Embedding):
         # Row 0 stood in for the tokens of other ranks; zeroing the output keeps their gradients out of it.
         return reduce_from_tensor_parallel_region(group, embedded.masked_fill(~is_mine[..., None], 0.0))
 
+    def shared_weight(self) -> torch.Tensor:
+        """The weight for a tied head, a plain tensor [V_p, H], split on dim 0."""
+        # accelerate offloads weights, and brings them while their module is called.
+        return local(self() if hasattr(self, "_hf_hook") else self.weight)
+
     def _look_up(self, rows: torch.Tensor, padding: int | None, tied: TiedGradient | None) -> torch.Tensor:
         return F.embedding(rows, local(self.weight), padding) if tied is None else tied.look_up(rows, padding)
 

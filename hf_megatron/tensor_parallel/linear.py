@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,20 +127,21 @@ def column_parallel_linear(
     x's gradient, and of that of a bias that is held whole. With a region all-gather over tp, forward, and all-gather
     and reduce-scatter over tp, backward: of the input only this rank's positions are kept for the backward pass.
     """
-    group, layout = layers[0].tp_group, layers[0].weight_layout
+    group, layout, blocks = layers[0].tp_group, layers[0].weight_layout, layers[0]._bias_blocks
     weights = [local(layer.weight) for layer in layers]
     biases = [None if layer.bias is None else in_region(layer.bias, region) for layer in layers]
-    if group.size == 1:
-        return tuple(_product(x, weight, bias, layout) for weight, bias in zip(weights, biases, strict=True))
-    blocks = layers[0]._bias_blocks
-    if blocks and region is not None:  # then the block's shared f has it, see `SequenceParallelRegion.sharing`
+    is_trained = group.size > 1 and torch.is_grad_enabled()
+    if blocks and (region is not None or not is_trained):  # with a region, see `SequenceParallelRegion.sharing`
         biases, blocks = [_part_of_bias(bias, group, blocks).reshape(-1) for bias in biases if bias is not None], 0
+    if not is_trained:
+        x = x if region is None else region.enter(x)
+        return tuple(_product(x, weight, bias, layout) for weight, bias in zip(weights, biases, strict=True))
     device = x.device.type
     if torch.is_autocast_enabled(device):  # which casts the arguments of torch's functions, not of ours
         dtype = torch.get_autocast_dtype(device)
         x, *weights = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *weights))
     entry = _Entry(group, layout, None if region is None else region.length, blocks)
-    products: tuple[torch.Tensor, ...] = _ColumnParallelLinear.apply(entry, x, *weights, *biases)
+    products: tuple[torch.Tensor, ...] = _ColumnParallelLinear.apply(x, entry, *weights, *biases)
     return products
 
 
@@ -210,8 +210,7 @@ def _part_of_bias(whole: torch.Tensor, group: TensorParallelGroup, blocks: int) 
     return rows[:, slice(*chunk_range(rows.shape[1], group.size, group.rank))]
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """How an input enters a parallel region.
 
     Attributes:
@@ -230,7 +229,7 @@ class _Entry:
 class _ColumnParallelLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, entry: _Entry, x: torch.Tensor, *weights_and_biases: torch.Tensor
+        ctx: Any, x: torch.Tensor, entry: _Entry, *weights_and_biases: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         count = len(weights_and_biases) // 2
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
@@ -246,7 +245,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         entry, (x, *weights) = ctx.entry, ctx.saved_tensors
-        needs_x, *needs = ctx.needs_input_grad[1:]
+        needs_x, _, *needs = ctx.needs_input_grad
         needs_weights, needs_biases = needs[: len(weights)], needs[len(weights) :]
         flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]  # [T, out_p]
         of_biases: list[Any] = [g.sum(0) if needed else None for g, needed in zip(flat, needs_biases, strict=True)]
@@ -286,4 +285,4 @@ class _ColumnParallelLinear(torch.autograd.Function):
             None if gradient is None else gradient.to(bias[1])
             for gradient, bias in zip(of_biases, ctx.biases, strict=True)
         ]
-        return None, of_x if needs_x else None, *of_weights, *of_biases
+        return of_x if needs_x else None, None, *of_weights, *of_biases

@@ -134,9 +134,9 @@ class MegatronBertSelfAttention(ParallelAttention):
         Collective: those of :func:`column_parallel_linear`, once for all three projections.
         """
         layers = (self.query, self.key, self.value)
-        if all(isinstance(layer, ColumnParallelLinear) for layer in layers):
+        if self.tp_group.size > 1 and all(isinstance(layer, ColumnParallelLinear) for layer in layers):
             query, key, value = column_parallel_linear(hidden_states, region, *layers)
-        else:  # an adapter around one of them computes something of its own
+        else:  # one by one: there is no f to share, or an adapter around a layer, or accelerate, works on its calls
             query, key, value = (layer(hidden_states) for layer in layers)
         return self.attend(query, key, value, attention_mask, **kwargs)
 

@@ -6,7 +6,7 @@ the small transform before it is replicated, as are the heads of the other tasks
 Shapes: B batch, S sequence, H hidden, V vocabulary; ``_p`` marks this rank's part.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, Unpack
 
@@ -38,7 +38,6 @@ from hf_megatron.tensor_parallel import (
     ParallelModule,
     ReplicatedLayerNorm,
     ReplicatedLinear,
-    VocabParallelEmbedding,
     vocab_parallel_cross_entropy,
 )
 from hf_megatron.tensor_parallel.cpu import TiedGradient
@@ -72,15 +71,15 @@ class MegatronBertLMPredictionHead(ParallelModule):
         return {"bias": VocabSplit()}
 
     def forward(
-        self, hidden_states: torch.Tensor, embedding: VocabParallelEmbedding, **loss_arguments: Any
+        self, hidden_states: torch.Tensor, shared_weight: Callable[[], torch.Tensor], **loss_arguments: Any
     ) -> torch.Tensor:
         """As the class says; with ``labels`` the loss, see :class:`VocabParallelHead`.
 
-        ``embedding`` is the word embedding, whose weight a tied decoder uses.
+        ``shared_weight`` gives the word embedding's weight [V_p, H], split on dim 0, for a tied decoder.
 
         Collective: all-reduce over tp, backward, of the gradient of the transform's output.
         """
-        output: torch.Tensor = self.decoder(self.transform(hidden_states), embedding, self.bias, **loss_arguments)
+        output: torch.Tensor = self.decoder(self.transform(hidden_states), shared_weight, self.bias, **loss_arguments)
         return output
 
 
@@ -128,13 +127,13 @@ class _MaskedLM(VocabParallelLossMixin, MegatronBertPreTrainedModel):
         logits; otherwise the logits are [B, S, V], replicated.
         """
         predictions, vocab_size = self.cls.predictions, self.config.vocab_size
-        embedding = self.bert.embeddings.word_embeddings
+        shared_weight = self.bert.embeddings.word_embeddings.shared_weight
         if labels is not None and self._is_fused(labels):
             if not torch.compiler.is_compiling():  # how many labels there are is not known to a compiler
                 is_labelled = labels != loss_arguments.get("ignore_index", -100)
                 hidden_states, labels = hidden_states[is_labelled], labels[is_labelled]
-            return predictions(hidden_states, embedding, labels=labels, tied=tied, **loss_arguments), None
-        shard = predictions(hidden_states, embedding)  # [B, S, V_p], split on the last dim
+            return predictions(hidden_states, shared_weight, labels=labels, tied=tied, **loss_arguments), None
+        shard = predictions(hidden_states, shared_weight)  # [B, S, V_p], split on the last dim
         logits = predictions.decoder.gather(shard)
         if labels is None:
             return None, logits

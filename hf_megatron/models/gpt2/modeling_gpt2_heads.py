@@ -118,16 +118,16 @@ class MegatronGPT2LMHeadModel(
 
         All of them are replicated; the hidden states [B, S_p, H] are split on the sequence if there is a region.
         """
-        vocab_size, embedding = self.config.vocab_size, self.transformer.wte
+        vocab_size, shared_weight = self.config.vocab_size, self.transformer.wte.shared_weight
         own_loss = getattr(self, "_loss_function", None)  # set by ``model.loss_function = ...``
         if labels is not None and own_loss is None:
             targets = loss_kwargs.pop("shift_labels", None)
             if targets is None:
                 targets = next_token_labels(labels, loss_kwargs.get("ignore_index", -100))
         if self._is_fused(labels):
-            loss = self.lm_head(hidden_states, embedding, region=region, labels=targets, tied=tied, **loss_kwargs)
+            loss = self.lm_head(hidden_states, shared_weight, region=region, labels=targets, tied=tied, **loss_kwargs)
             return loss, None
-        shard = self.lm_head(hidden_states, embedding, region=region)  # [B, S, V_p], split on the last dim
+        shard = self.lm_head(hidden_states, shared_weight, region=region)  # [B, S, V_p], split on the last dim
         logits = self.lm_head.gather(shard)
         if labels is None:
             return None, logits
