@@ -35,7 +35,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """The files of the destination.
 
     Attributes:
@@ -73,7 +73,7 @@ def check_options(options: Options, config: Mapping[str, Any], table: PartitionT
         dtype_code(options.dtype)
 
 
-def make_plan(model: Model, options: Options, source_name: str) -> Plan:
+def make_plan(model: Model, options: Options, source_name: str) -> ConversionPlan:
     """Lay out the destination of a conversion.
 
     Args:
@@ -108,7 +108,7 @@ def make_plan(model: Model, options: Options, source_name: str) -> Plan:
         card,
         TextFile.json("config.json", config),
     ]
-    return Plan(files=files, tensors=tensors, config=config, tp_size=tp_size, mismatch=mismatch)
+    return ConversionPlan(files=files, tensors=tensors, config=config, tp_size=tp_size, mismatch=mismatch)
 
 
 def _degree(target_format: Format, model: Model, tp_size: int | None) -> int:

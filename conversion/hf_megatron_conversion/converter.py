@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_megatron.architectures import table_for
+from hf_megatron.checkpoint import AtomicDirectory, read_json
 from hf_megatron.errors import DestinationError
 from hf_megatron_conversion.comparison import compare, finite
-from hf_megatron_conversion.conversion_plan import Options, Plan, check_options, make_plan
-from hf_megatron_conversion.execute import execute
+from hf_megatron_conversion.conversion_plan import ConversionPlan, Options, check_options, make_plan
+from hf_megatron_conversion.destination import check_content, check_overlap
+from hf_megatron_conversion.files import write_files
 from hf_megatron_conversion.formats import FormatName, format_of, read_model
-from hf_megatron_conversion.formats.base import Given, Model, ModelType, load_config, warn_of_padding
+from hf_megatron_conversion.formats.base import Given, Model, ModelType, warn_of_padding
 from hf_megatron_conversion.progress import Progress, Silent
 from hf_megatron_conversion.source import source_directory
-from hf_megatron_conversion.staging import Staging, check_destination, check_overlap
 from hf_megatron_conversion.tensors import dtype_code
 
 if TYPE_CHECKING:
@@ -132,16 +133,17 @@ def convert(
         verify=verify,
     )
     given = Given(
-        config=None if config is None else load_config(Path(config)),
+        config=None if config is None else read_json(Path(config)),
         vocab_size=vocab_size,
         tokenizer=options.tokenizer,
     )
-    target = check_destination(Path(destination), overwrite=overwrite)
-    model = _open(source, target, options, given)
+    target = AtomicDirectory(destination, replace=overwrite)
+    check_content(target.destination)
+    model = _open(source, target.destination, options, given)
     plan = make_plan(model, options, model.directory.resolve().name if Path(source).is_dir() else str(source))
     if plan.mismatch is not None:
         _logger.warning("%s --model-type megatron writes a config.json that says both.", plan.mismatch)
-    check = None if dry_run else _write(model, plan, target, options, overwrite, progress or Silent())
+    check = None if dry_run else _write(model, plan, target, options, progress or Silent())
     return Conversion(
         source=str(source),
         destination=str(destination),
@@ -163,7 +165,7 @@ def _open(source: str | Path, target: Path, options: Options, given: Given) -> M
     directory = source_directory(source, config_only=True)
     check_overlap(target, directory)
     if format_of(directory).has_config:
-        config = given.config or load_config(directory / "config.json")
+        config = given.config or read_json(directory / "config.json")
         check_options(options, config, table_for(config))
     model = read_model(source_directory(source), given)
     check_options(options, model.config, model.table)
@@ -196,23 +198,24 @@ def _outcome(check: _Check | None) -> dict[str, Any]:
 
 
 def _write(
-    model: Model, plan: Plan, destination: Path, options: Options, overwrite: bool, progress: Progress
+    model: Model, plan: ConversionPlan, target: AtomicDirectory, options: Options, progress: Progress
 ) -> _Check | None:
     """Write, check if that is asked for, and publish if nothing is wrong."""
     check = None
     try:
-        with Staging(destination, plan.nbytes, overwrite=overwrite) as staging:
-            execute(plan, staging.directory, progress)
+        with target:
+            target.require_space(plan.nbytes)
+            write_files(plan.files, target.path, progress)
             if options.verify:
-                check = _verify(model, plan, read_model(staging.directory), options, progress)
+                check = _verify(model, plan, read_model(target.path), options, progress)
             if check is None or check.passed:
-                staging.publish()
+                target.publish()
     except OSError as error:
-        raise DestinationError(f"{destination} cannot be written: {error}. Nothing was left behind.") from error
+        raise DestinationError(f"{target.destination} cannot be written: {error}. Nothing was left behind.") from error
     return check
 
 
-def _verify(model: Model, plan: Plan, written: Model, options: Options, progress: Progress) -> _Check:
+def _verify(model: Model, plan: ConversionPlan, written: Model, options: Options, progress: Progress) -> _Check:
     """Compare what was written with the source, tensor by tensor and by running both."""
     from hf_megatron_conversion.logits import agreement, stock_gap
 

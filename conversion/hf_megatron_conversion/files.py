@@ -1,4 +1,4 @@
-"""Files of a destination: their size is known before they are written, and they are written as one stream."""
+"""Files of a destination: their size is known before they are written, and they are written front to back."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from hf_megatron.checkpoint import LazyTensor, itemsize
-from hf_megatron.errors import CheckpointIncompleteError
+from hf_megatron.errors import CheckpointIncompleteError, DestinationError
 from hf_megatron.partition import Box
+from hf_megatron_conversion.progress import Progress
 from hf_megatron_conversion.tensors import Buffer, Readable, slices_of_bytes
 
 _COPY_BYTES = 256 * 2**20
 # What copy_file_range says where it does not work; None is for systems that do not have it.
 _CANNOT_COPY = (None, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutputFile(Protocol):
@@ -35,7 +37,36 @@ class OutputFile(Protocol):
         """Its exact size."""
 
     def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        """Write it, front to back, calling ``advance`` with the bytes written since the last call."""
+        """Write it, calling ``advance`` with the bytes written since the last call."""
+
+
+def write_files(files: Sequence[OutputFile], directory: Path, progress: Progress) -> None:
+    """Write files into a directory, one after the other.
+
+    Raises:
+        DestinationError: The disk is full.
+        OSError: A file cannot be written for another reason.
+    """
+    num_bytes = sum(file.nbytes for file in files)
+    progress.begin("Writing", num_bytes)
+    for file in files:
+        try:
+            _write(file, directory / file.path, progress)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise DestinationError(
+                f"There is no space left to write {file.path} of {file.nbytes:,} bytes ({error.strerror}); "
+                f"{num_bytes:,} bytes are needed in all. Nothing was left behind."
+            ) from error
+
+
+def _write(file: OutputFile, path: Path, progress: Progress) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as stream:
+        file.write(stream, progress.advance)
+    size = path.stat().st_size
+    assert size == file.nbytes, f"{file.path}: {file.nbytes} bytes were planned, {size} written"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
-"""Reading checkpoints: which format a directory is in, its tensors by slices, and their names as the models have them.
+"""Checkpoint directories: their format, their tensors by slices under the models' names, and how one is written whole.
 
-Nothing here writes, knows a process group or imports transformers, and torch is imported only to return a tensor.
+Nothing here knows a process group or imports transformers, and torch is imported only to return a tensor.
 """
 
 from __future__ import annotations
 
-from hf_megatron.checkpoint.directory import Checkpoint, open_checkpoint, open_files
+from hf_megatron.checkpoint.atomic_directory import AtomicDirectory
+from hf_megatron.checkpoint.directory import Checkpoint, open_checkpoint, open_files, read_json
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
 from hf_megatron.checkpoint.safetensors_header import (
     DTYPES,
@@ -29,6 +30,7 @@ from hf_megatron.checkpoint.spelling import (
 __all__ = [
     "DTYPES",
     "SHARDING_INFO",
+    "AtomicDirectory",
     "Canonical",
     "Checkpoint",
     "Header",
@@ -42,6 +44,7 @@ __all__ = [
     "open_checkpoint",
     "open_files",
     "read_header",
+    "read_json",
     "require_complete",
     "respelled",
     "stored_model",

@@ -73,7 +73,7 @@ def open_checkpoint(directory: Path, config: Mapping[str, Any] | None = None) ->
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointFormatError(f"{directory} is not a directory.")
-    config = _read_json(directory / "config.json") if config is None else dict(config)
+    config = read_json(directory / "config.json") if config is None else dict(config)
     shards = tuple(sorted(path for path in directory.iterdir() if is_shard(path)))
     hub = [name for name in _HUB_NAMES if (directory / name).exists()]
     if shards and hub:
@@ -156,13 +156,18 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointFormatError(f"{path.parent} holds no {path.name}.")
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file such as config.json.
+
+    Raises:
+        CheckpointFormatError: There is no such file, or it holds something else.
+    """
     try:
         content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointFormatError(f"{path} is not valid JSON: {error}") from error
+        raise CheckpointFormatError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointFormatError(f"{path} holds a {type(content).__name__} where an object is expected.")
     return content
@@ -170,7 +175,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, as the index says."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointFormatError(f"{index} has no weight_map.")
     for file in weight_map.values():
