@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -114,10 +114,10 @@ def architecture_table(config: Mapping[str, Any]) -> str:
     return table(("", ""), rows.items())
 
 
-def table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown."""
-    titles = list(header)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (titles, ["---"] * len(titles), *rows))
+    lines: list[Sequence[object]] = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _origin(model: Model) -> str:

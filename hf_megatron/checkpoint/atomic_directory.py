@@ -18,11 +18,6 @@ from typing import Self
 from hf_megatron.errors import DestinationError
 
 
-def _raise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
-
-
 class AtomicDirectory:
     """A destination being written. Leaving the context without ``publish`` removes what was written.
 
@@ -38,7 +33,7 @@ class AtomicDirectory:
         replace: Whether one that exists may be replaced.
         keep: Which entries of a replaced directory go on in the new one, unless that has its own; by default none.
         is_first: Whether this process creates and publishes.
-        meet: Waits for all ranks; is handed this one's error, and raises on all ranks if there is one.
+        meet: Waits for all ranks; is handed this one's error, and raises on all if there is one. None for one process.
 
     Attributes:
         path: Where to write.
@@ -54,7 +49,7 @@ class AtomicDirectory:
         replace: bool = True,
         keep: Callable[[Path], bool] = lambda entry: False,
         is_first: bool = True,
-        meet: Callable[[Exception | None], None] = _raise,
+        meet: Callable[[Exception | None], None] | None = None,
     ) -> None:
         self.destination = Path(destination).resolve()
         self._replace, self._keep, self._is_first, self._meet = replace, keep, is_first, meet
@@ -96,7 +91,7 @@ class AtomicDirectory:
         Raises:
             DestinationError: The destination came to be in the meantime.
         """
-        self._meet(None)  # every rank has written its part
+        self._settle()  # every rank has written its part
         self._on_first(self._move_files if merge and self.destination.exists() else self._swap)
         self._is_to_remove = False
 
@@ -119,7 +114,13 @@ class AtomicDirectory:
                 action()
         except Exception as caught:
             error = caught
-        self._meet(error)
+        self._settle(error)
+
+    def _settle(self, error: Exception | None = None) -> None:
+        if self._meet is not None:
+            self._meet(error)
+        elif error is not None:
+            raise error
 
     def _check_destination(self) -> None:
         place = f"The destination {self.destination}"

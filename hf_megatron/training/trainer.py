@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate.utils import recursively_apply
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from hf_megatron.errors import CheckpointError, DivergenceError, UnsupportedError
 from hf_megatron.tensor_parallel import non_finite_names
-from hf_megatron.training.checkpoints import CheckpointingTrainer, attribute
+from hf_megatron.training.checkpoints import CheckpointingTrainer
 from hf_megatron.training.loss_scale import SharedGradScaler
 from hf_megatron.training.streams import Stream, place_in_stream
 from hf_megatron.training.training_arguments import (
@@ -185,16 +185,17 @@ class MegatronTrainer(CheckpointingTrainer):
         return epochs, batches
 
     def _gather_for_metrics(self, data: Any, use_gather_object: bool = False) -> Any:
-        """Gather every example once: the ranks of a tensor-parallel group hold the same ones."""
+        """Gather every example once: the ranks of a tensor-parallel group hold the same ones.
+
+        As accelerate's, it leaves out what fills up the last batch.
+        """
         if use_gather_object:
             raise UnsupportedError("eval_use_gather_object=True is not supported under tensor parallelism.")
-        accelerator = self.accelerator
-        with attribute(accelerator, "gather", self._gather_once_per_group):
-            return Accelerator.gather_for_metrics(accelerator, data)
-
-    def _gather_once_per_group(self, data: Any) -> Any:
-        gathered = Accelerator.gather(self.accelerator, data)
-        return _map_tensors(gathered, self._first_of_each_group)
+        gathered = recursively_apply(self._first_of_each_group, self.accelerator.gather(data))
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:
+            gathered = recursively_apply(lambda tensor: tensor[: state.remainder], gathered)
+        return gathered
 
     def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
         """Of [world x n, ...], the rows of each tensor-parallel group's first rank."""
@@ -266,13 +267,3 @@ class MegatronTrainer(CheckpointingTrainer):
         elif self.is_world_process_zero():
             scale = scaler.get_scale()
             logger.warning(f"Step {step}: the gradients overflow at a loss scale of {scale:g}; skipped, to scale less.")
-
-
-def _map_tensors(data: Any, function: Any) -> Any:
-    if isinstance(data, torch.Tensor):
-        return function(data)
-    if isinstance(data, dict):
-        return type(data)({name: _map_tensors(value, function) for name, value in data.items()})
-    if isinstance(data, (list, tuple)):
-        return type(data)(_map_tensors(value, function) for value in data)
-    return data
