@@ -21,6 +21,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from hf_megatron.checkpoint import itemsize
+from hf_megatron.checkpoint.torch_file import STORAGES
 from hf_megatron.partition import Box
 from hf_megatron_conversion.tensors import Buffer, Readable, slices_of_bytes
 
@@ -29,18 +30,6 @@ _PICKLE_PROTOCOL = 2  # torch.save's
 # Bytes of a header before an entry (without its name, with its size in 64 bits), of an entry in the directory (without
 # its name), of the end of the directory, and what that has in addition where 32 bits do not do.
 _HEADER, _RECORD, _END, _LONG_END = 30 + 20, 46, 22, 56 + 20
-_STORAGES = {
-    "F64": "DoubleStorage",
-    "F32": "FloatStorage",
-    "F16": "HalfStorage",
-    "BF16": "BFloat16Storage",
-    "I64": "LongStorage",
-    "I32": "IntStorage",
-    "I16": "ShortStorage",
-    "I8": "CharStorage",
-    "U8": "ByteStorage",
-    "BOOL": "BoolStorage",
-}
 
 
 @dataclass(frozen=True)
@@ -138,7 +127,7 @@ def _pickled(content: Mapping[str, Any], storages: list[_Storage]) -> bytes:
         def persistent_id(self, value: Any) -> Any:
             if not isinstance(value, _Storage):
                 return None
-            storage_type = getattr(torch, _STORAGES[value.tensor.dtype])
+            storage_type = getattr(torch, STORAGES[value.tensor.dtype])
             return "storage", storage_type, value.key, "cpu", prod(value.tensor.shape)
 
         def reducer_override(self, value: Any) -> Any:

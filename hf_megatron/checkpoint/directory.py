@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from hf_megatron.architectures import table_for
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
-from hf_megatron.checkpoint.pickled import open_pickle
 from hf_megatron.checkpoint.safetensors_header import read_header
 from hf_megatron.checkpoint.sharded import SHARDING_INFO, is_shard, open_shards
 from hf_megatron.checkpoint.spelling import listed, respelled
+from hf_megatron.checkpoint.torch_file import open_state_dict
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 from hf_megatron.partition import Box
 
@@ -64,10 +64,9 @@ def open_checkpoint(directory: Path, config: Mapping[str, Any] | None = None) ->
         config: Used instead of the directory's config.json, which then need not exist.
 
     Raises:
-        CheckpointFormatError: Not a directory, no config.json, no weights, weights of both formats, a file that is not
-            what its name says, or an unsafe pickle.
-        CheckpointIncompleteError: A file is truncated or missing, or the shards of a ``tp`` directory do not tile the
-            tensors of its model.
+        CheckpointFormatError: Not a directory, or one without a config.json or weights, with weights of both formats,
+            or with a file that is not what its name says, or an unsafe pickle.
+        CheckpointIncompleteError: A file is truncated or missing, or shards do not tile the tensors of their model.
         UnsupportedError: A ``tp`` directory of an architecture or class that is not offered here.
     """
     directory = Path(directory)
@@ -137,7 +136,7 @@ def _open_hub(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
 
 def _open_file(path: Path) -> dict[str, LazyTensor]:
     if path.suffix == ".bin":
-        return open_pickle(path)
+        return open_state_dict(path)
     if path.suffix != ".safetensors":
         raise CheckpointFormatError(f"{path} is neither a .safetensors nor a .bin file.")
     header = read_header(path)
@@ -145,15 +144,10 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
         raise CheckpointFormatError(
             f"{path} is one rank's part of a distributed checkpoint; open the directory with all of them instead."
         )
-    return {
-        name: LazyTensor(
-            name,
-            stored.dtype,
-            stored.shape,
-            (Piece(path, Box.whole(stored.shape), stored.data_start, stored.data_stop),),
-        )
-        for name, stored in header.tensors.items()
-    }
+    tensors = {}
+    for name, (dtype, shape, start, stop) in header.tensors.items():
+        tensors[name] = LazyTensor(name, dtype, shape, (Piece(path, Box.whole(shape), start, stop),))
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -164,6 +158,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointFormatError(f"{path.parent} holds no {path.name}.") from None
     except OSError as error:
         raise CheckpointFormatError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

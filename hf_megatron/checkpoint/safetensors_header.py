@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 
@@ -45,8 +45,7 @@ _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """One tensor of a file: dtype, shape, and the half-open byte range of its data, counted from the file's start."""
 
     dtype: str

@@ -1,9 +1,8 @@
 """Files of ``torch.save``: the pickled object as data, and each tensor's place in the file.
 
-Two containers are read. Since torch 1.6 a file is a zip archive of uncompressed entries, ``data.pkl`` and one per
-storage; before, it is five pickles one after the other, then each storage's length and bytes. Of both only the pickles
-are read here, as data (see ``unpickle``): nothing in them is imported or called, neither torch nor the classes they
-name are needed, and whatever they name beyond an explicit list is refused.
+Since torch 1.6 a file is a zip archive of uncompressed entries, ``data.pkl`` and one per storage; before, it is five
+pickles one after the other, then each storage's length and bytes. Of both only the pickles are read here, as data (see
+``unpickle``): nothing in them is imported or called, and whatever they name beyond an explicit list is refused.
 
 Source: ``torch.serialization`` and ``torch._utils._rebuild_tensor_v2`` in torch 2.13.
 """
@@ -26,19 +25,19 @@ from hf_megatron.checkpoint.unpickle import Call, Global, Unpickled, UnpickleErr
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 from hf_megatron.partition import Box
 
-_DTYPES = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
+STORAGES = {
+    "F64": "DoubleStorage",
+    "F32": "FloatStorage",
+    "F16": "HalfStorage",
+    "BF16": "BFloat16Storage",
+    "I64": "LongStorage",
+    "I32": "IntStorage",
+    "I16": "ShortStorage",
+    "I8": "CharStorage",
+    "U8": "ByteStorage",
+    "BOOL": "BoolStorage",
 }
-_STORAGES = {f"{module}.{name}": code for name, code in _DTYPES.items() for module in ("torch", "torch.cuda")}
+_DTYPES = {f"{module}.{name}": dtype for dtype, name in STORAGES.items() for module in ("torch", "torch.cuda")}
 _REBUILD_TENSOR = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 _REBUILD_PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _OTHER_STORAGES = ("ComplexFloatStorage", "ComplexDoubleStorage", "QInt8Storage", "QInt32Storage", "QUInt8Storage")
@@ -48,7 +47,7 @@ TENSOR_NAMES = frozenset(
         "torch.Size",
         "torch.storage.UntypedStorage",
         *(f"torch.{name}" for name in _OTHER_STORAGES),
-        *_STORAGES,
+        *_DTYPES,
         *_REBUILD_TENSOR,
         *_REBUILD_PARAMETER,
     }
@@ -72,20 +71,12 @@ class _Storage:
     @property
     def dtype(self) -> str:
         """In safetensors' spelling."""
-        return _STORAGES[self.type]
+        return _DTYPES[self.type]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredArray:
-    """A tensor of a pickle: its dtype, shape and strides, and where its first byte lies once ``place`` says so.
-
-    Attributes:
-        dtype: In safetensors' spelling.
-        shape: Its shape.
-        strides: In elements.
-        start: Byte of the file at which it starts.
-        path: The file.
-    """
+    """A tensor of a pickle: dtype in safetensors' spelling, shape, strides in elements, and the byte it starts at."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -101,17 +92,36 @@ class StoredArray:
         return LazyTensor(name, self.dtype, self.shape, (piece,))
 
 
+def open_state_dict(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a file that holds nothing but named tensors, such as ``pytorch_model.bin``; none is read.
+
+    Raises:
+        CheckpointFormatError: It holds or asks for anything else.
+        CheckpointIncompleteError: It is truncated or damaged.
+    """
+    content = open_torch_file(path)
+    if not isinstance(content, dict):
+        raise CheckpointFormatError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors.")
+    tensors = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, StoredArray):
+            kind = value.name if isinstance(value, Global) else type(value).__name__
+            raise CheckpointFormatError(
+                f"{path}: {name!r} is a {kind}; only named tensors, of types that safetensors has, are expected."
+            )
+        tensors[name] = value.lazy(name)
+    return tensors
+
+
 def open_torch_file(path: Path, is_allowed: Callable[[str], bool] = TENSOR_NAMES.__contains__) -> Any:
     """The object of a ``torch.save`` file, with a :class:`StoredArray` for each tensor. No storage is read.
 
     Args:
         path: The file.
-        is_allowed: Whether the pickle may name this global (``module.name``). What it names is never looked up, it only
-            stays as a record of itself; so this protects nobody here, but tells what the file would do elsewhere.
+        is_allowed: Whether the pickle may name this global (``module.name``), which is not looked up in any case.
 
     Raises:
-        CheckpointFormatError: Not a file of ``torch.save``, or one that names anything else; all of it is listed. There
-            is no way to allow it.
+        CheckpointFormatError: Not a file of ``torch.save``, or one that names anything else; all of it is listed.
         CheckpointIncompleteError: The file is truncated or damaged.
     """
     try:
@@ -139,9 +149,6 @@ def _refuse(path: Path, names: Iterable[str], is_allowed: Callable[[str], bool])
             f"{path} is refused: its pickle asks for {', '.join(refused)}, and loading it elsewhere could run any "
             "code. Nothing of it was run. Get the weights as safetensors, or from a source that you trust."
         )
-
-
-# --- The zip archive.
 
 
 def _open_zip(path: Path, archive: zipfile.ZipFile, is_allowed: Callable[[str], bool]) -> Any:
@@ -183,10 +190,8 @@ def _data_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
     return info.header_offset + _LOCAL_HEADER.size + int(header[-2]) + int(header[-1])
 
 
-# --- Files of torch before 1.6.
-
-
 def _open_legacy(path: Path, file: BinaryIO, is_allowed: Callable[[str], bool]) -> Any:
+    """A file of torch before 1.6."""
     if read_pickle(file).value != _LEGACY_MAGIC or read_pickle(file).value != _LEGACY_PROTOCOL:
         raise UnpickleError("it does not start as one")
     system = read_pickle(file).value
@@ -229,9 +234,6 @@ def _legacy_starts(path: Path, file: BinaryIO, storages: Mapping[str, _Storage])
     return starts
 
 
-# --- What the pickles say of tensors.
-
-
 def _storage(persistent_id: Any) -> _Storage:
     """A storage from its persistent id: ("storage", type, key, device, number of elements, view or nothing)."""
     kind, storage_type, key, _, numel, *view = persistent_id
@@ -267,7 +269,7 @@ def _with_places(path: Path, read: Unpickled, start: Callable[[_Storage], int]) 
             return place(value.arguments[0], depth + 1)
         if value.function in _REBUILD_TENSOR and value.arguments:
             storage = value.arguments[0]
-            is_known = not isinstance(storage, _Storage) or storage.type in _STORAGES
+            is_known = not isinstance(storage, _Storage) or storage.type in _DTYPES
             return _array(path, value.arguments, start) if is_known else Global(storage.type)
         return value
 
