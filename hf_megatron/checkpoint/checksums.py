@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_megatron.checkpoint.directory import read_json
 from hf_megatron.errors import CheckpointFormatError
 
 CHECKSUMS = "checksums.json"
@@ -43,10 +44,10 @@ def read_checksums(directory: Path) -> Checksums | None:
     if not path.is_file():
         return None
     try:
-        checksums = json.loads(path.read_text(encoding="utf-8"))
+        checksums = read_json(path)
         if all(isinstance(c["size"], int) and isinstance(c["sha256"], str) for c in checksums.values()):
-            return dict(checksums)
-    except (ValueError, TypeError, KeyError, AttributeError):
+            return checksums
+    except (CheckpointFormatError, TypeError, KeyError):
         pass
     raise CheckpointFormatError(f"{path} is damaged. If the other files are known to be right, delete it.")
 

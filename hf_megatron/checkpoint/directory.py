@@ -115,18 +115,13 @@ def _open_hub(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
         return open_files([path]), (path,)
     weight_map = _weight_map(path)
     files = tuple(path.parent / name for name in sorted(set(weight_map.values())))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
+    if missing := [file.name for file in files if not file.is_file()]:
         raise CheckpointIncompleteError(
             f"{path} names {len(files)} files, of which {len(missing)} are missing: {listed(missing)}. Fetch them."
         )
     tensors = open_files(files)
-    lost = [
-        f"{name} ({file})"
-        for name, file in weight_map.items()
-        if name not in tensors or tensors[name].pieces[0].path.name != file
-    ]
-    if lost:
+    places = {name: tensor.pieces[0].path.name for name, tensor in tensors.items()}
+    if lost := [f"{name} ({file})" for name, file in weight_map.items() if places.get(name) != file]:
         raise CheckpointIncompleteError(
             f"{path} names {len(lost)} tensors that their files do not hold: {listed(lost)}. Index and files are not "
             "from one save; fetch all of them again."

@@ -13,7 +13,7 @@ import io
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
 from hf_megatron.checkpoint.safetensors_header import itemsize
-from hf_megatron.checkpoint.unpickle import Call, Global, Unpickled, UnpickleError, read_pickle
+from hf_megatron.checkpoint.unpickle import Call, Global, UnpickleError, read_pickle
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 from hf_megatron.partition import Box
 
@@ -69,9 +69,8 @@ class _Storage:
     offset: int = 0  # elements before this view of it (files of torch 0.3)
 
     @property
-    def dtype(self) -> str:
-        """In safetensors' spelling."""
-        return _DTYPES[self.type]
+    def nbytes(self) -> int:
+        return self.numel * itemsize(_DTYPES[self.type])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +85,7 @@ class StoredArray:
 
     def lazy(self, name: str) -> LazyTensor:
         """The same, to be read by slices under a name."""
-        size = itemsize(self.dtype)
-        span = size * (1 + _last_element(self.shape, self.strides)) if prod(self.shape) else 0
+        span = itemsize(self.dtype) * _span(self.shape, self.strides)
         piece = Piece(self.path, Box.whole(self.shape), self.start, self.start + span, self.strides)
         return LazyTensor(name, self.dtype, self.shape, (piece,))
 
@@ -126,11 +124,12 @@ def open_torch_file(path: Path, is_allowed: Callable[[str], bool] = TENSOR_NAMES
     """
     try:
         with path.open("rb") as file:
-            if file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC:
-                with zipfile.ZipFile(file) as archive:
-                    return _open_zip(path, archive, is_allowed)
+            is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
             file.seek(0)
-            return _open_legacy(path, file, is_allowed)
+            if not is_zip:
+                return _open_legacy(path, file, is_allowed)
+            with zipfile.ZipFile(file) as archive:
+                return _open_zip(path, archive, is_allowed)
     except UnpickleError as error:
         raise CheckpointFormatError(
             f"{path} is not a file of torch.save: {error}. It may be truncated, or a Git LFS pointer that was never "
@@ -157,10 +156,9 @@ def _open_zip(path: Path, archive: zipfile.ZipFile, is_allowed: Callable[[str], 
         raise CheckpointFormatError(f"{path} is a TorchScript program, not a file of torch.save.")
     if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
         raise CheckpointFormatError(f"{path} was written on a big-endian machine; convert it there.")
-    data = entries["data.pkl"]
-    if data.compress_type != zipfile.ZIP_STORED:
+    if entries["data.pkl"].compress_type != zipfile.ZIP_STORED:
         raise CheckpointFormatError(f"{path} is a compressed archive, not a file of torch.save.")
-    read = read_pickle(io.BytesIO(archive.read(data)), _storage)
+    read = read_pickle(io.BytesIO(archive.read(entries["data.pkl"])), _storage)
     _refuse(path, read.names, is_allowed)
     size = path.stat().st_size
 
@@ -169,22 +167,20 @@ def _open_zip(path: Path, archive: zipfile.ZipFile, is_allowed: Callable[[str], 
         if info is None or info.compress_type != zipfile.ZIP_STORED:
             raise CheckpointIncompleteError(f"{path} lacks the data of a tensor (data/{storage.key}).")
         position = _data_start(archive, info)
-        needed = storage.numel * itemsize(storage.dtype)
-        if info.file_size < needed or position + needed > size:
+        if info.file_size < storage.nbytes or position + storage.nbytes > size:
             raise CheckpointIncompleteError(
-                f"{path} is truncated: data/{storage.key} has {info.file_size} bytes, {needed} are needed."
+                f"{path} is truncated: data/{storage.key} has {info.file_size} bytes, {storage.nbytes} are needed."
             )
         return position
 
-    return _with_places(path, read, start)
+    return _with_places(path, read.value, start)
 
 
 def _data_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
     """Byte of the archive at which an entry's data starts: behind its own header, which has lengths of its own."""
-    file = archive.fp
-    assert file is not None
-    file.seek(info.header_offset)
-    header = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    assert archive.fp is not None
+    archive.fp.seek(info.header_offset)
+    header = _LOCAL_HEADER.unpack(archive.fp.read(_LOCAL_HEADER.size))
     if header[0] != _ZIP_MAGIC:
         raise zipfile.BadZipFile(f"no entry at byte {info.header_offset}")
     return info.header_offset + _LOCAL_HEADER.size + int(header[-2]) + int(header[-1])
@@ -207,18 +203,7 @@ def _open_legacy(path: Path, file: BinaryIO, is_allowed: Callable[[str], bool]) 
 
     read = read_pickle(file, load)
     _refuse(path, read.names, is_allowed)
-    starts = _legacy_starts(path, file, storages)
-
-    def start(storage: _Storage) -> int:
-        if storage.key not in starts:
-            raise CheckpointIncompleteError(f"{path} lacks the data of a tensor ({storage.key}).")
-        return starts[storage.key] + storage.offset * itemsize(storage.dtype)
-
-    return _with_places(path, read, start)
-
-
-def _legacy_starts(path: Path, file: BinaryIO, storages: Mapping[str, _Storage]) -> dict[str, int]:
-    """Where each storage's bytes start: one after the other in the order of the last pickle, each after its length."""
+    # Then the storages' keys, and in that order each one's length and bytes.
     keys = read_pickle(file).value
     if not isinstance(keys, list) or set(keys) != set(storages):
         raise CheckpointIncompleteError(f"{path} does not list the tensors that it holds.")
@@ -226,29 +211,27 @@ def _legacy_starts(path: Path, file: BinaryIO, storages: Mapping[str, _Storage])
     for key in keys:
         file.seek(position)
         prefix = file.read(8)
-        numel = struct.unpack("<q", prefix)[0] if len(prefix) == 8 else 0
+        numel = struct.unpack("<q", prefix)[0] if len(prefix) == 8 else -1
         starts[key] = position + 8
-        position += 8 + numel * itemsize(storages[key].dtype)
-        if numel < storages[key].numel or len(prefix) < 8 or position > size:
+        position += 8 + replace(storages[key], numel=numel).nbytes
+        if numel < storages[key].numel or position > size:
             raise CheckpointIncompleteError(f"{path} is truncated or damaged at byte {starts[key]} of {size}.")
-    return starts
+    return _with_places(path, read.value, lambda storage: starts[storage.key])
 
 
 def _storage(persistent_id: Any) -> _Storage:
     """A storage from its persistent id: ("storage", type, key, device, number of elements, view or nothing)."""
     kind, storage_type, key, _, numel, *view = persistent_id
+    offset = view[0][1] if view and view[0] is not None else 0
     if kind != "storage" or not isinstance(storage_type, Global) or not isinstance(key, str):
         raise ValueError("not a storage")
-    if not isinstance(numel, int) or numel < 0:
+    if not all(isinstance(number, int) and number >= 0 for number in (numel, offset)):
         raise ValueError("not a size")
-    offset = 0
-    if view and view[0] is not None:
-        _, offset, _ = view[0]
-    return _Storage(key, storage_type.name, numel, int(offset))
+    return _Storage(key, storage_type.name, numel, offset)
 
 
-def _with_places(path: Path, read: Unpickled, start: Callable[[_Storage], int]) -> Any:
-    """The pickle's value with its tensors in place of the calls that would rebuild them.
+def _with_places(path: Path, content: Any, start: Callable[[_Storage], int]) -> Any:
+    """A pickle's value with its tensors in place of the calls that would rebuild them.
 
     Of a tensor of a type that safetensors does not have, the name of the type takes the place. Anything that is not a
     container of named things is left as it is.
@@ -263,33 +246,29 @@ def _with_places(path: Path, read: Unpickled, start: Callable[[_Storage], int]) 
             if id(value) not in done:
                 done[id(value)] = {key: place(item, depth + 1) for key, item in value.items()}
             return done[id(value)]
-        if not isinstance(value, Call):
-            return value
-        if value.function in _REBUILD_PARAMETER and value.arguments:
+        if isinstance(value, Call) and value.function in _REBUILD_PARAMETER and value.arguments:
             return place(value.arguments[0], depth + 1)
-        if value.function in _REBUILD_TENSOR and value.arguments:
-            storage = value.arguments[0]
-            is_known = not isinstance(storage, _Storage) or storage.type in _DTYPES
-            return _array(path, value.arguments, start) if is_known else Global(storage.type)
+        if isinstance(value, Call) and value.function in _REBUILD_TENSOR and value.arguments:
+            return _array(path, value.arguments, start)
         return value
 
-    return place(read.value, 0)
+    return place(content, 0)
 
 
-def _array(path: Path, arguments: tuple[Any, ...], start: Callable[[_Storage], int]) -> StoredArray:
+def _array(path: Path, arguments: tuple[Any, ...], start: Callable[[_Storage], int]) -> StoredArray | Global:
     storage, offset, shape, strides, *_ = arguments
-    if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
+    if isinstance(storage, _Storage) and storage.type not in _DTYPES:
+        return Global(storage.type)
+    is_tensor = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
+    if not is_tensor or not all(type(number) is int and number >= 0 for number in (offset, *shape, *strides)):
         raise ValueError("not a tensor")
-    if len(shape) != len(strides) or not all(
-        type(number) is int and number >= 0 for number in (offset, *shape, *strides)
-    ):
-        raise ValueError("not the shape of a tensor")
-    last = offset + _last_element(shape, strides)
-    if prod(shape) and last >= storage.numel:
+    if prod(shape) and offset + _span(shape, strides) > storage.numel:
         raise CheckpointIncompleteError(f"{path} holds a tensor that is larger than its data.")
-    position = start(storage) + offset * itemsize(storage.dtype)
-    return StoredArray(storage.dtype, shape, strides, position, path)
+    dtype = _DTYPES[storage.type]
+    return StoredArray(dtype, shape, strides, start(storage) + (storage.offset + offset) * itemsize(dtype), path)
 
 
-def _last_element(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first one to the last."""
+    distance = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return 1 + distance if prod(shape) else 0
