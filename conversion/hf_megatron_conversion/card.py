@@ -9,7 +9,7 @@ from typing import Any
 from hf_megatron.architectures import table_for
 from hf_megatron.checkpoint import DTYPES, itemsize
 from hf_megatron_conversion.files import TextFile
-from hf_megatron_conversion.formats.base import Model
+from hf_megatron_conversion.formats.base import Model, Target
 from hf_megatron_conversion.tensors import Readable
 
 _BEGIN, _END = "<!-- hf-megatron convert: begin -->", "<!-- hf-megatron convert: end -->"
@@ -26,28 +26,20 @@ _PIPELINES = {
 
 
 def model_card(
-    *,
-    model: Model,
-    tensors: Mapping[str, Readable],
-    config: Mapping[str, Any],
-    source: str,
-    layout: str,
-    verified: bool,
-    mismatch: str | None,
+    target: Target, config: Mapping[str, Any], *, source: str, layout: str, verified: bool, mismatch: str | None
 ) -> TextFile:
     """The source's README.md, or a new one, with a section on this conversion in place of an earlier conversion's.
 
     Args:
-        model: The source.
-        tensors: What the destination holds.
+        target: The source and what is written of it.
         config: The destination's config.json.
         source: What to call the source.
         layout: The destination's format and degree.
         verified: Whether the result is published only if it equals the source.
         mismatch: What the stock class computes differently, or None.
     """
-    architecture = config["architectures"][0]
-    cast = "" if all(tensor is model.tensors[name] for name, tensor in tensors.items()) else ", cast to the new dtype,"
+    model, tensors = target.model, target.tensors
+    cast = ", cast to the new dtype," if target.is_cast else ""
     check = "not asked for; `hf-megatron verify SOURCE THIS` compares every tensor"
     if verified:
         check = f"every tensor was read back and equals the source{cast} bit for bit, and both models compute the same "
@@ -55,7 +47,7 @@ def model_card(
     rows = {
         "source": f"`{source}` ({_origin(model)})",
         "format": layout,
-        "architecture": f"`{architecture}` (`{config['model_type']}`)",
+        "architecture": f"`{config['architectures'][0]}` (`{config['model_type']}`)",
         "parameters": f"{sum(prod(tensor.shape) for tensor in tensors.values()):,}",
         "tensors": f"{len(tensors):,}",
         "bytes": f"{sum(prod(tensor.shape) * itemsize(tensor.dtype) for tensor in tensors.values()):,}",

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,10 +84,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A safetensors file, laid out as the reference implementation does: widest dtype first, then by name.
-
-    Holds at most one bounded slice of one tensor in memory while it is written.
-    """
+    """A safetensors file, laid out as the reference implementation does: widest dtype first, then by name."""
 
     path: str
     parts: Sequence[Part]
@@ -110,17 +106,14 @@ class SafetensorsFile:
             }
             position += part.nbytes
         header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        # The tensors start at a multiple of eight bytes, so that they can be mapped.
-        header += b" " * (-len(header) % 8)
-        return struct.pack("<Q", len(header)) + header
+        header += b" " * (-len(header) % 8)  # so that the tensors can be mapped
+        return len(header).to_bytes(8, "little") + header
 
     @property
     def nbytes(self) -> int:
-        """Its exact size."""
         return len(self._header) + sum(part.nbytes for part in self.parts)
 
     def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        """Write the header, then every tensor a bounded slice at a time."""
         stream.write(self._header)
         advance(len(self._header))
         buffer = Buffer()
@@ -147,11 +140,9 @@ class TextFile:
 
     @property
     def nbytes(self) -> int:
-        """Its exact size."""
         return len(self.data)
 
     def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        """Write it."""
         stream.write(self.data)
         advance(len(self.data))
 
@@ -160,9 +151,8 @@ class TextFile:
 class CopiedFile:
     """A file taken over as it is.
 
-    Where the file system can share blocks between files until one of them changes (Btrfs, XFS), the kernel does that
-    instead of copying. Hard links would be as cheap everywhere, but whoever saves into the destination afterwards would
-    then overwrite the source.
+    Where the file system can share blocks between files until one of them changes (Btrfs, XFS), the kernel does that.
+    With a hard link, whoever saves into the destination afterwards would overwrite the source.
     """
 
     path: str
@@ -175,7 +165,6 @@ class CopiedFile:
         return cls(source.name, source, source.stat().st_size)
 
     def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        """Copy it, inside the kernel where that is possible."""
         if not _copy_range(self.source, 0, self.nbytes, stream, advance):
             with self.source.open("rb") as original:
                 shutil.copyfileobj(original, stream)
@@ -183,10 +172,7 @@ class CopiedFile:
 
 
 def _copy_range(source: Path, start: int, stop: int, stream: BinaryIO, advance: Callable[[int], None]) -> bool:
-    """Have the kernel append bytes ``[start, stop)`` of a file, without a detour through this process's memory.
-
-    Returns:
-        False if it cannot, on this system or between these two file systems, and has not begun to.
+    """Have the kernel append bytes ``[start, stop)`` of a file; False if it cannot between these two file systems.
 
     Raises:
         CheckpointIncompleteError: The file became shorter since it was opened.

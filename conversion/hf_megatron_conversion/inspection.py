@@ -49,10 +49,7 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Open a checkpoint, check that it is complete, and describe it; no weights are read.
-
-    Args:
-        path: A directory, or the id of a repository on the Hub.
+    """Open a checkpoint, a directory or a repository on the Hub, and describe it; no weights are read.
 
     Raises:
         CheckpointError: It is no checkpoint, or incomplete.

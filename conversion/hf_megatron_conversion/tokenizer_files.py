@@ -30,12 +30,7 @@ _END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What matters to a model.
-
-    Attributes:
-        vocab_size: One more than the largest id.
-        end_of_text: Id of GPT-2's token that ends a text, if there is one.
-    """
+    """What matters to a model: one more than the largest id, and the id of GPT-2's token that ends a text, if any."""
 
     vocab_size: int
     end_of_text: int | None

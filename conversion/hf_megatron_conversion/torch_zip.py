@@ -87,13 +87,11 @@ class TorchZipFile:
 
     @property
     def nbytes(self) -> int:
-        """Its exact size."""
         stop, directory = self._entries[-1].stop, sum(entry.record_size for entry in self._entries)
         is_long = max(stop, directory) > zipfile.ZIP64_LIMIT or len(self._entries) > zipfile.ZIP_FILECOUNT_LIMIT
         return stop + directory + _END + (_LONG_END if is_long else 0)
 
     def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        """Write it, with one bounded slice of one tensor in memory."""
         buffer = Buffer()
         with zipfile.ZipFile(stream, "w") as archive:
             for entry in self._entries:

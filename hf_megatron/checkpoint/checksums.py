@@ -18,7 +18,7 @@ CHECKSUMS = "checksums.json"
 Checksums = Mapping[str, Mapping[str, Any]]
 
 
-def compute_checksums(directory: Path, *, part: int = 0, num_parts: int = 1) -> dict[str, dict[str, Any]]:
+def compute_checksums(directory: Path, part: int = 0, num_parts: int = 1) -> dict[str, dict[str, Any]]:
     """Sizes and checksums of every ``num_parts``-th file, from the ``part``-th on, so that ranks can share the work."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     return {path.relative_to(directory).as_posix(): _of(path) for path in files[part::num_parts]}
@@ -53,7 +53,7 @@ def read_checksums(directory: Path) -> Checksums | None:
 
 
 def damages(
-    directory: Path, checksums: Checksums, *, part: int = 0, num_parts: int = 1, sizes_only: bool = False
+    directory: Path, checksums: Checksums, part: int = 0, num_parts: int = 1, *, sizes_only: bool = False
 ) -> list[str]:
     """What is wrong with every ``num_parts``-th file, from the ``part``-th on; nothing if all are as they were."""
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,7 @@ class CheckpointingTrainer(GuardedTrainer):
         """Upload a checkpoint, as ``hub_strategy`` asks, with the whole model beside it; every rank must call it."""
         if self._is_cut and self.args.hub_strategy != HubStrategy.END:
             self.save_model(_internal_call=True)  # the stock method finds whole weights only
-        error = None
-        try:
-            self._push_from_checkpoint(str(checkpoint))
-        except Exception as caught:
-            error = caught
-        share_failure(error)
+        _on_all(lambda: self._push_from_checkpoint(str(checkpoint)))
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock method; every rank must call it, and a failure of the first one is an error on all.
@@ -138,13 +134,7 @@ class CheckpointingTrainer(GuardedTrainer):
         Raises:
             ParallelStateError: Rank 0 could not upload.
         """
-        result, error = None, None
-        try:
-            result = super().push_to_hub(*args, **kwargs)
-        except Exception as caught:
-            error = caught
-        share_failure(error)
-        return result
+        return _on_all(lambda: super(CheckpointingTrainer, self).push_to_hub(*args, **kwargs))
 
     def _save_model_into(self, directory: Path) -> None:
         """The model as it lies: each rank's shards if it is cut, else, and for an adapter, as ``save_model`` does."""
@@ -198,6 +188,17 @@ class CheckpointingTrainer(GuardedTrainer):
                 f"{checkpoint} has no random state for data-parallel rank {self._data_parallel_rank} (it was saved by "
                 "fewer); dropout and shuffling go on with other random numbers."
             )
+
+
+def _on_all(action: Callable[[], Any]) -> Any:
+    """Do something whose failure on one rank is to be an error on all."""
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    share_failure(error)
+    return result
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ What it adds to the stock class, which refuses or miscounts each of these for a 
 - streams of examples, the same at every layout, in which a resumed run finds its place;
 - label smoothing and the mean over predicted tokens in the model's own vocabulary-parallel loss;
 - overflow in float16 that every rank notices, and an end before inf or nan reaches the weights;
-- ranks that drift apart are noticed (``ranks_in_step``).
+- ranks that drift apart are noticed (``rank_guard``).
 """
 
 from __future__ import annotations
@@ -49,26 +49,19 @@ class MegatronTrainer(CheckpointingTrainer):
     """A drop-in :class:`transformers.Trainer` for one process, TP, TP x FSDP2 and TP x replicated data parallelism.
 
     The layout is the model's: whatever ``DistributedConfig`` it was loaded or built with. Arguments, callbacks and
-    outputs are the stock class's; with a stock model it behaves as the stock class does, but for the checkpoints, which
-    have another form (see ``training_state``).
+    outputs are the stock class's; with a stock model it differs in the form of the checkpoints (``training_state``).
 
     Args:
-        model: As for the stock class.
+        model: As for the stock class, and so are ``args``, ``*pargs`` and ``**kwargs``.
         args: As for the stock class.
         *pargs: As for the stock class.
-        rank_check_steps: After how many steps the ranks of a tensor-parallel group compare what must be equal on all of
-            them (batch, random state, replicated parameters), beside the first step of every data set, every checkpoint
-            and the end; 0 for never.
+        rank_check_steps: After how many steps the ranks of a tensor-parallel group compare batch, random state and
+            replicated parameters, beside the first step of every data set, every checkpoint and the end; 0 for never.
         **kwargs: As for the stock class.
     """
 
     def __init__(
-        self,
-        model: nn.Module | None = None,
-        args: Any = None,
-        *pargs: Any,
-        rank_check_steps: int = 100,
-        **kwargs: Any,
+        self, model: nn.Module | None = None, args: Any = None, *pargs: Any, rank_check_steps: int = 100, **kwargs: Any
     ) -> None:
         check_processes(args)
         self.rank_check_steps = rank_check_steps
@@ -129,8 +122,6 @@ class MegatronTrainer(CheckpointingTrainer):
             return f"{place} There is no {'other ' if unusable else ''}checkpoint to resume from."
         how = "True" if get_last_checkpoint(output) == str(last) else repr(str(last))
         return f"{place} The last complete checkpoint is {last}; train(resume_from_checkpoint={how}) goes on from it."
-
-    # ------------------------------------------------------------------ layout
 
     @property
     def _has_own_loss(self) -> bool:
@@ -213,21 +204,11 @@ class MegatronTrainer(CheckpointingTrainer):
         operations: int = super().floating_point_ops(inputs) // self.get_tp_size()
         return operations
 
-    # ------------------------------------------------------------------ loss
-
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the stock method; label smoothing happens inside the model's loss where that is vocabulary-parallel."""
         if self.args.label_smoothing_factor and self._has_own_loss:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-    # ------------------------------------------------------------------ numbers that are none
-
-    def _advice(self) -> str:
-        broken = non_finite_names(self.model)
-        if broken:
-            return f"These weights are inf or nan, and were before the step: {', '.join(broken[:10])}."
-        return "Look at the batch of that step; lower the learning rate, or lengthen the warm-up."
 
     def _share_overflows(self) -> None:
         """In float16, have every rank skip a step that overflowed on one of them."""
@@ -255,9 +236,12 @@ class MegatronTrainer(CheckpointingTrainer):
             if not math.isfinite(loss):
                 logger.warning(f"Step {step}: {numbers}. Is there a batch without any label?")
         elif scaler is None:
+            advice = "Look at the batch of that step; lower the learning rate, or lengthen the warm-up."
+            if broken := non_finite_names(self.model):
+                advice = f"These weights are inf or nan, and were before the step: {', '.join(broken[:10])}."
             raise DivergenceError(
                 f"step {step}: {numbers}. The step was not taken, so that the weights are those after step {step - 1}. "
-                f"{self._advice()}"
+                f"{advice}"
             )
         elif scaler.get_scale() < _SMALLEST_LOSS_SCALE:
             raise DivergenceError(

@@ -30,17 +30,15 @@ from transformers.utils import logging
 from hf_megatron.checkpoint import AtomicDirectory
 from hf_megatron.checkpoint.atomic_directory import recover, remove
 from hf_megatron.checkpoint.checksums import CHECKSUMS, compute_checksums, damages, read_checksums, write_checksums
-from hf_megatron.errors import (
-    CheckpointError,
-    CheckpointFormatError,
-    CheckpointIncompleteError,
-    DestinationError,
-)
-from hf_megatron.models.processes import barrier, one_process_allowed
+from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, DestinationError
+from hf_megatron.models.processes import barrier, is_first_rank, one_process_allowed
 from hf_megatron.models.saving import reasons
 
 logger = logging.get_logger(__name__)
 
+# What numpy's random state is pickled with.
+_RECONSTRUCT: Any = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+_NUMPY_GLOBALS = [_RECONSTRUCT, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 OPTIMIZER_DIRECTORY = "optimizer"
 TRAINER_STATE_NAME = "trainer_state.json"
 
@@ -62,9 +60,8 @@ def finish_checkpoint(directory: AtomicDirectory) -> None:
     Collective: all-gather over all processes of the checksums, of which each rank computes some.
     """
     barrier()
-    rank, num_ranks = _place()
-    parts = _gather(compute_checksums(directory.path, part=rank, num_parts=num_ranks))
-    if rank == 0:
+    parts = _gather(compute_checksums(directory.path, *_share()))
+    if is_first_rank():
         write_checksums(directory.path, {name: checksum for part in parts for name, checksum in part.items()})
     directory.publish()
 
@@ -85,8 +82,7 @@ def verify_checkpoint(directory: Path) -> None:
         if checksums is None:
             logger.warning_once(f"{directory} has no {CHECKSUMS}: its files are not verified.")
         else:
-            rank, num_ranks = _place()
-            found = damages(directory, checksums, part=rank, num_parts=num_ranks)
+            found = damages(directory, checksums, *_share())
         check_step(directory)
     except CheckpointError as caught:
         error = caught
@@ -109,9 +105,7 @@ def check_step(directory: Path) -> None:
     """
     path = directory / TRAINER_STATE_NAME
     if not path.is_file():
-        raise CheckpointIncompleteError(
-            f"{path} is missing: {directory} is no training checkpoint, or not a whole one."
-        )
+        raise CheckpointIncompleteError(f"{path} is missing: {directory} is no training checkpoint, or not whole.")
     try:
         step = TrainerState.load_from_json(str(path)).global_step
     except (ValueError, TypeError) as error:
@@ -140,7 +134,8 @@ def last_usable_checkpoint(run_directory: Path, unusable: Path | None = None) ->
     return None
 
 
-def _place() -> tuple[int, int]:
+def _share() -> tuple[int, int]:
+    """Which of how many shares of the files is this rank's."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -194,13 +189,7 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, dir
 
 
 def load_scheduler(scheduler: Any, directory: Path, *, step: int, may_skip: bool) -> None:
-    """Restore the learning rate's schedule.
-
-    Args:
-        scheduler: The scheduler.
-        directory: The checkpoint.
-        step: The number of steps taken.
-        may_skip: Whether steps that overflow are skipped, which the schedule then does not count.
+    """Restore the learning rate's schedule, which does not count steps that overflow, if such are skipped (may_skip).
 
     Raises:
         CheckpointError: The file is missing or damaged, or the schedule is at another step.
@@ -246,11 +235,8 @@ def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def save_random_state(directory: Path, data_parallel_rank: int) -> None:
     """Save this process's random streams; one process of each tensor-parallel group calls it, as theirs are equal."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "cpu": torch.random.get_rng_state(),
-    }
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state()}
+    state["cpu"] = torch.random.get_rng_state()
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     torch.save(state, _random_state_file(directory, data_parallel_rank))
@@ -268,15 +254,6 @@ def load_random_state(directory: Path, data_parallel_rank: int) -> bool:
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
     return True
-
-
-# What numpy's random state is pickled with.
-_NUMPY_GLOBALS: list[Any] = [
-    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    np.ndarray,
-    np.dtype,
-    type(np.dtype(np.uint32)),
-]
 
 
 def _random_state_file(directory: Path, data_parallel_rank: int) -> Path:
