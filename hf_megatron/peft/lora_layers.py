@@ -90,20 +90,12 @@ class ParallelLora(LoraLinear):
                 "fsdp_size=1 and dp_replicate_size=1, and merge it there."
             )
         return DTensor.from_local(
-            delta,
-            weight.device_mesh,
-            weight.placements,
-            run_check=False,
-            shape=weight.shape,
-            stride=weight.stride(),
+            delta, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
         )
 
 
 class _SharedInputLinear(ReplicatedLinear):
-    """A for an input that went through ``f`` already, together with other layers'.
-
-    Then the input's gradient has to stay a partial sum, which that ``f`` makes whole, and the weight's is one too.
-    """
+    """A for an input that went through ``f`` with other layers': that ``f`` sums the input's gradient, not this one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., r], both replicated.
@@ -115,10 +107,9 @@ class _SharedInputLinear(ReplicatedLinear):
 
 
 class _SplitDropout(nn.Dropout):
-    """Dropout on activations that are split on the last dim, with the mask one rank would draw for them whole.
+    """Dropout on activations split on the last dim, with the mask that one rank would draw for them whole.
 
-    So every degree trains on the same masks, and the default generator stays in step on all ranks. The price is drawing
-    the whole mask on each of them.
+    So every degree trains on the same masks, and the generators of all ranks stay in step.
     """
 
     def __init__(self, p: float, size: int, group: TensorParallelGroup) -> None:
@@ -150,7 +141,7 @@ def _halves_of(base: nn.Module, r: int) -> tuple[nn.Module, nn.Module]:
 def _share(half: Any, base: Any) -> None:
     """Make a half's weight the first rank's on all ranks, and keep this rank's part of it.
 
-    Collective: broadcast over all processes, whose random states need not be in step.
+    Collective: broadcast over all processes.
     """
     if half.weight.device.type != "meta":
         dist.broadcast(half.weight.detach(), src=0)

@@ -69,11 +69,7 @@ class _MegatronPeftModel(PeftModel):
         join_data_parallel_ranks(self)
 
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method, which does not say that weights are missing.
-
-        Raises:
-            CheckpointIncompleteError: The adapter lacks weights.
-        """
+        """As the stock method, but for missing weights, which are a CheckpointIncompleteError."""
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         if result.missing_keys:
             raise CheckpointIncompleteError(f"the adapter {model_id} lacks {', '.join(result.missing_keys)}.")
@@ -88,16 +84,14 @@ def with_our_methods(stock: type[PeftModel]) -> type[PeftModel]:
 
 @torch.no_grad()
 def join_data_parallel_ranks(model: PeftModel) -> None:
-    """Do for an adapter what FSDP does for the parameters it manages, to which it was added afterwards.
-
-    Its gradients are averaged over the data-parallel ranks, on each of which it is whole (but for tp).
+    """Average the gradients of an adapter over the data-parallel ranks, as FSDP does those that it manages.
 
     Collective: all-reduce over fsdp and over dp_replicate, backward, of each of the adapter's gradients.
     """
     mesh_manager = getattr(model.get_base_model(), "_mesh_manager", None)
     if mesh_manager is None:
         return
-    meshes = [mesh_manager.get_mesh(name) for name in ("fsdp", "dp_replicate")]
+    meshes = (mesh_manager.get_mesh(name) for name in ("fsdp", "dp_replicate"))
     groups = [mesh.get_group() for mesh in meshes if mesh.size() > 1]
     if not groups:
         return
