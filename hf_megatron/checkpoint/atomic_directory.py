@@ -1,7 +1,7 @@
 """A directory that is complete or not there, whatever happens to the processes that write it.
 
 It is written under a hidden name beside its destination, ``.NAME.incomplete``, and renamed when all of it is on disk. A
-destination that it replaces has the name ``.NAME.replaced`` for the time of two renames. What killed processes leave
+destination that it replaces is first renamed to ``.NAME.replaced``, and removed in the end. What killed processes leave
 under these two names, and nothing else, is removed or put back before the destination is written again.
 """
 
@@ -25,15 +25,15 @@ class AtomicDirectory:
             (directory.path / "file").write_text("...")
             directory.publish()
 
-    Ranks that write one together make an instance each and call the same methods; the first one creates and publishes.
-    A destination that is itself the hidden directory of another instance is part of that one, and written as it is.
+    Ranks that write one together make an instance each and call the same methods. A destination that is itself the
+    hidden directory of another instance is part of that, and written as it is.
 
     Args:
         destination: The directory to write; symbolic links are resolved.
         replace: Whether one that exists may be replaced.
-        keep: Which entries of a replaced directory go on in the new one, unless that has its own; by default none.
+        keep: Which entries of a replaced directory move into the new one, unless that has its own.
         is_first: Whether this process creates and publishes.
-        meet: Waits for all ranks; is handed this one's error, and raises on all if there is one. None for one process.
+        meet: Of several ranks: waits for all; takes this one's error, and raises on all if there is one.
 
     Attributes:
         path: Where to write.
@@ -61,11 +61,7 @@ class AtomicDirectory:
         self._check_destination()
 
     def __enter__(self) -> Self:
-        """Create the directory, after clearing away what killed processes left.
-
-        Raises:
-            DestinationError: Another process is writing to the destination.
-        """
+        """Clear away what killed processes left, and create the directory; DestinationError if one is being written."""
         try:
             self._on_first(self._create)
         except BaseException:
@@ -76,21 +72,13 @@ class AtomicDirectory:
 
     def require_space(self, num_bytes: int) -> None:
         """Raise DestinationError if fewer bytes are free."""
-        free, parent = shutil.disk_usage(self.path).free, self.destination.parent
+        free, disk = shutil.disk_usage(self.path).free, self.destination.parent
         if free < num_bytes:
-            raise DestinationError(
-                f"{parent} has {free:,} bytes of free space, {num_bytes:,} are needed; nothing was written."
-            )
+            needed = f"{num_bytes:,} are needed; nothing was written."
+            raise DestinationError(f"{disk} has {free:,} bytes of free space, {needed}")
 
     def publish(self, *, merge: bool = False) -> None:
-        """Give the directory its name.
-
-        Args:
-            merge: Leave a destination that exists in its place, and move the files into it, each at once.
-
-        Raises:
-            DestinationError: The destination came to be in the meantime.
-        """
+        """Give the directory its name; with ``merge``, move its files one by one into a destination that exists."""
         self._settle()  # every rank has written its part
         self._on_first(self._move_files if merge and self.destination.exists() else self._swap)
         self._is_to_remove = False
@@ -129,6 +117,9 @@ class AtomicDirectory:
         if self.destination.exists() and not self.destination.is_dir():
             raise DestinationError(f"{place} is not a directory; remove it first.")
 
+    def _is_taken(self) -> DestinationError:
+        return DestinationError(f"Another process is writing {self.destination} (in {self.path}).")
+
     def _create(self) -> None:
         parent = self.destination.parent
         self._new_parents = [path for path in (parent, *parent.parents) if not path.exists()]
@@ -138,7 +129,7 @@ class AtomicDirectory:
             self.path.mkdir()
             self._lock = _lock(self.path)
         if self._lock is None:
-            raise DestinationError(f"Another process is writing {self.destination} (in {self.path}).")
+            raise self._is_taken()
         self._is_to_remove = True
 
     def _swap(self) -> None:
@@ -146,7 +137,7 @@ class AtomicDirectory:
         self._check_destination()
         assert self._lock is not None
         if not os.path.samestat(os.fstat(self._lock), self.path.stat()):  # where there are no locks
-            raise DestinationError(f"Another process is writing {self.destination} (in {self.path}).")
+            raise self._is_taken()
         old = _hidden(self.destination, "replaced")
         try:
             if self.destination.exists():
@@ -158,7 +149,7 @@ class AtomicDirectory:
             raise
         _sync(self.destination.parent)
         self._new_parents.clear()
-        recover(self.destination, self._keep)
+        _clear_replaced(self.destination, self._keep)
 
     def _move_files(self) -> None:
         files = [path for path in self.path.rglob("*") if path.is_file()]
@@ -172,14 +163,20 @@ class AtomicDirectory:
 
 
 def recover(destination: Path, keep: Callable[[Path], bool] = lambda entry: False) -> bool:
-    """Clear away what killed processes left of ``destination``, or put it back; False if one is being written."""
-    incomplete, old = _hidden(destination, "incomplete"), _hidden(destination, "replaced")
+    """Clear away what killed processes left beside ``destination``, or put it back; False if one is being written."""
+    incomplete = _hidden(destination, "incomplete")
     if incomplete.is_dir():
         lock = _lock(incomplete)
         if lock is None:
             return False
         shutil.rmtree(incomplete, ignore_errors=True)
         os.close(lock)
+    _clear_replaced(destination, keep)
+    return True
+
+
+def _clear_replaced(destination: Path, keep: Callable[[Path], bool]) -> None:
+    old = _hidden(destination, "replaced")
     if old.is_dir() and not destination.exists():
         old.rename(destination)  # killed between the two renames
     elif old.is_dir():
@@ -187,7 +184,6 @@ def recover(destination: Path, keep: Callable[[Path], bool] = lambda entry: Fals
             if keep(entry) and not (destination / entry.name).exists():
                 entry.rename(destination / entry.name)
         shutil.rmtree(old, ignore_errors=True)
-    return True
 
 
 def remove(directory: Path) -> None:
