@@ -7,10 +7,10 @@ from math import prod
 from typing import Any
 
 from hf_megatron.architectures import table_for
-from hf_megatron.checkpoint import DTYPES, itemsize
+from hf_megatron.checkpoint import DTYPES
 from hf_megatron_conversion.files import TextFile
 from hf_megatron_conversion.formats.base import Model, Target
-from hf_megatron_conversion.tensors import Readable
+from hf_megatron_conversion.tensors import Readable, num_bytes
 
 _BEGIN, _END = "<!-- hf-megatron convert: begin -->", "<!-- hf-megatron convert: end -->"
 _PIPELINES = {
@@ -50,7 +50,7 @@ def model_card(
         "architecture": f"`{config['architectures'][0]}` (`{config['model_type']}`)",
         "parameters": f"{sum(prod(tensor.shape) for tensor in tensors.values()):,}",
         "tensors": f"{len(tensors):,}",
-        "bytes": f"{sum(prod(tensor.shape) * itemsize(tensor.dtype) for tensor in tensors.values()):,}",
+        "bytes": f"{sum(map(num_bytes, tensors.values())):,}",
         "dtype": dtype_names(tensors),
         "verification": check,
     }

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_megatron.checkpoint import DTYPES, itemsize
+from hf_megatron.checkpoint import DTYPES
 from hf_megatron.partition import Box
 from hf_megatron_conversion.formats import format_of, read_model
 from hf_megatron_conversion.formats.base import Given, Model, warn_of_padding
 from hf_megatron_conversion.progress import Progress, Silent
 from hf_megatron_conversion.source import source_directory
-from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
+from hf_megatron_conversion.tensors import Readable, bounded, num_bytes, raw_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +123,7 @@ def _hint(model: Model) -> Given:
 
 def compare(a: Mapping[str, Readable], b: Mapping[str, Readable], progress: Progress) -> tuple[dict[str, str], float]:
     """What differs, by name, in words; and the largest difference of values, infinite if just one of two is finite."""
-    progress.begin("Comparing", sum(math.prod(tensor.shape) * itemsize(tensor.dtype) for tensor in a.values()))
+    progress.begin("Comparing", sum(map(num_bytes, a.values())))
     differences, largest = {}, 0.0
     for name in [*a, *(name for name in b if name not in a)]:
         if name not in a or name not in b:

@@ -35,6 +35,11 @@ class Readable(Protocol):
         """The part inside ``box`` (default: all of it), as a contiguous CPU tensor."""
 
 
+def num_bytes(tensor: Readable) -> int:
+    """Bytes of a full tensor."""
+    return prod(tensor.shape) * itemsize(tensor.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Cast:
     """A tensor in another floating-point dtype, cast as it is read."""

@@ -20,10 +20,9 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
-from hf_megatron.checkpoint import itemsize
 from hf_megatron.checkpoint.torch_file import STORAGES
 from hf_megatron.partition import Box
-from hf_megatron_conversion.tensors import Buffer, Readable, slices_of_bytes
+from hf_megatron_conversion.tensors import Buffer, Readable, num_bytes, slices_of_bytes
 
 _ALIGNMENT = 64
 _PICKLE_PROTOCOL = 2  # torch.save's
@@ -48,7 +47,7 @@ class _Entry:
 
     @property
     def size(self) -> int:
-        return len(self.data) if isinstance(self.data, bytes) else prod(self.data.shape) * itemsize(self.data.dtype)
+        return len(self.data) if isinstance(self.data, bytes) else num_bytes(self.data)
 
     @property
     def padding(self) -> bytes:

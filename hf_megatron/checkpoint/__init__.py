@@ -6,24 +6,15 @@ Nothing here knows a process group or imports transformers, and torch is importe
 from __future__ import annotations
 
 from hf_megatron.checkpoint.atomic_directory import AtomicDirectory
-from hf_megatron.checkpoint.directory import Checkpoint, open_checkpoint, open_files, read_json
+from hf_megatron.checkpoint.directory import open_checkpoint, open_files, read_json
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
-from hf_megatron.checkpoint.safetensors_header import (
-    DTYPES,
-    Header,
-    StoredTensor,
-    itemsize,
-    read_header,
-    torch_dtype,
-)
+from hf_megatron.checkpoint.safetensors_header import DTYPES, itemsize, read_header, torch_dtype
 from hf_megatron.checkpoint.sharded import SHARDING_INFO
 from hf_megatron.checkpoint.spelling import (
-    Canonical,
     canonicalise,
     listed,
     model_class_of,
     require_complete,
-    respelled,
     stored_model,
 )
 
@@ -31,12 +22,8 @@ __all__ = [
     "DTYPES",
     "SHARDING_INFO",
     "AtomicDirectory",
-    "Canonical",
-    "Checkpoint",
-    "Header",
     "LazyTensor",
     "Piece",
-    "StoredTensor",
     "canonicalise",
     "itemsize",
     "listed",
@@ -46,7 +33,6 @@ __all__ = [
     "read_header",
     "read_json",
     "require_complete",
-    "respelled",
     "stored_model",
     "torch_dtype",
 ]

@@ -15,7 +15,7 @@ import warnings
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, BinaryIO, cast
 
 _MAX_BYTES = 32 * 2**20  # more than any state dict has, whose tensors take about 100 bytes each
 _MAX_LINE = 4096
@@ -34,14 +34,6 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 
 class UnpickleError(ValueError):
     """The bytes are not a pickle, or a damaged one."""
-
-
-class Stream(Protocol):
-    """What is read from: an open binary file."""
-
-    def read(self, size: int, /) -> bytes: ...
-    def readline(self, size: int, /) -> bytes: ...
-    def tell(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +72,7 @@ class _Mark:
     """Where a run of stack items starts."""
 
 
-def read_pickle(stream: Stream, load_persistent: Callable[[Any], Any] | None = None) -> Unpickled:
+def read_pickle(stream: BinaryIO, load_persistent: Callable[[Any], Any] | None = None) -> Unpickled:
     """Read one pickle and leave the stream after its end.
 
     Args:
@@ -108,7 +100,7 @@ def read_pickle(stream: Stream, load_persistent: Callable[[Any], Any] | None = N
 class _Bounded:
     """A stream on which a damaged length can neither reserve gigabytes nor read on for ever."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._left = stream, _MAX_BYTES
         self.tell = stream.tell
 
