@@ -178,13 +178,13 @@ class LazyTensor:
 
     def _read_part(self, piece: Piece, part: Box, target: memoryview) -> None:
         """Read a part of a piece into memory, row-major."""
-        import torch
-
         strides, item, start = piece.steps, itemsize(self.dtype), piece.start(part, itemsize(self.dtype))
         runs, size = _runs(strides, part.shape)
         with io.BufferedReader(io.FileIO(piece.path), _BUFFER_BYTES) as file:
             if size * item < _MIN_RUN_BYTES and strides != _row_major(piece.box.shape):
                 # Everything from the first element to the last, of which those that are wanted are picked.
+                import torch
+
                 span = 1 + sum((n - 1) * stride for n, stride in zip(part.shape, strides, strict=True))
                 everything = torch.empty(span, dtype=torch_dtype(self.dtype))
                 self._fill(file, start, _memory(everything))

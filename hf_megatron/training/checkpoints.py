@@ -76,7 +76,8 @@ class CheckpointingTrainer(GuardedTrainer):
         if self.args.should_save:
             directory = Path(output_dir or self.args.output_dir)
             rewrite_config(directory, model.partition_table, model._partition_class().ours, stock=True)
-        barrier()
+        if self.is_distributed_loading_by_transformers:
+            barrier()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
