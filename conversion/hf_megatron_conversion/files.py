@@ -1,4 +1,4 @@
-"""Files of a destination: their size is known before they are written, and they are written front to back."""
+"""Files of a destination, whose sizes are known before they are written."""
 
 from __future__ import annotations
 
