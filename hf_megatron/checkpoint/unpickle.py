@@ -139,7 +139,7 @@ class _Machine:
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(self._memo[int(argument)])
         elif name not in ("PROTO", "FRAME", "STOP"):
-            self._build(name) if argument is None else self._push_named(name, argument)
+            self._combine(name) if argument is None else self._push_named(name, argument)
 
     def _push_named(self, name: str, argument: Any) -> None:
         """Instructions whose argument is a name or a persistent id."""
@@ -156,7 +156,7 @@ class _Machine:
             case _:
                 raise ValueError(f"no instruction: {name}")
 
-    def _build(self, name: str) -> None:
+    def _combine(self, name: str) -> None:
         """Instructions that make something of what lies on the stack."""
         stack = self.stack
         match name:
