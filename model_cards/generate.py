@@ -12,12 +12,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from hf_megatron.architectures import table_for
 from hf_megatron.architectures.presets import PRESETS, Preset
 from hf_megatron.paper.recipe import BERT_PRETRAINING, GPT2_PRETRAINING
-from hf_megatron_conversion.card_text import TEMPLATE, card_text
+from hf_megatron.planning import PRECISIONS, MemoryPlan, ModelShape, Run, plan_memory
+from hf_megatron.planning.memory import local_numel
+from hf_megatron_conversion.card import architecture_table, metadata, table
 
+_HERE = Path(__file__).parent
 _PAPER = "Shoeybi et al. 2019, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053)"
 
 # Table 3: WikiText-103 perplexity, LAMBADA accuracy in percent.
@@ -28,6 +34,9 @@ _FINE_TUNED = {
     "bert-1.3b": ("90.9 / 91.0", "92.6", "94.9 / 89.1", "90.2 / 87.1", "87.3 (90.4 / 86.1)"),
     "bert-3.9b": ("91.4 / 91.4", "92.7", "95.5 / 90.0", "91.2 / 88.5", "89.5 (91.8 / 88.6)"),
 }
+_WIKITEXT = "`hf-megatron evaluate wikitext103 MODEL --data wiki.test.tokens`"
+_LAMBADA = "`hf-megatron evaluate lambada MODEL --data lambada_test.jsonl`"
+_DEGREES = (1, 2, 4, 8)
 _ROLES: Mapping[str, str] = {
     "gpt2-355m": "the smallest GPT-2 it evaluates",
     "gpt2-1.2b": "the baseline of its scaling study, on one GPU",
@@ -44,18 +53,84 @@ _ROLES: Mapping[str, str] = {
 def card(preset: Preset) -> str:
     """The card of a preset."""
     is_gpt2 = preset.table.architecture == "gpt2"
-    return card_text(
-        preset.config,
-        title=preset.name,
-        summary=(
-            f"One of the models of {_PAPER}: {_ROLES[preset.name]}. There are no weights here; this card tells how to "
-            "build the model, what it needs, and how it is trained and measured.\n\n"
-            f"```python\nconfig = {'MegatronGPT2Config' if is_gpt2 else 'MegatronBertConfig'}"
-            f'.from_preset("{preset.name}")\n```'
-        ),
-        training=_training(preset, is_gpt2=is_gpt2),
-        results=_results(preset),
-        metadata=("language: en", "license: apache-2.0"),
+    summary = (
+        f"One of the models of {_PAPER}: {_ROLES[preset.name]}. There are no weights here; this card tells how to "
+        "build the model, what it needs, and how it is trained and measured.\n\n"
+        f"```python\nconfig = {'MegatronGPT2Config' if is_gpt2 else 'MegatronBertConfig'}"
+        f'.from_preset("{preset.name}")\n```'
+    )
+    return (
+        (_HERE / "template.md")
+        .read_text(encoding="utf-8")
+        .format(
+            metadata=f"language: en\nlicense: apache-2.0\n{metadata(preset.config)}",
+            title=preset.name,
+            summary=summary,
+            architecture=architecture_table(preset.config),
+            memory=_memory(ModelShape.from_config(preset.config)),
+            training=_training(preset, is_gpt2=is_gpt2),
+            evaluation=f"{_results(preset)}\n\n{_protocol(is_gpt2)}",
+            intended_use=_intended_use(is_gpt2),
+            limits=_limits(preset.config, is_gpt2),
+        )
+    )
+
+
+def _memory(shape: ModelShape) -> str:
+    """Bytes per rank, by degree: of the weights alone, and of training."""
+    run = Run(sequence_length=shape.num_positions, precision=PRECISIONS["amp"], recompute="full")
+    rows = []
+    for tp_size in _DEGREES:
+        candidate = replace(run, tp_size=tp_size)
+        try:
+            candidate.check(shape)
+        except ValueError:
+            continue
+        weights = 2 * local_numel(shape, tp_size)[0]
+        planned: MemoryPlan = plan_memory(shape, candidate)
+        state = planned.parameters + planned.gradients + planned.optimizer
+        rows.append([tp_size, *(f"{size / 1e9:.2f}" for size in (weights, state, planned.activations, planned.peak))])
+    header = ["tensor-parallel degree", "weights in 16 bits", "weights, gradients, Adam", "activations", "peak"]
+    explanation = (
+        "GB on each rank. The last three columns are for training: float32 weights under 16-bit autocast, one sequence "
+        f"of {shape.num_positions:,} tokens at a time, every layer recomputed in the backward pass. Planned, not "
+        "measured; `hf-megatron plan` plans any other run."
+    )
+    return f"{table(header, rows)}\n\n{explanation}"
+
+
+def _protocol(is_gpt2: bool) -> str:
+    if is_gpt2:
+        return (
+            f"The protocols of Shoeybi et al. 2019: WikiText-103 ({_WIKITEXT}), detokenised, windows of 1,024 tokens "
+            "that advance by 32 with the loss on the last 32, perplexity normalised by the 245,566 original tokens of "
+            f"the test set; LAMBADA ({_LAMBADA}), the last word with teacher forcing, right only if all of its "
+            "sub-words are."
+        )
+    return (
+        "The protocol of Shoeybi et al. 2019: fine-tuning on MNLI, QQP, SQuAD 1.1 and 2.0, and RACE, the median of "
+        "five seeds on the development sets (RACE: test), with the metrics of `hf_megatron.paper.metrics`."
+    )
+
+
+def _intended_use(is_gpt2: bool) -> str:
+    task = (
+        "Generating and scoring text" if is_gpt2 else "Fine-tuning on classification, question answering and the like"
+    )
+    return (
+        f"{task}, and research on training large models: with stock transformers on one device, or cut over several "
+        "with the classes of hf_megatron, which compute the same numbers."
+    )
+
+
+def _limits(config: Mapping[str, Any], is_gpt2: bool) -> str:
+    sizes = table_for(config).sizes(config)
+    positions = sizes["num_positions" if is_gpt2 else "max_position_embeddings"]
+    degrees = [d for d in range(1, sizes["num_attention_heads"] + 1) if sizes["num_attention_heads"] % d == 0]
+    return (
+        f"No more than {positions:,} tokens at a time; tensor-parallel degrees that divide the heads "
+        f"({', '.join(map(str, degrees))}). A language model repeats what it was trained on, with its errors and "
+        "biases; check what it says before anybody relies on it."
     )
 
 
@@ -95,13 +170,12 @@ def _results(preset: Preset) -> str:
 
 
 def main() -> None:
-    """Write every card, and the template they share with converted checkpoints."""
+    """Write every card."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="directory to write to")
+    parser.add_argument("--output", type=Path, default=_HERE, help="directory to write to")
     output = parser.parse_args().output
     for preset in PRESETS.values():
         (output / f"{preset.name}.md").write_text(card(preset), encoding="utf-8")
-    (output / "template.md").write_text(TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,71 +1,68 @@
-"""The README.md of a converted checkpoint: what it is, where it came from, and how far it has been checked."""
+"""The README.md of a converted checkpoint: what model it is, where it came from, and what was verified."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
-from hf_megatron.checkpoint import DTYPES, itemsize
-from hf_megatron_conversion.card_text import card_text
+from hf_megatron.architectures import table_for
+from hf_megatron.checkpoint import DTYPES
 from hf_megatron_conversion.files import TextFile
-from hf_megatron_conversion.formats.base import Model
-from hf_megatron_conversion.tensors import Readable
+from hf_megatron_conversion.formats.base import Model, Target
+from hf_megatron_conversion.tensors import Readable, num_bytes
 
 _BEGIN, _END = "<!-- hf-megatron convert: begin -->", "<!-- hf-megatron convert: end -->"
+_PIPELINES = {
+    "LMHeadModel": "text-generation",
+    "ForPreTraining": "fill-mask",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMultipleChoice": "multiple-choice",
+    "Model": "feature-extraction",
+}
 
 
 def model_card(
-    *,
-    model: Model,
-    tensors: Mapping[str, Readable],
-    config: Mapping[str, Any],
-    source: str,
-    layout: str,
-    verified: bool,
-    mismatch: str | None,
+    target: Target, config: Mapping[str, Any], *, source: str, layout: str, verified: bool, mismatch: str | None
 ) -> TextFile:
-    """The source's README.md with a section on this conversion; a card of what the configuration says if it has none.
-
-    The section of an earlier conversion is replaced; the rest (licence, authors, intended use) stays as it is.
+    """The source's README.md, or a new one, with a section on this conversion in place of an earlier conversion's.
 
     Args:
-        model: The source.
-        tensors: What the destination holds.
+        target: The source and what is written of it.
         config: The destination's config.json.
         source: What to call the source.
         layout: The destination's format and degree.
         verified: Whether the result is published only if it equals the source.
         mismatch: What the stock class computes differently, or None.
     """
-    architecture = config["architectures"][0]
-    check = (
-        "every tensor was read back and equals the source bit for bit, and both models compute the same logits"
-        if verified
-        else "not asked for; `hf-megatron verify SOURCE THIS` compares every tensor"
-    )
-    if verified and any(tensor is not model.tensors[name] for name, tensor in tensors.items()):
-        check = (
-            "every tensor was read back and equals the source, cast to the new dtype, bit for bit, and both models "
-            "compute the same logits"
-        )
+    model, tensors = target.model, target.tensors
+    cast = ", cast to the new dtype," if target.is_cast else ""
+    check = "not asked for; `hf-megatron verify SOURCE THIS` compares every tensor"
+    if verified:
+        check = f"every tensor was read back and equals the source{cast} bit for bit, and both models compute the same "
+        check += "logits"
     rows = {
         "source": f"`{source}` ({_origin(model)})",
         "format": layout,
-        "architecture": f"`{architecture}` (`{config['model_type']}`)",
+        "architecture": f"`{config['architectures'][0]}` (`{config['model_type']}`)",
         "parameters": f"{sum(prod(tensor.shape) for tensor in tensors.values()):,}",
         "tensors": f"{len(tensors):,}",
-        "bytes": f"{sum(prod(tensor.shape) * itemsize(tensor.dtype) for tensor in tensors.values()):,}",
+        "bytes": f"{sum(map(num_bytes, tensors.values())):,}",
         "dtype": dtype_names(tensors),
         "verification": check,
     }
     if mismatch is not None:
         rows["differs in stock transformers"] = mismatch
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    section = f"{_BEGIN}\n## Conversion\n\n| | |\n| --- | --- |\n{table}\n\nMade with `hf-megatron convert`.\n{_END}\n"
+    conversion = f"## Conversion\n\n{table(('', ''), rows.items())}\n\nMade with `hf-megatron convert`."
+    section = f"{_BEGIN}\n{conversion}\n{_END}\n"
     path = model.directory / "README.md"
-    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else _new_card(config, architecture)
-    return TextFile("README.md", _with_section(before, section).encode())
+    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else _new_card(config)
+    head, begin, rest = card.partition(_BEGIN)
+    text = head + section + rest.partition(_END)[2].lstrip() if begin else f"{card.rstrip()}\n\n{section}"
+    return TextFile("README.md", text.encode())
 
 
 def dtype_names(tensors: Mapping[str, Readable]) -> str:
@@ -76,20 +73,53 @@ def dtype_names(tensors: Mapping[str, Readable]) -> str:
     return ", ".join(DTYPES[code][1] for code in sorted(counts, key=lambda code: -counts[code]))
 
 
+def metadata(config: Mapping[str, Any]) -> str:
+    """The lines of the YAML header by which the Hub finds and runs a model."""
+    architecture = table_for(config)
+    stock = architecture.model_class((config.get("architectures") or [None])[0]).stock
+    pipeline = next(tag for suffix, tag in _PIPELINES.items() if stock.endswith(suffix))
+    tags = "\n".join(f"- {tag}" for tag in (architecture.architecture, "megatron-lm", "tensor-parallelism"))
+    return f"library_name: transformers\npipeline_tag: {pipeline}\ntags:\n{tags}"
+
+
+def architecture_table(config: Mapping[str, Any]) -> str:
+    """What config.json says of the model's class and sizes."""
+    architecture = table_for(config)
+    model_class = architecture.model_class((config.get("architectures") or [None])[0])
+    sizes, is_gpt2 = architecture.sizes(config), architecture.architecture == "gpt2"
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    placement = architecture.own_config.get("layernorm_placement", "pre")
+    parameters = sum(prod(tensor.shape) for tensor in architecture.tensors(config, model_class).values())
+    rows = {
+        "class": f"`{model_class.stock}` of transformers, `{model_class.ours}` of hf_megatron",
+        "parameters": f"{parameters:,}",
+        "layers": sizes["num_hidden_layers"],
+        "hidden size": f"{hidden:,}",
+        "attention heads": f"{heads} of {hidden // heads}",
+        "inner size of the MLP": f"{sizes['intermediate_size']:,}",
+        "activation": config.get("activation_function", "gelu_new") if is_gpt2 else config.get("hidden_act", "gelu"),
+        "vocabulary": f"{sizes['vocab_size']:,}",
+        "positions": f"{sizes['num_positions' if is_gpt2 else 'max_position_embeddings']:,}",
+        "LayerNorms": f"{'before' if placement == 'pre' else 'after'} attention and MLP",
+        "head": "tied to the embedding" if config.get("tie_word_embeddings", True) else "of its own",
+    }
+    return table(("", ""), rows.items())
+
+
+def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines: list[Sequence[object]] = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
 def _origin(model: Model) -> str:
     degree = "" if model.format == "hub" else f", tensor-parallel degree {model.tp_size}"
     version = "" if model.checkpoint_version is None else f", checkpoint_version {model.checkpoint_version:g}"
     return f"{model.format}{degree}{version}"
 
 
-def _new_card(config: Mapping[str, Any], title: str) -> str:
-    summary = "The checkpoint came without a card. What stands here follows from its configuration."
-    return card_text(config, title=title, summary=summary)
-
-
-def _with_section(card: str, section: str) -> str:
-    head, begin, rest = card.partition(_BEGIN)
-    if not begin:
-        return f"{card.rstrip()}\n\n{section}"
-    tail = rest.partition(_END)[2]
-    return f"{head}{section}{tail.lstrip()}"
+def _new_card(config: Mapping[str, Any]) -> str:
+    return (
+        f"---\n{metadata(config)}\n---\n\n# {config['architectures'][0]}\n\nThe checkpoint came without a card. What "
+        f"stands here follows from its configuration.\n\n## Architecture\n\n{architecture_table(config)}\n"
+    )

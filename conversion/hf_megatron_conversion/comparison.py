@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_megatron.checkpoint import DTYPES, itemsize
+from hf_megatron.checkpoint import DTYPES
 from hf_megatron.partition import Box
 from hf_megatron_conversion.formats import format_of, read_model
 from hf_megatron_conversion.formats.base import Given, Model, warn_of_padding
 from hf_megatron_conversion.progress import Progress, Silent
 from hf_megatron_conversion.source import source_directory
-from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
+from hf_megatron_conversion.tensors import Readable, bounded, num_bytes, raw_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,7 @@ _FUNCTIONAL = (
     "scale_attn_by_inverse_layer_idx",
     "scale_attn_weights",
 )
+_TANH_GELUS = {"gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate"}  # which differ by 3e-7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,9 @@ class Verification:
             make it compute something else.
         compared: Number of tensors that both have.
         differences: What differs, by tensor name (or ``config.json: entry``), in words.
-        max_abs_diff: Largest difference of two values, over the tensors that both have in the same shape; None if it
-            is not finite.
-        max_logit_diff: Largest difference of the two models' outputs; None if that was not asked for or is not finite.
+        max_abs_diff: Largest difference of two values, over the tensors that both have in the same shape.
+        max_logit_diff: Largest difference of the two models' outputs, if they were run. Both differences are None if
+            they are not finite.
         loss_a: The first model's loss on the same token ids, of a language model that was run.
         loss_b: The second one's.
         argmax_agreement: Share of the positions at which both find the same word the most likely.
@@ -70,8 +71,8 @@ def verify(a: str | Path, b: str | Path, *, logits: bool = False, progress: Prog
     Args:
         a: A directory, or the id of a repository on the Hub.
         b: The other one.
-        logits: Also run both on the CPU in float64, on the same token ids: a Megatron-LM checkpoint by Megatron-LM's
-            own equations, any other as its class. This holds one whole model in memory at a time.
+        logits: Also run both on the CPU in float64 on the same token ids, a Megatron-LM checkpoint by Megatron-LM's own
+            equations. This holds one whole model in memory at a time.
         progress: Told how far it is.
 
     Raises:
@@ -84,23 +85,25 @@ def verify(a: str | Path, b: str | Path, *, logits: bool = False, progress: Prog
     differences = _config_differences(model_a, model_b)
     found, largest = compare(model_a.tensors, model_b.tensors, progress or Silent())
     differences.update(found)
-    result = None
+    max_logit_diff: float | None = None
+    losses: tuple[float | None, float | None] = (None, None)
+    same: float | None = None
     if logits:
         from hf_megatron_conversion.logits import agreement
 
-        result = agreement(model_a, model_b)
-        if result.difference is not None:
-            differences["logits"] = result.difference
-    losses = (None, None) if result is None else result.losses
+        ran = agreement(model_a, model_b)
+        max_logit_diff, losses, same = ran.max_logit_diff, ran.losses, ran.argmax_agreement
+        if ran.difference is not None:
+            differences["logits"] = ran.difference
     return Verification(
         equal=not differences,
         compared=len(model_a.tensors.keys() & model_b.tensors.keys()),
         differences=differences,
         max_abs_diff=finite(largest),
-        max_logit_diff=None if result is None else finite(result.max_logit_diff),
+        max_logit_diff=finite(max_logit_diff),
         loss_a=finite(losses[0]),
         loss_b=finite(losses[1]),
-        argmax_agreement=None if result is None else result.argmax_agreement,
+        argmax_agreement=same,
     )
 
 
@@ -119,13 +122,8 @@ def _hint(model: Model) -> Given:
 
 
 def compare(a: Mapping[str, Readable], b: Mapping[str, Readable], progress: Progress) -> tuple[dict[str, str], float]:
-    """Compare tensors by name.
-
-    Returns:
-        What differs, by name, in words; and the largest difference of two values, infinite where only one of the two
-        is a finite number.
-    """
-    progress.begin("Comparing", sum(math.prod(tensor.shape) * itemsize(tensor.dtype) for tensor in a.values()))
+    """What differs, by name, in words; and the largest difference of values, infinite if just one of two is finite."""
+    progress.begin("Comparing", sum(map(num_bytes, a.values())))
     differences, largest = {}, 0.0
     for name in [*a, *(name for name in b if name not in a)]:
         if name not in a or name not in b:
@@ -139,8 +137,7 @@ def compare(a: Mapping[str, Readable], b: Mapping[str, Readable], progress: Prog
                 dtypes = " is not ".join(DTYPES[tensor.dtype][1] for tensor in (a[name], b[name]))
                 differences[name] = f"dtype {dtypes} (values differ by at most {difference:g})"
             elif count:
-                size = math.prod(a[name].shape)
-                differences[name] = f"{count} of {size} values differ, by at most {difference:g}"
+                differences[name] = f"{count} of {math.prod(a[name].shape)} values differ, by at most {difference:g}"
     return differences, largest
 
 
@@ -150,10 +147,10 @@ def _compare_values(a: Readable, b: Readable, progress: Progress) -> tuple[int, 
 
     count, largest = 0, 0.0
     for box in bounded(Box.whole(a.shape), a.dtype):
-        part_a, part_b = a.read(box), b.read(box)
-        progress.advance(part_a.nbytes)
-        if a.dtype != b.dtype or not torch.equal(raw_bytes(part_a), raw_bytes(part_b)):
-            differing, difference = _difference(part_a, part_b)
+        parts = a.read(box), b.read(box)
+        progress.advance(parts[0].nbytes)
+        if a.dtype != b.dtype or not torch.equal(*map(raw_bytes, parts)):
+            differing, difference = _difference(*parts)
             count, largest = count + differing, max(largest, difference)
     return count, largest
 
@@ -173,23 +170,19 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float]:
 
 def _config_differences(a: Model, b: Model) -> dict[str, str]:
     """Entries of config.json that make two models of the same tensors different functions."""
-    entries: dict[str, tuple[object, object]] = {"architectures": (a.model_class.stock, b.model_class.stock)}
-    heads = "num_attention_heads"
-    entries[heads] = (a.table.sizes(a.config)[heads], b.table.sizes(b.config)[heads])
+    heads, act = "num_attention_heads", "prediction_head_act"
+    entries: dict[str, tuple[object, object]] = {
+        "architectures": (a.model_class.stock, b.model_class.stock),
+        heads: (a.table.sizes(a.config)[heads], b.table.sizes(b.config)[heads]),
+        act: (a.config.get(act), b.config.get(act)),
+    }
     # An entry that only one of them spells out is its default, which the other leaves unsaid.
     entries |= {name: (a.config[name], b.config[name]) for name in _FUNCTIONAL if name in a.config and name in b.config}
-    head = "prediction_head_act"
-    entries[head] = (a.config.get(head), b.config.get(head))
     return {
         f"config.json: {name}": f"{values[0]!r} is not {values[1]!r}"
         for name, values in sorted(entries.items())
-        if values[0] != values[1] and not _is_one_gelu(values)
+        if values[0] != values[1] and not _TANH_GELUS.issuperset(values)
     }
-
-
-def _is_one_gelu(names: tuple[object, object]) -> bool:
-    """Whether both are names of the tanh form, which differ by 3e-7."""
-    return all(name in ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate") for name in names)
 
 
 def finite(value: float | None) -> float | None:

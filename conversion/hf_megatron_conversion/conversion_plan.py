@@ -35,7 +35,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """The files of the destination.
 
     Attributes:
@@ -73,13 +73,8 @@ def check_options(options: Options, config: Mapping[str, Any], table: PartitionT
         dtype_code(options.dtype)
 
 
-def make_plan(model: Model, options: Options, source_name: str) -> Plan:
-    """Lay out the destination of a conversion.
-
-    Args:
-        model: The source.
-        options: What the user asks for.
-        source_name: How the model card calls the source.
+def make_plan(model: Model, options: Options, source_name: str) -> ConversionPlan:
+    """Lay out the destination of a conversion of ``model``, which the card calls ``source_name``.
 
     Raises:
         PartitionError: No degree was given, and the source has none, or none that fits.
@@ -93,22 +88,14 @@ def make_plan(model: Model, options: Options, source_name: str) -> Plan:
     model_type = options.model_type or target_format.default_model_type
     config = _config(model, model_type, code)
     mismatch = model.table.stock_mismatch(config) if model_type == "stock" and target_format.has_config else None
-    card = model_card(
-        model=model,
-        tensors=tensors,
-        config=config,
-        source=source_name,
-        layout=f"{options.to}, tensor-parallel degree {tp_size}" if target_format.is_cut else options.to,
-        verified=options.verify,
-        mismatch=mismatch,
-    )
+    layout = f"{options.to}, tensor-parallel degree {tp_size}" if target_format.is_cut else options.to
     files = [
         *target_format.weight_files(target),
         *_side_files(model, options.tokenizer),
-        card,
+        model_card(target, config, source=source_name, layout=layout, verified=options.verify, mismatch=mismatch),
         TextFile.json("config.json", config),
     ]
-    return Plan(files=files, tensors=tensors, config=config, tp_size=tp_size, mismatch=mismatch)
+    return ConversionPlan(files=files, tensors=tensors, config=config, tp_size=tp_size, mismatch=mismatch)
 
 
 def _degree(target_format: Format, model: Model, tp_size: int | None) -> int:

@@ -10,18 +10,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_megatron.architectures import table_for
+from hf_megatron.checkpoint import AtomicDirectory, read_json
 from hf_megatron.errors import DestinationError
 from hf_megatron_conversion.comparison import compare, finite
-from hf_megatron_conversion.conversion_plan import Options, Plan, check_options, make_plan
-from hf_megatron_conversion.execute import execute
+from hf_megatron_conversion.conversion_plan import ConversionPlan, Options, check_options, make_plan
+from hf_megatron_conversion.files import write_files
 from hf_megatron_conversion.formats import FormatName, format_of, read_model
-from hf_megatron_conversion.formats.base import Given, Model, ModelType, load_config, warn_of_padding
+from hf_megatron_conversion.formats.base import Given, Model, ModelType, warn_of_padding
 from hf_megatron_conversion.progress import Progress, Silent
 from hf_megatron_conversion.source import source_directory
-from hf_megatron_conversion.staging import Staging, check_destination, check_overlap
 from hf_megatron_conversion.tensors import dtype_code
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Conversion:
         dropped: Names of stored tensors that the model does not need.
         seconds: Time it took.
         peak_rss_bytes: The process's peak resident memory so far.
-        verified: Whether the result was read back, equals the source and computes the same; None if that was not asked
-            for. If False, nothing was left at the destination.
+        verified: Whether the result, read back, equals the source and computes the same; if not, nothing was left. None
+            if that was not asked for.
         dry_run: Whether nothing was written.
         max_logit_diff: Largest difference of the outputs of source and result; None if they were not run.
         loss_source: The source's loss on the token ids it was run on, of a language model.
@@ -99,20 +99,19 @@ def convert(
         source: A directory, or the id of a repository on the Hub.
         destination: The directory to write; it must not exist, nor overlap the source.
         to: Format to write.
-        tp_size: Degree to write; defaults to the source's, if that is cut.
+        tp_size: Degree to write; by default the source's, if that is cut.
         dtype: Cast floating-point tensors to this one (``"bfloat16"``); by default every tensor keeps its own.
         max_shard_size: Largest size of a weight file of a hub directory, in bytes or like ``"5GB"``.
-        vocab_size: Size of the vocabulary without the padding that Megatron-LM adds; defaults to what the tokenizer or
+        vocab_size: Size of the vocabulary without the padding that Megatron-LM adds; by default what the tokenizer or
             the files beside the source say, and if nothing does, the padding is kept.
-        config: A config.json that takes the place of the source's. A Megatron-LM checkpoint without arguments needs
-            one, of which the number of attention heads is enough.
-        tokenizer: Directory of a tokenizer that takes the place of the source's.
-        model_type: Whose ``model_type`` the result carries, the stock library's (default for hub) or this package's
-            (default for tp).
+        config: A config.json in place of the source's. A Megatron-LM checkpoint without arguments needs one, of which
+            the number of attention heads is enough.
+        tokenizer: Directory of a tokenizer in place of the source's.
+        model_type: Whose ``model_type`` to write, the stock library's (default for hub) or this package's (for tp).
         overwrite: Replace an existing destination.
         dry_run: Only plan; write nothing.
-        verify: Read the result back before it is put in place, compare every tensor with the source, and run both on
-            the CPU on the same token ids. The latter holds one whole model in memory at a time.
+        verify: Before the result is put in place, compare every tensor with the source, and run both on the CPU on the
+            same token ids, which holds one whole model in memory at a time.
         progress: Told how far it is.
 
     Raises:
@@ -132,16 +131,17 @@ def convert(
         verify=verify,
     )
     given = Given(
-        config=None if config is None else load_config(Path(config)),
+        config=None if config is None else read_json(Path(config)),
         vocab_size=vocab_size,
         tokenizer=options.tokenizer,
     )
-    target = check_destination(Path(destination), overwrite=overwrite)
-    model = _open(source, target, options, given)
+    target = AtomicDirectory(destination, replace=overwrite)
+    _check_content(target.destination)
+    model = _open(source, target.destination, options, given)
     plan = make_plan(model, options, model.directory.resolve().name if Path(source).is_dir() else str(source))
     if plan.mismatch is not None:
         _logger.warning("%s --model-type megatron writes a config.json that says both.", plan.mismatch)
-    check = None if dry_run else _write(model, plan, target, options, overwrite, progress or Silent())
+    check = None if dry_run else _write(model, plan, target, options, progress or Silent())
     return Conversion(
         source=str(source),
         destination=str(destination),
@@ -153,17 +153,18 @@ def convert(
         dropped=tuple(model.dropped),
         seconds=time.perf_counter() - started,
         peak_rss_bytes=_peak_rss_bytes(),
+        verified=None if check is None else check[0],
         dry_run=dry_run,
-        **_outcome(check),
+        **({} if check is None else _outputs(check[1])),
     )
 
 
 def _open(source: str | Path, target: Path, options: Options, given: Given) -> Model:
     """Open the source, after refusing what can be refused without its weights."""
     directory = source_directory(source, config_only=True)
-    check_overlap(target, directory)
+    _check_overlap(target, directory)
     if format_of(directory).has_config:
-        config = given.config or load_config(directory / "config.json")
+        config = given.config or read_json(directory / "config.json")
         check_options(options, config, table_for(config))
     model = read_model(source_directory(source), given)
     check_options(options, model.config, model.table)
@@ -173,21 +174,36 @@ def _open(source: str | Path, target: Path, options: Options, given: Given) -> M
     return model
 
 
-@dataclass(frozen=True)
-class _Check:
-    """Outcome of a verification: whether the result may be published, and how both sides ran."""
+def _check_overlap(destination: Path, source: Path) -> None:
+    """Raise DestinationError if one of the two directories is the other one or lies in it."""
+    destination, source = destination.resolve(), source.resolve()
+    if destination == source or destination in source.parents or source in destination.parents:
+        raise DestinationError(
+            f"The destination {destination} and the source {source} overlap, which could destroy the source; choose a "
+            "destination outside of it."
+        )
 
-    passed: bool
-    agreement: Agreement
+
+def _check_content(destination: Path) -> None:
+    """Raise DestinationError if replacing a directory would delete more than a checkpoint."""
+    directories = [path for path in destination.iterdir() if path.is_dir()] if destination.exists() else []
+    kept = sorted(path.name for path in directories if not _is_release(path))
+    if kept:
+        raise DestinationError(
+            f"The destination {destination} holds directories ({', '.join(kept[:5])}), which no checkpoint written "
+            "here does, and will not be overwritten. Remove it yourself if nothing in it is needed."
+        )
 
 
-def _outcome(check: _Check | None) -> dict[str, Any]:
-    """What ``Conversion`` says of a verification."""
-    if check is None:
-        return {"verified": None}
-    ran = check.agreement
+def _is_release(directory: Path) -> bool:
+    """Whether this is the directory of a megatron-lm checkpoint, the only one in what is written here."""
+    is_named = directory.name == "release" and directory.with_name("latest_checkpointed_iteration.txt").is_file()
+    return is_named and all(path.name.startswith("mp_rank_") for path in directory.iterdir())
+
+
+def _outputs(ran: Agreement) -> dict[str, float | None]:
+    """What ``Conversion`` says of both sides' outputs."""
     return {
-        "verified": check.passed,
         "max_logit_diff": finite(ran.max_logit_diff),
         "loss_source": finite(ran.losses[0]),
         "loss_destination": finite(ran.losses[1]),
@@ -196,24 +212,27 @@ def _outcome(check: _Check | None) -> dict[str, Any]:
 
 
 def _write(
-    model: Model, plan: Plan, destination: Path, options: Options, overwrite: bool, progress: Progress
-) -> _Check | None:
+    model: Model, plan: ConversionPlan, target: AtomicDirectory, options: Options, progress: Progress
+) -> tuple[bool, Agreement] | None:
     """Write, check if that is asked for, and publish if nothing is wrong."""
     check = None
     try:
-        with Staging(destination, plan.nbytes, overwrite=overwrite) as staging:
-            execute(plan, staging.directory, progress)
+        with target:
+            target.require_space(plan.nbytes)
+            write_files(plan.files, target.path, progress)
             if options.verify:
-                check = _verify(model, plan, read_model(staging.directory), options, progress)
-            if check is None or check.passed:
-                staging.publish()
+                check = _verify(model, plan, read_model(target.path), options, progress)
+            if check is None or check[0]:
+                target.publish()
     except OSError as error:
-        raise DestinationError(f"{destination} cannot be written: {error}. Nothing was left behind.") from error
+        raise DestinationError(f"{target.destination} cannot be written: {error}. Nothing was left behind.") from error
     return check
 
 
-def _verify(model: Model, plan: Plan, written: Model, options: Options, progress: Progress) -> _Check:
-    """Compare what was written with the source, tensor by tensor and by running both."""
+def _verify(
+    model: Model, plan: ConversionPlan, written: Model, options: Options, progress: Progress
+) -> tuple[bool, Agreement]:
+    """Whether what was written equals the source, tensor by tensor and as it runs, and how both ran."""
     from hf_megatron_conversion.logits import agreement, stock_gap
 
     differences, _ = compare(plan.tensors, written.tensors, progress)
@@ -226,7 +245,7 @@ def _verify(model: Model, plan: Plan, written: Model, options: Options, progress
     if plan.mismatch is not None and not differences:
         gap = stock_gap(written, options.tokenizer)
         _logger.warning("Run as the stock class, the result's logits differ by up to %.2g.", gap)
-    return _Check(not differences, result)
+    return not differences, result
 
 
 def _peak_rss_bytes() -> int:

@@ -1,4 +1,4 @@
-"""Files of a destination: their size is known before they are written, and they are written as one stream."""
+"""Files of a destination, whose sizes are known before they are written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +13,15 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from hf_megatron.checkpoint import LazyTensor, itemsize
-from hf_megatron.errors import CheckpointIncompleteError
+from hf_megatron.errors import CheckpointIncompleteError, DestinationError
 from hf_megatron.partition import Box
+from hf_megatron_conversion.progress import Progress
 from hf_megatron_conversion.tensors import Buffer, Readable, slices_of_bytes
 
 _COPY_BYTES = 256 * 2**20
 # What copy_file_range says where it does not work; None is for systems that do not have it.
 _CANNOT_COPY = (None, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutputFile(Protocol):
@@ -35,7 +36,36 @@ class OutputFile(Protocol):
         """Its exact size."""
 
     def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        """Write it, front to back, calling ``advance`` with the bytes written since the last call."""
+        """Write it, calling ``advance`` with the bytes written since the last call."""
+
+
+def write_files(files: Sequence[OutputFile], directory: Path, progress: Progress) -> None:
+    """Write files into a directory, one after the other.
+
+    Raises:
+        DestinationError: The disk is full.
+        OSError: A file cannot be written for another reason.
+    """
+    num_bytes = sum(file.nbytes for file in files)
+    progress.begin("Writing", num_bytes)
+    for file in files:
+        try:
+            _write(file, directory / file.path, progress)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise DestinationError(
+                f"There is no space left to write {file.path} of {file.nbytes:,} bytes ({error.strerror}); "
+                f"{num_bytes:,} bytes are needed in all. Nothing was left behind."
+            ) from error
+
+
+def _write(file: OutputFile, path: Path, progress: Progress) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as stream:
+        file.write(stream, progress.advance)
+    size = path.stat().st_size
+    assert size == file.nbytes, f"{file.path}: {file.nbytes} bytes were planned, {size} written"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +84,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A safetensors file, laid out as the reference implementation does: widest dtype first, then by name.
-
-    Holds at most one bounded slice of one tensor in memory while it is written.
-    """
+    """A safetensors file, laid out as the reference implementation does: widest dtype first, then by name."""
 
     path: str
     parts: Sequence[Part]
@@ -79,17 +106,14 @@ class SafetensorsFile:
             }
             position += part.nbytes
         header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        # The tensors start at a multiple of eight bytes, so that they can be mapped.
-        header += b" " * (-len(header) % 8)
-        return struct.pack("<Q", len(header)) + header
+        header += b" " * (-len(header) % 8)  # so that the tensors can be mapped
+        return len(header).to_bytes(8, "little") + header
 
     @property
     def nbytes(self) -> int:
-        """Its exact size."""
         return len(self._header) + sum(part.nbytes for part in self.parts)
 
     def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        """Write the header, then every tensor a bounded slice at a time."""
         stream.write(self._header)
         advance(len(self._header))
         buffer = Buffer()
@@ -116,11 +140,9 @@ class TextFile:
 
     @property
     def nbytes(self) -> int:
-        """Its exact size."""
         return len(self.data)
 
     def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        """Write it."""
         stream.write(self.data)
         advance(len(self.data))
 
@@ -129,9 +151,8 @@ class TextFile:
 class CopiedFile:
     """A file taken over as it is.
 
-    Where the file system can share blocks between files until one of them changes (Btrfs, XFS), the kernel does that
-    instead of copying. Hard links would be as cheap everywhere, but whoever saves into the destination afterwards would
-    then overwrite the source.
+    Where the file system can share blocks between files until one of them changes (Btrfs, XFS), the kernel does that.
+    With a hard link, whoever saves into the destination afterwards would overwrite the source.
     """
 
     path: str
@@ -144,7 +165,6 @@ class CopiedFile:
         return cls(source.name, source, source.stat().st_size)
 
     def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        """Copy it, inside the kernel where that is possible."""
         if not _copy_range(self.source, 0, self.nbytes, stream, advance):
             with self.source.open("rb") as original:
                 shutil.copyfileobj(original, stream)
@@ -152,10 +172,7 @@ class CopiedFile:
 
 
 def _copy_range(source: Path, start: int, stop: int, stream: BinaryIO, advance: Callable[[int], None]) -> bool:
-    """Have the kernel append bytes ``[start, stop)`` of a file, without a detour through this process's memory.
-
-    Returns:
-        False if it cannot, on this system or between these two file systems, and has not begun to.
+    """Have the kernel append bytes ``[start, stop)`` of a file; False if it cannot between these two file systems.
 
     Raises:
         CheckpointIncompleteError: The file became shorter since it was opened.

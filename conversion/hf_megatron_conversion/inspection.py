@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from hf_megatron.checkpoint import itemsize
 from hf_megatron_conversion.card import dtype_names
 from hf_megatron_conversion.formats import FormatName, read_model
 from hf_megatron_conversion.formats.base import Given, warn_of_padding
 from hf_megatron_conversion.source import source_directory
+from hf_megatron_conversion.tensors import num_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,7 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Open a checkpoint, check that it is complete, and describe it; no weights are read.
-
-    Args:
-        path: A directory, or the id of a repository on the Hub.
+    """Open a checkpoint, a directory or a repository on the Hub, and describe it; no weights are read.
 
     Raises:
         CheckpointError: It is no checkpoint, or incomplete.
@@ -60,7 +57,7 @@ def inspect(path: str | Path) -> Inspection:
     """
     model = read_model(source_directory(path), Given(is_only_described=True))
     warn_of_padding(model)
-    sizes = {name: prod(tensor.shape) for name, tensor in model.tensors.items()}
+    tensors = model.tensors.values()
     return Inspection(
         format=model.format,
         architecture=model.table.architecture,
@@ -69,10 +66,10 @@ def inspect(path: str | Path) -> Inspection:
         # GPT-2 knows one placement only.
         layernorm_placement=str(model.table.own_config.get("layernorm_placement", "pre")),
         tp_size=model.tp_size,
-        num_parameters=sum(sizes.values()),
-        num_tensors=len(sizes),
+        num_parameters=sum(prod(tensor.shape) for tensor in tensors),
+        num_tensors=len(tensors),
         dtype=dtype_names(model.tensors),
-        bytes=sum(size * itemsize(model.tensors[name].dtype) for name, size in sizes.items()),
+        bytes=sum(map(num_bytes, tensors)),
         vocab_size=model.table.sizes(model.config)["vocab_size"],
         checkpoint_version=model.checkpoint_version,
         dropped=tuple(model.dropped),

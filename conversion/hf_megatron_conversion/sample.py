@@ -41,13 +41,13 @@ def sample_ids(directories: Sequence[Path], vocab_size: int, length: int) -> tor
 
 def _encoded(directory: Path) -> list[int]:
     """The text's ids; none if there is no tokenizer."""
-    files = {name: str(directory / name) for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")}
-    is_there = {name: Path(file).is_file() for name, file in files.items()}
-    if is_there["tokenizer.json"]:
+    names = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
+    files = {name: str(directory / name) for name in names if (directory / name).is_file()}
+    if "tokenizer.json" in files:
         tokenizer = Tokenizer.from_file(files["tokenizer.json"])
-    elif is_there["vocab.json"] and is_there["merges.txt"]:
+    elif "vocab.json" in files and "merges.txt" in files:
         tokenizer = ByteLevelBPETokenizer.from_file(files["vocab.json"], files["merges.txt"])
-    elif is_there["vocab.txt"]:
+    elif "vocab.txt" in files:
         tokenizer = BertWordPieceTokenizer.from_file(files["vocab.txt"])
     else:
         return []

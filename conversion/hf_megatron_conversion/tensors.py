@@ -35,6 +35,11 @@ class Readable(Protocol):
         """The part inside ``box`` (default: all of it), as a contiguous CPU tensor."""
 
 
+def num_bytes(tensor: Readable) -> int:
+    """Bytes of a full tensor."""
+    return prod(tensor.shape) * itemsize(tensor.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Cast:
     """A tensor in another floating-point dtype, cast as it is read."""
@@ -45,15 +50,10 @@ class Cast:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The full tensor's shape."""
         return self.tensor.shape
 
     def read(self, box: Box | None = None) -> torch.Tensor:
-        """The part inside ``box``, cast with rounding to nearest.
-
-        Raises:
-            UnsupportedError: A finite value becomes infinite.
-        """
+        """As of any tensor; UnsupportedError if a finite value becomes infinite."""
         import torch
 
         original = self.tensor.read(box)
@@ -69,10 +69,8 @@ class Cast:
 
 def cast(name: str, tensor: Readable, dtype: str | None) -> Readable:
     """``tensor`` in ``dtype`` (safetensors' spelling); itself if that is None, already so, or not for floats."""
-    if dtype in (None, tensor.dtype) or tensor.dtype not in _FLOATS:
-        return tensor
-    assert dtype is not None
-    return Cast(name, tensor, dtype)
+    is_cast = dtype is not None and dtype != tensor.dtype and tensor.dtype in _FLOATS
+    return Cast(name, tensor, dtype) if dtype is not None and is_cast else tensor
 
 
 def dtype_code(name: str) -> str:
@@ -114,13 +112,7 @@ class Buffer:
 
 
 def slices_of_bytes(tensor: Readable, box: Box, buffer: Buffer) -> Iterator[memoryview]:
-    """The bytes of the part inside ``box``, row-major, in slices of bounded size.
-
-    Args:
-        tensor: What is read.
-        box: Which part of it.
-        buffer: May be used for a slice until the next one is asked for.
-    """
+    """The bytes of the part inside ``box``, row-major, in bounded slices, each valid until the next is asked for."""
     for part in bounded(box, tensor.dtype):
         if isinstance(tensor, LazyTensor):
             memory = buffer.view(part.numel * itemsize(tensor.dtype))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_megatron.checkpoint import read_json
 from hf_megatron.errors import CheckpointFormatError
 
 TOKENIZER_FILES = frozenset(
@@ -30,12 +30,7 @@ _END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What matters to a model.
-
-    Attributes:
-        vocab_size: One more than the largest id.
-        end_of_text: Id of GPT-2's token that ends a text, if there is one.
-    """
+    """What matters to a model: one more than the largest id, and the id of GPT-2's token that ends a text, if any."""
 
     vocab_size: int
     end_of_text: int | None
@@ -54,7 +49,7 @@ def tokenizer_facts(directory: Path) -> TokenizerFacts | None:
     """
     ids: dict[str, Any] = {}
     if (directory / "tokenizer.json").is_file():
-        content = _json(directory / "tokenizer.json")
+        content = read_json(directory / "tokenizer.json")
         vocab = _mapping(content.get("model")).get("vocab")
         if isinstance(vocab, list):
             vocab = {str(entry): index for index, entry in enumerate(vocab)}
@@ -62,7 +57,7 @@ def tokenizer_facts(directory: Path) -> TokenizerFacts | None:
         added = content.get("added_tokens")
         ids |= {str(_mapping(entry).get("content")): _mapping(entry).get("id") for entry in added or ()}
     elif (directory / "vocab.json").is_file():
-        ids |= _json(directory / "vocab.json")
+        ids |= read_json(directory / "vocab.json")
     elif (directory / "vocab.txt").is_file():
         # Not splitlines, which also splits at characters that vocabularies of many languages have as tokens.
         with (directory / "vocab.txt").open(encoding="utf-8", errors="replace") as lines:
@@ -70,7 +65,7 @@ def tokenizer_facts(directory: Path) -> TokenizerFacts | None:
     else:
         return None
     if (directory / "added_tokens.json").is_file():
-        ids |= _json(directory / "added_tokens.json")
+        ids |= read_json(directory / "added_tokens.json")
     numbers = [number for number in ids.values() if type(number) is int and number >= 0]
     if not numbers:
         raise CheckpointFormatError(f"The tokenizer in {directory} has no tokens.")
@@ -80,13 +75,3 @@ def tokenizer_facts(directory: Path) -> TokenizerFacts | None:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointFormatError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointFormatError(f"{path} is not a JSON object.")
-    return content

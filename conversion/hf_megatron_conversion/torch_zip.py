@@ -1,7 +1,7 @@
-"""Files of ``torch.save``, written as a stream: any tensor's bytes are made when their turn comes.
+"""Files of ``torch.save``, written a slice of one tensor at a time.
 
 The layout is torch's own: a zip archive without compression, ``data.pkl`` with the object, and one entry per tensor
-that starts at a multiple of 64 bytes. Lengths are known beforehand; checksums follow the data they are for.
+whose data starts at a multiple of 64 bytes, so that it can be mapped. All sizes are known beforehand.
 
 Source: PKWARE's APPNOTE.TXT 6.3; ``torch.serialization._save`` and ``caffe2/serialize/inline_container.cc``.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-import zlib
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,30 +20,15 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
-from hf_megatron.checkpoint import itemsize
+from hf_megatron.checkpoint.torch_file import STORAGES
 from hf_megatron.partition import Box
-from hf_megatron_conversion.tensors import Buffer, Readable, slices_of_bytes
+from hf_megatron_conversion.tensors import Buffer, Readable, num_bytes, slices_of_bytes
 
 _ALIGNMENT = 64
 _PICKLE_PROTOCOL = 2  # torch.save's
-_LONG = 0xFFFFFFFF  # from here on a number needs 64 bits, and stands in an extra field; its own holds _ELSEWHERE
-_ELSEWHERE = 0xFFFFFFFF
-_FLAGS = 0x0808  # the checksum follows the data; names are UTF-8
-_DATE = (0, 0x21)  # 1980-01-01, so that equal content gives equal files
-_STORAGES = {
-    "F64": "DoubleStorage",
-    "F32": "FloatStorage",
-    "F16": "HalfStorage",
-    "BF16": "BFloat16Storage",
-    "I64": "LongStorage",
-    "I32": "IntStorage",
-    "I16": "ShortStorage",
-    "I8": "CharStorage",
-    "U8": "ByteStorage",
-    "BOOL": "BoolStorage",
-}
-
-Chunks = Callable[[], Iterator[Any]]
+# Bytes of a header before an entry (without its name, with its size in 64 bits), of an entry in the directory (without
+# its name), of the end of the directory, and what that has in addition where 32 bits do not do.
+_HEADER, _RECORD, _END, _LONG_END = 30 + 20, 46, 22, 56 + 20
 
 
 @dataclass(frozen=True)
@@ -54,11 +39,36 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file in the archive: its name, size, and the bytes in bounded chunks."""
+    """A file in the archive: where its header starts, and how many bytes fill that up to align the data."""
 
     name: str
-    size: int
-    chunks: Chunks
+    data: bytes | Readable
+    position: int
+
+    @property
+    def size(self) -> int:
+        return len(self.data) if isinstance(self.data, bytes) else num_bytes(self.data)
+
+    @property
+    def padding(self) -> bytes:
+        """An extra field, of four bytes at least."""
+        size = -(self.position + _HEADER + len(self.name) + 4) % _ALIGNMENT
+        return struct.pack("<2sH", b"FB", size) + b"Z" * size
+
+    @property
+    def stop(self) -> int:
+        return self.position + _HEADER + len(self.name) + len(self.padding) + self.size
+
+    @property
+    def record_size(self) -> int:
+        """Bytes of its entry in the directory."""
+        longs = 2 * (self.size > zipfile.ZIP64_LIMIT) + (self.position > zipfile.ZIP64_LIMIT)
+        return _RECORD + len(self.name) + (4 + 8 * longs if longs else 0)
+
+    def chunks(self, buffer: Buffer) -> Iterator[Any]:
+        if isinstance(self.data, bytes):
+            return iter([self.data])
+        return slices_of_bytes(self.data, Box.whole(self.data.shape), buffer)
 
 
 @dataclass(frozen=True)
@@ -76,64 +86,34 @@ class TorchZipFile:
 
     @property
     def nbytes(self) -> int:
-        """Its exact size."""
-        return self._directory_start + len(self._directory)
+        stop, directory = self._entries[-1].stop, sum(entry.record_size for entry in self._entries)
+        is_long = max(stop, directory) > zipfile.ZIP64_LIMIT or len(self._entries) > zipfile.ZIP_FILECOUNT_LIMIT
+        return stop + directory + _END + (_LONG_END if is_long else 0)
 
     def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        """Write it front to back, with one bounded slice of one tensor in memory."""
-        checksums = []
-        for entry, header in zip(self._entries, self._headers, strict=True):
-            stream.write(header)
-            checksum = 0
-            for chunk in entry.chunks():
-                stream.write(chunk)
-                checksum = zlib.crc32(chunk, checksum)
-                advance(len(chunk))
-            checksums.append(checksum)
-            stream.write(_descriptor(entry.size, checksum))
-        stream.write(self._central_directory(checksums))
+        buffer = Buffer()
+        with zipfile.ZipFile(stream, "w") as archive:
+            for entry in self._entries:
+                info = zipfile.ZipInfo(entry.name)  # of 1980, so that equal content gives equal files
+                info.extra = entry.padding
+                with archive.open(info, "w", force_zip64=True) as target:
+                    for chunk in entry.chunks(buffer):
+                        target.write(chunk)
+                        advance(len(chunk))
+                info.extra = b""  # the directory, which is written at the end, is without the padding
 
     @cached_property
     def _entries(self) -> list[_Entry]:
         storages: list[_Storage] = []
         data = _pickled(self.content, storages)
         stem = PurePosixPath(self.path).stem
-        small = {"data.pkl": data, "byteorder": b"little", "version": b"3\n"}
-        entries = [_Entry(f"{stem}/{name}", len(content), _chunk(content)) for name, content in small.items()]
-        buffer = Buffer()
-        tensors = [
-            _Entry(f"{stem}/data/{storage.key}", _nbytes(storage.tensor), _tensor_chunks(storage.tensor, buffer))
-            for storage in storages
-        ]
-        return [*entries[:2], *tensors, entries[2]]
-
-    @cached_property
-    def _headers(self) -> list[bytes]:
-        """What stands before each entry's data."""
-        headers, position = [], 0
-        for entry in self._entries:
-            header = _local_header(entry, position)
-            headers.append(header)
-            position += len(header) + entry.size + len(_descriptor(entry.size, 0))
-        return headers
-
-    @cached_property
-    def _directory_start(self) -> int:
-        descriptors = sum(len(_descriptor(entry.size, 0)) for entry in self._entries)
-        return sum(map(len, self._headers)) + sum(entry.size for entry in self._entries) + descriptors
-
-    @cached_property
-    def _directory(self) -> bytes:
-        return self._central_directory([0] * len(self._entries))
-
-    def _central_directory(self, checksums: list[int]) -> bytes:
-        result, position = b"", 0
-        parts = []
-        for entry, header, checksum in zip(self._entries, self._headers, checksums, strict=True):
-            parts.append(_directory_record(entry, position, checksum))
-            position += len(header) + entry.size + len(_descriptor(entry.size, 0))
-        result = b"".join(parts)
-        return result + _end(len(parts), len(result), position)
+        content: dict[str, bytes | Readable] = {"data.pkl": data, "byteorder": b"little"}
+        content |= {f"data/{storage.key}": storage.tensor for storage in storages}
+        content["version"] = b"3\n"
+        entries: list[_Entry] = []
+        for name, part in content.items():
+            entries.append(_Entry(f"{stem}/{name}", part, entries[-1].stop if entries else 0))
+        return entries
 
 
 def _pickled(content: Mapping[str, Any], storages: list[_Storage]) -> bytes:
@@ -144,7 +124,7 @@ def _pickled(content: Mapping[str, Any], storages: list[_Storage]) -> bytes:
         def persistent_id(self, value: Any) -> Any:
             if not isinstance(value, _Storage):
                 return None
-            storage_type = getattr(torch, _STORAGES[value.tensor.dtype])
+            storage_type = getattr(torch, STORAGES[value.tensor.dtype])
             return "storage", storage_type, value.key, "cpu", prod(value.tensor.shape)
 
         def reducer_override(self, value: Any) -> Any:
@@ -158,59 +138,3 @@ def _pickled(content: Mapping[str, Any], storages: list[_Storage]) -> bytes:
     buffer = io.BytesIO()
     Pickler(buffer, _PICKLE_PROTOCOL).dump(content)
     return buffer.getvalue()
-
-
-def _nbytes(tensor: Readable) -> int:
-    return prod(tensor.shape) * itemsize(tensor.dtype)
-
-
-def _chunk(content: bytes) -> Chunks:
-    return lambda: iter([content])
-
-
-def _tensor_chunks(tensor: Readable, buffer: Buffer) -> Chunks:
-    return lambda: slices_of_bytes(tensor, Box.whole(tensor.shape), buffer)
-
-
-def _short(number: int) -> int:
-    return number if number < _LONG else _ELSEWHERE
-
-
-def _local_header(entry: _Entry, position: int) -> bytes:
-    """The header, padded so that the data behind it is aligned."""
-    name = entry.name.encode()
-    is_long = entry.size >= _LONG
-    extra = struct.pack("<HHQQ", 1, 16, entry.size, entry.size) if is_long else b""
-    # The padding is an extra field too, of four bytes at least.
-    padding = -(position + 30 + len(name) + len(extra) + 4) % _ALIGNMENT
-    extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-    size = _short(entry.size)
-    version = 45 if is_long else 20
-    fields = (b"PK\x03\x04", version, _FLAGS, 0, *_DATE, 0, size, size, len(name), len(extra))
-    return struct.pack("<4s5H3L2H", *fields) + name + extra
-
-
-def _descriptor(size: int, checksum: int) -> bytes:
-    """What stands behind an entry's data."""
-    return struct.pack("<4sLQQ" if size >= _LONG else "<4sLLL", b"PK\x07\x08", checksum, size, size)
-
-
-def _directory_record(entry: _Entry, position: int, checksum: int) -> bytes:
-    name = entry.name.encode()
-    long = [entry.size, entry.size] if entry.size >= _LONG else []
-    long += [position] if position >= _LONG else []
-    extra = struct.pack(f"<HH{len(long)}Q", 1, 8 * len(long), *long) if long else b""
-    size, offset, version = _short(entry.size), _short(position), 45 if long else 20
-    fields = (b"PK\x01\x02", version, version, _FLAGS, 0, *_DATE, checksum, size, size, len(name), len(extra))
-    return struct.pack("<4s6H3L5H2L", *fields, 0, 0, 0, 0, offset) + name + extra
-
-
-def _end(count: int, size: int, start: int) -> bytes:
-    """The end of the directory, with the fields for large archives where they are needed."""
-    result = b""
-    if start >= _LONG or count >= 0xFFFF:
-        fields = (b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
-        result += struct.pack("<4sQ2H2L4Q", *fields)
-        result += struct.pack("<4sLQL", b"PK\x06\x07", 0, start + size, 1)
-    short = min(count, 0xFFFF)
-    return result + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, short, short, size, _short(start), 0)

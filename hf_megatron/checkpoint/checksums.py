@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_megatron.checkpoint.directory import read_json
 from hf_megatron.errors import CheckpointFormatError
 
 CHECKSUMS = "checksums.json"
 Checksums = Mapping[str, Mapping[str, Any]]
 
 
-def compute_checksums(directory: Path, *, part: int = 0, num_parts: int = 1) -> dict[str, dict[str, Any]]:
+def compute_checksums(directory: Path, part: int = 0, num_parts: int = 1) -> dict[str, dict[str, Any]]:
     """Sizes and checksums of every ``num_parts``-th file, from the ``part``-th on, so that ranks can share the work."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     return {path.relative_to(directory).as_posix(): _of(path) for path in files[part::num_parts]}
@@ -43,16 +44,16 @@ def read_checksums(directory: Path) -> Checksums | None:
     if not path.is_file():
         return None
     try:
-        checksums = json.loads(path.read_text(encoding="utf-8"))
+        checksums = read_json(path)
         if all(isinstance(c["size"], int) and isinstance(c["sha256"], str) for c in checksums.values()):
-            return dict(checksums)
-    except (ValueError, TypeError, KeyError, AttributeError):
+            return checksums
+    except (CheckpointFormatError, TypeError, KeyError):
         pass
     raise CheckpointFormatError(f"{path} is damaged. If the other files are known to be right, delete it.")
 
 
 def damages(
-    directory: Path, checksums: Checksums, *, part: int = 0, num_parts: int = 1, sizes_only: bool = False
+    directory: Path, checksums: Checksums, part: int = 0, num_parts: int = 1, *, sizes_only: bool = False
 ) -> list[str]:
     """What is wrong with every ``num_parts``-th file, from the ``part``-th on; nothing if all are as they were."""
     found = []

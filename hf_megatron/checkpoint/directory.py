@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from hf_megatron.architectures import table_for
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
-from hf_megatron.checkpoint.pickled import open_pickle
 from hf_megatron.checkpoint.safetensors_header import read_header
 from hf_megatron.checkpoint.sharded import SHARDING_INFO, is_shard, open_shards
 from hf_megatron.checkpoint.spelling import listed, respelled
+from hf_megatron.checkpoint.torch_file import open_state_dict
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 from hf_megatron.partition import Box
 
@@ -64,16 +64,15 @@ def open_checkpoint(directory: Path, config: Mapping[str, Any] | None = None) ->
         config: Used instead of the directory's config.json, which then need not exist.
 
     Raises:
-        CheckpointFormatError: Not a directory, no config.json, no weights, weights of both formats, a file that is not
-            what its name says, or an unsafe pickle.
-        CheckpointIncompleteError: A file is truncated or missing, or the shards of a ``tp`` directory do not tile the
-            tensors of its model.
+        CheckpointFormatError: Not a directory, or one without a config.json or weights, with weights of both formats,
+            or with a file that is not what its name says, or an unsafe pickle.
+        CheckpointIncompleteError: A file is truncated or missing, or shards do not tile the tensors of their model.
         UnsupportedError: A ``tp`` directory of an architecture or class that is not offered here.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointFormatError(f"{directory} is not a directory.")
-    config = _read_json(directory / "config.json") if config is None else dict(config)
+    config = read_json(directory / "config.json") if config is None else dict(config)
     shards = tuple(sorted(path for path in directory.iterdir() if is_shard(path)))
     hub = [name for name in _HUB_NAMES if (directory / name).exists()]
     if shards and hub:
@@ -116,18 +115,13 @@ def _open_hub(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
         return open_files([path]), (path,)
     weight_map = _weight_map(path)
     files = tuple(path.parent / name for name in sorted(set(weight_map.values())))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
+    if missing := [file.name for file in files if not file.is_file()]:
         raise CheckpointIncompleteError(
             f"{path} names {len(files)} files, of which {len(missing)} are missing: {listed(missing)}. Fetch them."
         )
     tensors = open_files(files)
-    lost = [
-        f"{name} ({file})"
-        for name, file in weight_map.items()
-        if name not in tensors or tensors[name].pieces[0].path.name != file
-    ]
-    if lost:
+    places = {name: tensor.pieces[0].path.name for name, tensor in tensors.items()}
+    if lost := [f"{name} ({file})" for name, file in weight_map.items() if places.get(name) != file]:
         raise CheckpointIncompleteError(
             f"{path} names {len(lost)} tensors that their files do not hold: {listed(lost)}. Index and files are not "
             "from one save; fetch all of them again."
@@ -137,7 +131,7 @@ def _open_hub(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
 
 def _open_file(path: Path) -> dict[str, LazyTensor]:
     if path.suffix == ".bin":
-        return open_pickle(path)
+        return open_state_dict(path)
     if path.suffix != ".safetensors":
         raise CheckpointFormatError(f"{path} is neither a .safetensors nor a .bin file.")
     header = read_header(path)
@@ -145,24 +139,26 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
         raise CheckpointFormatError(
             f"{path} is one rank's part of a distributed checkpoint; open the directory with all of them instead."
         )
-    return {
-        name: LazyTensor(
-            name,
-            stored.dtype,
-            stored.shape,
-            (Piece(path, Box.whole(stored.shape), stored.data_start, stored.data_stop),),
-        )
-        for name, stored in header.tensors.items()
-    }
+    tensors = {}
+    for name, (dtype, shape, start, stop) in header.tensors.items():
+        tensors[name] = LazyTensor(name, dtype, shape, (Piece(path, Box.whole(shape), start, stop),))
+    return tensors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointFormatError(f"{path.parent} holds no {path.name}.")
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file such as config.json.
+
+    Raises:
+        CheckpointFormatError: There is no such file, or it holds something else.
+    """
     try:
         content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointFormatError(f"{path.parent} holds no {path.name}.") from None
+    except OSError as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointFormatError(f"{path} is not valid JSON: {error}") from error
+        raise CheckpointFormatError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointFormatError(f"{path} holds a {type(content).__name__} where an object is expected.")
     return content
@@ -170,7 +166,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, as the index says."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointFormatError(f"{index} has no weight_map.")
     for file in weight_map.values():

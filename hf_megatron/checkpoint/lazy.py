@@ -35,7 +35,7 @@ _MAX_SCATTERED_BYTES = 2**30
 class Piece:
     """A box of a full tensor and where its bytes lie: in ``[data_start, data_stop)`` of the file ``path``.
 
-    They lie row-major, or ``strides`` says how many elements apart two neighbours along each dimension are. A pickle
+    They lie row-major, or ``strides`` says how many elements apart two neighbours along each dimension are: a pickle
     may hold a view of a larger tensor, and Megatron-LM has orders of its own.
     """
 
@@ -45,14 +45,26 @@ class Piece:
     data_stop: int
     strides: tuple[int, ...] | None = None
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The strides, also where the bytes lie row-major."""
+        return self.strides or _row_major(self.box.shape)
+
+    def is_one_run(self, box: Box) -> bool:
+        """Whether the part inside ``box`` lies row-major and without a gap."""
+        return _runs(self.steps, box.shape)[1] == box.numel
+
+    def start(self, box: Box, item: int) -> int:
+        """The byte of the file at which the part inside ``box`` starts, of elements of ``item`` bytes."""
+        return self.data_start + item * _distance(box, self.box, self.steps)
+
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
     """One full tensor of a checkpoint, whether stored whole or in pieces; reading a slice reads that slice only.
 
-    Every read opens the file anew, so an instance holds no file handle, may be read from several threads at once, and
-    may be sent to another process. It also speaks the part of safetensors' slice protocol that transformers' loader
-    uses (``get_shape``, ``get_dtype``, indexing), so it can take such a slice's place in a state dict.
+    Every read opens the file anew, so that an instance may be read from several threads, and sent to another process.
+    It has what transformers' loader uses of safetensors' slices: ``get_shape``, ``get_dtype`` and indexing.
 
     Attributes:
         name: Name as stored.
@@ -77,13 +89,7 @@ class LazyTensor:
         return self.numel * itemsize(self.dtype)
 
     def read(self, box: Box | None = None) -> torch.Tensor:
-        """The part of the full tensor inside ``box`` (default: all of it), as a contiguous CPU tensor of its own.
-
-        Args:
-            box: In coordinates of the full tensor; may be empty.
-
-        Returns:
-            A tensor of shape ``box.shape`` that shares memory with nothing.
+        """The part inside ``box`` (default: all of it; may be empty), as a contiguous CPU tensor of its own.
 
         Raises:
             CheckpointIncompleteError: The file became shorter since it was opened.
@@ -97,11 +103,7 @@ class LazyTensor:
         return result
 
     def read_into(self, memory: memoryview, box: Box) -> None:
-        """Read the part of the full tensor inside ``box``.
-
-        Args:
-            memory: Where to, row-major; it has exactly the bytes of the part.
-            box: In coordinates of the full tensor; may be empty.
+        """Read the part inside ``box`` into memory of exactly its bytes, row-major.
 
         Raises:
             CheckpointIncompleteError: The file became shorter since it was opened.
@@ -109,17 +111,17 @@ class LazyTensor:
         assert len(box.shape) == len(self.shape), f"{self.name}: {box} is not a box of {self.shape}"
         item, strides = itemsize(self.dtype), _row_major(box.shape)
         for piece in self.pieces:
-            if (common := piece.box.intersection(box)) is None:
+            if (part := piece.box.intersection(box)) is None:
                 continue
-            first = sum(i * stride for i, stride in zip(_relative(common, box).offset, strides, strict=True))
-            runs, size = _runs(strides, common.shape)
-            if size == common.numel:
-                self._read_piece(piece, common, memory[first * item : (first + size) * item])
-            elif _MIN_SCATTERED_BYTES <= size * item <= _MAX_SCATTERED_BYTES and _is_one_run(piece, common):
+            first = _distance(part, box, strides)
+            runs, size = _runs(strides, part.shape)
+            if size == part.numel:
+                self._read_part(piece, part, memory[first * item : (first + size) * item])
+            elif _MIN_SCATTERED_BYTES <= size * item <= _MAX_SCATTERED_BYTES and piece.is_one_run(part):
                 targets = (memory[(first + run) * item : (first + run + size) * item] for run in runs)
-                self._scatter(piece, common, targets, size * item)
+                self._scatter(piece, part, targets, size * item)
             else:
-                self._read_and_copy(piece, common, memory, box)
+                self._copy_part(piece, part, memory, strides, first)
 
     def extent(self, box: Box) -> tuple[Path, int, int] | None:
         """Where the bytes of ``box`` lie, row-major and without a gap: file, first byte, and one past the last.
@@ -127,8 +129,8 @@ class LazyTensor:
         None if they do not.
         """
         for piece in self.pieces:
-            if box.numel and piece.box.intersection(box) == box and _is_one_run(piece, box):
-                start = self._start(piece, box)
+            if box.numel and piece.box.intersection(box) == box and piece.is_one_run(box):
+                start = piece.start(box, itemsize(self.dtype))
                 return piece.path, start, start + box.numel * itemsize(self.dtype)
         return None
 
@@ -155,14 +157,9 @@ class LazyTensor:
             offset[dim], shape[dim] = start, max(stop - start, 0)
         return self.read(Box(tuple(offset), tuple(shape)))
 
-    def _start(self, piece: Piece, box: Box) -> int:
-        """The byte of the file at which the part of a piece inside ``box`` starts."""
-        offset = zip(_relative(box, piece.box).offset, _strides(piece), strict=True)
-        return piece.data_start + itemsize(self.dtype) * sum(i * stride for i, stride in offset)
-
     def _scatter(self, piece: Piece, box: Box, targets: Iterator[memoryview], size: int) -> None:
         """Read a part that lies in one run to many places, each of ``size`` bytes, without a copy in between."""
-        position = self._start(piece, box)
+        position = piece.start(box, itemsize(self.dtype))
         count = min(_MAX_TARGETS, _MAX_SCATTERED_BYTES // size)
         with piece.path.open("rb", buffering=0) as file:
             while some := list(islice(targets, count)):
@@ -170,46 +167,33 @@ class LazyTensor:
                     raise self._shorter(piece.path)
                 position += size * len(some)
 
-    def _read_and_copy(self, piece: Piece, part: Box, memory: memoryview, box: Box) -> None:
-        """Read a part of a piece, and copy it to its place in the memory of ``box``."""
+    def _copy_part(self, piece: Piece, part: Box, memory: memoryview, strides: tuple[int, ...], first: int) -> None:
+        """Read a part of a piece, and copy it to its places, which begin at the element ``first`` of the memory."""
         import torch
 
         dtype = torch_dtype(self.dtype)
         copy = torch.empty(part.shape, dtype=dtype)
-        self._read_piece(piece, part, _memory(copy))
-        torch.frombuffer(memory, dtype=dtype).view(box.shape)[_relative(part, box).slices] = copy
+        self._read_part(piece, part, _memory(copy))
+        torch.frombuffer(memory, dtype=dtype).as_strided(part.shape, strides, first).copy_(copy)
 
-    def _read_piece(self, piece: Piece, box: Box, target: memoryview) -> None:
-        """Read the part of a piece inside ``box`` into memory, row-major."""
-        strides, item, start = _strides(piece), itemsize(self.dtype), self._start(piece, box)
-        runs, size = _runs(strides, box.shape)
-        size *= item
+    def _read_part(self, piece: Piece, part: Box, target: memoryview) -> None:
+        """Read a part of a piece into memory, row-major."""
+        strides, item, start = piece.steps, itemsize(self.dtype), piece.start(part, itemsize(self.dtype))
+        runs, size = _runs(strides, part.shape)
         with io.BufferedReader(io.FileIO(piece.path), _BUFFER_BYTES) as file:
-            if size < _MIN_RUN_BYTES and strides != _row_major(piece.box.shape):
-                self._read_span(file, start, strides, box.shape, target)
+            if size * item < _MIN_RUN_BYTES and strides != _row_major(piece.box.shape):
+                # Everything from the first element to the last, of which those that are wanted are picked.
+                import torch
+
+                span = 1 + sum((n - 1) * stride for n, stride in zip(part.shape, strides, strict=True))
+                everything = torch.empty(span, dtype=torch_dtype(self.dtype))
+                self._fill(file, start, _memory(everything))
+                target[:] = _memory(everything.as_strided(part.shape, strides).contiguous())
                 return
-            position = 0
-            for run in runs:
-                self._read_into(file, start + item * run, target[position : position + size])
-                position += size
+            for index, run in enumerate(runs):
+                self._fill(file, start + item * run, target[index * size * item : (index + 1) * size * item])
 
-    def _read_span(
-        self,
-        file: io.BufferedReader[io.FileIO],
-        start: int,
-        strides: tuple[int, ...],
-        shape: tuple[int, ...],
-        target: memoryview,
-    ) -> None:
-        """Read everything from the first element to the last, and pick the elements that are wanted."""
-        import torch
-
-        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        everything = torch.empty(span, dtype=torch_dtype(self.dtype))
-        self._read_into(file, start, _memory(everything))
-        target[:] = _memory(everything.as_strided(shape, strides).contiguous())
-
-    def _read_into(self, file: io.BufferedReader[io.FileIO], start: int, target: memoryview) -> None:
+    def _fill(self, file: io.BufferedReader[io.FileIO], start: int, target: memoryview) -> None:
         file.seek(start)
         if file.readinto(target) != len(target):
             raise self._shorter(file.name)
@@ -218,18 +202,9 @@ class LazyTensor:
         return CheckpointIncompleteError(f"{path} became shorter while {self.name} was read.")
 
 
-def _relative(box: Box, origin: Box) -> Box:
-    """``box`` in coordinates that start at the first element of ``origin``."""
-    return Box(tuple(a - b for a, b in zip(box.offset, origin.offset, strict=True)), box.shape)
-
-
-def _strides(piece: Piece) -> tuple[int, ...]:
-    return piece.strides or _row_major(piece.box.shape)
-
-
-def _is_one_run(piece: Piece, box: Box) -> bool:
-    """Whether the part of a piece inside ``box`` lies row-major and without a gap."""
-    return _runs(_strides(piece), box.shape)[1] == box.numel
+def _distance(box: Box, origin: Box, strides: tuple[int, ...]) -> int:
+    """By how many elements the first one of ``box`` lies behind the first one of ``origin``."""
+    return sum((a - b) * stride for a, b, stride in zip(box.offset, origin.offset, strides, strict=True))
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

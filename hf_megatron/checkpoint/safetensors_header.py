@@ -1,7 +1,6 @@
 """What a safetensors file holds, from its header alone, checked against the size of the file.
 
-A file is eight bytes (little-endian length of the header), the header (JSON), then the tensors' bytes, row-major. No
-torch is needed until a dtype is asked for as torch knows it.
+A file is eight bytes (little-endian length of the header), the header (JSON), then the tensors' bytes, row-major.
 
 Source: the format section of https://github.com/huggingface/safetensors.
 """
@@ -9,11 +8,10 @@ Source: the format section of https://github.com/huggingface/safetensors.
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 
@@ -45,8 +43,7 @@ _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """One tensor of a file: dtype, shape, and the half-open byte range of its data, counted from the file's start."""
 
     dtype: str
@@ -85,15 +82,14 @@ def read_header(path: Path) -> Header:
         CheckpointIncompleteError: The file is shorter or longer than its header says.
         CheckpointFormatError: This is not a safetensors file, or it uses a dtype unknown here.
     """
-    if not path.is_file():
-        # A directory in its place, or a link that leads nowhere or back to itself.
+    if not path.is_file():  # a directory, or a link that leads nowhere or back to itself
         raise CheckpointFormatError(f"{path} is not a file.")
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(_LENGTH_BYTES)
         if len(prefix) < _LENGTH_BYTES:
             raise CheckpointIncompleteError(f"{path} is truncated: it holds {size} bytes, not even a header.")
-        (length,) = struct.unpack("<Q", prefix)
+        length = int.from_bytes(prefix, "little")
         if length > _MAX_HEADER_BYTES:
             raise CheckpointFormatError(
                 f"{path} is not a safetensors file: its header would be {length} bytes long (a Git LFS pointer that "

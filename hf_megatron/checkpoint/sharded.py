@@ -1,8 +1,7 @@
 """The pieces of a ``tp`` directory: transformers' distributed checkpoint, one safetensors file per rank.
 
 Each file holds its rank's part of every tensor as one box, and says in its metadata where the boxes start. How large
-the full tensors are is stored nowhere, so a deleted file looks like a smaller model and a file left over from another
-save like one more piece. Both are found here, by asking the partition table how large each tensor has to be.
+the full tensors are is stored nowhere: the partition table says it, and so shows a file that was deleted or left over.
 """
 
 from __future__ import annotations
@@ -116,5 +115,5 @@ def _missing(stored: Mapping[str, object], config: Mapping[str, Any]) -> list[st
 
 def _extent(boxes: Sequence[Box]) -> Shape:
     """The smallest shape that holds all boxes."""
-    stops = [[start + size for start, size in zip(box.offset, box.shape, strict=True)] for box in boxes]
-    return tuple(max(column) for column in zip(*stops, strict=False))
+    stops = ([start + size for start, size in zip(box.offset, box.shape, strict=True)] for box in boxes)
+    return tuple(map(max, zip(*stops, strict=False)))

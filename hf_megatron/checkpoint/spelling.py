@@ -26,10 +26,10 @@ class Canonical:
     """Stored tensors under the names of a model class's state dict, and what did not fit.
 
     Attributes:
-        tensors: Every stored tensor that the model class has, by the model's name, shapes not necessarily right.
+        tensors: Every stored tensor that the class has, by the class's name, shapes not necessarily right.
         dropped: Obsolete buffers and an equal copy of the tied head, as stored.
-        unknown: Stored tensors that the model class does not have, as stored; another class's head is among them.
-        missing: Names of the model class that are not stored.
+        unknown: What the class does not have, as stored; another class's head is among it.
+        missing: Names of the class that are not stored.
         mismatched: Name, stored shape, expected shape.
     """
 
@@ -54,14 +54,10 @@ def model_class_of(table: PartitionTable, config: Mapping[str, Any]) -> ModelCla
 
 def respelled(name: str, known: Mapping[str, object], base_prefix: str) -> str | None:
     """The name in ``known`` that ``name`` is a spelling of, or None."""
-    spellings = [name]
-    spellings += [name.removesuffix(old) + new for old, new in _OLD_SUFFIXES.items() if name.endswith(old)]
+    spellings = [name, *(name.removesuffix(old) + new for old, new in _OLD_SUFFIXES.items() if name.endswith(old))]
     prefix = f"{base_prefix}."
-    for spelling in spellings:
-        for candidate in (spelling, prefix + spelling, spelling.removeprefix(prefix)):
-            if candidate in known:
-                return candidate
-    return None
+    candidates = (c for spelling in spellings for c in (spelling, prefix + spelling, spelling.removeprefix(prefix)))
+    return next((candidate for candidate in candidates if candidate in known), None)
 
 
 def canonicalise(
@@ -72,14 +68,13 @@ def canonicalise(
     Reads no data, unless a copy of a tied tensor has to be compared with the original.
 
     Raises:
-        CheckpointFormatError: A tensor is stored under two spellings, or the copy of a tied tensor differs from the
-            original.
+        CheckpointFormatError: A tensor is stored under two spellings, or differs from the copy it is tied to.
     """
     expected = table.tensors(config, model_class)
     found: dict[str, LazyTensor] = {}
+    copies: dict[str, LazyTensor] = {}
     dropped: list[str] = []
     unknown: list[str] = []
-    copies: dict[str, LazyTensor] = {}
     for stored, tensor in tensors.items():
         name = respelled(stored, expected, table.base_prefix)
         if name is not None and name in found:
@@ -121,10 +116,6 @@ def stored_model(
 
     That is the class which config.json names, unless more is stored than it has and exactly one other class has all of
     it: bert-base-uncased names BertForMaskedLM and holds what BertForPreTraining has.
-
-    Raises:
-        CheckpointFormatError: As :func:`canonicalise` does.
-        UnsupportedError: The architecture has no class of the name here.
     """
     named = model_class_of(table, config)
     canonical = canonicalise(tensors, table, config, named)
@@ -142,21 +133,14 @@ def require_complete(canonical: Canonical) -> None:
         CheckpointIncompleteError: Something is missing (and possibly more is wrong).
         CheckpointFormatError: Something is unknown or has another shape than the configuration gives it.
     """
-    problems = []
-    if canonical.missing:
-        problems.append(f"missing: {listed(canonical.missing)}")
-    if canonical.unknown:
-        problems.append(f"unknown: {listed(canonical.unknown)}")
-    if canonical.mismatched:
-        shapes = [
-            f"{name} is {list(stored)}, expected {list(expected)}" for name, stored, expected in canonical.mismatched
-        ]
-        problems.append(f"wrong shape: {listed(shapes)}")
+    shapes = [f"{name} is {list(stored)}, expected {list(expected)}" for name, stored, expected in canonical.mismatched]
+    found = {"missing": canonical.missing, "unknown": canonical.unknown, "wrong shape": shapes}
+    problems = [f"\n  {what}: {listed(items)}" for what, items in found.items() if items]
     if problems:
         error = CheckpointIncompleteError if canonical.missing else CheckpointFormatError
         raise error(
-            "The stored tensors are not those of the model in config.json (check its architectures and sizes).\n  "
-            + "\n  ".join(problems)
+            "The stored tensors are not those of the model in config.json (check its architectures and sizes)."
+            + "".join(problems)
         )
 
 
@@ -167,13 +151,12 @@ def listed(items: Sequence[str], separator: str = ", ") -> str:
 
 
 def _require_same(copy: LazyTensor, original: LazyTensor) -> None:
-    if copy.dtype == original.dtype and copy.shape == original.shape != () and _same_bytes(copy, original):
-        return
-    raise CheckpointFormatError(
-        f"{copy.name} and {original.name} are stored with different values, but config.json ties them. Set "
-        '"tie_word_embeddings": false there if the head is meant to be its own, or remove '
-        f"{copy.name} from the checkpoint."
-    )
+    if copy.dtype != original.dtype or not copy.shape == original.shape != () or not _same_bytes(copy, original):
+        raise CheckpointFormatError(
+            f"{copy.name} and {original.name} are stored with different values, but config.json ties them. Set "
+            '"tie_word_embeddings": false there if the head is meant to be its own, or remove '
+            f"{copy.name} from the checkpoint."
+        )
 
 
 def _same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
@@ -181,8 +164,5 @@ def _same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
     import torch
 
     rows = max(_COMPARED_BYTES * a.shape[0] // max(a.nbytes, 1), 1)
-    for start in range(0, a.shape[0], rows):
-        part = slice(start, start + rows)
-        if not torch.equal(a[part].view(torch.uint8), b[part].view(torch.uint8)):
-            return False
-    return True
+    parts = [slice(start, start + rows) for start in range(0, a.shape[0], rows)]
+    return all(torch.equal(a[part].view(torch.uint8), b[part].view(torch.uint8)) for part in parts)

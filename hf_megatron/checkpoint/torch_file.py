@@ -1,9 +1,8 @@
 """Files of ``torch.save``: the pickled object as data, and each tensor's place in the file.
 
-Two containers are read. Since torch 1.6 a file is a zip archive of uncompressed entries, ``data.pkl`` and one per
-storage; before, it is five pickles one after the other, then each storage's length and bytes. Of both only the pickles
-are read here, as data (see ``unpickle``): nothing in them is imported or called, neither torch nor the classes they
-name are needed, and whatever they name beyond an explicit list is refused.
+Since torch 1.6 a file is a zip archive of uncompressed entries, ``data.pkl`` and one per storage; before, it is five
+pickles one after the other, then each storage's length and bytes. Of both only the pickles are read here, as data (see
+``unpickle``): nothing in them is imported or called, and whatever they name beyond an explicit list is refused.
 
 Source: ``torch.serialization`` and ``torch._utils._rebuild_tensor_v2`` in torch 2.13.
 """
@@ -14,7 +13,7 @@ import io
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -22,23 +21,23 @@ from typing import Any, BinaryIO
 
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
 from hf_megatron.checkpoint.safetensors_header import itemsize
-from hf_megatron.checkpoint.unpickle import Call, Global, Unpickled, UnpickleError, read_pickle
+from hf_megatron.checkpoint.unpickle import Call, Global, UnpickleError, read_pickle
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 from hf_megatron.partition import Box
 
-_DTYPES = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
+STORAGES = {
+    "F64": "DoubleStorage",
+    "F32": "FloatStorage",
+    "F16": "HalfStorage",
+    "BF16": "BFloat16Storage",
+    "I64": "LongStorage",
+    "I32": "IntStorage",
+    "I16": "ShortStorage",
+    "I8": "CharStorage",
+    "U8": "ByteStorage",
+    "BOOL": "BoolStorage",
 }
-_STORAGES = {f"{module}.{name}": code for name, code in _DTYPES.items() for module in ("torch", "torch.cuda")}
+_DTYPES = {f"{module}.{name}": dtype for dtype, name in STORAGES.items() for module in ("torch", "torch.cuda")}
 _REBUILD_TENSOR = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 _REBUILD_PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _OTHER_STORAGES = ("ComplexFloatStorage", "ComplexDoubleStorage", "QInt8Storage", "QInt32Storage", "QUInt8Storage")
@@ -48,7 +47,7 @@ TENSOR_NAMES = frozenset(
         "torch.Size",
         "torch.storage.UntypedStorage",
         *(f"torch.{name}" for name in _OTHER_STORAGES),
-        *_STORAGES,
+        *_DTYPES,
         *_REBUILD_TENSOR,
         *_REBUILD_PARAMETER,
     }
@@ -70,22 +69,13 @@ class _Storage:
     offset: int = 0  # elements before this view of it (files of torch 0.3)
 
     @property
-    def dtype(self) -> str:
-        """In safetensors' spelling."""
-        return _STORAGES[self.type]
+    def nbytes(self) -> int:
+        return self.numel * itemsize(_DTYPES[self.type])
 
 
 @dataclass(frozen=True, slots=True)
 class StoredArray:
-    """A tensor of a pickle: its dtype, shape and strides, and where its first byte lies once ``place`` says so.
-
-    Attributes:
-        dtype: In safetensors' spelling.
-        shape: Its shape.
-        strides: In elements.
-        start: Byte of the file at which it starts.
-        path: The file.
-    """
+    """A tensor of a pickle: dtype in safetensors' spelling, shape, strides in elements, and the byte it starts at."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -95,10 +85,30 @@ class StoredArray:
 
     def lazy(self, name: str) -> LazyTensor:
         """The same, to be read by slices under a name."""
-        size = itemsize(self.dtype)
-        span = size * (1 + _last_element(self.shape, self.strides)) if prod(self.shape) else 0
+        span = itemsize(self.dtype) * _span(self.shape, self.strides)
         piece = Piece(self.path, Box.whole(self.shape), self.start, self.start + span, self.strides)
         return LazyTensor(name, self.dtype, self.shape, (piece,))
+
+
+def open_state_dict(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a file that holds nothing but named tensors, such as ``pytorch_model.bin``; none is read.
+
+    Raises:
+        CheckpointFormatError: It holds or asks for anything else.
+        CheckpointIncompleteError: It is truncated or damaged.
+    """
+    content = open_torch_file(path)
+    if not isinstance(content, dict):
+        raise CheckpointFormatError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors.")
+    tensors = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, StoredArray):
+            kind = value.name if isinstance(value, Global) else type(value).__name__
+            raise CheckpointFormatError(
+                f"{path}: {name!r} is a {kind}; only named tensors, of types that safetensors has, are expected."
+            )
+        tensors[name] = value.lazy(name)
+    return tensors
 
 
 def open_torch_file(path: Path, is_allowed: Callable[[str], bool] = TENSOR_NAMES.__contains__) -> Any:
@@ -106,21 +116,20 @@ def open_torch_file(path: Path, is_allowed: Callable[[str], bool] = TENSOR_NAMES
 
     Args:
         path: The file.
-        is_allowed: Whether the pickle may name this global (``module.name``). What it names is never looked up, it only
-            stays as a record of itself; so this protects nobody here, but tells what the file would do elsewhere.
+        is_allowed: Whether the pickle may name this global (``module.name``), which is not looked up in any case.
 
     Raises:
-        CheckpointFormatError: Not a file of ``torch.save``, or one that names anything else; all of it is listed. There
-            is no way to allow it.
+        CheckpointFormatError: Not a file of ``torch.save``, or one that names anything else; all of it is listed.
         CheckpointIncompleteError: The file is truncated or damaged.
     """
     try:
         with path.open("rb") as file:
-            if file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC:
-                with zipfile.ZipFile(file) as archive:
-                    return _open_zip(path, archive, is_allowed)
+            is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
             file.seek(0)
-            return _open_legacy(path, file, is_allowed)
+            if not is_zip:
+                return _open_legacy(path, file, is_allowed)
+            with zipfile.ZipFile(file) as archive:
+                return _open_zip(path, archive, is_allowed)
     except UnpickleError as error:
         raise CheckpointFormatError(
             f"{path} is not a file of torch.save: {error}. It may be truncated, or a Git LFS pointer that was never "
@@ -141,19 +150,15 @@ def _refuse(path: Path, names: Iterable[str], is_allowed: Callable[[str], bool])
         )
 
 
-# --- The zip archive.
-
-
 def _open_zip(path: Path, archive: zipfile.ZipFile, is_allowed: Callable[[str], bool]) -> Any:
     entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     if "constants.pkl" in entries:
         raise CheckpointFormatError(f"{path} is a TorchScript program, not a file of torch.save.")
     if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
         raise CheckpointFormatError(f"{path} was written on a big-endian machine; convert it there.")
-    data = entries["data.pkl"]
-    if data.compress_type != zipfile.ZIP_STORED:
+    if entries["data.pkl"].compress_type != zipfile.ZIP_STORED:
         raise CheckpointFormatError(f"{path} is a compressed archive, not a file of torch.save.")
-    read = read_pickle(io.BytesIO(archive.read(data)), _storage)
+    read = read_pickle(io.BytesIO(archive.read(entries["data.pkl"])), _storage)
     _refuse(path, read.names, is_allowed)
     size = path.stat().st_size
 
@@ -162,31 +167,27 @@ def _open_zip(path: Path, archive: zipfile.ZipFile, is_allowed: Callable[[str], 
         if info is None or info.compress_type != zipfile.ZIP_STORED:
             raise CheckpointIncompleteError(f"{path} lacks the data of a tensor (data/{storage.key}).")
         position = _data_start(archive, info)
-        needed = storage.numel * itemsize(storage.dtype)
-        if info.file_size < needed or position + needed > size:
+        if info.file_size < storage.nbytes or position + storage.nbytes > size:
             raise CheckpointIncompleteError(
-                f"{path} is truncated: data/{storage.key} has {info.file_size} bytes, {needed} are needed."
+                f"{path} is truncated: data/{storage.key} has {info.file_size} bytes, {storage.nbytes} are needed."
             )
         return position
 
-    return _with_places(path, read, start)
+    return _with_places(path, read.value, start)
 
 
 def _data_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
     """Byte of the archive at which an entry's data starts: behind its own header, which has lengths of its own."""
-    file = archive.fp
-    assert file is not None
-    file.seek(info.header_offset)
-    header = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    assert archive.fp is not None
+    archive.fp.seek(info.header_offset)
+    header = _LOCAL_HEADER.unpack(archive.fp.read(_LOCAL_HEADER.size))
     if header[0] != _ZIP_MAGIC:
         raise zipfile.BadZipFile(f"no entry at byte {info.header_offset}")
     return info.header_offset + _LOCAL_HEADER.size + int(header[-2]) + int(header[-1])
 
 
-# --- Files of torch before 1.6.
-
-
 def _open_legacy(path: Path, file: BinaryIO, is_allowed: Callable[[str], bool]) -> Any:
+    """A file of torch before 1.6."""
     if read_pickle(file).value != _LEGACY_MAGIC or read_pickle(file).value != _LEGACY_PROTOCOL:
         raise UnpickleError("it does not start as one")
     system = read_pickle(file).value
@@ -202,18 +203,7 @@ def _open_legacy(path: Path, file: BinaryIO, is_allowed: Callable[[str], bool]) 
 
     read = read_pickle(file, load)
     _refuse(path, read.names, is_allowed)
-    starts = _legacy_starts(path, file, storages)
-
-    def start(storage: _Storage) -> int:
-        if storage.key not in starts:
-            raise CheckpointIncompleteError(f"{path} lacks the data of a tensor ({storage.key}).")
-        return starts[storage.key] + storage.offset * itemsize(storage.dtype)
-
-    return _with_places(path, read, start)
-
-
-def _legacy_starts(path: Path, file: BinaryIO, storages: Mapping[str, _Storage]) -> dict[str, int]:
-    """Where each storage's bytes start: one after the other in the order of the last pickle, each after its length."""
+    # Then the storages' keys, and in that order each one's length and bytes.
     keys = read_pickle(file).value
     if not isinstance(keys, list) or set(keys) != set(storages):
         raise CheckpointIncompleteError(f"{path} does not list the tensors that it holds.")
@@ -221,32 +211,27 @@ def _legacy_starts(path: Path, file: BinaryIO, storages: Mapping[str, _Storage])
     for key in keys:
         file.seek(position)
         prefix = file.read(8)
-        numel = struct.unpack("<q", prefix)[0] if len(prefix) == 8 else 0
+        numel = struct.unpack("<q", prefix)[0] if len(prefix) == 8 else -1
         starts[key] = position + 8
-        position += 8 + numel * itemsize(storages[key].dtype)
-        if numel < storages[key].numel or len(prefix) < 8 or position > size:
+        position += 8 + replace(storages[key], numel=numel).nbytes
+        if numel < storages[key].numel or position > size:
             raise CheckpointIncompleteError(f"{path} is truncated or damaged at byte {starts[key]} of {size}.")
-    return starts
-
-
-# --- What the pickles say of tensors.
+    return _with_places(path, read.value, lambda storage: starts[storage.key])
 
 
 def _storage(persistent_id: Any) -> _Storage:
     """A storage from its persistent id: ("storage", type, key, device, number of elements, view or nothing)."""
     kind, storage_type, key, _, numel, *view = persistent_id
+    offset = view[0][1] if view and view[0] is not None else 0
     if kind != "storage" or not isinstance(storage_type, Global) or not isinstance(key, str):
         raise ValueError("not a storage")
-    if not isinstance(numel, int) or numel < 0:
+    if not all(isinstance(number, int) and number >= 0 for number in (numel, offset)):
         raise ValueError("not a size")
-    offset = 0
-    if view and view[0] is not None:
-        _, offset, _ = view[0]
-    return _Storage(key, storage_type.name, numel, int(offset))
+    return _Storage(key, storage_type.name, numel, offset)
 
 
-def _with_places(path: Path, read: Unpickled, start: Callable[[_Storage], int]) -> Any:
-    """The pickle's value with its tensors in place of the calls that would rebuild them.
+def _with_places(path: Path, content: Any, start: Callable[[_Storage], int]) -> Any:
+    """A pickle's value with its tensors in place of the calls that would rebuild them.
 
     Of a tensor of a type that safetensors does not have, the name of the type takes the place. Anything that is not a
     container of named things is left as it is.
@@ -261,33 +246,29 @@ def _with_places(path: Path, read: Unpickled, start: Callable[[_Storage], int]) 
             if id(value) not in done:
                 done[id(value)] = {key: place(item, depth + 1) for key, item in value.items()}
             return done[id(value)]
-        if not isinstance(value, Call):
-            return value
-        if value.function in _REBUILD_PARAMETER and value.arguments:
+        if isinstance(value, Call) and value.function in _REBUILD_PARAMETER and value.arguments:
             return place(value.arguments[0], depth + 1)
-        if value.function in _REBUILD_TENSOR and value.arguments:
-            storage = value.arguments[0]
-            is_known = not isinstance(storage, _Storage) or storage.type in _STORAGES
-            return _array(path, value.arguments, start) if is_known else Global(storage.type)
+        if isinstance(value, Call) and value.function in _REBUILD_TENSOR and value.arguments:
+            return _array(path, value.arguments, start)
         return value
 
-    return place(read.value, 0)
+    return place(content, 0)
 
 
-def _array(path: Path, arguments: tuple[Any, ...], start: Callable[[_Storage], int]) -> StoredArray:
+def _array(path: Path, arguments: tuple[Any, ...], start: Callable[[_Storage], int]) -> StoredArray | Global:
     storage, offset, shape, strides, *_ = arguments
-    if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
+    if isinstance(storage, _Storage) and storage.type not in _DTYPES:
+        return Global(storage.type)
+    is_tensor = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
+    if not is_tensor or not all(type(number) is int and number >= 0 for number in (offset, *shape, *strides)):
         raise ValueError("not a tensor")
-    if len(shape) != len(strides) or not all(
-        type(number) is int and number >= 0 for number in (offset, *shape, *strides)
-    ):
-        raise ValueError("not the shape of a tensor")
-    last = offset + _last_element(shape, strides)
-    if prod(shape) and last >= storage.numel:
+    if prod(shape) and offset + _span(shape, strides) > storage.numel:
         raise CheckpointIncompleteError(f"{path} holds a tensor that is larger than its data.")
-    position = start(storage) + offset * itemsize(storage.dtype)
-    return StoredArray(storage.dtype, shape, strides, position, path)
+    dtype = _DTYPES[storage.type]
+    return StoredArray(dtype, shape, strides, start(storage) + (storage.offset + offset) * itemsize(dtype), path)
 
 
-def _last_element(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first one to the last."""
+    distance = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return 1 + distance if prod(shape) else 0

@@ -15,27 +15,25 @@ import warnings
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, BinaryIO, cast
 
-# Larger than any state dict, whose tensors take about 100 bytes each.
-_MAX_BYTES = 32 * 2**20
+_MAX_BYTES = 32 * 2**20  # more than any state dict has, whose tensors take about 100 bytes each
 _MAX_LINE = 4096
 _SCALARS = (str, int, float, bytes, bool, type(None))
 _COMPUTED = "a callable that the pickle computes"
 # Modules that implement another one, by which people know their functions.
 _ALIASES = {"posix": "os", "nt": "os"}
+# Instructions that push their argument, and those that push something fixed.
+_LITERALS = frozenset(
+    opcode.name
+    for opcode in pickletools.opcodes
+    if opcode.arg and not opcode.stack_before and opcode.stack_after not in ([], [pickletools.anyobject])
+)
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
 class UnpickleError(ValueError):
     """The bytes are not a pickle, or a damaged one."""
-
-
-class Stream(Protocol):
-    """What is read from: an open binary file."""
-
-    def read(self, size: int, /) -> bytes: ...
-    def readline(self, size: int, /) -> bytes: ...
-    def tell(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +45,10 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A call that the pickle asks for and that was not made: what would have become of its result.
+    """A call that the pickle asks for and that was not made.
 
     Attributes:
-        function: Name of what would have been called, or the class of which this would have been an instance.
+        function: Name of what would have been called, or the class of which the result would have been an instance.
         arguments: The positional arguments.
         state: What the instance's attributes would have been set to.
         items: What would have been appended to it or stored in it.
@@ -64,12 +62,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Unpickled:
-    """What a pickle holds.
-
-    Attributes:
-        value: The object: containers, scalars, and ``Call`` or ``Global`` for everything else.
-        names: Every ``module.name`` that it asks for, in order.
-    """
+    """An object, with ``Call`` or ``Global`` for all but containers and scalars, and the names that it asks for."""
 
     value: Any
     names: tuple[str, ...]
@@ -79,7 +72,7 @@ class _Mark:
     """Where a run of stack items starts."""
 
 
-def read_pickle(stream: Stream, load_persistent: Callable[[Any], Any] | None = None) -> Unpickled:
+def read_pickle(stream: BinaryIO, load_persistent: Callable[[Any], Any] | None = None) -> Unpickled:
     """Read one pickle and leave the stream after its end.
 
     Args:
@@ -107,9 +100,9 @@ def read_pickle(stream: Stream, load_persistent: Callable[[Any], Any] | None = N
 class _Bounded:
     """A stream on which a damaged length can neither reserve gigabytes nor read on for ever."""
 
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-        self._left = _MAX_BYTES
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._left = stream, _MAX_BYTES
+        self.tell = stream.tell
 
     def read(self, size: int) -> bytes:
         if size > self._left:
@@ -122,9 +115,6 @@ class _Bounded:
         self._left -= len(line)
         return line
 
-    def tell(self) -> int:
-        return self._stream.tell()
-
 
 class _Machine:
     """The stack machine."""
@@ -136,17 +126,102 @@ class _Machine:
         self._load_persistent = load_persistent
 
     def step(self, name: str, argument: Any) -> None:
-        """Carry out one instruction."""
-        if name in _PUSH_ARGUMENT:
-            self.stack.append(argument)
-        elif name in _PUSH:
-            self.stack.append(_PUSH[name]())
+        """Carry out one instruction, given its decoded argument."""
+        stack = self.stack
+        if name in _LITERALS:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self._memo[int(argument)] = self.stack[-1]
+            self._memo[int(argument)] = stack[-1]
+        elif name == "MEMOIZE":
+            self._memo[len(self._memo)] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
-            self.stack.append(self._memo[int(argument)])
-        else:
-            getattr(self, f"_{name.lower()}")(argument)
+            stack.append(self._memo[int(argument)])
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            self._combine(name) if argument is None else self._push_named(name, argument)
+
+    def _push_named(self, name: str, argument: Any) -> None:
+        """Instructions whose argument is a name or a persistent id."""
+        match name:
+            case "GLOBAL":
+                self.stack.append(self._name(*argument.split(" ", 1)))
+            case "INST":
+                arguments = tuple(self._pop_to_mark())
+                self._call(self._name(*argument.split(" ", 1)), arguments)
+            case "EXT1" | "EXT2" | "EXT4":
+                self.stack.append(self._name("extension", str(argument)))
+            case "PERSID":
+                self._push_persistent(argument)
+            case _:
+                raise ValueError(f"no instruction: {name}")
+
+    def _combine(self, name: str) -> None:
+        """Instructions that make something of what lies on the stack."""
+        stack = self.stack
+        match name:
+            case "MARK":
+                stack.append(_Mark())
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                self._pop_to_mark()
+            case "DUP":
+                stack.append(stack[-1])
+            case "EMPTY_LIST" | "EMPTY_SET":
+                stack.append([])
+            case "LIST" | "FROZENSET":
+                stack.append(self._pop_to_mark())
+            case "APPEND":
+                self._extend([stack.pop()])
+            case "APPENDS" | "ADDITEMS":
+                self._extend(self._pop_to_mark())
+            case "TUPLE":
+                stack.append(tuple(self._pop_to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(name[-1])
+                stack[-size:] = [tuple(stack[-size:])]
+            case "EMPTY_DICT":
+                stack.append({})
+            case "DICT":
+                items = self._pop_to_mark()
+                stack.append({})
+                self._store(items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                self._store([key, value])
+            case "SETITEMS":
+                self._store(self._pop_to_mark())
+            case _:
+                self._call_by(name)
+
+    def _call_by(self, name: str) -> None:
+        """Instructions that would call something."""
+        stack = self.stack
+        match name:
+            case "STACK_GLOBAL":
+                attribute, module = stack.pop(), stack.pop()
+                if not isinstance(attribute, str) or not isinstance(module, str):
+                    raise TypeError("a name that is not text")
+                stack.append(self._name(module[:_MAX_LINE], attribute[:_MAX_LINE]))
+            case "BINPERSID":
+                self._push_persistent(stack.pop())
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = stack.pop(), stack.pop()
+                self._call(function, arguments)
+            case "NEWOBJ_EX":
+                keywords, arguments, function = stack.pop(), stack.pop(), stack.pop()
+                self._call(function, (*arguments, keywords))
+            case "OBJ":
+                function, *rest = self._pop_to_mark()
+                self._call(function, tuple(rest))
+            case "BUILD":
+                state = stack.pop()
+                # Of a dictionary, attributes such as a state dict's _metadata are of no use here.
+                if isinstance(stack[-1], Call):
+                    stack[-1].state = state
+            case _:
+                raise ValueError(f"no instruction: {name}")
 
     def _pop_to_mark(self) -> list[Any]:
         position = len(self.stack) - 1
@@ -164,6 +239,11 @@ class _Machine:
         self.names.append(f"{_ALIASES.get(module, module)}.{name}")
         return Global(self.names[-1])
 
+    def _push_persistent(self, persistent_id: Any) -> None:
+        if self._load_persistent is None:
+            raise ValueError("a persistent id where none is expected")
+        self.stack.append(self._load_persistent(persistent_id))
+
     def _call(self, function: Any, arguments: Any) -> None:
         if not isinstance(function, Global):
             self.names.append(_COMPUTED)
@@ -173,110 +253,6 @@ class _Machine:
         # A dictionary that remembers the order, which all do here, so that nobody has to tell the two apart.
         is_dict = function.name == "collections.OrderedDict" and not arguments
         self.stack.append({} if is_dict else Call(function.name, arguments))
-
-    # --- Instructions, by name; each takes the decoded argument.
-
-    def _stop(self, argument: None) -> None:
-        pass
-
-    _proto = _frame = _stop
-
-    def _pop(self, argument: None) -> None:
-        self.stack.pop()
-
-    def _pop_mark(self, argument: None) -> None:
-        self._pop_to_mark()
-
-    def _dup(self, argument: None) -> None:
-        self.stack.append(self.stack[-1])
-
-    def _memoize(self, argument: None) -> None:
-        self._memo[len(self._memo)] = self.stack[-1]
-
-    def _persid(self, argument: str) -> None:
-        self.stack.append(argument)
-        self._binpersid(None)
-
-    def _binpersid(self, argument: None) -> None:
-        if self._load_persistent is None:
-            raise ValueError("a persistent id where none is expected")
-        self.stack.append(self._load_persistent(self.stack.pop()))
-
-    def _global(self, argument: str) -> None:
-        self.stack.append(self._name(*argument.split(" ", 1)))
-
-    def _stack_global(self, argument: None) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        if not isinstance(name, str) or not isinstance(module, str):
-            raise TypeError("a name that is not text")
-        self.stack.append(self._name(module[:_MAX_LINE], name[:_MAX_LINE]))
-
-    def _ext1(self, argument: int) -> None:
-        self.stack.append(self._name("extension", str(argument)))
-
-    _ext2 = _ext4 = _ext1
-
-    def _reduce(self, argument: None) -> None:
-        arguments, function = self.stack.pop(), self.stack.pop()
-        self._call(function, arguments)
-
-    _newobj = _reduce
-
-    def _newobj_ex(self, argument: None) -> None:
-        keywords, arguments, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
-        self._call(function, (*arguments, keywords))
-
-    def _inst(self, argument: str) -> None:
-        arguments = tuple(self._pop_to_mark())
-        self._call(self._name(*argument.split(" ", 1)), arguments)
-
-    def _obj(self, argument: None) -> None:
-        function, *arguments = self._pop_to_mark()
-        self._call(function, tuple(arguments))
-
-    def _build(self, argument: None) -> None:
-        state = self.stack.pop()
-        # Of a dictionary, attributes such as a state dict's _metadata are of no use here.
-        if isinstance(self.stack[-1], Call):
-            self.stack[-1].state = state
-
-    def _tuple(self, argument: None) -> None:
-        self.stack.append(tuple(self._pop_to_mark()))
-
-    def _list(self, argument: None) -> None:
-        self.stack.append(self._pop_to_mark())
-
-    _frozenset = _list
-
-    def _dict(self, argument: None) -> None:
-        items = self._pop_to_mark()
-        self.stack.append({})
-        self._store(items)
-
-    def _tuple1(self, argument: None) -> None:
-        self.stack[-1:] = [tuple(self.stack[-1:])]
-
-    def _tuple2(self, argument: None) -> None:
-        self.stack[-2:] = [tuple(self.stack[-2:])]
-
-    def _tuple3(self, argument: None) -> None:
-        self.stack[-3:] = [tuple(self.stack[-3:])]
-
-    def _append(self, argument: None) -> None:
-        item = self.stack.pop()
-        self._extend([item])
-
-    def _appends(self, argument: None) -> None:
-        self._extend(self._pop_to_mark())
-
-    _additems = _appends
-
-    def _setitem(self, argument: None) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._store([key, value])
-
-    def _setitems(self, argument: None) -> None:
-        self._store(self._pop_to_mark())
 
     def _extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -293,43 +269,5 @@ class _Machine:
             raise TypeError("items for what is not a dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Hashing tuples of tuples of one tuple could take for ever.
-            is_flat = isinstance(key, _SCALARS) or (
-                isinstance(key, tuple) and all(isinstance(k, _SCALARS) for k in key)
-            )
+            is_flat = all(isinstance(part, _SCALARS) for part in (key if isinstance(key, tuple) else [key]))
             target[key if is_flat else f"a {type(key).__name__}"] = value
-
-
-_PUSH_ARGUMENT = frozenset(
-    (
-        "INT",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG",
-        "LONG1",
-        "LONG4",
-        "FLOAT",
-        "BINFLOAT",
-        "STRING",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-        "UNICODE",
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE8",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BINBYTES8",
-        "BYTEARRAY8",
-    )
-)
-_PUSH: dict[str, Callable[[], Any]] = {
-    "MARK": _Mark,
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list,
-    "EMPTY_SET": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_TUPLE": tuple,
-}

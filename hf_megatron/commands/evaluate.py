@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_megatron.architectures import GPT2, TABLES
+from hf_megatron.checkpoint import read_json
 from hf_megatron.commands.console import messages_to_stderr
 from hf_megatron.errors import DataError, HfMegatronError, UnsupportedError
 from hf_megatron_conversion.formats import format_of
-from hf_megatron_conversion.formats.base import load_config
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.tokenizer_files import has_tokenizer
 
@@ -115,7 +115,7 @@ def _check_model(directory: Path, tp_size: int) -> None:
             f"{directory} is in format {found.name}, which cannot be run as it is; convert it first: "
             "hf-megatron convert SRC DST --to hub."
         )
-    config = load_config(directory / "config.json")
+    config = read_json(directory / "config.json")
     if GPT2.is_for(config):
         GPT2.check_degree(config, tp_size)
     elif any(table.is_for(config) for table in TABLES):
@@ -178,7 +178,7 @@ def _load(directory: Path, tokenizer_directory: Path, dtype: str | None, tp_size
     if tp_size > 1:
         arguments["distributed_config"] = DistributedConfig(tp_size=tp_size)
     is_cut = tp_size > 1 or format_of(directory).name == "tp"
-    is_ours = is_cut and GPT2.is_for(load_config(directory / "config.json"))
+    is_ours = is_cut and GPT2.is_for(read_json(directory / "config.json"))
     model_class: Any = MegatronGPT2LMHeadModel if is_ours else AutoModelForCausalLM
     try:
         model = model_class.from_pretrained(directory, **arguments).eval()

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_megatron.architectures.presets import PRESETS, preset_named
+from hf_megatron.checkpoint import read_json
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.planning import PRECISIONS, ModelShape, Plan, Run, layouts, machine_named, plan
 from hf_megatron.planning.chart import draw_memory
 from hf_megatron_conversion.formats import format_of, read_model
-from hf_megatron_conversion.formats.base import Given, load_config
+from hf_megatron_conversion.formats.base import Given
 from hf_megatron_conversion.source import source_directory
 
 _GIGA = 1e9
@@ -83,13 +84,13 @@ def config_of(model: str) -> Mapping[str, Any]:
     if model.lower() in PRESETS:
         return preset_named(model).config
     if model.endswith(".json"):
-        return load_config(Path(model))
+        return read_json(Path(model))
     try:
         directory = source_directory(model, config_only=True)
     except ValueError as error:
         raise UnsupportedError(f"{error} Presets are {', '.join(PRESETS)}.") from error
     if format_of(directory).has_config:
-        return load_config(directory / "config.json")
+        return read_json(directory / "config.json")
     return read_model(directory, Given(is_only_described=True)).config
 
 

@@ -6,7 +6,6 @@ What is private of transformers' loader is overridden here; ``private_interfaces
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,7 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from hf_megatron.architectures import ModelClass, PartitionTable
-from hf_megatron.checkpoint import LazyTensor, canonicalise, open_checkpoint, open_files
+from hf_megatron.checkpoint import AtomicDirectory, LazyTensor, canonicalise, open_checkpoint, open_files
 from hf_megatron.errors import (
     CheckpointFormatError,
     CheckpointIncompleteError,
@@ -43,7 +42,7 @@ from hf_megatron.models.processes import (
 )
 from hf_megatron.models.recomputation import RecomputationMixin
 from hf_megatron.models.resizing import ResizingMixin
-from hf_megatron.models.saving import reasons, remove_shards, rewrite_config, swap_into_place
+from hf_megatron.models.saving import is_not_weights, reasons, remove_shards, rewrite_config
 from hf_megatron.models.uploading import HubMixin, Upload
 from hf_megatron.tensor_parallel import SINGLE, TensorParallelGroup, non_finite_names, synchronize_random_state
 
@@ -325,28 +324,31 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
                 f"a distributed checkpoint takes its directory's place as a whole, which the current directory "
                 f"({directory}) cannot be replaced with; save into a directory of its own."
             )
-        target = directory.with_name(f".{directory.name}.saving") if distributed else directory
         is_writer = is_first_rank() and kwargs.get("is_main_process", True)
         # The stock method would upload too early: the directory has neither its name nor the config it is to have.
         upload = None
         if kwargs.get("push_to_hub"):
             upload = Upload(self, directory, kwargs, is_collective=is_collective, is_writer=is_writer)
-        if distributed and is_first_rank():
-            shutil.rmtree(target, ignore_errors=True)
-        if is_collective:
-            barrier()
-        super().save_pretrained(target, *args, **kwargs)  # type: ignore[misc]
-        if is_writer:
-            if (target / "config.json").is_file():
-                rewrite_config(target, self.partition_table, self._partition_class().ours, stock=stock)
-            if distributed:
-                swap_into_place(target, directory)
-            else:
-                remove_shards(target)
-        if is_collective:
-            barrier()
+        if distributed:
+            fresh = AtomicDirectory(directory, keep=is_not_weights, is_first=is_first_rank(), meet=share_failure)
+            with fresh:
+                self._save_files(fresh.path, *args, is_writer=is_writer, stock=stock, **kwargs)
+                fresh.publish()
+        else:
+            if is_collective:
+                barrier()
+            self._save_files(directory, *args, is_writer=is_writer, stock=stock, **kwargs)
+            if is_writer:
+                remove_shards(directory)
+            if is_collective:
+                barrier()
         if upload is not None:
             upload.run()
+
+    def _save_files(self, directory: Path, *args: Any, is_writer: bool, stock: bool, **kwargs: Any) -> None:
+        super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
+        if is_writer and (directory / "config.json").is_file():
+            rewrite_config(directory, self.partition_table, self._partition_class().ours, stock=stock)
 
     def save_distributed_checkpoint(
         self, model_to_save: nn.Module, save_directory: str | os.PathLike[str], **kwargs: Any

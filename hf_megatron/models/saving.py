@@ -1,16 +1,10 @@
-"""What ``save_pretrained`` does here beyond transformers: the stock config, and distributed saves that replace whole.
-
-A distributed save writes one file per rank. Written into a directory that holds another one, the old files would stay
-among the new; so it goes to a fresh directory beside the destination, which takes its place when it is complete.
-"""
+"""What ``save_pretrained`` does here beyond transformers: the stock config, and no old weights among new ones."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -54,23 +48,9 @@ def remove_shards(directory: Path) -> None:
                 path.unlink()
 
 
-def swap_into_place(fresh: Path, destination: Path) -> None:
-    """Put a complete checkpoint directory where ``destination`` is, keeping the other files that lie there.
-
-    Files of the old checkpoint's weights go, everything else (tokenizer, optimizer) moves over unless the new directory
-    has its own. Until the new directory is in place the old one is not touched.
-    """
-    if not destination.exists():
-        fresh.rename(destination)
-        return
-    old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
-    destination.rename(old)
-    fresh.rename(destination)
-    for entry in old.iterdir():
-        is_weights = is_shard(entry) or _WHOLE_WEIGHTS.fullmatch(entry.name) is not None
-        if not is_weights and not (destination / entry.name).exists():
-            entry.rename(destination / entry.name)
-    shutil.rmtree(old)
+def is_not_weights(entry: Path) -> bool:
+    """Whether an entry of a directory, such as a tokenizer, stays when a distributed save replaces the model."""
+    return not is_shard(entry) and _WHOLE_WEIGHTS.fullmatch(entry.name) is None
 
 
 def reasons(error: CheckpointException) -> str:

@@ -39,19 +39,16 @@ __all__ = ["get_peft_model", "load_adapter"]
 def get_peft_model(
     model: MegatronModelMixin, config: LoraConfig, adapter_name: str = "default", **kwargs: Any
 ) -> PeftModel:
-    """Add a fresh LoRA adapter, as ``peft.get_peft_model`` does for the stock model.
+    """Add a fresh LoRA adapter, as ``peft.get_peft_model`` does; every rank must make this call.
 
-    The adapter's initial values are the ones that stock peft draws from the same random state, at every degree.
+    The initial values are those that stock peft draws from the same random state, at every degree. Every rank must call
+    the result's ``save_pretrained`` too; the first one writes.
 
     Args:
-        model: A model of this package, at any layout; changed in place. Every rank must make this call.
-        config: Which layers to adapt, and how. Without ``target_modules`` it is what peft takes for the stock model;
-            ``"all-linear"`` is every linear layer but the output head.
+        model: A model of this package, at any layout; changed in place.
+        config: Which layers to adapt, and how; by default those of the stock model that peft does.
         adapter_name: Name of the adapter.
         **kwargs: As for ``peft.get_peft_model``.
-
-    Returns:
-        A ``PeftModel`` whose ``save_pretrained`` every rank must call; the first one writes.
 
     Raises:
         UnsupportedError: The configuration asks for something that adapters on a cut model do not have.
@@ -80,17 +77,14 @@ def load_adapter(
     is_trainable: bool = False,
     **kwargs: Any,
 ) -> PeftModel:
-    """Add an adapter that was saved here or by stock peft, as ``PeftModel.from_pretrained`` does for the stock model.
+    """Add an adapter that was saved here or by stock peft, as ``PeftModel.from_pretrained`` does.
 
     Args:
-        model: A model of this package, at any layout; changed in place. Every rank must make this call.
+        model: As for :func:`get_peft_model`.
         directory: Where ``adapter_config.json`` and ``adapter_model.safetensors`` lie, or a name on the Hub.
         adapter_name: Name to give the adapter.
         is_trainable: Whether to train it further.
         **kwargs: For the download, such as ``revision`` and ``token``.
-
-    Returns:
-        The adapted model, see :func:`get_peft_model`.
 
     Raises:
         UnsupportedError: The adapter is not LoRA, or uses what adapters on a cut model do not have.

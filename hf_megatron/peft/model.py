@@ -15,9 +15,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from hf_megatron.checkpoint import AtomicDirectory
 from hf_megatron.errors import CheckpointIncompleteError
-from hf_megatron.models.processes import barrier, is_first_rank
-from hf_megatron.peft.layers import is_managed_by_fsdp
+from hf_megatron.models.processes import is_first_rank, share_failure
+from hf_megatron.peft.lora_layers import is_managed_by_fsdp
 from hf_megatron.peft.targets import adapting
 from hf_megatron.tensor_parallel import ParallelModule, local, parallelize_module
 
@@ -30,24 +31,22 @@ class _MegatronPeftModel(PeftModel):
     ) -> None:
         """Save the adapters, as the stock method does; every rank of a model that is cut must call it.
 
-        The files are written elsewhere and moved into place when they are complete.
-
         Collective: all-gather over tp of each tensor of an adapter.
         """
         is_collective = self.get_base_model().is_distributed_loading_by_transformers
         if kwargs.get("state_dict") is None:
             kwargs["state_dict"] = self._adapter_tensors()
-        if is_main_process and (is_first_rank() or not is_collective):
-            directory = Path(save_directory).absolute()
-            fresh = directory.with_name(f".{directory.name}.saving")
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
-            if (directory / "README.md").is_file():
-                shutil.copy(directory / "README.md", fresh)  # peft brings a model card up to date
-            super().save_pretrained(str(fresh), *args, **kwargs)
-            _move_into(fresh, directory)
-        if is_collective:
-            barrier()
+        is_writer = is_main_process and (is_first_rank() or not is_collective)
+        if not is_writer and not is_collective:
+            return
+        meet = share_failure if is_collective else None
+        with AtomicDirectory(save_directory, is_first=is_writer, meet=meet) as fresh:
+            if is_writer:
+                card = Path(save_directory) / "README.md"
+                if card.is_file():
+                    shutil.copy(card, fresh.path)  # peft brings a model card up to date
+                super().save_pretrained(str(fresh.path), *args, **kwargs)
+            fresh.publish(merge=True)
 
     def _adapter_tensors(self) -> dict[str, torch.Tensor]:
         """What of the state dict may belong to an adapter, whole, on the CPU; the stock method gathers everything."""
@@ -70,11 +69,7 @@ class _MegatronPeftModel(PeftModel):
         join_data_parallel_ranks(self)
 
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method, which does not say that weights are missing.
-
-        Raises:
-            CheckpointIncompleteError: The adapter lacks weights.
-        """
+        """As the stock method, but for missing weights, which are a CheckpointIncompleteError."""
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         if result.missing_keys:
             raise CheckpointIncompleteError(f"the adapter {model_id} lacks {', '.join(result.missing_keys)}.")
@@ -87,30 +82,16 @@ def with_our_methods(stock: type[PeftModel]) -> type[PeftModel]:
     return type(stock.__name__, (_MegatronPeftModel, stock), {"__doc__": stock.__doc__})
 
 
-def _move_into(fresh: Path, directory: Path) -> None:
-    """Give complete files their place, each at once; what else lies in the directory stays."""
-    if not directory.exists():
-        fresh.rename(directory)
-        return
-    for path in sorted(path for path in fresh.rglob("*") if path.is_file()):
-        target = directory / path.relative_to(fresh)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
-    shutil.rmtree(fresh)
-
-
 @torch.no_grad()
 def join_data_parallel_ranks(model: PeftModel) -> None:
-    """Do for an adapter what FSDP does for the parameters it manages, to which it was added afterwards.
-
-    Its gradients are averaged over the data-parallel ranks, on each of which it is whole (but for tp).
+    """Average the gradients of an adapter over the data-parallel ranks, as FSDP does those that it manages.
 
     Collective: all-reduce over fsdp and over dp_replicate, backward, of each of the adapter's gradients.
     """
     mesh_manager = getattr(model.get_base_model(), "_mesh_manager", None)
     if mesh_manager is None:
         return
-    meshes = [mesh_manager.get_mesh(name) for name in ("fsdp", "dp_replicate")]
+    meshes = (mesh_manager.get_mesh(name) for name in ("fsdp", "dp_replicate"))
     groups = [mesh.get_group() for mesh in meshes if mesh.size() > 1]
     if not groups:
         return

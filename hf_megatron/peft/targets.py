@@ -16,7 +16,7 @@ from torch import nn
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.heads import VocabParallelHead
 from hf_megatron.models.pretrained import MegatronModelMixin
-from hf_megatron.peft.layers import ADAPTABLE, ParallelLora
+from hf_megatron.peft.lora_layers import ADAPTABLE, ParallelLora
 from hf_megatron.tensor_parallel import ParallelModule, VocabParallelEmbedding
 
 # What of LoraConfig is honoured. Every other field has to keep its default, those that peft will add too.

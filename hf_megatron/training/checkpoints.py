@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,13 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from hf_megatron.checkpoint import AtomicDirectory
 from hf_megatron.errors import DestinationError, HfMegatronError
 from hf_megatron.models.pretrained import MegatronModelMixin
-from hf_megatron.models.processes import share_failure
+from hf_megatron.models.processes import barrier, share_failure
+from hf_megatron.models.saving import rewrite_config
 from hf_megatron.training.rank_guard import GuardedTrainer
 from hf_megatron.training.training_state import (
-    begin_checkpoint,
-    discard_checkpoint,
     finish_checkpoint,
     load_optimizer,
     load_random_state,
@@ -70,12 +68,18 @@ class CheckpointingTrainer(GuardedTrainer):
             stock: Write the stock ``model_type``, so that the directory loads in transformers without this package. The
                 tensors are the same either way, and an adapter is an ordinary one anyway.
         """
-        if not stock or self._own_model is None:
+        model = self._own_model
+        if not stock or model is None or self._is_adapted:
             super().save_model(output_dir, _internal_call)
             return
-        save_stock = partial(self._own_model.save_pretrained, stock=True)
-        with attribute(self._own_model, "save_pretrained", save_stock):
-            super().save_model(output_dir, _internal_call)
+        super().save_model(output_dir, _internal_call=True)
+        if self.args.should_save:
+            directory = Path(output_dir or self.args.output_dir)
+            rewrite_config(directory, model.partition_table, model._partition_class().ours, stock=True)
+        if self.is_distributed_loading_by_transformers:
+            barrier()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._compare("before the checkpoint of")
@@ -84,20 +88,20 @@ class CheckpointingTrainer(GuardedTrainer):
         run_directory = Path(self._get_output_dir(trial=trial))
         destination = run_directory / f"checkpoint-{self.state.global_step}"
         is_first = self.is_world_process_zero()
-        fresh = begin_checkpoint(destination, is_first=is_first)
-        try:
-            self._write_checkpoint(fresh, run_directory, destination)
-        except (Exception, CheckpointException) as error:
-            if destination.exists() and not fresh.exists():
-                raise  # it is complete, and what failed came after
-            free = shutil.disk_usage(run_directory).free
-            discard_checkpoint(fresh)  # on a full disk it would keep the next run from writing one, too
-            if isinstance(error, HfMegatronError) and not isinstance(error, DestinationError):
-                raise
-            reason = str(error) if isinstance(error, DestinationError) else f"{type(error).__name__}: {error}"
-            raise DestinationError(
-                f"{destination} could not be written, and is not there: {reason} (bytes free on its disk: {free:,})."
-            ) from error
+        with AtomicDirectory(destination, is_first=is_first, meet=share_failure) as directory:
+            try:
+                self._write_checkpoint(directory.path, run_directory, destination)
+                finish_checkpoint(directory)
+            except (Exception, CheckpointException) as error:
+                if destination.exists() and not directory.path.exists():
+                    raise  # it is complete, and what failed came after
+                if isinstance(error, HfMegatronError) and not isinstance(error, DestinationError):
+                    raise
+                reason = str(error) if isinstance(error, DestinationError) else f"{type(error).__name__}: {error}"
+                raise DestinationError(
+                    f"{destination} could not be written, and is not there: {reason} (bytes free on its disk: "
+                    f"{shutil.disk_usage(run_directory).free:,})."
+                ) from error
         if self.args.push_to_hub:
             self._push(destination)
         if is_first:
@@ -118,18 +122,12 @@ class CheckpointingTrainer(GuardedTrainer):
             self.state.best_model_checkpoint = str(best)
         if is_first:
             self._save_trainer_state(fresh)
-        finish_checkpoint(fresh, destination, is_first=is_first)
 
     def _push(self, checkpoint: Path) -> None:
         """Upload a checkpoint, as ``hub_strategy`` asks, with the whole model beside it; every rank must call it."""
         if self._is_cut and self.args.hub_strategy != HubStrategy.END:
             self.save_model(_internal_call=True)  # the stock method finds whole weights only
-        error = None
-        try:
-            self._push_from_checkpoint(str(checkpoint))
-        except Exception as caught:
-            error = caught
-        share_failure(error)
+        _on_all(lambda: self._push_from_checkpoint(str(checkpoint)))
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock method; every rank must call it, and a failure of the first one is an error on all.
@@ -137,13 +135,7 @@ class CheckpointingTrainer(GuardedTrainer):
         Raises:
             ParallelStateError: Rank 0 could not upload.
         """
-        result, error = None, None
-        try:
-            result = super().push_to_hub(*args, **kwargs)
-        except Exception as caught:
-            error = caught
-        share_failure(error)
-        return result
+        return _on_all(lambda: super(CheckpointingTrainer, self).push_to_hub(*args, **kwargs))
 
     def _save_model_into(self, directory: Path) -> None:
         """The model as it lies: each rank's shards if it is cut, else, and for an adapter, as ``save_model`` does."""
@@ -199,17 +191,18 @@ class CheckpointingTrainer(GuardedTrainer):
             )
 
 
+def _on_all(action: Callable[[], Any]) -> Any:
+    """Do something whose failure on one rank is to be an error on all."""
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    share_failure(error)
+    return result
+
+
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's."""
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
-
-
-@contextmanager
-def attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an instance an attribute of its own, in place of its class's, for a while."""
-    setattr(instance, name, value)
-    try:
-        yield
-    finally:
-        delattr(instance, name)

@@ -8,7 +8,7 @@ What it adds to the stock class, which refuses or miscounts each of these for a 
 - streams of examples, the same at every layout, in which a resumed run finds its place;
 - label smoothing and the mean over predicted tokens in the model's own vocabulary-parallel loss;
 - overflow in float16 that every rank notices, and an end before inf or nan reaches the weights;
-- ranks that drift apart are noticed (``ranks_in_step``).
+- ranks that drift apart are noticed (``rank_guard``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate.utils import recursively_apply
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from hf_megatron.errors import CheckpointError, DivergenceError, UnsupportedError
 from hf_megatron.tensor_parallel import non_finite_names
-from hf_megatron.training.checkpoints import CheckpointingTrainer, attribute
+from hf_megatron.training.checkpoints import CheckpointingTrainer
 from hf_megatron.training.loss_scale import SharedGradScaler
 from hf_megatron.training.streams import Stream, place_in_stream
 from hf_megatron.training.training_arguments import (
@@ -49,26 +49,19 @@ class MegatronTrainer(CheckpointingTrainer):
     """A drop-in :class:`transformers.Trainer` for one process, TP, TP x FSDP2 and TP x replicated data parallelism.
 
     The layout is the model's: whatever ``DistributedConfig`` it was loaded or built with. Arguments, callbacks and
-    outputs are the stock class's; with a stock model it behaves as the stock class does, but for the checkpoints, which
-    have another form (see ``training_state``).
+    outputs are the stock class's; with a stock model it differs in the form of the checkpoints (``training_state``).
 
     Args:
-        model: As for the stock class.
+        model: As for the stock class, and so are ``args``, ``*pargs`` and ``**kwargs``.
         args: As for the stock class.
         *pargs: As for the stock class.
-        rank_check_steps: After how many steps the ranks of a tensor-parallel group compare what must be equal on all of
-            them (batch, random state, replicated parameters), beside the first step of every data set, every checkpoint
-            and the end; 0 for never.
+        rank_check_steps: After how many steps the ranks of a tensor-parallel group compare batch, random state and
+            replicated parameters, beside the first step of every data set, every checkpoint and the end; 0 for never.
         **kwargs: As for the stock class.
     """
 
     def __init__(
-        self,
-        model: nn.Module | None = None,
-        args: Any = None,
-        *pargs: Any,
-        rank_check_steps: int = 100,
-        **kwargs: Any,
+        self, model: nn.Module | None = None, args: Any = None, *pargs: Any, rank_check_steps: int = 100, **kwargs: Any
     ) -> None:
         check_processes(args)
         self.rank_check_steps = rank_check_steps
@@ -130,8 +123,6 @@ class MegatronTrainer(CheckpointingTrainer):
         how = "True" if get_last_checkpoint(output) == str(last) else repr(str(last))
         return f"{place} The last complete checkpoint is {last}; train(resume_from_checkpoint={how}) goes on from it."
 
-    # ------------------------------------------------------------------ layout
-
     @property
     def _has_own_loss(self) -> bool:
         model = self._own_model
@@ -185,16 +176,17 @@ class MegatronTrainer(CheckpointingTrainer):
         return epochs, batches
 
     def _gather_for_metrics(self, data: Any, use_gather_object: bool = False) -> Any:
-        """Gather every example once: the ranks of a tensor-parallel group hold the same ones."""
+        """Gather every example once: the ranks of a tensor-parallel group hold the same ones.
+
+        As accelerate's, it leaves out what fills up the last batch.
+        """
         if use_gather_object:
             raise UnsupportedError("eval_use_gather_object=True is not supported under tensor parallelism.")
-        accelerator = self.accelerator
-        with attribute(accelerator, "gather", self._gather_once_per_group):
-            return Accelerator.gather_for_metrics(accelerator, data)
-
-    def _gather_once_per_group(self, data: Any) -> Any:
-        gathered = Accelerator.gather(self.accelerator, data)
-        return _map_tensors(gathered, self._first_of_each_group)
+        gathered = recursively_apply(self._first_of_each_group, self.accelerator.gather(data))
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:
+            gathered = recursively_apply(lambda tensor: tensor[: state.remainder], gathered)
+        return gathered
 
     def _first_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
         """Of [world x n, ...], the rows of each tensor-parallel group's first rank."""
@@ -212,21 +204,11 @@ class MegatronTrainer(CheckpointingTrainer):
         operations: int = super().floating_point_ops(inputs) // self.get_tp_size()
         return operations
 
-    # ------------------------------------------------------------------ loss
-
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the stock method; label smoothing happens inside the model's loss where that is vocabulary-parallel."""
         if self.args.label_smoothing_factor and self._has_own_loss:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-    # ------------------------------------------------------------------ numbers that are none
-
-    def _advice(self) -> str:
-        broken = non_finite_names(self.model)
-        if broken:
-            return f"These weights are inf or nan, and were before the step: {', '.join(broken[:10])}."
-        return "Look at the batch of that step; lower the learning rate, or lengthen the warm-up."
 
     def _share_overflows(self) -> None:
         """In float16, have every rank skip a step that overflowed on one of them."""
@@ -254,9 +236,12 @@ class MegatronTrainer(CheckpointingTrainer):
             if not math.isfinite(loss):
                 logger.warning(f"Step {step}: {numbers}. Is there a batch without any label?")
         elif scaler is None:
+            advice = "Look at the batch of that step; lower the learning rate, or lengthen the warm-up."
+            if broken := non_finite_names(self.model):
+                advice = f"These weights are inf or nan, and were before the step: {', '.join(broken[:10])}."
             raise DivergenceError(
                 f"step {step}: {numbers}. The step was not taken, so that the weights are those after step {step - 1}. "
-                f"{self._advice()}"
+                f"{advice}"
             )
         elif scaler.get_scale() < _SMALLEST_LOSS_SCALE:
             raise DivergenceError(
@@ -266,13 +251,3 @@ class MegatronTrainer(CheckpointingTrainer):
         elif self.is_world_process_zero():
             scale = scaler.get_scale()
             logger.warning(f"Step {step}: the gradients overflow at a loss scale of {scale:g}; skipped, to scale less.")
-
-
-def _map_tensors(data: Any, function: Any) -> Any:
-    if isinstance(data, torch.Tensor):
-        return function(data)
-    if isinstance(data, dict):
-        return type(data)({name: _map_tensors(value, function) for name, value in data.items()})
-    if isinstance(data, (list, tuple)):
-        return type(data)(_map_tensors(value, function) for value in data)
-    return data

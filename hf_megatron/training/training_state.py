@@ -4,16 +4,14 @@ A checkpoint directory holds the model (a ``tp`` directory if the model is cut, 
 torch's distributed format under parameter names, ``scheduler.pt``, one random state per data-parallel rank and
 ``trainer_state.json``.
 
-Whatever carries the name of a checkpoint is one: it is written under a hidden name and renamed when complete, and
-renamed before it is deleted. What a run that was killed has left under hidden names the next run removes. The checksums
-of all files lie beside them, and are verified before a run is resumed.
+Whatever carries the name of a checkpoint is one: it is an :class:`AtomicDirectory`, and renamed before it is deleted.
+The checksums of all files lie beside them, and are verified before a run is resumed.
 """
 
 from __future__ import annotations
 
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,72 +27,43 @@ from transformers.optimization import GreedyLR
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
+from hf_megatron.checkpoint import AtomicDirectory
+from hf_megatron.checkpoint.atomic_directory import recover, remove
 from hf_megatron.checkpoint.checksums import CHECKSUMS, compute_checksums, damages, read_checksums, write_checksums
-from hf_megatron.errors import (
-    CheckpointError,
-    CheckpointFormatError,
-    CheckpointIncompleteError,
-    DestinationError,
-)
-from hf_megatron.models.processes import barrier, one_process_allowed
+from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, DestinationError
+from hf_megatron.models.processes import barrier, is_first_rank, one_process_allowed
 from hf_megatron.models.saving import reasons
 
 logger = logging.get_logger(__name__)
 
+# What numpy's random state is pickled with.
+_RECONSTRUCT: Any = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+_NUMPY_GLOBALS = [_RECONSTRUCT, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 OPTIMIZER_DIRECTORY = "optimizer"
 TRAINER_STATE_NAME = "trainer_state.json"
 
-# The names below, and what save_pretrained puts beside the directory it is given.
-_HIDDEN = re.compile(r"\.+checkpoint-\d+\..+")
+_HIDDEN = re.compile(r"\.(checkpoint-\d+)\.(incomplete|replaced)")
 
 
 def tidy_checkpoints(run_directory: Path, *, is_first: bool) -> None:
     """Remove what a run that was killed has left; every rank must call it, before it looks for checkpoints."""
     if is_first and run_directory.is_dir():
-        for path in [path for path in run_directory.iterdir() if _HIDDEN.fullmatch(path.name)]:
-            checkpoint = path.with_name(path.stem.lstrip("."))
-            if path.suffix == ".old" and not checkpoint.exists():  # killed while this one was about to be replaced
-                path.rename(checkpoint)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+        names = [_HIDDEN.fullmatch(path.name) for path in run_directory.iterdir()]
+        for name in {found[1] for found in names if found is not None}:
+            recover(run_directory / name)
     barrier()
 
 
-def begin_checkpoint(destination: Path, *, is_first: bool) -> Path:
-    """An empty directory beside ``destination`` to write a checkpoint into; every rank must call it.
-
-    The name is hidden, so that nothing takes the directory for a checkpoint before it is one.
-    """
-    fresh = destination.with_name(f".{destination.name}.incomplete")
-    if is_first:
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-    barrier()
-    return fresh
-
-
-def finish_checkpoint(fresh: Path, destination: Path, *, is_first: bool) -> None:
-    """Give a complete checkpoint its name, once all ranks have written their part; every rank must call it.
+def finish_checkpoint(directory: AtomicDirectory) -> None:
+    """Give a checkpoint its name, once all ranks have written their part; every rank must call it.
 
     Collective: all-gather over all processes of the checksums, of which each rank computes some.
     """
     barrier()
-    rank, num_ranks = _place()
-    parts = _gather(compute_checksums(fresh, part=rank, num_parts=num_ranks))
-    if is_first:
-        write_checksums(fresh, {name: checksum for part in parts for name, checksum in part.items()})
-        old = destination.with_name(f".{destination.name}.old")
-        if destination.exists():
-            destination.rename(old)
-        fresh.rename(destination)
-        shutil.rmtree(old, ignore_errors=True)
-    barrier()
-
-
-def discard_checkpoint(fresh: Path) -> None:
-    """Remove what could not be completed; any rank may call it."""
-    for path in (fresh, fresh.with_name(f".{fresh.name}.saving")):
-        shutil.rmtree(path, ignore_errors=True)
+    parts = _gather(compute_checksums(directory.path, *_share()))
+    if is_first_rank():
+        write_checksums(directory.path, {name: checksum for part in parts for name, checksum in part.items()})
+    directory.publish()
 
 
 def verify_checkpoint(directory: Path) -> None:
@@ -113,8 +82,7 @@ def verify_checkpoint(directory: Path) -> None:
         if checksums is None:
             logger.warning_once(f"{directory} has no {CHECKSUMS}: its files are not verified.")
         else:
-            rank, num_ranks = _place()
-            found = damages(directory, checksums, part=rank, num_parts=num_ranks)
+            found = damages(directory, checksums, *_share())
         check_step(directory)
     except CheckpointError as caught:
         error = caught
@@ -137,9 +105,7 @@ def check_step(directory: Path) -> None:
     """
     path = directory / TRAINER_STATE_NAME
     if not path.is_file():
-        raise CheckpointIncompleteError(
-            f"{path} is missing: {directory} is no training checkpoint, or not a whole one."
-        )
+        raise CheckpointIncompleteError(f"{path} is missing: {directory} is no training checkpoint, or not whole.")
     try:
         step = TrainerState.load_from_json(str(path)).global_step
     except (ValueError, TypeError) as error:
@@ -168,7 +134,8 @@ def last_usable_checkpoint(run_directory: Path, unusable: Path | None = None) ->
     return None
 
 
-def _place() -> tuple[int, int]:
+def _share() -> tuple[int, int]:
+    """Which of how many shares of the files is this rank's."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -188,7 +155,7 @@ def remove_old_checkpoints(run_directory: Path, limit: int | None, best: str | N
     kept = {checkpoints[-1]} | ({Path(best)} if best is not None else set())
     surplus = len(checkpoints) - max(limit, len(kept))
     for path in [path for path in checkpoints if path not in kept][:surplus]:
-        shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleted")), ignore_errors=True)
+        remove(path)
 
 
 def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
@@ -222,13 +189,7 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, dir
 
 
 def load_scheduler(scheduler: Any, directory: Path, *, step: int, may_skip: bool) -> None:
-    """Restore the learning rate's schedule.
-
-    Args:
-        scheduler: The scheduler.
-        directory: The checkpoint.
-        step: The number of steps taken.
-        may_skip: Whether steps that overflow are skipped, which the schedule then does not count.
+    """Restore the learning rate's schedule, which does not count steps that overflow, if such are skipped (may_skip).
 
     Raises:
         CheckpointError: The file is missing or damaged, or the schedule is at another step.
@@ -274,11 +235,8 @@ def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def save_random_state(directory: Path, data_parallel_rank: int) -> None:
     """Save this process's random streams; one process of each tensor-parallel group calls it, as theirs are equal."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "cpu": torch.random.get_rng_state(),
-    }
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state()}
+    state["cpu"] = torch.random.get_rng_state()
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     torch.save(state, _random_state_file(directory, data_parallel_rank))
@@ -296,15 +254,6 @@ def load_random_state(directory: Path, data_parallel_rank: int) -> bool:
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
     return True
-
-
-# What numpy's random state is pickled with.
-_NUMPY_GLOBALS: list[Any] = [
-    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    np.ndarray,
-    np.dtype,
-    type(np.dtype(np.uint32)),
-]
 
 
 def _random_state_file(directory: Path, data_parallel_rank: int) -> Path:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_megatron.checkpoint import AtomicDirectory
 from hf_megatron.errors import DestinationError
-from hf_megatron_conversion import convert, execute, staging
+from hf_megatron_conversion import convert, files
 from tests.conversion.checkpoints import directory_bytes, hub_bytes, tp_entries
 from tests.repository import ROOT
 
@@ -55,7 +56,7 @@ def test_kill_leaves_nothing_loadable(num_bytes: int, tied: Path, tmp_path: Path
     assert done.returncode == -signal.SIGKILL
     assert not destination.exists()
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".tp.tmp-")
+    assert left.name == ".tp.incomplete"
     assert not (left / "config.json").exists()
     convert(tied, destination, to="tp", tp_size=4)
     assert list(tmp_path.iterdir()) == [destination]
@@ -95,7 +96,7 @@ def test_write_error_restores_everything(
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(execute, "_write", fail)
+    monkeypatch.setattr(files, "_write", fail)
     with pytest.raises(DestinationError, match="Input/output error"):
         convert(tied, destination, to="tp", tp_size=2, overwrite=True)
     assert directory_bytes(destination) == before
@@ -114,7 +115,7 @@ def test_failed_rename_restores_the_old_destination(
     rename = Path.rename
 
     def fail(path: Path, target: Path) -> Path:
-        if ".tmp-" in path.name:
+        if path.name == ".tp.incomplete":
             raise OSError(16, "Device or resource busy")
         return rename(path, target)
 
@@ -130,7 +131,7 @@ def test_killed_between_the_renames_is_repaired(tied: Path, untied: Path, tmp_pa
     destination = tmp_path / "tp"
     convert(untied, destination, to="tp", tp_size=2)
     before = directory_bytes(destination)
-    destination.rename(tmp_path / ".tp.old-1")
+    destination.rename(tmp_path / ".tp.replaced")
     with pytest.raises(DestinationError, match="exists"):
         convert(tied, destination, to="tp", tp_size=2)
     assert directory_bytes(destination) == before
@@ -140,11 +141,11 @@ def test_killed_between_the_renames_is_repaired(tied: Path, untied: Path, tmp_pa
 def test_two_conversions_to_one_destination(tied: Path, tmp_path: Path) -> None:
     """Catches the second one clearing away what the first one is writing, taking it for a dead process's."""
     destination = tmp_path / "tp"
-    with staging.Staging(destination, 0, overwrite=False) as first:
-        (first.directory / "shard").write_text("half")
+    with AtomicDirectory(destination, replace=False) as first:
+        (first.path / "shard").write_text("half")
         with pytest.raises(DestinationError, match="Another process"):
             convert(tied, destination, to="tp", tp_size=2)
-        assert (first.directory / "shard").read_text() == "half"
+        assert (first.path / "shard").read_text() == "half"
         first.publish()
     assert [path.name for path in destination.iterdir()] == ["shard"]
 
@@ -229,7 +230,7 @@ def test_full_disk(full: str, tied: Path, tmp_path: Path) -> None:
     assert "space" in done.stderr
     assert "Traceback" not in done.stderr
     # After the message comes, from the shell, the list of what is left on the small file system: nothing.
-    assert ".tmp-" not in done.stderr
+    assert ".incomplete" not in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(target.iterdir()) == []
 
@@ -238,7 +239,7 @@ def test_space_is_checked_before_writing(tied: Path, tmp_path: Path, monkeypatch
     """Catches hours of writing that cannot succeed."""
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(execute, "_write", None)
+    monkeypatch.setattr(files, "_write", None)
     with pytest.raises(DestinationError, match="1,000 bytes of free space"):
         convert(tied, tmp_path / "tp", to="tp", tp_size=2)
     assert list(tmp_path.iterdir()) == []

@@ -179,7 +179,7 @@ def test_a_distributed_save_replaces_the_old_one_whole(pool: Pool, stock_dir: St
         (directory / name).write_text("old")
     (directory / "state").mkdir()
     (directory / "state" / "file").write_text("old")
-    leftover = tmp_path / ".checkpoint.saving"  # of a save that was killed
+    leftover = tmp_path / ".checkpoint.incomplete"  # of a save that was killed
     leftover.mkdir()
     (leftover / "shard-00009-model-00001-of-00001.safetensors").write_text("stale")
 

@@ -158,15 +158,20 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> N
     """Catches disks that fill up, a checkpoint lost while it was replaced, and one that was about to be deleted."""
     _checkpoint(tmp_path / "checkpoint-3", "three")
     _checkpoint(tmp_path / ".checkpoint-6.incomplete", "half of six")
-    _checkpoint(tmp_path / "..checkpoint-6.incomplete.saving", "less of six")
-    _checkpoint(tmp_path / ".checkpoint-2.deleted", "half of two")
-    _checkpoint(tmp_path / ".checkpoint-5.old", "five")
-    _checkpoint(tmp_path / ".checkpoint-3.old", "three of an earlier run")
+    _checkpoint(tmp_path / ".checkpoint-5.replaced", "five")
+    _checkpoint(tmp_path / ".checkpoint-3.replaced", "three of an earlier run")
+    _checkpoint(tmp_path / ".checkpoint-3.old", "mine")
     _checkpoint(tmp_path / ".git", "mine")
     _checkpoint(tmp_path / "final", "mine")
     assert Path(str(get_last_checkpoint(str(tmp_path)))).name == "checkpoint-3"
     tidy_checkpoints(tmp_path, is_first=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".git", "checkpoint-3", "checkpoint-5", "final"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".checkpoint-3.old",
+        ".git",
+        "checkpoint-3",
+        "checkpoint-5",
+        "final",
+    ]
     assert (tmp_path / "checkpoint-3" / "weights").read_text() == "three"
     assert (tmp_path / "checkpoint-5" / "weights").read_text() == "five"
 
@@ -203,7 +208,7 @@ def test_a_checkpoint_being_deleted_has_no_checkpoints_name(tmp_path: Path, monk
     def killed(path: Path, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_megatron.training.training_state.shutil.rmtree", killed)
+    monkeypatch.setattr("shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         remove_old_checkpoints(tmp_path, 1, None)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
@@ -213,7 +218,7 @@ def test_a_run_starts_by_tidying(gpt2: Path, tmp_path: Path) -> None:
     """Catches a resume from an older checkpoint than the last complete one, and litter that stays for good."""
     run = Run(gpt2, tmp_path / "run")
     train(run)
-    (run.output / "checkpoint-6").rename(run.output / ".checkpoint-6.old")
+    (run.output / "checkpoint-6").rename(run.output / ".checkpoint-6.replaced")
     _checkpoint(run.output / ".checkpoint-9.incomplete", "")
     trainer = make_trainer(replace(run, arguments={"max_steps": 9}))
     trainer.train(resume_from_checkpoint=True)

@@ -6,7 +6,6 @@ state dict), each readable by slices. Formats therefore know nothing of each oth
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 from hf_megatron.architectures import ModelClass, PartitionTable, table_for
 from hf_megatron.checkpoint import model_class_of, open_checkpoint, read_header, require_complete, stored_model
-from hf_megatron.errors import CheckpointFormatError, UnsupportedError
+from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.files import OutputFile
 from hf_megatron_conversion.formats import FormatName
 from hf_megatron_conversion.tensors import Readable
@@ -127,25 +126,6 @@ class Format(Protocol):
 
     def weight_files(self, target: Target) -> Sequence[OutputFile]:
         """Lay out the weight files (and their index)."""
-
-
-def load_config(file: Path) -> dict[str, Any]:
-    """Read a config.json.
-
-    Raises:
-        CheckpointFormatError: It is not there or not a JSON object.
-    """
-    try:
-        config = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointFormatError(f"{file} does not exist; a checkpoint needs a config.json.") from None
-    except OSError as error:
-        raise CheckpointFormatError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointFormatError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointFormatError(f"{file} is not a JSON object.")
-    return config
 
 
 def warn_of_padding(model: Model) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_megatron.checkpoint import AtomicDirectory
 from hf_megatron.commands.quickstart.text import read_corpus, train_tokenizer
 from hf_megatron.errors import DestinationError, HfMegatronError, PartitionError, UnsupportedError
 
@@ -66,30 +67,17 @@ def quickstart(
         raise UnsupportedError(f"steps={steps}: train for at least one step.")
     if not 1 <= tp_size <= MAX_TP:
         raise PartitionError(f"tp_size={tp_size}: the quickstart runs 1 to {MAX_TP} ranks on this machine.")
-    _check_output(destination, overwrite=overwrite)
+    directory = AtomicDirectory(destination, replace=overwrite)
+    if destination.exists() and not (destination / _REPORT).is_file():
+        raise DestinationError(f"{destination} was not written by a quickstart, and will not be replaced.")
     say(f"This takes about {_expected_seconds(tp_size, steps):.0f} seconds, if {_cores()} cores are idle.")
-    work = destination.with_name(f".{destination.name}.tmp-{os.getpid()}")
-    work.mkdir(parents=True)
-    try:
-        result = _run_stages(work, tp_size, steps, say)
+    with directory:
+        result = _run_stages(directory.path, tp_size, steps, say)
         result |= {"tp_dir": str(destination / "tp"), "hub_dir": str(destination / "hub")}
         result["seconds"] = round(time.monotonic() - started, 1)
-        (work / _REPORT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        if destination.exists():
-            shutil.rmtree(destination)
-        work.rename(destination)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        (directory.path / _REPORT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        directory.publish()
     return result
-
-
-def _check_output(destination: Path, *, overwrite: bool) -> None:
-    if not destination.exists():
-        return
-    if not overwrite:
-        raise DestinationError(f"{destination} exists; choose another with --output, or pass --overwrite.")
-    if not (destination / _REPORT).is_file():
-        raise DestinationError(f"{destination} was not written by a quickstart, and will not be replaced.")
 
 
 def _run_stages(work: Path, tp_size: int, steps: int, say: Callable[[str], None]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 from hf_megatron.errors import PartitionError, UnsupportedError
-from hf_megatron_conversion import convert, tensors, torch_zip, verify
+from hf_megatron_conversion import convert, tensors, verify
 from hf_megatron_conversion.formats.megatron_lm import views
 from tests.conversion.megatron_lm.generator import HEADS, VOCAB, Variant, make_weights, write
 from tests.repository import ROOT
@@ -181,7 +181,7 @@ def test_files_are_whole(tmp_path: Path) -> None:
 
 def test_large_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches archives over 4 GB written with fields of 32 bits: with a lower limit every field is the large one."""
-    monkeypatch.setattr(torch_zip, "_LONG", 100)
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
     variant = Variant()
     source = write(tmp_path / "source", variant, make_weights(variant))
     convert(source, tmp_path / "m", to="megatron-lm", tp_size=2, vocab_size=VOCAB)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_megatron.checkpoint import read_json
 from hf_megatron_conversion.files import OutputFile
 from hf_megatron_conversion.formats import FormatName
-from hf_megatron_conversion.formats.base import Given, Model, ModelType, Target, load_config
+from hf_megatron_conversion.formats.base import Given, Model, ModelType, Target
 from hf_megatron_conversion.formats.megatron_lm.config import Outside
 from hf_megatron_conversion.formats.megatron_lm.ranks import is_megatron_lm
 from hf_megatron_conversion.formats.megatron_lm.reader import Opened, open_megatron_lm
@@ -65,7 +66,7 @@ def _outside(directory: Path, given: Given) -> Outside:
     beside = directory / "config.json"
     config = given.config
     if config is None:
-        config = load_config(beside) if beside.is_file() else given.hint
+        config = read_json(beside) if beside.is_file() else given.hint
     facts = tokenizer_facts(given.tokenizer or directory)
     return Outside(
         config=config,

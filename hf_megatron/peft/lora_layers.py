@@ -89,20 +89,14 @@ class ParallelLora(LoraLinear):
                 "fsdp_size=1 and dp_replicate_size=1, and merge it there."
             )
         return DTensor.from_local(
-            delta,
-            weight.device_mesh,
-            weight.placements,
-            run_check=False,
-            shape=weight.shape,
-            stride=weight.stride(),
+            delta, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
         )
 
 
 class _SplitDropout(nn.Dropout):
-    """Dropout on activations that are split on the last dim, with the mask one rank would draw for them whole.
+    """Dropout on activations split on the last dim, with the mask that one rank would draw for them whole.
 
-    So every degree trains on the same masks, and the default generator stays in step on all ranks. The price is drawing
-    the whole mask on each of them.
+    So every degree trains on the same masks, and the generators of all ranks stay in step.
     """
 
     def __init__(self, p: float, size: int, group: TensorParallelGroup) -> None:
@@ -133,7 +127,7 @@ def _halves_of(base: nn.Module, r: int) -> tuple[nn.Module, nn.Module]:
 def _share(half: Any, base: Any) -> None:
     """Make a half's weight the first rank's on all ranks, and keep this rank's part of it.
 
-    Collective: broadcast over all processes, whose random states need not be in step.
+    Collective: broadcast over all processes.
     """
     if half.weight.device.type != "meta":
         dist.broadcast(half.weight.detach(), src=0)
