@@ -87,11 +87,7 @@ def test_finetune_squad(tmp_path: Path) -> None:
     torch.manual_seed(0)
     BertModel(
         BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=64,
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
         )
     ).save_pretrained(tmp_path / "bert")
     arguments = [str(file), f"--model={tmp_path / 'bert'}", f"--output={tmp_path}", "--batch=1", "--epochs=1"]

@@ -77,11 +77,7 @@ def save_from_ranks(directory: Path, mesh_shape: tuple[int, int], extra: bool) -
 
 def extra_tensors() -> Tensors:
     """Tensors whose layout on disk is peculiar: a scalar, one cut so that a rank holds nothing, a plain bfloat16."""
-    return {
-        "scalar": torch.tensor(3.0),
-        "short": torch.tensor([7.0]),
-        "plain": torch.arange(6).view(2, 3).bfloat16(),
-    }
+    return {"scalar": torch.tensor(3.0), "short": torch.tensor([7.0]), "plain": torch.arange(6).view(2, 3).bfloat16()}
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 7])

@@ -7,13 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_megatron.checkpoint import (
-    Canonical,
-    canonicalise,
-    model_class_of,
-    open_checkpoint,
-    require_complete,
-)
+from hf_megatron.checkpoint import Canonical, canonicalise, model_class_of, open_checkpoint, require_complete
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, UnsupportedError
 from hf_megatron.partition import GPT2
 from tests.checkpoint.directories import CONFIG, Tensors, model_tensors, write_hub

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conversion.checkpoints import save_stock
+from tests.conversion.commands import Commands
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +26,9 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stock(request: pytest.FixtureRequest, tied: Path, untied: Path) -> Path:
     """Either of the two."""
     return tied if request.param == "tied" else untied
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Commands:
+    """``hf-megatron``."""
+    return Commands(capfd)

@@ -134,10 +134,7 @@ def _batches_on_a_rank(directory: Path, examples: list[dict[str, Any]]) -> list[
 
 
 def test_same_batch_on_all_ranks(
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict[str, Any]],
-    pool: Callable[[int], RankPool],
-    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], pool: Callable[[int], RankPool], tmp_path: Path
 ) -> None:
     """Catches ranks that mask other tokens: their shards would be trained on different batches, without an error."""
     tokenizer.save_pretrained(tmp_path)

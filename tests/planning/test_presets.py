@@ -5,12 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_megatron import (
-    MegatronBertConfig,
-    MegatronBertForPreTraining,
-    MegatronGPT2Config,
-    MegatronGPT2LMHeadModel,
-)
+from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining, MegatronGPT2Config, MegatronGPT2LMHeadModel
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.planning import ModelShape
 from hf_megatron.planning.memory import local_numel
