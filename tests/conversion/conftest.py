@@ -8,6 +8,7 @@ import pytest
 
 from tests.conversion.checkpoints import save_stock
 from tests.conversion.commands import Commands
+from tests.repository import environment
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,7 @@ def stock(request: pytest.FixtureRequest, tied: Path, untied: Path) -> Path:
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Commands:
-    """``hf-megatron``."""
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """``hf-megatron``; the ranks that it starts import the repository's own code."""
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     return Commands(capfd)
