@@ -27,7 +27,6 @@ def save_stock(
     directory: Path,
     *,
     model_class: type[PreTrainedModel] = GPT2LMHeadModel,
-    dtype: torch.dtype = torch.float32,
     max_shard_size: str = "50GB",
     **config: Any,
 ) -> Path:
@@ -38,7 +37,7 @@ def save_stock(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
     return directory
 
 

@@ -8,10 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 import hf_megatron
 from hf_megatron_conversion import cli, convert, converter, inspection
@@ -95,53 +95,46 @@ def test_tables_for_people(tied: Path, tmp_path: Path, command: Commands) -> Non
     assert (code, "dry run" in out) == (0, True)
 
 
-def _damage(directory: Path, damage: str) -> None:
-    """Put something wrong into a stock directory."""
-    weights, config = directory / "model.safetensors", directory / "config.json"
-    if damage == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif damage == "no weights":
-        weights.unlink()
-    elif damage == "no config":
-        config.unlink()
-    elif damage == "not json":
-        config.write_text("{")
-    elif damage == "not gpt2":
-        config.write_text(json.dumps({**read_config(directory), "model_type": "llama"}))
-    elif damage == "25 heads":
-        config.write_text(json.dumps({**read_config(directory), "n_head": 25, "n_embd": 50}))
-    elif damage == "index":
-        index = {"metadata": {}, "weight_map": {"transformer.wte.weight": "model-00001-of-00002.safetensors"}}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-        weights.unlink()
-    else:
-        assert damage == "tensors"
-        tensors = load_file(weights)
-        del tensors["transformer.ln_f.bias"]
-        tensors["transformer.h.7.unheard_of"] = tensors["transformer.ln_f.weight"].clone()
-        tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:5].clone()
-        write_hub(directory, tensors, read_config(directory))
+def _config(**entries: object) -> Callable[[Path], object]:
+    return lambda source: (source / "config.json").write_text(json.dumps({**read_config(source), **entries}))
+
+
+def _lose_shards(source: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"transformer.wte.weight": "model-00001-of-00002.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    (source / "model.safetensors").unlink()
+
+
+def _change_tensors(source: Path) -> None:
+    tensors = read_tensors(source)
+    del tensors["transformer.ln_f.bias"]
+    tensors["transformer.h.7.unheard_of"] = tensors["transformer.ln_f.weight"].clone()
+    tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:5].clone()
+    write_hub(source, tensors, read_config(source))
 
 
 @pytest.mark.parametrize(
     ("damage", "tp_size", "told"),
     [
-        ("truncated", 2, ["truncated"]),
-        ("no weights", 2, ["no weights"]),
-        ("no config", 2, ["config.json"]),
-        ("not json", 2, ["config.json", "JSON"]),
-        ("not gpt2", 2, ["llama", "gpt2"]),
-        ("25 heads", 2, ["num_attention_heads=25", "tp_size=2", "1, 5 or 25"]),
-        ("index", 2, ["model-00001-of-00002.safetensors", "missing"]),
-        ("tensors", 2, ["transformer.ln_f.bias", "transformer.h.7.unheard_of", "[5, 48]", "[32, 48]"]),
+        (lambda source: os.truncate(source / "model.safetensors", 200_000), 2, ["truncated"]),
+        (lambda source: (source / "model.safetensors").unlink(), 2, ["no weights"]),
+        (lambda source: (source / "config.json").unlink(), 2, ["config.json"]),
+        (lambda source: (source / "config.json").write_text("{"), 2, ["config.json", "JSON"]),
+        (_config(model_type="llama"), 2, ["llama", "gpt2"]),
+        (_config(n_head=25, n_embd=50), 2, ["num_attention_heads=25", "tp_size=2", "1, 5 or 25"]),
+        (_lose_shards, 2, ["model-00001-of-00002.safetensors", "missing"]),
+        (_change_tensors, 2, ["transformer.ln_f.bias", "transformer.h.7.unheard_of", "[5, 48]", "[32, 48]"]),
         # Before a download, or hours of reading, what the configuration alone decides.
-        ("no weights", 5, ["num_attention_heads=12"]),
+        (lambda source: (source / "model.safetensors").unlink(), 5, ["num_attention_heads=12"]),
     ],
+    ids=["truncated", "no weights", "no config", "no json", "llama", "25 heads", "index", "tensors", "degree"],
 )
-def test_bad_source(damage: str, tp_size: int, told: list[str], tied: Path, tmp_path: Path, command: Commands) -> None:
+def test_bad_source(
+    damage: Callable[[Path], object], tp_size: int, told: list[str], tied: Path, tmp_path: Path, command: Commands
+) -> None:
     """Catches a bad checkpoint converted all the same, a traceback, or a message that does not say what to do."""
     shutil.copytree(tied, tmp_path / "source")
-    _damage(tmp_path / "source", damage)
+    damage(tmp_path / "source")
     message = command.refusal("convert", tmp_path / "source", tmp_path / "tp", "--to", "tp", "--tp", tp_size)
     assert [part for part in told if part not in message] == []
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

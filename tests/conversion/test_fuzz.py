@@ -140,31 +140,25 @@ def change_header(directory: Path, rng: random.Random) -> None:
     content = path.read_bytes()
     end = _header_size(path, content)
     header = json.loads(content[8:end])
-    name = rng.choice([name for name in header if name != "__metadata__"])
-    entry = header[name]
-    kind = rng.choice(["offsets", "negative", "other", "shape", "dtype", "entry", "metadata", "drop", "rename"])
+    names = [name for name in header if name != "__metadata__"]
+    name, metadata = rng.choice(names), header.get("__metadata__", {})
+    entry = header.pop(name)
     first, last = entry["data_offsets"]
-    if kind == "offsets":
-        entry["data_offsets"] = [first + rng.choice([-8, -4, 4, 8]), last]
-    elif kind == "negative":
-        entry["data_offsets"] = [-last, -first]
-    elif kind == "other":
-        entry["data_offsets"] = rng.choice([value for value in header.values() if "dtype" in value])["data_offsets"]
-    elif kind == "shape":
-        entry["shape"] = rng.choice([[], [-1], entry["shape"][::-1], [2**40, 2**40], entry["shape"] + [1], "x", [1.0]])
-    elif kind == "dtype":
-        entry["dtype"] = rng.choice(["F16", "I32", "F4", None, 3, "BOOL"])
-    elif kind == "entry":
-        header[name] = rng.choice(_VALUES)
-    elif kind == "metadata":
-        metadata = header.setdefault("__metadata__", {})
-        info = "DCP_SHARDING_INFO"
-        values: list[Any] = [{}, [], "x", {name: {"saved_offsets": [float("inf")]}}, {name: 3}]
-        metadata[info if info in metadata else "format"] = json.dumps(rng.choice(values))
-    elif kind == "drop":
-        del header[name]
-    else:
-        header[f"{name}x"] = header.pop(name)
+    key = "DCP_SHARDING_INFO" if "DCP_SHARDING_INFO" in metadata else "format"
+    info: list[Any] = [{}, [], "x", {name: {"saved_offsets": [float("inf")]}}, {name: 3}]
+    shapes = [[], [-1], entry["shape"][::-1], [2**40, 2**40], entry["shape"] + [1], "x", [1.0]]
+    changes: list[dict[str, Any]] = [
+        {name: {**entry, "data_offsets": [first + rng.choice([-8, -4, 4, 8]), last]}},
+        {name: {**entry, "data_offsets": [-last, -first]}},
+        {name: {**entry, "data_offsets": header.get(rng.choice(names), entry)["data_offsets"]}},
+        {name: {**entry, "shape": rng.choice(shapes)}},
+        {name: {**entry, "dtype": rng.choice(["F16", "I32", "F4", None, 3, "BOOL"])}},
+        {name: rng.choice(_VALUES)},
+        {name: entry, "__metadata__": {**metadata, key: json.dumps(rng.choice(info))}},
+        {},
+        {f"{name}x": entry},
+    ]
+    header |= rng.choice(changes)
     raw = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + content[end:])
 
@@ -189,20 +183,8 @@ def _damaged_pickle(content: bytes, rng: random.Random) -> bytes:
     return changed[: rng.randrange(len(changed))] if rng.random() < 0.1 else changed
 
 
-_MUTATIONS: list[Mutation] = [
-    truncate,
-    flip,
-    flip,
-    flip_at_the_end,
-    replace_by_directory,
-    replace_by_loop,
-    remove,
-    replace_json,
-    change_config,
-    change_header,
-    change_header,
-    change_pickle,
-]
+_MUTATIONS: list[Mutation] = [truncate, flip, flip, flip_at_the_end, replace_by_directory, replace_by_loop, remove]
+_MUTATIONS += [replace_json, change_config, change_header, change_header, change_pickle]
 
 
 def _damaged(pristine: dict[str, Path], kind: str, case: int, directory: Path) -> Mutation:
