@@ -141,7 +141,9 @@ def test_an_index_that_names_a_tensor_its_file_lacks_is_refused(tmp_path: Path) 
             for name in ("../secret.safetensors", "/etc/secret.safetensors", "..", "", 5)
         ),
         # An empty model.
-        *((index, "no weight_map") for index in ({}, {"weight_map": {}}, {"weight_map": ["x"]})),
+        ({}, "no weight_map"),
+        ({"weight_map": {}}, "no weight_map"),
+        ({"weight_map": ["x"]}, "no weight_map"),
     ],
 )
 def test_an_index_that_names_no_files_of_its_own_is_refused(tmp_path: Path, index: object, told: str) -> None:

@@ -145,7 +145,7 @@ def test_model_type_follows_the_format_unless_asked(tied: Path, tmp_path: Path) 
     tp: dict[str, Any] = {"to": "tp", "tp_size": 2}
     before = read_config(tied)
     ours = {**before, "model_type": "megatron_gpt2", "architectures": ["MegatronGPT2LMHeadModel"]}
-    cases = [(hub, None, before), (hub, "megatron", ours), (tp, "stock", before), (tp, None, ours)]
+    cases: list[Any] = [(hub, None, before), (hub, "megatron", ours), (tp, "stock", before), (tp, None, ours)]
     for number, (options, model_type, expected) in enumerate(cases):
         convert(tied, tmp_path / f"{number}", model_type=model_type, **options)
         assert read_config(tmp_path / f"{number}") == expected
@@ -278,7 +278,7 @@ def test_any_shape_any_degrees(
 ) -> None:
     """Catches sizes that happen to work in the other tests: uneven vocabularies and inner sizes, one-wide heads."""
     directory = tmp_path_factory.mktemp("any")
-    sizes = {"vocab_size": vocab_size, "n_embd": heads * head_dim, "n_head": heads, "n_inner": inner, "n_layer": layers}
-    source = save_stock(directory / "stock", tie_word_embeddings=tied, **sizes)
+    sizes: dict[str, Any] = {"n_embd": heads * head_dim, "n_head": heads, "n_inner": inner, "n_layer": layers}
+    source = save_stock(directory / "stock", vocab_size=vocab_size, tie_word_embeddings=tied, **sizes)
     hub = there_and_back(source, directory, *degrees, verify=True)[-1]
     assert (hub / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()

@@ -104,7 +104,7 @@ def test_some_sequences_are_short() -> None:
     assert min(lengths) < 20
 
 
-_ODD = {
+_ODD: dict[int, list[Document]] = {
     0: [[], [[]], _numbered(5), _numbered(500)],
     1: [[[], [100], [], [101]], _numbered(1, 1), _numbered(2, 500), _numbered(500, 500, 500)],
 }

@@ -15,10 +15,14 @@ from benchmarks.peers.rounds import Spread, paired_ratios, sample, take_rounds
 
 def _workers(name: str = "ours-tp2-1t", foreign: Sequence[float] = (), order: list[str] | None = None) -> Any:
     """Two ranks that answer at once; ``foreign`` is what each look at the machine finds."""
-    replies = [{"step": step, "loss": 2.0, "tokens": []} for step in (1.0, 3.0)]
-    fake = MagicMock(**{"waited_seconds.return_value": 0.0})
+
+    def ask(command: str) -> list[dict[str, Any]]:
+        if order is not None:
+            order.append(name)
+        return [{"step": step, "loss": 2.0, "tokens": []} for step in (1.0, 3.0)]
+
+    fake = MagicMock(**{"waited_seconds.return_value": 0.0, "ask.side_effect": ask})
     fake.name = name
-    fake.ask.side_effect = lambda _: replies if order is None else order.append(name) or replies
     fake.foreign_load().cores.side_effect = foreign or repeat(0.0)
     return fake
 
