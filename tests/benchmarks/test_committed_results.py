@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,8 @@ import pytest
 from benchmarks import (
     bench_finetune_squad,
     bench_layernorm_placement,
-    bench_loss_gradient,
     bench_model_sizes,
     bench_pretrain_gpt2,
-    bench_rank_checks,
     bench_training_step,
 )
 from benchmarks.peers.targets import reached
@@ -75,62 +74,48 @@ def _check_training_step(results: dict[str, Any]) -> None:
     assert 0 < max(other) < 1.1 * max(first)
 
 
-_CLAIMS = {
-    "finetune_squad": (bench_finetune_squad.main, _check_finetune_squad),
-    "layernorm_placement": (bench_layernorm_placement.main, _check_layernorm_placement),
-    "model_sizes": (bench_model_sizes.main, _check_model_sizes),
-    "pretrain_gpt2": (bench_pretrain_gpt2.main, _check_pretrain_gpt2),
-    "training_step": (bench_training_step.main, _check_training_step),
+def _check_wikitext103(report: dict[str, Any]) -> None:
+    """Windows are evaluated three times faster than by the usual loop, in the setting that is promised."""
+    setting = report["setting"]
+    assert (setting["hidden"], setting["layers"], setting["tokens"]) == (256, 4, 20_000)
+    assert report["ratio"] >= 3
+
+
+def _check_loss_gradient(results: dict[str, Any]) -> None:
+    """The gradients of the loss are as exact as stock's, at every scale, and more so in float16."""
+    ratios = [row["ratio"] for row in results["rows"]]
+    assert (len(ratios), max(ratios) <= 1.02) == (192, True)
+    assert min(row["ratio"] for row in results["rows"] if row["dtype"] == "float16") < 0.4
+    assert {row["loss"] for row in results["rows"]} >= {10.0, 1e-5}
+    assert all(results["finite at loss scale"].values())
+
+
+def _check_rank_checks(results: dict[str, Any]) -> None:
+    """Comparing ranks costs next to nothing."""
+    assert results["sizes"]["n_embd"] == 1024
+    assert results["share_of_a_step"] < 0.001
+
+
+# What is checked of the results, and the script that draws them again, if they are drawn.
+_CLAIMS: dict[str, tuple[Callable[[dict[str, Any]], None], Callable[[list[str]], None] | None]] = {
+    "finetune_squad": (_check_finetune_squad, bench_finetune_squad.main),
+    "layernorm_placement": (_check_layernorm_placement, bench_layernorm_placement.main),
+    "model_sizes": (_check_model_sizes, bench_model_sizes.main),
+    "pretrain_gpt2": (_check_pretrain_gpt2, bench_pretrain_gpt2.main),
+    "training_step": (_check_training_step, bench_training_step.main),
+    "wikitext103": (_check_wikitext103, None),
+    "loss_gradient": (_check_loss_gradient, None),
+    "rank_checks": (_check_rank_checks, None),
 }
 
 
 @pytest.mark.parametrize("name", _CLAIMS)
 def test_committed_results(tmp_path: Path, name: str) -> None:
     """Catches results that do not hold what is claimed of them, and a script that no longer reads them."""
-    main, check = _CLAIMS[name]
-    shutil.copy(RESULTS / f"{name}.json", tmp_path)
-    main(["--redraw", "--output", str(tmp_path)])
-    image = (tmp_path / f"{name}.png").read_bytes()
-    assert image.startswith(b"\x89PNG")
-    assert len(image) > 10_000
+    check, main = _CLAIMS[name]
     check(read(RESULTS / f"{name}.json"))
-
-
-def test_the_evaluation_is_three_times_faster_than_the_loop() -> None:
-    """Catches figures of a setting other than the one that is promised, or that do not keep the promise."""
-    report = read(RESULTS / "wikitext103.json")
-    setting = report["setting"]
-    assert (setting["hidden"], setting["layers"], setting["tokens"]) == (256, 4, 20_000)
-    assert report["ratio"] >= 3
-
-
-def test_the_gradients_of_the_loss_are_as_exact_as_stocks() -> None:
-    """Catches a committed table that does not hold what benchmarks/README.md says of it."""
-    results = read(RESULTS / "loss_gradient.json")
-    ratios = [row["ratio"] for row in results["rows"]]
-    assert len(ratios) == 192
-    assert max(ratios) <= 1.02
-    assert min(row["ratio"] for row in results["rows"] if row["dtype"] == "float16") < 0.4
-    assert {row["loss"] for row in results["rows"]} >= {10.0, 1e-5}
-    assert all(results["finite at loss scale"].values())
-
-
-@pytest.mark.slow
-def test_the_gradients_of_the_loss_are_measured(tmp_path: Path) -> None:
-    """Catches a benchmark that no longer runs."""
-    bench_loss_gradient.main(["--quick", "--output", str(tmp_path)])
-    assert max(row["ratio"] for row in read(tmp_path / "loss_gradient.json")["rows"]) < 1.1
-
-
-def test_comparing_ranks_costs_next_to_nothing() -> None:
-    """Catches a committed figure that does not hold what benchmarks/README.md says of it."""
-    results = read(RESULTS / "rank_checks.json")
-    assert results["sizes"]["n_embd"] == 1024
-    assert results["share_of_a_step"] < 0.001
-
-
-@pytest.mark.slow
-def test_the_cost_of_comparing_ranks_is_measured(tmp_path: Path) -> None:
-    """Catches a benchmark that no longer runs."""
-    bench_rank_checks.main(["--quick", "--output", str(tmp_path)])
-    assert read(tmp_path / "rank_checks.json")["seconds"]["exchange"] > 0
+    if main is not None:
+        shutil.copy(RESULTS / f"{name}.json", tmp_path)
+        main(["--redraw", "--output", str(tmp_path)])
+        image = (tmp_path / f"{name}.png").read_bytes()
+        assert (image[:4], len(image) > 10_000) == (b"\x89PNG", True)

@@ -80,20 +80,12 @@ def test_finetune_squad(tmp_path: Path) -> None:
         articles.append({"title": name, "paragraphs": [paragraph]})
     file = tmp_path / "questions.json"
     file.write_text(json.dumps({"data": articles}), encoding="utf-8")
-    tokenizer = BertTokenizerFast(model_max_length=128).train_new_from_iterator(
-        topics.values(), 600, show_progress=False
-    )
+    untrained = BertTokenizerFast(model_max_length=128)
+    tokenizer = untrained.train_new_from_iterator(topics.values(), 600, show_progress=False)
     tokenizer.save_pretrained(tmp_path / "bert")
     torch.manual_seed(0)
-    BertModel(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=64,
-        )
-    ).save_pretrained(tmp_path / "bert")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
     arguments = [str(file), f"--model={tmp_path / 'bert'}", f"--output={tmp_path}", "--batch=1", "--epochs=1"]
     bench_finetune_squad.main(arguments)
     results = read(tmp_path / "finetune_squad.json")

@@ -17,16 +17,11 @@ Tensors = dict[str, torch.Tensor]
 Placed = dict[str, list[tuple[int, Box]]]  # name -> (index of the shard file, box) of every piece
 
 # 131 rows divide by no degree.
-CONFIG: dict[str, Any] = {
-    "model_type": "gpt2",
-    "architectures": ["GPT2LMHeadModel"],
-    "vocab_size": 131,
-    "n_positions": 16,
-    "n_embd": 8,
-    "n_layer": 2,
-    "n_head": 4,
-    "num_labels": 3,
-}
+CONFIG: dict[str, Any] = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "num_labels": 3}
+CONFIG |= {"vocab_size": 131, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 4}
+BERT_CONFIG: dict[str, Any] = {"model_type": "bert", "architectures": ["BertForPreTraining"], "num_labels": 3}
+BERT_CONFIG |= {"vocab_size": 131, "max_position_embeddings": 16, "hidden_size": 8, "intermediate_size": 12}
+BERT_CONFIG |= {"num_hidden_layers": 2, "num_attention_heads": 4}
 SHARD_NAME = "shard-{:05d}-model-00001-of-00001.safetensors"
 
 
@@ -49,6 +44,11 @@ def write_config(directory: Path, config: Mapping[str, Any] = CONFIG) -> Path:
 def write_hub(directory: Path, tensors: Tensors, config: Mapping[str, Any] = CONFIG) -> Path:
     write_config(directory, config)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def write_pickle(directory: Path, tensors: Tensors, is_zip: bool = True) -> Path:
+    torch.save(tensors, write_config(directory) / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
     return directory
 
 

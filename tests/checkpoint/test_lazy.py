@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import io
 import itertools
+import operator
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -77,6 +79,12 @@ def test_every_dtype_keeps_its_bits(tmp_path: Path, dtype: str) -> None:
     assert torch.equal(part.view(torch.uint8), tensor[2:5, 1:3].contiguous().view(torch.uint8))
     assert tensors["scalar"].read().shape == ()
     assert tensors["x"].nbytes == tensor.nbytes
+
+
+def lazy_of(directory: Path, tensor: torch.Tensor) -> LazyTensor:
+    """The tensor, stored whole."""
+    save_file({"x": tensor}, directory / "x.safetensors")
+    return open_files([directory / "x.safetensors"])["x"]
 
 
 class CountingFile(io.FileIO):
@@ -149,8 +157,7 @@ def test_a_slice_of_a_pickle_is_a_copy(tmp_path: Path) -> None:
 def test_threads_may_read_one_tensor(tmp_path: Path) -> None:
     """Catches a shared file position: the loader reads with four threads."""
     tensor = torch.arange(64 * 512.0).view(64, 512)
-    save_file({"x": tensor}, tmp_path / "x.safetensors")
-    lazy = open_files([tmp_path / "x.safetensors"])["x"]
+    lazy = lazy_of(tmp_path, tensor)
     with ThreadPoolExecutor(8) as threads:
         columns = threads.map(lambda i: lazy[:, i : i + 3], range(300))
         for i, part in enumerate(columns):
@@ -163,41 +170,34 @@ def test_a_lazy_tensor_travels_to_another_process(tmp_path: Path) -> None:
     assert torch.equal(pickle.loads(pickle.dumps(lazy)).read(), lazy.read())
 
 
+_OTHER_INDICES = [0, (slice(None), 1), slice(0, 3, 2), (..., slice(1)), None]
+
+
 def test_speaks_the_slice_protocol_of_safetensors(tmp_path: Path) -> None:
     """Catches an index that transformers' loader uses and that means something else here."""
     tensor = torch.arange(12.0).view(3, 4)
-    save_file({"x": tensor}, tmp_path / "x.safetensors")
-    lazy = open_files([tmp_path / "x.safetensors"])["x"]
+    lazy = lazy_of(tmp_path, tensor)
     assert (lazy.get_shape(), lazy.get_dtype()) == ([3, 4], "F32")
-    assert torch.equal(lazy[...], tensor)
-    assert torch.equal(lazy[1:], tensor[1:])
-    assert torch.equal(lazy[1:, ...], tensor[1:])
-    assert torch.equal(lazy[-2:, :-1], tensor[-2:, :-1])
-    assert lazy[0:0, 0:4].shape == (0, 4)
-    assert lazy[2:1].shape == (0, 4)
-    assert lazy[0:99].shape == (3, 4)
+    indices: list[Any] = [..., np.s_[1:], np.s_[1:, ...], np.s_[-2:, :-1], np.s_[0:0, 0:4], np.s_[2:1], np.s_[0:99]]
+    for index in indices:
+        assert torch.equal(lazy[index], tensor[index]), index
 
 
-@pytest.mark.parametrize("index", [0, (slice(None), 1), slice(0, 3, 2), (..., slice(1)), None])
-def test_other_indices_are_refused(tmp_path: Path, index: Any) -> None:
-    """Catches a step or an integer that is ignored, so that the wrong elements come back."""
-    save_file({"x": torch.zeros(3, 4)}, tmp_path / "x.safetensors")
-    with pytest.raises(TypeError, match="slices without a step"):
-        open_files([tmp_path / "x.safetensors"])["x"][index]
-
-
-def test_iteration_is_refused_rather_than_empty(tmp_path: Path) -> None:
-    """Catches ``list(tensor) == []``: Python falls back to indexing and takes an IndexError for the end."""
-    save_file({"x": torch.zeros(3, 4)}, tmp_path / "x.safetensors")
-    with pytest.raises(TypeError):
-        list(open_files([tmp_path / "x.safetensors"])["x"])  # type: ignore[call-overload]
-
-
-def test_too_many_slices_are_refused(tmp_path: Path) -> None:
-    """Catches surplus slices that are dropped without a word."""
-    save_file({"x": torch.zeros(3, 4)}, tmp_path / "x.safetensors")
-    with pytest.raises(IndexError, match="fewer dimensions"):
-        open_files([tmp_path / "x.safetensors"])["x"][:, :, :]
+@pytest.mark.parametrize(
+    ("access", "error", "told"),
+    [
+        *((operator.itemgetter(index), TypeError, "slices without a step") for index in _OTHER_INDICES),
+        # Python falls back to indexing and takes an IndexError for the end.
+        (list, TypeError, "slices without a step"),
+        (operator.itemgetter(np.s_[:, :, :]), IndexError, "fewer dimensions"),
+    ],
+)
+def test_other_indices_are_refused(
+    tmp_path: Path, access: Callable[[Any], object], error: type[Exception], told: str
+) -> None:
+    """Catches a step, an integer or surplus slices that are ignored, and ``list(tensor) == []``."""
+    with pytest.raises(error, match=told):
+        access(lazy_of(tmp_path, torch.zeros(3, 4)))
 
 
 def test_a_file_that_shrinks_after_opening_is_noticed(tmp_path: Path) -> None:

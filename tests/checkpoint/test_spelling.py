@@ -8,17 +8,13 @@ import pytest
 import torch
 
 from hf_megatron.architectures import GPT2
-from hf_megatron.checkpoint import (
-    canonicalise,
-    model_class_of,
-    open_checkpoint,
-    require_complete,
-)
+from hf_megatron.checkpoint import Canonical, canonicalise, model_class_of, open_checkpoint, require_complete
 from hf_megatron.checkpoint.spelling import Canonical
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, UnsupportedError
 from tests.checkpoint.directories import CONFIG, Tensors, model_tensors, write_hub
 
 PREFIX = "transformer."
+EMBEDDING = "transformer.wte.weight"
 UNTIED = {**CONFIG, "tie_word_embeddings": False}
 CLASSES = [model_class.stock for model_class in GPT2.classes]
 
@@ -39,113 +35,96 @@ def assert_is(result: Canonical, tensors: Tensors) -> None:
     assert all(torch.equal(result.tensors[name].read(), tensor) for name, tensor in tensors.items())
 
 
-def without_prefix(tensors: Tensors) -> Tensors:
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+def old(name: str) -> str:
+    """The name in a checkpoint of 2019."""
+    return name.replace(".weight", ".gamma").replace(".bias", ".beta") if ".ln_" in name else name
 
 
-def with_prefix(tensors: Tensors) -> Tensors:
-    return {PREFIX + name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+# Spellings of the names of a language model, or of the base model.
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "prefix": lambda name: PREFIX + name.removeprefix(PREFIX),
+    "no prefix": lambda name: name.removeprefix(PREFIX),
+    "half": lambda name: name if ".1." in name else name.removeprefix(PREFIX),
+    "old": lambda name: old(PREFIX + name.removeprefix(PREFIX)),
+}
 
 
-def half_with_prefix(tensors: Tensors) -> Tensors:
-    return {name if ".1." in name else name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-
-
-def gamma_and_beta(tensors: Tensors) -> Tensors:
-    def old(name: str) -> str:
-        if ".ln_" not in name:
-            return name
-        return name.replace(".weight", ".gamma").replace(".bias", ".beta")
-
-    renamed = {old(name): tensor for name, tensor in tensors.items()}
-    assert sum(name.endswith((".gamma", ".beta")) for name in renamed) == 10
-    return renamed
-
-
-@pytest.mark.parametrize("respell", [without_prefix, with_prefix, half_with_prefix, gamma_and_beta])
-def test_spellings_of_a_language_model(tmp_path: Path, respell: Callable[[Tensors], Tensors]) -> None:
-    """Catches a stock directory refused, or loaded with random weights, for the way its names are spelled."""
-    tensors = model_tensors()
-    result = canonical(tmp_path, respell(tensors))
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_spellings_of_every_class(tmp_path: Path, name: str, spelling: str) -> None:
+    """Catches a directory refused, or its weights random, for its names; a prefix before a head's own parameters."""
+    config = config_of(name)
+    tensors = model_tensors(config)
+    head = {rule.name for rule in GPT2.model_class(name).head}
+    respell = SPELLINGS[spelling]
+    stored = {key if key in head else respell(key): tensor for key, tensor in tensors.items()}
+    assert sum(key.endswith((".gamma", ".beta")) for key in stored) == (10 if spelling == "old" else 0)
+    result = canonical(tmp_path, stored, config)
     assert_is(result, tensors)
     assert result.dropped == ()
 
 
-@pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("spelling", ["prefix", "no prefix", "old"])
-def test_spellings_of_every_class(tmp_path: Path, name: str, spelling: str) -> None:
-    """Catches a prefix put before a head's own parameters, or kept before the base model's."""
-    config = config_of(name)
-    tensors = model_tensors(config)
-    head = {rule.name for rule in GPT2.model_class(name).head}
-    body = {key: tensor for key, tensor in tensors.items() if key not in head}
-    respell = {"prefix": with_prefix, "no prefix": without_prefix, "old": lambda t: gamma_and_beta(with_prefix(t))}
-    stored = {**respell[spelling](body), **{key: tensor for key, tensor in tensors.items() if key in head}}
-    assert_is(canonical(tmp_path, stored, config), tensors)
-
-
-@pytest.mark.parametrize("respell", [with_prefix, without_prefix])
-def test_obsolete_buffers_are_dropped_by_name(tmp_path: Path, respell: Callable[[Tensors], Tensors]) -> None:
+@pytest.mark.parametrize("spelling", ["prefix", "no prefix"])
+def test_obsolete_buffers_are_dropped_by_name(tmp_path: Path, spelling: str) -> None:
     """Catches the causal mask of old checkpoints refused as unknown, or ``attn.bias`` taken for a parameter."""
-    tensors = model_tensors()
-    stored = respell(tensors)
+    tensors, respell = model_tensors(), SPELLINGS[spelling]
     buffers: Tensors = {}
     for layer in range(2):
-        buffers[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 16, 16, dtype=torch.uint8)
-        buffers[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
-    buffers = respell(buffers)
-    result = canonical(tmp_path, {**stored, **buffers})
+        buffers[respell(f"transformer.h.{layer}.attn.bias")] = torch.ones(1, 1, 16, 16, dtype=torch.uint8)
+        buffers[respell(f"transformer.h.{layer}.attn.masked_bias")] = torch.tensor(-1e4)
+    result = canonical(tmp_path, {**{respell(name): tensor for name, tensor in tensors.items()}, **buffers})
     assert_is(result, tensors)
     assert set(result.dropped) == set(buffers)
 
 
-def test_an_equal_copy_of_the_tied_head_is_dropped(tmp_path: Path) -> None:
-    """Catches the copy that transformers' own sharded save leaves behind refused as unknown."""
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+@pytest.mark.parametrize("block", [1000, 2**24])
+def test_an_equal_copy_of_the_tied_head_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, block: int
+) -> None:
+    """Catches the copy of transformers' own sharded save refused as unknown, also block by block or for a NaN in it."""
+    monkeypatch.setattr("hf_megatron.checkpoint.spelling._COMPARED_BYTES", block)
     tensors = model_tensors()
-    result = canonical(tmp_path, {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()})
-    assert_is(result, tensors)
+    tensors[EMBEDDING][5, 5] = value
+    result = canonical(tmp_path, {**tensors, "lm_head.weight": tensors[EMBEDDING].clone()})
+    assert list(result.tensors) == list(tensors)
     assert result.dropped == ("lm_head.weight",)
 
 
-@pytest.mark.parametrize("element", [0, 600, -1])
-def test_a_different_tied_head_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, element: int) -> None:
-    """Catches a comparison of the first block only, and an untied model quietly loaded as a tied one."""
-    monkeypatch.setattr("hf_megatron.checkpoint.spelling._COMPARED_BYTES", 1000)
-    tensors = model_tensors()
-    head = tensors["transformer.wte.weight"].clone()
-    head.view(-1)[element] += 1
-    with pytest.raises(CheckpointFormatError, match=r"lm_head\.weight and transformer\.wte\.weight.*different") as e:
-        canonical(tmp_path, {**tensors, "lm_head.weight": head})
-    assert '"tie_word_embeddings": false' in str(e.value)
+def _add_one(element: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: tensor.reshape(-1).index_add(0, torch.tensor([element]), torch.ones(1)).view(tensor.shape)
 
 
 @pytest.mark.parametrize(
-    "change", [lambda t: t.view(torch.int32).clone(), lambda t: t[1:].clone(), lambda t: torch.tensor(1.0)]
+    "change",
+    [
+        _add_one(0),
+        _add_one(600),
+        _add_one(1047),
+        lambda tensor: tensor.view(torch.int32).clone(),
+        lambda tensor: tensor[1:].clone(),
+        lambda tensor: torch.tensor(1.0),
+    ],
+    ids=["first", "middle", "last", "dtype", "rows", "scalar"],
 )
-def test_a_tied_head_of_other_shape_or_dtype_is_refused(
-    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
+@pytest.mark.parametrize("is_scalar", [False, True])
+def test_a_different_tied_head_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor], is_scalar: bool
 ) -> None:
-    """Catches a comparison that broadcasts or casts."""
-    tensors = model_tensors()
-    head = change(tensors["transformer.wte.weight"])
-    with pytest.raises(CheckpointFormatError, match="tie_word_embeddings"):
-        canonical(tmp_path, {**tensors, "lm_head.weight": head})
+    """Catches a comparison of the first block only, one that broadcasts or casts, and an untied model loaded as tied.
 
-
-def test_a_scalar_in_place_of_the_embedding_is_refused(tmp_path: Path) -> None:
-    """Catches an IndexError from the comparison, which goes row by row."""
-    stored = {**model_tensors(), "lm_head.weight": torch.tensor(1.0), "transformer.wte.weight": torch.tensor(1.0)}
-    with pytest.raises(CheckpointFormatError, match=r"lm_head\.weight"):
-        canonical(tmp_path, stored)
-
-
-def test_the_comparison_with_the_tied_head_reads_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches two whole embeddings in memory at once, where everything else is bounded; and NaN not equal to NaN."""
+    Also one that goes row by row through an embedding that has no rows.
+    """
     monkeypatch.setattr("hf_megatron.checkpoint.spelling._COMPARED_BYTES", 1000)
     tensors = model_tensors()
-    tensors["transformer.wte.weight"][5, 5] = float("nan")
-    result = canonical(tmp_path, {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()})
-    assert result.dropped == ("lm_head.weight",)
+    head = change(tensors[EMBEDDING])
+    if is_scalar:
+        tensors[EMBEDDING] = torch.tensor(1.0)
+    with pytest.raises(
+        CheckpointFormatError, match=r"lm_head\.weight and transformer\.wte\.weight.*different"
+    ) as error:
+        canonical(tmp_path, {**tensors, "lm_head.weight": head})
+    assert '"tie_word_embeddings": false' in str(error.value)
 
 
 def test_the_head_stands_in_for_a_missing_tied_embedding(tmp_path: Path) -> None:

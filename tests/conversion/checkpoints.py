@@ -8,29 +8,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-# 12 heads divide by 2, 3 and 4; 131 words by none of them.
-SIZES: dict[str, Any] = {
-    "vocab_size": 131,
-    "n_positions": 32,
-    "n_embd": 48,
-    "n_layer": 2,
-    "n_head": 12,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
+from hf_megatron_conversion import convert
 
-BERT_SIZES: dict[str, Any] = {
-    "vocab_size": 131,
-    "max_position_embeddings": 32,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 12,
-    "intermediate_size": 96,
-}
+# 12 heads divide by 2, 3 and 4; 131 words by none of them.
+SIZES: dict[str, Any] = {"vocab_size": 131, "n_positions": 32, "n_embd": 48, "n_layer": 2, "n_head": 12}
+SIZES |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+BERT_SIZES: dict[str, Any] = {"vocab_size": 131, "max_position_embeddings": 32, "hidden_size": 48}
+BERT_SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 96}
 
 Entry = tuple[str, tuple[int, ...], tuple[int, ...], str, bytes]
 
@@ -39,7 +27,6 @@ def save_stock(
     directory: Path,
     *,
     model_class: type[PreTrainedModel] = GPT2LMHeadModel,
-    dtype: torch.dtype = torch.float32,
     max_shard_size: str = "50GB",
     **config: Any,
 ) -> Path:
@@ -50,8 +37,31 @@ def save_stock(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
     return directory
+
+
+def write_hub(directory: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Path:
+    """A hub directory of these tensors and this config.json, or what of one that is there already they replace."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """What ``write_hub`` wrote."""
+    return load_file(directory / "model.safetensors")
+
+
+def there_and_back(source: Path, directory: Path, *degrees: int, verify: bool = False) -> list[Path]:
+    """Convert to tp directories of these degrees, one after the other, and then to a hub directory: all of them."""
+    steps = [source]
+    for number, tp_size in enumerate(degrees):
+        steps.append(directory / f"tp{tp_size}-{number}")
+        convert(steps[-2], steps[-1], to="tp", tp_size=tp_size, verify=verify)
+    convert(steps[-1], directory / "hub", to="hub", verify=verify)
+    return [*steps[1:], directory / "hub"]
 
 
 def hub_bytes(directory: Path) -> dict[str, tuple[str, bytes]]:

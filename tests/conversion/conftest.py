@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.conversion.checkpoints import save_stock
+from tests.conversion.commands import Commands
+from tests.repository import environment
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +27,10 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stock(request: pytest.FixtureRequest, tied: Path, untied: Path) -> Path:
     """Either of the two."""
     return tied if request.param == "tied" else untied
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """``hf-megatron``; the ranks that it starts import the repository's own code."""
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    return Commands(capfd)

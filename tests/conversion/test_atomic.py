@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,34 +15,46 @@ from hf_megatron.checkpoint import AtomicDirectory
 from hf_megatron.errors import DestinationError
 from hf_megatron_conversion import convert, files
 from tests.conversion.checkpoints import directory_bytes, hub_bytes, tp_entries
-from tests.repository import ROOT
+from tests.repository import environment
 
 _CHILD = "import sys; from hf_megatron.commands.cli import main; main()"
 
-
-def _child(code: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-c", code, *arguments]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'conversion'}"}
-
-
+# The command line, which sends itself a signal once it has read and written so many bytes.
 _KILLED = """
 import os, signal, sys
-from hf_megatron_conversion import convert
+from hf_megatron.commands import cli, console
+
+limit, sent = int(sys.argv.pop()), int(sys.argv.pop())
 
 class Killer:
-    def __init__(self, limit): self.left = limit
+    def __init__(self, bars): self.left = limit
     def begin(self, task, total_bytes): pass
     def advance(self, num_bytes):
         self.left -= num_bytes
         if self.left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), sent)
 
-source, destination, limit = sys.argv[1:]
-convert(source, destination, to="tp", tp_size=4, overwrite=True, progress=Killer(int(limit)))
+console.ProgressBar = Killer
+cli.main()
 """
+
+
+def _convert_until(sent: int, num_bytes: int, source: Path, destination: Path) -> subprocess.CompletedProcess[str]:
+    command = ["convert", str(source), str(destination), "--to", "tp", "--tp", "4", "--overwrite", "--json"]
+    return subprocess.run(
+        [sys.executable, "-c", _KILLED, *command, str(sent), str(num_bytes)],
+        env=environment(HF_MEGATRON_REGISTER="0"),
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def old(untied: Path, tmp_path: Path) -> tuple[Path, dict[str, bytes]]:
+    """A destination that is there already, and what it holds."""
+    convert(untied, tmp_path / "tp", to="tp", tp_size=2)
+    return tmp_path / "tp", directory_bytes(tmp_path / "tp")
 
 
 @pytest.mark.parametrize("num_bytes", [0, 100_000, 260_000])
@@ -52,8 +64,7 @@ def test_kill_leaves_nothing_loadable(num_bytes: int, tied: Path, tmp_path: Path
     The same command must then succeed and clear away what the killed one left.
     """
     destination = tmp_path / "tp"
-    done = subprocess.run(_child(_KILLED, str(tied), str(destination), str(num_bytes)), env=_environment(), check=False)
-    assert done.returncode == -signal.SIGKILL
+    assert _convert_until(signal.SIGKILL, num_bytes, tied, destination).returncode == -signal.SIGKILL
     assert not destination.exists()
     (left,) = tmp_path.iterdir()
     assert left.name == ".tp.incomplete"
@@ -62,75 +73,46 @@ def test_kill_leaves_nothing_loadable(num_bytes: int, tied: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == [destination]
 
 
-def test_kill_leaves_the_old_destination(tied: Path, untied: Path, tmp_path: Path) -> None:
+def test_kill_leaves_the_old_destination(tied: Path, old: tuple[Path, dict[str, bytes]]) -> None:
     """Catches an --overwrite that removes first and writes then."""
-    destination = tmp_path / "tp"
-    convert(untied, destination, to="tp", tp_size=2)
-    before = directory_bytes(destination)
-    done = subprocess.run(_child(_KILLED, str(tied), str(destination), "100000"), env=_environment(), check=False)
-    assert done.returncode == -signal.SIGKILL
+    destination, before = old
+    assert _convert_until(signal.SIGKILL, 100_000, tied, destination).returncode == -signal.SIGKILL
     assert directory_bytes(destination) == before
 
 
 def test_terminate_cleans_up(tied: Path, tmp_path: Path) -> None:
     """Catches hidden directories left by a scheduler's SIGTERM, for which there is time to clean up."""
-    code = _KILLED.replace("SIGKILL", "SIGTERM").split("source, destination")[0]
-    code += "from hf_megatron.commands import cli, console\n"
-    code += "class Bar(Killer):\n    def __init__(self, bars): self.left = 1000\n"
-    code += "console.ProgressBar = Bar\ncli.main()"
-    arguments = ("convert", str(tied), str(tmp_path / "tp"), "--to", "tp", "--tp", "2", "--json")
-    done = subprocess.run(_child(code, *arguments), env=_environment(), check=False, capture_output=True, text=True)
+    done = _convert_until(signal.SIGTERM, 1000, tied, tmp_path / "tp")
     assert (done.returncode, "Interrupted" in done.stderr) == (130, True)
     assert '"error": "Interrupted."' in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_write_error_restores_everything(
-    tied: Path, untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["writing", "renaming"])
+def test_an_error_restores_everything(
+    where: str, tied: Path, old: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a failed --overwrite that loses the old directory, and new parents left behind."""
-    destination = tmp_path / "tp"
-    convert(untied, destination, to="tp", tp_size=2)
-    before = directory_bytes(destination)
-
-    def fail(*_: object) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(files, "_write", fail)
-    with pytest.raises(DestinationError, match="Input/output error"):
-        convert(tied, destination, to="tp", tp_size=2, overwrite=True)
-    assert directory_bytes(destination) == before
-    with pytest.raises(DestinationError):
-        convert(tied, tmp_path / "new/parents/tp", to="tp", tp_size=2)
-    assert list(tmp_path.iterdir()) == [destination]
-
-
-def test_failed_rename_restores_the_old_destination(
-    tied: Path, untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches the moment between the two renames: the old directory must not stay aside."""
-    destination = tmp_path / "tp"
-    convert(untied, destination, to="tp", tp_size=2)
-    before = directory_bytes(destination)
+    """Catches a failed --overwrite that loses the old directory or leaves it aside, and new parents left behind."""
+    destination, before = old
     rename = Path.rename
 
-    def fail(path: Path, target: Path) -> Path:
-        if path.name == ".tp.incomplete":
-            raise OSError(16, "Device or resource busy")
-        return rename(path, target)
+    def fail(path: object, *arguments: Any) -> Any:
+        if isinstance(path, Path) and ".incomplete" not in path.name:
+            return rename(path, *arguments)  # of the two renames, the first one
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(DestinationError, match="busy"):
-        convert(tied, destination, to="tp", tp_size=2, overwrite=True)
+    place: Any = execute if where == "writing" else Path
+    monkeypatch.setattr(place, "_write" if where == "writing" else "rename", fail)
+    for target in (destination, tmp_path / "new/parents/tp"):
+        with pytest.raises(DestinationError, match="Input/output error"):
+            convert(tied, target, to="tp", tp_size=2, overwrite=True)
     assert directory_bytes(destination) == before
     assert list(tmp_path.iterdir()) == [destination]
 
 
-def test_killed_between_the_renames_is_repaired(tied: Path, untied: Path, tmp_path: Path) -> None:
+def test_killed_between_the_renames_is_repaired(tied: Path, old: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     """Catches an old directory that stays hidden for ever, or is deleted while it is the only one there is."""
-    destination = tmp_path / "tp"
-    convert(untied, destination, to="tp", tp_size=2)
-    before = directory_bytes(destination)
+    destination, before = old
     destination.rename(tmp_path / ".tp.replaced")
     with pytest.raises(DestinationError, match="exists"):
         convert(tied, destination, to="tp", tp_size=2)
@@ -164,35 +146,25 @@ def test_overwrite_replaces_the_whole_directory(tied: Path, tmp_path: Path) -> N
 
 def test_overwrite_deletes_no_more_than_a_checkpoint(tied: Path, tmp_path: Path) -> None:
     """Catches --overwrite aimed at a home or project directory by mistake."""
-    project = tmp_path / "project"
-    (project / "src").mkdir(parents=True)
-    with pytest.raises(DestinationError, match="src"):
-        convert(tied, project, to="hub", overwrite=True)
-    file = tmp_path / "file"
-    file.write_text("text")
-    with pytest.raises(DestinationError, match="not a directory"):
-        convert(tied, file, to="hub", overwrite=True)
-    assert (project / "src").is_dir()
-    assert file.read_text() == "text"
+    (tmp_path / "project/src").mkdir(parents=True)
+    (tmp_path / "file").write_text("text")
+    for name, told in (("project", "src"), ("file", "not a directory")):
+        with pytest.raises(DestinationError, match=told):
+            convert(tied, tmp_path / name, to="hub", overwrite=True)
+    assert (tmp_path / "project/src").is_dir()
+    assert (tmp_path / "file").read_text() == "text"
 
 
 @pytest.mark.parametrize("destination", ["source", "source/inside", ".", "link/inside", "source/../source"])
 def test_overlap_is_refused(destination: str, tied: Path, tmp_path: Path) -> None:
-    """Catches a source destroyed by its own conversion, also through links and dots."""
+    """Catches a source destroyed by its own conversion, also through links and dots, or a refusal that says not why."""
     source = tmp_path / "source"
     shutil.copytree(tied, source)
     (tmp_path / "link").symlink_to(source)
     before = directory_bytes(source)
-    with pytest.raises(DestinationError):
+    with pytest.raises(DestinationError, match="overlap"):
         convert(source, tmp_path / destination, to="hub", overwrite=True)
     assert directory_bytes(source) == before
-
-
-def test_overlap_is_named(tied: Path, tmp_path: Path) -> None:
-    """Catches a message that does not say what is wrong."""
-    with pytest.raises(DestinationError, match="overlap"):
-        convert(tied, tied / "inside", to="hub")
-    assert not (tied / "inside").exists()
 
 
 def _tmpfs(options: str) -> list[str]:
@@ -202,10 +174,8 @@ def _tmpfs(options: str) -> list[str]:
 
 
 def _can_mount() -> bool:
-    if shutil.which("unshare") is None:
-        return False
     command = [*_tmpfs("size=64k"), "/mnt", "true"]
-    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+    return bool(shutil.which("unshare")) and subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 # Two ways in which a file system is full: by its bytes, which is known beforehand, and by its number of files, which is
@@ -220,12 +190,10 @@ def test_full_disk(full: str, tied: Path, tmp_path: Path) -> None:
     """Catches a traceback, a half-written directory, or an exit code of 0 on a full disk."""
     target = tmp_path / "disk"
     target.mkdir()
-    code = _CHILD
-    if full == "limit":
-        code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); " + code
     prefix = [*_FULL_DISKS[full], str(target)] if _FULL_DISKS[full] else []
-    command = _child(code, "convert", str(tied), str(target / "tp"), "--to", "tp", "--tp", "2")
-    done = subprocess.run([*prefix, *command], env=_environment(), check=False, capture_output=True, text=True)
+    limit = "" if prefix else "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+    command = [sys.executable, "-c", limit + _CHILD, "convert", str(tied), str(target / "tp"), "--to", "tp", "--tp=2"]
+    done = subprocess.run([*prefix, *command], env=environment(), check=False, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "space" in done.stderr
     assert "Traceback" not in done.stderr
@@ -248,13 +216,15 @@ def test_space_is_checked_before_writing(tied: Path, tmp_path: Path, monkeypatch
 def test_dry_run_writes_nothing_and_predicts_every_byte(stock: Path, tmp_path: Path) -> None:
     """Catches an estimate: sizes, index and model card included, what is announced is what is written."""
     hub = {"to": "hub", "max_shard_size": "100KB", "verify": True}
-    for number, options in enumerate([{"to": "tp", "tp_size": 3}, hub, {"to": "hub", "model_type": "megatron"}]):
+    megatron_lm = {"to": "megatron-lm", "tp_size": 2}
+    cases = [{"to": "tp", "tp_size": 3}, hub, {"to": "hub", "model_type": "megatron"}, megatron_lm]
+    for number, options in enumerate(cases):
         destination = tmp_path / str(number)
         planned = convert(stock, destination, dry_run=True, **options)  # type: ignore[arg-type]
         assert not destination.exists()
         assert planned.verified is None
         written = convert(stock, destination, **options)  # type: ignore[arg-type]
-        sizes = {path.name: path.stat().st_size for path in destination.iterdir()}
+        sizes = {str(path.relative_to(destination)): path.stat().st_size for path in destination.rglob("*.*")}
         assert planned.files == written.files == sizes
         assert planned.bytes_written == sum(sizes.values())
     assert len(tp_entries(tmp_path / "0")) > 0

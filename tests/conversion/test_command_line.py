@@ -2,82 +2,51 @@
 
 from __future__ import annotations
 
+import inspect as introspection
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 import hf_megatron
 from hf_megatron.commands import cli
-from hf_megatron_conversion import convert
-from tests.conversion.checkpoints import read_config, save_stock
-from tests.repository import ROOT
+from hf_megatron.commands.quickstart import quickstart
+from hf_megatron_conversion import convert, converter, inspection
+from tests.conversion.checkpoints import read_config, read_tensors, save_stock, write_hub
+from tests.conversion.commands import Commands
+from tests.repository import environment
 
 
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line in this process: exit code, stdout, stderr."""
-
-    def run_command(*arguments: str | Path) -> tuple[int, str, str]:
-        code = cli.run([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return run_command
-
-
-@pytest.fixture
-def run_json(run: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """Run a command line with --json: exit code and the object, which must be all that stdout holds."""
-
-    def run_command(*arguments: str | Path) -> tuple[int, dict[str, Any]]:
-        code, out, _ = run(*arguments, "--json")
-        assert out.count("\n") == 1
-        return code, json.loads(out)
-
-    return run_command
-
-
-def test_convert(tied: Path, tmp_path: Path, run_json: Callable[..., tuple[int, dict[str, Any]]]) -> None:
+def test_convert(tied: Path, tmp_path: Path, command: Commands) -> None:
     """Catches keys that scripts rely on gone missing, or wrong."""
-    code, result = run_json("convert", tied, tmp_path / "tp", "--to", "tp", "--tp", "4", "--verify")
+    code, result, _ = command.run("convert", tied, tmp_path / "tp", "--to", "tp", "--tp", "4", "--verify")
     assert code == 0
     assert result["source"] == str(tied)
     assert result["destination"] == str(tmp_path / "tp")
-    assert result["tensors"] == len(load_file(tied / "model.safetensors"))
+    assert result["tensors"] == len(read_tensors(tied))
     assert result["bytes_written"] == sum(path.stat().st_size for path in (tmp_path / "tp").iterdir())
     assert result["seconds"] > 0
     assert result["peak_rss_bytes"] > 10**7
     assert result["verified"] is True
-    code, result = run_json("convert", tmp_path / "tp", tmp_path / "hub", "--to", "hub", "--dry-run")
+    code, result, _ = command.run("convert", tmp_path / "tp", tmp_path / "hub", "--to", "hub", "--dry-run")
     assert (code, result["verified"], (tmp_path / "hub").exists()) == (0, None, False)
 
 
 @pytest.mark.parametrize(("to", "tp_size", "model_type"), [("hub", 1, "gpt2"), ("tp", 3, "megatron_gpt2")])
-def test_inspect(
-    to: str,
-    tp_size: int,
-    model_type: str,
-    untied: Path,
-    tmp_path: Path,
-    run_json: Callable[..., tuple[int, dict[str, Any]]],
-) -> None:
+def test_inspect(to: str, tp_size: int, model_type: str, untied: Path, tmp_path: Path, command: Commands) -> None:
     """Catches a wrong description; parameters are counted from the stock file."""
     path = untied
     if to == "tp":
         path = tmp_path / "tp"
         convert(untied, path, to="tp", tp_size=tp_size)
-    tensors = load_file(untied / "model.safetensors")
+    tensors = read_tensors(untied)
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    code, result = run_json("inspect", path)
+    code, result, _ = command.run("inspect", path)
     assert code == 0
     assert result == {
         "format": to,
@@ -96,112 +65,80 @@ def test_inspect(
     }
 
 
-def test_verify(tied: Path, untied: Path, run_json: Callable[..., tuple[int, dict[str, Any]]]) -> None:
+def test_verify(tied: Path, untied: Path, command: Commands) -> None:
     """Catches exit code 0 for models that differ."""
-    code, result = run_json("verify", tied, tied)
-    assert code == 0
-    assert {key: result[key] for key in ("equal", "mismatched", "max_abs_diff", "max_logit_diff")} == {
-        "equal": True,
-        "mismatched": [],
-        "max_abs_diff": 0.0,
-        "max_logit_diff": None,
-    }
-    code, result = run_json("verify", tied, untied)
+    code, result, _ = command.run("verify", tied, tied)
+    expected = {"equal": True, "mismatched": [], "max_abs_diff": 0.0, "max_logit_diff": None}
+    assert (code, {key: result[key] for key in expected}) == (0, expected)
+    code, result, _ = command.run("verify", tied, untied)
     assert (code, result["equal"]) == (1, False)
     assert "lm_head.weight" in result["mismatched"]
 
 
 def test_failed_verification_is_exit_code_1(
-    tied: Path,
-    tmp_path: Path,
-    run_json: Callable[..., tuple[int, dict[str, Any]]],
-    monkeypatch: pytest.MonkeyPatch,
+    tied: Path, tmp_path: Path, command: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a failed --verify that a script takes for success."""
-    from hf_megatron_conversion import converter
-
     monkeypatch.setattr(converter, "compare", lambda *_: ({"transformer.wte.weight": "differs"}, 1.0))
-    code, result = run_json("convert", tied, tmp_path / "tp", "--to", "tp", "--tp", "2", "--verify")
+    code, result, _ = command.run("convert", tied, tmp_path / "tp", "--to", "tp", "--tp", "2", "--verify")
     assert (code, result["verified"]) == (1, False)
     assert not (tmp_path / "tp").exists()
 
 
-def test_tables_for_people(tied: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+def test_tables_for_people(tied: Path, tmp_path: Path, command: Commands) -> None:
     """Catches results on stderr, where `| less` does not see them, and long lists that push the answer off screen."""
-    code, out, err = run("inspect", tied)
+    code, out, err = command.show("inspect", tied)
     assert (code, err) == (0, "")
     assert "64,464" in out
-    code, out, _ = run("verify", tied, save_stock(tmp_path / "stock", n_layer=3))
+    code, out, _ = command.show("verify", tied, save_stock(tmp_path / "stock", n_layer=3))
     assert (code, "Not the same model" in out) == (1, True)
-    code, out, _ = run("convert", tied, tmp_path / "tp", "--to", "tp", "--tp", "2", "--dry-run")
+    code, out, _ = command.show("convert", tied, tmp_path / "tp", "--to", "tp", "--tp", "2", "--dry-run")
     assert (code, "dry run" in out) == (0, True)
 
 
-def _damaged(tied: Path, directory: Path, damage: str) -> Path:
-    """A copy of a stock directory with something wrong in it."""
-    shutil.copytree(tied, directory)
-    weights, config = directory / "model.safetensors", directory / "config.json"
-    if damage == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif damage == "no weights":
-        weights.unlink()
-    elif damage == "no config":
-        config.unlink()
-    elif damage == "not json":
-        config.write_text("{")
-    elif damage == "not gpt2":
-        config.write_text(json.dumps({**read_config(directory), "model_type": "llama"}))
-    elif damage == "25 heads":
-        config.write_text(json.dumps({**read_config(directory), "n_head": 25, "n_embd": 50}))
-    elif damage == "index":
-        index = {"metadata": {}, "weight_map": {"transformer.wte.weight": "model-00001-of-00002.safetensors"}}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-        weights.unlink()
-    else:
-        assert damage == "tensors"
-        tensors = load_file(weights)
-        del tensors["transformer.ln_f.bias"]
-        tensors["transformer.h.7.unheard_of"] = tensors["transformer.ln_f.weight"].clone()
-        tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:5].clone()
-        save_file(tensors, weights, metadata={"format": "pt"})
-    return directory
+def _config(**entries: object) -> Callable[[Path], object]:
+    return lambda source: (source / "config.json").write_text(json.dumps({**read_config(source), **entries}))
+
+
+def _lose_shards(source: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"transformer.wte.weight": "model-00001-of-00002.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    (source / "model.safetensors").unlink()
+
+
+def _change_tensors(source: Path) -> None:
+    tensors = read_tensors(source)
+    del tensors["transformer.ln_f.bias"]
+    tensors["transformer.h.7.unheard_of"] = tensors["transformer.ln_f.weight"].clone()
+    tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:5].clone()
+    write_hub(source, tensors, read_config(source))
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "tp_size", "told"),
     [
-        ("truncated", ["truncated"]),
-        ("no weights", ["no weights"]),
-        ("no config", ["config.json"]),
-        ("not json", ["config.json", "JSON"]),
-        ("not gpt2", ["llama", "gpt2"]),
-        ("25 heads", ["num_attention_heads=25", "tp_size=2", "1, 5 or 25"]),
-        ("index", ["model-00001-of-00002.safetensors", "missing"]),
-        ("tensors", ["transformer.ln_f.bias", "transformer.h.7.unheard_of", "[5, 48]", "[32, 48]"]),
+        (lambda source: os.truncate(source / "model.safetensors", 200_000), 2, ["truncated"]),
+        (lambda source: (source / "model.safetensors").unlink(), 2, ["no weights"]),
+        (lambda source: (source / "config.json").unlink(), 2, ["config.json"]),
+        (lambda source: (source / "config.json").write_text("{"), 2, ["config.json", "JSON"]),
+        (_config(model_type="llama"), 2, ["llama", "gpt2"]),
+        (_config(n_head=25, n_embd=50), 2, ["num_attention_heads=25", "tp_size=2", "1, 5 or 25"]),
+        (_lose_shards, 2, ["model-00001-of-00002.safetensors", "missing"]),
+        (_change_tensors, 2, ["transformer.ln_f.bias", "transformer.h.7.unheard_of", "[5, 48]", "[32, 48]"]),
+        # Before a download, or hours of reading, what the configuration alone decides.
+        (lambda source: (source / "model.safetensors").unlink(), 5, ["num_attention_heads=12"]),
     ],
+    ids=["truncated", "no weights", "no config", "no json", "llama", "25 heads", "index", "tensors", "degree"],
 )
 def test_bad_source(
-    damage: str, told: list[str], tied: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+    damage: Callable[[Path], object], tp_size: int, told: list[str], tied: Path, tmp_path: Path, command: Commands
 ) -> None:
     """Catches a bad checkpoint converted all the same, a traceback, or a message that does not say what to do."""
-    source = _damaged(tied, tmp_path / "source", damage)
-    code, out, err = run("convert", source, tmp_path / "tp", "--to", "tp", "--tp", "2", "--json")
-    assert code == 2
-    assert set(json.loads(out)) == {"error", "error_type"}
-    for part in told:
-        assert part in err
-    assert "Traceback" not in err
+    shutil.copytree(tied, tmp_path / "source")
+    damage(tmp_path / "source")
+    message = command.refusal("convert", tmp_path / "source", tmp_path / "tp", "--to", "tp", "--tp", tp_size)
+    assert [part for part in told if part not in message] == []
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_degree_is_checked_before_weights_are_opened(
-    tied: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
-) -> None:
-    """Catches a download, or hours of reading, before a refusal that the configuration alone decides."""
-    source = _damaged(tied, tmp_path / "source", "no weights")
-    code, _, err = run("convert", source, tmp_path / "tp", "--to", "tp", "--tp", "5")
-    assert code == 2
-    assert "num_attention_heads=12" in err
 
 
 @pytest.mark.parametrize(
@@ -220,120 +157,69 @@ def test_degree_is_checked_before_weights_are_opened(
         (["--to", "hub", "--bogus"], "--bogus"),
     ],
 )
-def test_bad_option(
-    arguments: list[str], told: str, tied: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_bad_option(arguments: list[str], told: str, tied: Path, tmp_path: Path, command: Commands) -> None:
     """Catches an option that is ignored, or refused without a word on which."""
-    code, out, err = run("convert", tied, tmp_path / "out", *arguments, "--json")
-    assert code == 2
-    assert told in err
-    assert set(json.loads(out)) == {"error", "error_type"}
+    assert told in command.refusal("convert", tied, tmp_path / "out", *arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["verify", "."]])
+@pytest.mark.parametrize("arguments", [["inspect"], ["verify", "."]])
 @pytest.mark.parametrize("path", ["absent/directory/here", "./absent", "nobody/nothing", "not a name"])
-def test_absent_source(command: list[str], path: str, run: Callable[..., tuple[int, str, str]]) -> None:
+def test_absent_source(arguments: list[str], path: str, command: Commands) -> None:
     """Catches a traceback from the Hub's client where there is neither a directory nor a network."""
-    code, out, err = run(command[0], path, *command[1:], "--json")
-    assert code == 2
+    code, result, err = command.run(arguments[0], path, *arguments[1:])
+    assert (code, result["error_type"]) == (2, "CheckpointFormatError")
     assert path in err
-    assert json.loads(out)["error_type"] == "CheckpointFormatError"
 
 
-def test_overflow_is_refused(tied: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+def test_overflow_is_refused(tied: Path, tmp_path: Path, command: Commands) -> None:
     """Catches weights that silently become infinite."""
-    source = tmp_path / "source"
-    shutil.copytree(tied, source)
-    tensors = load_file(source / "model.safetensors")
+    tensors = read_tensors(tied)
     tensors["transformer.ln_f.weight"][0] = 1e6
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    code, _, err = run("convert", source, tmp_path / "hub", "--to", "hub", "--dtype", "float16")
-    assert code == 2
-    assert "transformer.ln_f.weight holds 1e+06" in err
+    source = write_hub(tmp_path / "source", tensors, read_config(tied))
+    message = command.refusal("convert", source, tmp_path / "hub", "--to", "hub", "--dtype", "float16")
+    assert "transformer.ln_f.weight holds 1e+06" in message
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_defects_are_not_dressed_up(
-    tied: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_defects_are_not_dressed_up(tied: Path, command: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a defect of ours reported as a bad checkpoint; and that its traceback can be had."""
-    from hf_megatron_conversion import inspection
-
     monkeypatch.setattr(inspection, "read_model", lambda *_: 1 / 0)
-    code, _, err = run("inspect", tied)
-    assert code == 2
-    assert "ZeroDivisionError" in err
-    assert "HF_MEGATRON_DEBUG" in err
+    code, _, err = command.show("inspect", tied)
+    assert (code, "ZeroDivisionError" in err, "HF_MEGATRON_DEBUG" in err) == (2, True, True)
     monkeypatch.setenv("HF_MEGATRON_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         cli.run(["inspect", str(tied)])
 
 
-def test_command_leaves_the_environment_alone(
-    tied: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_leaves_the_environment_alone(tied: Path, command: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches child processes (torchrun of the quickstart) that inherit the switch and find no models registered."""
     before = dict(os.environ)
-    run("inspect", tied)
+    command.run("inspect", tied)
     assert dict(os.environ) == before
     monkeypatch.setenv("HF_MEGATRON_REGISTER", "1")
-    run("inspect", tied)
+    command.run("inspect", tied)
     assert os.environ["HF_MEGATRON_REGISTER"] == "1"
 
 
-def _seconds(*command: str) -> float:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'conversion'}"}
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *command], env=environment, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
-
-
-def test_inspect_needs_neither_torch_nor_transformers(tied: Path) -> None:
-    """Catches an import that makes a look at a header wait for seconds; and the time itself."""
+@pytest.mark.parametrize("arguments", [["inspect", "{tied}"], ["plan", "gpt2-8.3b", "--tp", "8", "--gpus", "64"]])
+def test_a_look_needs_neither_torch_nor_transformers(arguments: list[str], tied: Path) -> None:
+    """Catches an import that makes a look at a header, or a plan, wait for seconds."""
     watched = (
         "import sys; from hf_megatron.commands.cli import run; code = run(sys.argv[1:]); "
-        "sys.exit(code or bool({'torch', 'transformers'} & set(sys.modules)))"
+        "sys.exit(code or bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
-    inspect = min(_seconds("-c", watched, "inspect", str(tied)) for _ in range(2))
-    assert inspect <= 2 * _seconds("-c", "import torch")
+    process = [sys.executable, "-c", watched, *(argument.format(tied=tied) for argument in arguments)]
+    assert subprocess.run(process, env=environment(), check=False, stdout=subprocess.DEVNULL).returncode == 0
 
 
-@pytest.mark.slow
-def test_peak_memory_is_far_below_the_model(tmp_path: Path) -> None:
-    """Catches whole tensors, files or models in memory, measured on the process as a whole."""
-    source = save_stock(tmp_path / "stock", vocab_size=50257, n_embd=1536, n_layer=6, n_head=12)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'conversion'}"}
-    # verify after convert, in one process; convert's --verify also runs the models, for which they have to be loaded.
-    script = (
-        "import sys; from hf_megatron_conversion import verify; from hf_megatron_conversion.converter import convert;"
-        "convert(*sys.argv[1:], to='tp', tp_size=4); assert verify(*sys.argv[1:]).equal;"
-        "print(convert(*sys.argv[1:], to='tp', tp_size=4, overwrite=True, dry_run=True).peak_rss_bytes)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(source), str(tmp_path / "tp")],
-        env=environment,
-        check=True,
-        stdout=subprocess.PIPE,
-    )
-    assert sum(path.stat().st_size for path in (tmp_path / "tp").iterdir()) > 0.98e9
-    # Importing torch takes about 0.25e9 of it.
-    assert int(done.stdout) < 0.6e9
-
-
-def test_quickstart_is_offered_with_its_options(run: Callable[..., tuple[int, str, str]]) -> None:
+def test_quickstart_is_offered_with_its_options(command: Commands) -> None:
     """Catches the command line and the quickstart drifting apart."""
-    import inspect as introspection
-
-    from hf_megatron.commands.quickstart import quickstart
-
     assert {"tp_size", "output", "overwrite", "say"} <= set(introspection.signature(quickstart).parameters)
-    code, out, _ = run("quickstart", "--help")
-    assert code == 0
-    assert "--tp" in out
-    assert "--output" in out
+    code, out, _ = command.show("quickstart", "--help")
+    assert (code, "--tp" in out, "--output" in out) == (0, True, True)
 
 
-def test_version(run: Callable[..., tuple[int, str, str]]) -> None:
+def test_version(command: Commands) -> None:
     """Catches a version that is another than the package's, or that takes a subcommand to ask for."""
-    assert run("--version") == (0, f"hf-megatron {hf_megatron.__version__}\n", "")
+    assert command.show("--version") == (0, f"hf-megatron {hf_megatron.__version__}\n", "")

@@ -1,22 +1,21 @@
 """Damaged sources: whatever is wrong with them, a conversion ends in success or in an exception of ours.
 
 Each case is a small checkpoint with one random mutation, which the number of the case decides. Never another exception,
-never a part of a destination, and for the slowest of them never more than seconds.
+and never a part of a destination. What hangs, pytest's timeout ends.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import shutil
 import struct
 import subprocess
 import sys
-import time
+import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,11 @@ from hf_megatron_conversion import convert
 from hf_megatron_conversion.formats import read_model
 from tests.conversion.checkpoints import save_stock
 from tests.conversion.megatron_lm.generator import VOCAB, Variant, make_weights, write
+from tests.repository import environment
 
 # The kinds of checkpoint, and how many damaged ones of each are tried: 2400 in all.
 _CASES = {"hub": 500, "sharded": 400, "bin": 300, "tp": 500, "megatron": 400, "megatron-legacy": 300}
 _BATCHES = 10
-_MAX_SECONDS = 20.0
 
 Mutation = Callable[[Path, random.Random], None]
 
@@ -58,8 +57,10 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # --- Mutations.
 
 
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file())
+def _pick(directory: Path, rng: random.Random, *suffixes: str) -> Path:
+    """One of the files; with one of the suffixes, if there is such a file."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return rng.choice([path for path in files if path.suffix in suffixes] or files)
 
 
 def _header_size(path: Path, content: bytes) -> int:
@@ -69,52 +70,54 @@ def _header_size(path: Path, content: bytes) -> int:
     return min(len(content), 6000) if path.suffix in (".pt", ".bin") else len(content)
 
 
+def _flipped(content: bytes, rng: random.Random, counts: Sequence[int], first: int = 0, last: int = 0) -> bytes:
+    """Some bytes from ``first`` to ``last`` changed; to the end if that is 0."""
+    changed = bytearray(content)
+    for _ in range(rng.choice(counts)):
+        changed[rng.randrange(max(first, 0), last or len(changed))] = rng.randrange(256)
+    return bytes(changed)
+
+
 def truncate(directory: Path, rng: random.Random) -> None:
-    path = rng.choice(_files(directory))
+    path = _pick(directory, rng)
     content = path.read_bytes()
     limit = _header_size(path, content) if rng.random() < 0.7 else len(content)
     path.write_bytes(content[: rng.randrange(limit)])
 
 
 def flip(directory: Path, rng: random.Random) -> None:
-    path = rng.choice(_files(directory))
-    content = bytearray(path.read_bytes())
-    limit = _header_size(path, bytes(content))
-    for _ in range(rng.choice([1, 1, 2, 5, 20])):
-        content[rng.randrange(limit)] = rng.randrange(256)
-    path.write_bytes(content)
+    path = _pick(directory, rng)
+    content = path.read_bytes()
+    path.write_bytes(_flipped(content, rng, [1, 1, 2, 5, 20], last=_header_size(path, content)))
 
 
 def flip_at_the_end(directory: Path, rng: random.Random) -> None:
     """Where zip archives have their directory."""
-    path = rng.choice(_files(directory))
-    content = bytearray(path.read_bytes())
-    for _ in range(rng.choice([1, 3])):
-        content[-1 - rng.randrange(min(len(content), 2000))] = rng.randrange(256)
-    path.write_bytes(content)
+    path = _pick(directory, rng)
+    content = path.read_bytes()
+    path.write_bytes(_flipped(content, rng, [1, 3], first=len(content) - 2000))
 
 
 def replace_by_directory(directory: Path, rng: random.Random) -> None:
-    path = rng.choice(_files(directory))
+    path = _pick(directory, rng)
     path.unlink()
     path.mkdir()
 
 
 def replace_by_loop(directory: Path, rng: random.Random) -> None:
-    path = rng.choice(_files(directory))
+    path = _pick(directory, rng)
     path.unlink()
     path.symlink_to(path)
 
 
 def remove(directory: Path, rng: random.Random) -> None:
-    rng.choice(_files(directory)).unlink()
+    _pick(directory, rng).unlink()
 
 
 def replace_json(directory: Path, rng: random.Random) -> None:
     """JSON that is not an object, or not what is expected in it."""
-    choices = [path for path in _files(directory) if path.suffix == ".json"]
-    path = rng.choice(choices or _files(directory))
-    path.write_text(rng.choice(["[]", "3", '"x"', "null", "{}", "", "[" * 5000, '{"a": ' * 3000, "NaN"]))
+    texts = ["[]", "3", '"x"', "null", "{}", "", "[" * 5000, '{"a": ' * 3000, "NaN"]
+    _pick(directory, rng, ".json").write_text(rng.choice(texts))
 
 
 _VALUES: list[Any] = [None, True, -1, 0, 3, 2**70, 1.5, float("inf"), "x", [], [1], {}, {"a": 1}, ["GPT2Model"]]
@@ -130,82 +133,58 @@ def change_config(directory: Path, rng: random.Random) -> None:
 
 def change_header(directory: Path, rng: random.Random) -> None:
     """Offsets that are negative, overlap or leave gaps, shapes and dtypes that do not fit: a valid header otherwise."""
-    choices = [path for path in _files(directory) if path.suffix == ".safetensors"]
-    if not choices:
+    path = _pick(directory, rng, ".safetensors")
+    if path.suffix != ".safetensors":
         change_config(directory, rng)
         return
-    path = rng.choice(choices)
     content = path.read_bytes()
     end = _header_size(path, content)
     header = json.loads(content[8:end])
-    name = rng.choice([name for name in header if name != "__metadata__"])
-    entry = header[name]
-    kind = rng.choice(["offsets", "negative", "other", "shape", "dtype", "entry", "metadata", "drop", "rename"])
+    names = [name for name in header if name != "__metadata__"]
+    name, metadata = rng.choice(names), header.get("__metadata__", {})
+    entry = header.pop(name)
     first, last = entry["data_offsets"]
-    if kind == "offsets":
-        entry["data_offsets"] = [first + rng.choice([-8, -4, 4, 8]), last]
-    elif kind == "negative":
-        entry["data_offsets"] = [-last, -first]
-    elif kind == "other":
-        entry["data_offsets"] = (
-            rng.choice(list(header.values()))["data_offsets"] if "__metadata__" not in header else [0, 4]
-        )
-    elif kind == "shape":
-        entry["shape"] = rng.choice([[], [-1], entry["shape"][::-1], [2**40, 2**40], entry["shape"] + [1], "x", [1.0]])
-    elif kind == "dtype":
-        entry["dtype"] = rng.choice(["F16", "I32", "F4", None, 3, "BOOL"])
-    elif kind == "entry":
-        header[name] = rng.choice(_VALUES)
-    elif kind == "metadata":
-        metadata = header.setdefault("__metadata__", {})
-        info = "DCP_SHARDING_INFO"
-        values: list[Any] = [{}, [], "x", {name: {"saved_offsets": [float("inf")]}}, {name: 3}]
-        metadata[info if info in metadata else "format"] = json.dumps(rng.choice(values))
-    elif kind == "drop":
-        del header[name]
-    else:
-        header[f"{name}x"] = header.pop(name)
+    key = "DCP_SHARDING_INFO" if "DCP_SHARDING_INFO" in metadata else "format"
+    info: list[Any] = [{}, [], "x", {name: {"saved_offsets": [float("inf")]}}, {name: 3}]
+    shapes = [[], [-1], entry["shape"][::-1], [2**40, 2**40], entry["shape"] + [1], "x", [1.0]]
+    changes: list[dict[str, Any]] = [
+        {name: {**entry, "data_offsets": [first + rng.choice([-8, -4, 4, 8]), last]}},
+        {name: {**entry, "data_offsets": [-last, -first]}},
+        {name: {**entry, "data_offsets": header.get(rng.choice(names), entry)["data_offsets"]}},
+        {name: {**entry, "shape": rng.choice(shapes)}},
+        {name: {**entry, "dtype": rng.choice(["F16", "I32", "F4", None, 3, "BOOL"])}},
+        {name: rng.choice(_VALUES)},
+        {name: entry, "__metadata__": {**metadata, key: json.dumps(rng.choice(info))}},
+        {},
+        {f"{name}x": entry},
+    ]
+    header |= rng.choice(changes)
     raw = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + content[end:])
 
 
 def change_pickle(directory: Path, rng: random.Random) -> None:
     """Flip bytes of a pickle inside an archive whose checksums are right: what the unpickler gets to see."""
-    choices = [path for path in _files(directory) if zipfile.is_zipfile(path)]
-    if not choices:
+    path = _pick(directory, rng, ".pt", ".bin")
+    if not zipfile.is_zipfile(path):
         flip(directory, rng)
         return
-    path = rng.choice(choices)
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in entries.items():
             if name.endswith("data.pkl"):
-                content = _flipped(content, rng)
+                content = _damaged_pickle(content, rng)
             archive.writestr(name, content)
 
 
-def _flipped(content: bytes, rng: random.Random) -> bytes:
-    changed = bytearray(content)
-    for _ in range(rng.choice([1, 1, 2, 8])):
-        changed[rng.randrange(len(changed))] = rng.randrange(256)
-    return bytes(changed[: rng.randrange(len(changed))] if rng.random() < 0.1 else changed)
+def _damaged_pickle(content: bytes, rng: random.Random) -> bytes:
+    changed = _flipped(content, rng, [1, 1, 2, 8])
+    return changed[: rng.randrange(len(changed))] if rng.random() < 0.1 else changed
 
 
-_MUTATIONS: list[Mutation] = [
-    truncate,
-    flip,
-    flip,
-    flip_at_the_end,
-    replace_by_directory,
-    replace_by_loop,
-    remove,
-    replace_json,
-    change_config,
-    change_header,
-    change_header,
-    change_pickle,
-]
+_MUTATIONS: list[Mutation] = [truncate, flip, flip, flip_at_the_end, replace_by_directory, replace_by_loop, remove]
+_MUTATIONS += [replace_json, change_config, change_header, change_header, change_pickle]
 
 
 def _damaged(pristine: dict[str, Path], kind: str, case: int, directory: Path) -> Mutation:
@@ -232,7 +211,6 @@ def test_damaged_sources(pristine: dict[str, Path], tmp_path: Path, kind: str, b
     for case in range(batch, _CASES[kind], _BATCHES):
         source, destination = tmp_path / f"{case}", tmp_path / "out"
         mutation = _damaged(pristine, kind, case, source)
-        started = time.perf_counter()
         what = f"{kind}, case {case}: {mutation.__name__}"
         try:
             convert(source, destination, **_options(kind, case))
@@ -245,7 +223,6 @@ def test_damaged_sources(pristine: dict[str, Path], tmp_path: Path, kind: str, b
             # What was not noticed has to be a whole checkpoint.
             read_model(destination)
             shutil.rmtree(destination)
-        assert time.perf_counter() - started < _MAX_SECONDS, what
         shutil.rmtree(source)
         assert list(tmp_path.iterdir()) == [], what
     assert refused > 0
@@ -268,13 +245,8 @@ def test_damaged_sources_on_the_command_line(pristine: dict[str, Path], tmp_path
         options = _options(kind, case)
         line = ["convert", f"{tmp_path / str(case)}", f"{tmp_path / f'out-{case}'}"]
         lines.append([*line, *(word for name, value in options.items() for word in (_FLAGS[name], str(value)))])
-    done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(lines)],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    command = [sys.executable, "-c", script, json.dumps(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment())
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout.splitlines()[-1])
     assert set(codes) <= {0, 2}
@@ -298,7 +270,7 @@ def test_damaged_pickles(batch: int, tmp_path: Path) -> None:
     for case in range(batch * 100, batch * 100 + 100):
         rng = random.Random(case)
         with suppress(UnpickleError):
-            read_pickle(io.BytesIO(_flipped(content, rng)), lambda persistent_id: persistent_id)
+            read_pickle(io.BytesIO(_damaged_pickle(content, rng)), lambda persistent_id: persistent_id)
 
 
 @pytest.mark.parametrize(
@@ -316,9 +288,13 @@ def test_damaged_pickles(batch: int, tmp_path: Path) -> None:
         b"c" + b"x" * 10**6 + b"\n",
     ],
 )
+@pytest.mark.timeout(30)
 def test_pickles_made_to_hurt(content: bytes) -> None:
     """Catches memory reserved for a memo, a string or a number that is not there, and hashing without an end."""
-    started = time.perf_counter()
-    with suppress(UnpickleError):
-        read_pickle(io.BytesIO(content))
-    assert time.perf_counter() - started < 2
+    tracemalloc.start()
+    try:
+        with suppress(UnpickleError):
+            read_pickle(io.BytesIO(content))
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()

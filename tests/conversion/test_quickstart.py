@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,27 +11,19 @@ from typing import Any
 import pytest
 import torch
 
+from hf_megatron.commands import cli, quickstart
+from hf_megatron.commands.quickstart.train import write
 from hf_megatron.errors import HfMegatronError
 from tests.models.reference import Pool, rank
-from tests.repository import ROOT
+from tests.repository import environment
 
-_KEYS = {
-    "tp_size",
-    "steps",
-    "loss_first",
-    "loss_last",
-    "perplexity",
-    "hub_dir",
-    "tp_dir",
-    "max_logit_diff_stock",
-    "sample",
-    "continuation",
-}
+_KEYS = {"tp_size", "steps", "loss_first", "loss_last", "perplexity", "hub_dir", "tp_dir", "max_logit_diff_stock"}
+_KEYS |= {"sample", "continuation"}
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hf_megatron_conversion", "quickstart", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=290, check=False, env=dict(os.environ))
+    return subprocess.run(command, capture_output=True, text=True, timeout=290, check=False, env=environment())
 
 
 def _assert_complete(done: subprocess.CompletedProcess[str], output: Path, tp_size: int) -> None:
@@ -57,24 +48,15 @@ def _assert_complete(done: subprocess.CompletedProcess[str], output: Path, tp_si
     assert sorted(path.name for path in output.parent.iterdir()) == [output.name]
 
 
-@pytest.mark.timeout(300)
-def test_the_whole_journey_at_two_ranks(tmp_path: Path) -> None:
+# Heads do not divide by 3, and at a degree of one no rank cuts.
+@pytest.mark.parametrize("tp_size", [2, *(pytest.param(tp_size, marks=pytest.mark.slow) for tp_size in (1, 3))])
+def test_the_whole_journey(tmp_path: Path, tp_size: int) -> None:
     """Catches a stage that broke, output that is not one JSON object, and litter beside the result."""
     output = tmp_path / "out"
-    _assert_complete(_run("--steps", "28", "--output", str(output), "--json"), output, 2)
-    again = _run("--steps", "28", "--output", str(output))
-    assert again.returncode == 2
-    assert "--overwrite" in again.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("tp_size", [1, 3])
-def test_the_whole_journey_at_other_degrees(tmp_path: Path, tp_size: int) -> None:
-    """Catches heads that do not divide, and a degree of one that no rank cuts."""
-    output = tmp_path / "out"
-    done = _run("--tp", str(tp_size), "--steps", "28", "--output", str(output), "--json")
-    _assert_complete(done, output, tp_size)
+    arguments = ["--tp", str(tp_size), "--steps", "28", "--output", str(output)]
+    _assert_complete(_run(*arguments, "--json"), output, tp_size)
+    again = _run(*arguments)
+    assert (again.returncode, "--overwrite" in again.stderr) == (2, True)
 
 
 def test_a_broken_cache_fails(
@@ -84,10 +66,8 @@ def test_a_broken_cache_fails(
 
     A model that has learned less writes one token for ever, with or without a cache.
     """
-    from hf_megatron.commands import cli, quickstart
-
     monkeypatch.setattr(quickstart, "_TRAINING", "tests.conversion.quickstart_with_broken_cache")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "conversion"))))
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     assert cli.run(["quickstart", "--tp", "1", "--steps", "100", "--output", str(tmp_path / "out"), "--json"]) == 1
     (problem,) = json.loads(capfd.readouterr().out)["problems"]
     assert "the ranks write" in problem
@@ -104,8 +84,6 @@ class _WritesItsRank:
 
 
 def _write() -> str:
-    from hf_megatron.commands.quickstart.train import write
-
     try:
         write(_WritesItsRank(), {})  # type: ignore[arg-type]
     except HfMegatronError as error:
@@ -127,7 +105,6 @@ def test_the_default_run_learns(tmp_path: Path) -> None:
 
 def test_nothing_is_left_where_a_stage_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a half-finished directory after an error."""
-    from hf_megatron.commands import quickstart
 
     def fail(*arguments: object) -> None:
         raise HfMegatronError("training failed")

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronGPT2LMHeadModel
 from hf_megatron.architectures import TABLES, PartitionTable
 from hf_megatron_conversion import convert, inspect, verify
-from tests.conversion.checkpoints import directory_bytes, hub_bytes, read_config, save_stock, tp_entries
+from tests.conversion.checkpoints import (
+    directory_bytes,
+    hub_bytes,
+    read_config,
+    read_tensors,
+    save_stock,
+    there_and_back,
+    tp_entries,
+    write_hub,
+)
 from tests.distributed import RankPool
 
 
@@ -26,22 +36,10 @@ def test_hub_tp4_tp2_tp3_hub(stock: Path, tmp_path: Path) -> None:
 
     The file that comes out equals the one that went in to the last byte, header included.
     """
-    steps = [stock]
-    for tp_size in (4, 2, 3):
-        steps.append(tmp_path / f"tp{tp_size}")
-        convert(steps[-2], steps[-1], to="tp", tp_size=tp_size)
-        assert inspect(steps[-1]).tp_size == tp_size
-    convert(steps[-1], tmp_path / "hub", to="hub")
-    assert (tmp_path / "hub/model.safetensors").read_bytes() == (stock / "model.safetensors").read_bytes()
-    assert read_config(tmp_path / "hub") == read_config(stock)
-
-
-def test_tied_head_is_stored_once(tied: Path, untied: Path, tmp_path: Path) -> None:
-    """Catches a second copy of the embedding, and an untied head taken for one."""
-    for source, has_head in ((tied, False), (untied, True)):
-        convert(source, tmp_path / source.name, to="tp", tp_size=2)
-        names = {name for name, *_ in tp_entries(tmp_path / source.name)}
-        assert ("lm_head.weight" in names) is has_head
+    *cut, hub = there_and_back(stock, tmp_path, 4, 2, 3)
+    assert [inspect(step).tp_size for step in cut] == [4, 2, 3]
+    assert (hub / "model.safetensors").read_bytes() == (stock / "model.safetensors").read_bytes()
+    assert read_config(hub) == read_config(stock)
 
 
 def _save_by_ranks(source: str, destination: str, tp_size: int, fsdp_size: int) -> None:
@@ -51,7 +49,7 @@ def _save_by_ranks(source: str, destination: str, tp_size: int, fsdp_size: int) 
 
 
 def test_tp_equals_what_ranks_save(stock: Path, tmp_path: Path, pool: Callable[[int], RankPool]) -> None:
-    """Catches boxes, names, dtypes or metadata that differ from those of a distributed save."""
+    """Catches boxes, names, dtypes or metadata that differ from a distributed save's, and a tied head stored twice."""
     pool(2).run(_save_by_ranks, str(stock), str(tmp_path / "ranks"), 2, 1)
     convert(stock, tmp_path / "converted", to="tp", tp_size=2)
     assert tp_entries(tmp_path / "converted") == tp_entries(tmp_path / "ranks")
@@ -67,36 +65,22 @@ def test_tp_with_fsdp_converts(tied: Path, tmp_path: Path, pool: Callable[[int],
     assert hub_bytes(tmp_path / "hub") == hub_bytes(tied)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_dtype_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Catches a detour through float32."""
-    source = save_stock(tmp_path / "stock", dtype=dtype)
-    convert(source, tmp_path / "tp", to="tp", tp_size=3)
-    convert(tmp_path / "tp", tmp_path / "hub", to="hub")
-    assert hub_bytes(tmp_path / "hub") == hub_bytes(source)
-    assert f"torch.{inspect(tmp_path / 'tp').dtype}" == str(dtype)
-
-
-def test_each_tensor_keeps_its_own_dtype(tied: Path, tmp_path: Path) -> None:
-    """Catches one dtype for all: a checkpoint may keep its norms wider than its matrices."""
-    tensors = load_file(tied / "model.safetensors")
-    mixed = {name: tensor if "ln_" in name else tensor.bfloat16() for name, tensor in tensors.items()}
-    source = tmp_path / "mixed"
-    source.mkdir()
-    (source / "config.json").write_bytes((tied / "config.json").read_bytes())
-    save_file(mixed, source / "model.safetensors", metadata={"format": "pt"})
-    convert(source, tmp_path / "tp", to="tp", tp_size=4)
-    convert(tmp_path / "tp", tmp_path / "hub", to="hub")
-    assert (tmp_path / "hub/model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-    assert inspect(tmp_path / "tp").dtype == "bfloat16, float32"
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_each_tensor_keeps_its_own_dtype(dtype: str, tied: Path, tmp_path: Path) -> None:
+    """Catches a detour through float32, or one dtype for all: a checkpoint may keep its norms in another one."""
+    tensors = read_tensors(tied).items()
+    mixed = {name: tensor if "ln_" in name else tensor.to(getattr(torch, dtype)) for name, tensor in tensors}
+    source = write_hub(tmp_path / "mixed", mixed, read_config(tied))
+    tp, hub = there_and_back(source, tmp_path, 4)
+    assert (hub / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert inspect(tp).dtype == f"{dtype}, float32"
 
 
 def test_dtype_is_cast_when_asked(tied: Path, tmp_path: Path) -> None:
     """Catches a cast that rounds otherwise than torch, or that config.json does not tell."""
     conversion = convert(tied, tmp_path / "hub", to="hub", dtype="bfloat16", verify=True)
-    expected = {name: tensor.bfloat16() for name, tensor in load_file(tied / "model.safetensors").items()}
-    found = load_file(tmp_path / "hub/model.safetensors")
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    found = read_tensors(tmp_path / "hub")
+    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in read_tensors(tied).items())
     assert read_config(tmp_path / "hub")["dtype"] == "bfloat16"
     assert conversion.verified is True
 
@@ -123,15 +107,14 @@ def test_shards_are_those_of_save_pretrained(max_shard_size: str, tied: Path, tm
 def test_every_class_converts(table: PartitionTable, stock_name: str, own_name: str, tmp_path: Path) -> None:
     """Catches names that hold for one class only: base models have no prefix, other heads other names and ties."""
     source = save_stock(tmp_path / "stock", model_class=getattr(transformers, stock_name))
-    convert(source, tmp_path / "tp", to="tp", tp_size=3)
-    assert read_config(tmp_path / "tp")["architectures"] == [own_name]
-    found = inspect(tmp_path / "tp")
+    tp, hub = there_and_back(source, tmp_path, 3)
+    assert read_config(tp)["architectures"] == [own_name]
+    found = inspect(tp)
     assert (found.architecture, found.tp_size, found.model_class) == (table.architecture, 3, stock_name)
     assert found.layernorm_placement == ("post" if stock_name.startswith("Bert") else "pre")
-    convert(tmp_path / "tp", tmp_path / "hub", to="hub")
-    assert hub_bytes(tmp_path / "hub") == hub_bytes(source)
-    assert read_config(tmp_path / "hub") == read_config(source)
-    assert verify(tmp_path / "tp", source, logits=True).max_logit_diff == 0.0
+    assert hub_bytes(hub) == hub_bytes(source)
+    assert read_config(hub) == read_config(source)
+    assert verify(tp, source, logits=True).max_logit_diff == 0.0
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
@@ -139,17 +122,14 @@ def test_old_spellings_convert(kind: str, tied: Path, tmp_path: Path, caplog: py
     """Catches a converter that knows today's names only, or takes files with old ones over. What it drops it says."""
     tensors = {
         name.removeprefix("transformer.").replace("ln_f.weight", "ln_f.gamma"): tensor
-        for name, tensor in load_file(tied / "model.safetensors").items()
+        for name, tensor in read_tensors(tied).items()
     }
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
     tensors["lm_head.weight"] = tensors["wte.weight"].clone()
-    source = tmp_path / "old"
-    source.mkdir()
-    (source / "config.json").write_bytes((tied / "config.json").read_bytes())
+    source = write_hub(tmp_path / "old", tensors, read_config(tied))
     if kind == "bin":
+        (source / "model.safetensors").unlink()
         torch.save(tensors, source / "pytorch_model.bin")
-    else:
-        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with caplog.at_level("INFO"):
         conversion = convert(source, tmp_path / "tp", to="tp", tp_size=2)
     assert sorted(conversion.dropped) == ["h.0.attn.bias", "lm_head.weight"]
@@ -161,18 +141,14 @@ def test_old_spellings_convert(kind: str, tied: Path, tmp_path: Path, caplog: py
 
 def test_model_type_follows_the_format_unless_asked(tied: Path, tmp_path: Path) -> None:
     """Catches a hub directory that stock transformers cannot load, or a tp directory that AutoModel reads as stock."""
-    cases = [("hub", None, "gpt2"), ("hub", "megatron", "megatron_gpt2"), ("tp", "stock", "gpt2")]
-    for to, model_type, expected in [*cases, ("tp", None, "megatron_gpt2")]:
-        destination = tmp_path / f"{to}-{model_type}"
-        convert(tied, destination, to=to, tp_size=2 if to == "tp" else None, model_type=model_type)  # type: ignore[arg-type]
-        config = read_config(destination)
-        assert config["model_type"] == expected
-        assert config["architectures"][0].startswith("Megatron") is expected.startswith("megatron")
-        assert {**config, "model_type": 0, "architectures": 0} == {
-            **read_config(tied),
-            "model_type": 0,
-            "architectures": 0,
-        }
+    hub: dict[str, Any] = {"to": "hub"}
+    tp: dict[str, Any] = {"to": "tp", "tp_size": 2}
+    before = read_config(tied)
+    ours = {**before, "model_type": "megatron_gpt2", "architectures": ["MegatronGPT2LMHeadModel"]}
+    cases: list[Any] = [(hub, None, before), (hub, "megatron", ours), (tp, "stock", before), (tp, None, ours)]
+    for number, (options, model_type, expected) in enumerate(cases):
+        convert(tied, tmp_path / f"{number}", model_type=model_type, **options)
+        assert read_config(tmp_path / f"{number}") == expected
 
 
 @pytest.mark.parametrize("to", ["hub", "tp"])
@@ -180,8 +156,7 @@ def test_changing_the_type_takes_weight_files_over(to: str, tmp_path: Path, monk
     """Catches weights decoded and written anew, or shared so that saving into the copy would change the source."""
     source = save_stock(tmp_path / "stock", max_shard_size="100KB")
     if to == "tp":
-        source = tmp_path / "tp"
-        convert(tmp_path / "stock", source, to="tp", tp_size=3)
+        source, _ = there_and_back(source, tmp_path, 3)
     monkeypatch.setattr("hf_megatron.checkpoint.LazyTensor.read", None)
     convert(source, tmp_path / "typed", to=to, model_type="megatron")  # type: ignore[arg-type]
     assert read_config(tmp_path / "typed")["model_type"] == "megatron_gpt2"
@@ -195,35 +170,31 @@ def test_changing_the_type_takes_weight_files_over(to: str, tmp_path: Path, monk
 def test_side_files_come_along(tied: Path, tmp_path: Path) -> None:
     """Catches a model that arrives without its tokenizer or licence, or with another model's state."""
     source = tmp_path / "source"
-    source.mkdir()
-    for path in tied.iterdir():
-        (source / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tied, source)
     (source / "tokenizer.json").write_text("{}")
     (source / "LICENSE").write_text("MIT")
     (source / "optimizer.pt").write_text("large")
     (source / "README.md").write_text("---\nlicense: mit\n---\n\n# A model\n\nIts story.\n")
-    convert(source, tmp_path / "tp", to="tp", tp_size=2)
-    convert(tmp_path / "tp", tmp_path / "hub", to="hub", verify=True)
+    there_and_back(source, tmp_path, 2, verify=True)
     names = {"LICENSE", "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert {path.name for path in (tmp_path / "hub").iterdir()} == names
     card = (tmp_path / "hub/README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n\n# A model\n\nIts story.\n")
     assert card.count("## Conversion") == 1
-    assert "`tp` (tp, tensor-parallel degree 2)" in card
+    assert "`tp2-0` (tp, tensor-parallel degree 2)" in card
     assert "every tensor was read back" in card
 
 
 def test_tokenizer_takes_the_place_of_the_sources(tied: Path, tmp_path: Path) -> None:
     """Catches a mixture of two tokenizers' files."""
     source, tokenizer = tmp_path / "source", tmp_path / "tokenizer"
-    convert(tied, source, to="hub")
+    shutil.copytree(tied, source)
     (source / "vocab.json").write_text("{}")
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("{}")
     convert(source, tmp_path / "hub", to="hub", tokenizer=tokenizer)
-    names = {path.name for path in (tmp_path / "hub").iterdir()}
-    assert "tokenizer.json" in names
-    assert "vocab.json" not in names
+    assert (tmp_path / "hub/tokenizer.json").is_file()
+    assert not (tmp_path / "hub/vocab.json").exists()
 
 
 def test_snapshot_of_the_hub_cache(tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +227,7 @@ def test_snapshot_of_the_hub_cache(tied: Path, tmp_path: Path, monkeypatch: pyte
 def test_config_takes_the_place_of_the_sources(tied: Path, tmp_path: Path) -> None:
     """Catches a --config that is read but not used: without architectures the first class is assumed."""
     source = tmp_path / "source"
-    source.mkdir()
-    (source / "model.safetensors").write_bytes((tied / "model.safetensors").read_bytes())
+    shutil.copytree(tied, source, ignore=shutil.ignore_patterns("*.json"))
     config = {**read_config(tied), "architectures": None, "layer_norm_epsilon": 0.25}
     (tmp_path / "other.json").write_text(json.dumps(config))
     convert(source, tmp_path / "tp", to="tp", tp_size=2, config=tmp_path / "other.json")
@@ -308,17 +278,7 @@ def test_any_shape_any_degrees(
 ) -> None:
     """Catches sizes that happen to work in the other tests: uneven vocabularies and inner sizes, one-wide heads."""
     directory = tmp_path_factory.mktemp("any")
-    step = save_stock(
-        directory / "stock",
-        vocab_size=vocab_size,
-        n_embd=heads * head_dim,
-        n_head=heads,
-        n_inner=inner,
-        n_layer=layers,
-        tie_word_embeddings=tied,
-    )
-    for number, tp_size in enumerate(degrees):
-        convert(step, directory / str(number), to="tp", tp_size=tp_size, verify=True)
-        step = directory / str(number)
-    convert(step, directory / "hub", to="hub")
-    assert (directory / "hub/model.safetensors").read_bytes() == (directory / "stock/model.safetensors").read_bytes()
+    sizes: dict[str, Any] = {"n_embd": heads * head_dim, "n_head": heads, "n_inner": inner, "n_layer": layers}
+    source = save_stock(directory / "stock", vocab_size=vocab_size, tie_word_embeddings=tied, **sizes)
+    hub = there_and_back(source, directory, *degrees, verify=True)[-1]
+    assert (hub / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from hf_megatron_conversion import convert
+from tests.conversion.checkpoints import there_and_back
 
 # In a process that ignores PYTHONPATH and the current directory, and refuses to import this package besides.
 _LOAD = """
@@ -30,13 +30,10 @@ def test_stock_transformers_loads_hub_directories(tied: Path, untied: Path, tmp_
     """Catches names, config entries or metadata that only our classes understand."""
     paths = []
     for source in (tied, untied):
-        convert(source, tmp_path / f"{source.name}-tp", to="tp", tp_size=4)
-        convert(tmp_path / f"{source.name}-tp", tmp_path / source.name, to="hub", max_shard_size="100KB")
+        tp, _ = there_and_back(source, tmp_path / f"from-{source.name}", 4)
+        convert(tp, tmp_path / source.name, to="hub", max_shard_size="100KB")
         paths += [str(source), str(tmp_path / source.name)]
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", _LOAD, *paths], env=dict(os.environ), check=True, stdout=subprocess.PIPE, text=True
-    )
-    report = json.loads(done.stdout)
+    report = json.loads(subprocess.check_output([sys.executable, "-I", "-c", _LOAD, *paths], text=True))
     for original, converted in zip(report[::2], report[1::2], strict=True):
         assert converted == original
         assert converted[:2] == ["GPT2LMHeadModel", [[], [], []]]

@@ -2,61 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from hf_megatron_conversion import convert, verify
-from tests.conversion.checkpoints import read_config, save_stock
+from hf_megatron_conversion import convert, files, verify
+from hf_megatron_conversion.tensors import slices_of_bytes
+from tests.conversion.checkpoints import read_config, read_tensors, save_stock, there_and_back, write_hub
 
-Tensors = dict[str, torch.Tensor]
+Changes = dict[tuple[int, int], float]
 
 WEIGHT = "transformer.h.1.attn.c_attn.weight"
 
 
-def _changed(source: Path, directory: Path, change: Callable[[Tensors], None]) -> Path:
-    """A copy of a hub directory with changed tensors."""
-    tensors = load_file(source / "model.safetensors")
-    change(tensors)
-    directory.mkdir()
-    (directory / "config.json").write_bytes((source / "config.json").read_bytes())
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
-
-
-def _with_config(source: Path, directory: Path, **entries: object) -> Path:
-    _changed(source, directory, lambda tensors: None)
-    (directory / "config.json").write_text(json.dumps({**read_config(source), **entries}))
-    return directory
+def _changed(source: Path, directory: Path, changes: Changes, **entries: Any) -> Path:
+    """A copy of a hub directory with other values at some places of WEIGHT, and other entries in its config.json."""
+    tensors = read_tensors(source)
+    for place, value in changes.items():
+        tensors[WEIGHT][place] = value
+    return write_hub(directory, tensors, {**read_config(source), **entries})
 
 
 def test_equal_across_formats_and_degrees(stock: Path, tmp_path: Path) -> None:
     """Catches a comparison of pieces rather than of tensors."""
-    for tp_size in (2, 3):
-        convert(stock, tmp_path / str(tp_size), to="tp", tp_size=tp_size)
-    for a, b in ((stock, tmp_path / "3"), (tmp_path / "2", tmp_path / "3")):
-        result = verify(a, b)
-        assert result.equal
-        assert result.mismatched == ()
-        assert result.max_abs_diff == 0.0
-        assert result.max_logit_diff is None
-        assert result.compared == len(load_file(stock / "model.safetensors"))
+    two, three, _ = there_and_back(stock, tmp_path, 2, 3)
+    for a in (stock, two):
+        result = verify(a, three)
+        assert (result.equal, result.mismatched, result.max_abs_diff, result.max_logit_diff) == (True, (), 0.0, None)
+        assert result.compared == len(read_tensors(stock))
 
 
 def test_one_changed_value_is_found(tied: Path, tmp_path: Path) -> None:
     """Catches a comparison with a tolerance, or one that stops short of a tensor's end."""
-
-    def change(tensors: Tensors) -> None:
-        tensors[WEIGHT][-1, -1] = 8.0
-
-    value = load_file(tied / "model.safetensors")[WEIGHT][-1, -1].item()
-    result = verify(tied, _changed(tied, tmp_path / "changed", change))
+    value = read_tensors(tied)[WEIGHT][-1, -1].item()
+    result = verify(tied, _changed(tied, tmp_path / "changed", {(-1, -1): 8.0}))
     assert not result.equal
     assert result.mismatched == (WEIGHT,)
     assert result.max_abs_diff == abs(8.0 - value)
@@ -66,14 +48,8 @@ def test_one_changed_value_is_found(tied: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("neighbour", [1.0, math.nan])
 def test_bits_count_not_values(neighbour: float, tied: Path, tmp_path: Path) -> None:
     """Catches -0.0 taken for 0.0, and NaN taken for different from itself."""
-
-    def zero(tensors: Tensors) -> None:
-        tensors[WEIGHT][0, 0], tensors[WEIGHT][0, 1] = 0.0, neighbour
-
-    def negative_zero(tensors: Tensors) -> None:
-        tensors[WEIGHT][0, 0], tensors[WEIGHT][0, 1] = -0.0, neighbour
-
-    a, b = _changed(tied, tmp_path / "a", zero), _changed(tied, tmp_path / "b", negative_zero)
+    a = _changed(tied, tmp_path / "a", {(0, 0): 0.0, (0, 1): neighbour})
+    b = _changed(tied, tmp_path / "b", {(0, 0): -0.0, (0, 1): neighbour})
     assert verify(a, a).equal
     result = verify(a, b)
     assert result.mismatched == (WEIGHT,)
@@ -83,13 +59,8 @@ def test_bits_count_not_values(neighbour: float, tied: Path, tmp_path: Path) -> 
 
 def test_nan_for_a_number_is_no_finite_difference(tied: Path, tmp_path: Path) -> None:
     """Catches NaN lost in a maximum, and NaN in the JSON, which is none then."""
-
-    def change(tensors: Tensors) -> None:
-        tensors[WEIGHT][3, 5] = math.nan
-
-    result = verify(tied, _changed(tied, tmp_path / "changed", change))
-    assert not result.equal
-    assert result.max_abs_diff is None
+    result = verify(tied, _changed(tied, tmp_path / "changed", {(3, 5): math.nan}))
+    assert (result.equal, result.max_abs_diff) == (False, None)
 
 
 def test_missing_tensors_shapes_and_dtypes(tied: Path, untied: Path, tmp_path: Path) -> None:
@@ -101,43 +72,41 @@ def test_missing_tensors_shapes_and_dtypes(tied: Path, untied: Path, tmp_path: P
     exact = tmp_path / "float64"
     convert(tied, exact, to="hub", dtype="float64")
     result = verify(tied, exact)
-    assert set(result.mismatched) == set(load_file(tied / "model.safetensors"))
+    assert set(result.mismatched) == set(read_tensors(tied))
     assert result.max_abs_diff == 0.0
 
 
-def test_same_tensors_different_function(tied: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [({"n_head": 6}, "num_attention_heads"), ({"layer_norm_epsilon": 0.5}, "layer_norm_epsilon")],
+)
+def test_same_tensors_different_function(entry: dict[str, Any], named: str, tied: Path, tmp_path: Path) -> None:
     """Catches two models taken for one because the number of heads shows in no tensor's shape."""
-    result = verify(tied, _with_config(tied, tmp_path / "heads", n_head=6))
-    assert result.mismatched == ("config.json: num_attention_heads",)
-    result = verify(tied, _with_config(tied, tmp_path / "norm", layer_norm_epsilon=0.5))
-    assert result.mismatched == ("config.json: layer_norm_epsilon",)
+    result = verify(tied, _changed(tied, tmp_path / "changed", {}, **entry))
+    assert result.mismatched == (f"config.json: {named}",)
 
 
 def test_bookkeeping_is_no_difference(tied: Path, tmp_path: Path) -> None:
     """Catches a check that finds fault with every directory saved by another version."""
-    changed = _with_config(tied, tmp_path / "changed", transformers_version="4.0", n_layer=2, resid_pdrop=0.3)
-    assert verify(tied, changed).equal
+    entries = {"transformers_version": "4.0", "n_layer": 2, "resid_pdrop": 0.3}
+    assert verify(tied, _changed(tied, tmp_path / "changed", {}, **entries)).equal
 
 
 def test_logits_of_equal_models(stock: Path, tmp_path: Path) -> None:
     """Catches a conversion whose names fit and whose function does not: both sides run as the stock class."""
     convert(stock, tmp_path / "tp", to="tp", tp_size=3)
     result = verify(stock, tmp_path / "tp", logits=True)
-    assert result.equal
-    assert result.max_logit_diff == 0.0
+    assert (result.equal, result.max_logit_diff) == (True, 0.0)
 
 
 def test_logits_find_what_tensors_and_known_entries_do_not_show(tied: Path, tmp_path: Path) -> None:
     """Catches --logits that only repeats the comparison of tensors."""
     # An entry that one side leaves at its default is not compared; running the models shows it.
-    directory = _with_config(tied, tmp_path / "scaled", scale_attn_weights=False)
-    config = read_config(directory)
-    default = _with_config(tied, tmp_path / "default")
-    (default / "config.json").write_text(
-        json.dumps({key: value for key, value in config.items() if key != "scale_attn_weights"})
-    )
-    assert verify(default, directory).equal
-    result = verify(default, directory, logits=True)
+    scaled = _changed(tied, tmp_path / "scaled", {}, scale_attn_weights=False)
+    config = {key: value for key, value in read_config(scaled).items() if key != "scale_attn_weights"}
+    default = write_hub(tmp_path / "default", read_tensors(tied), config)
+    assert verify(default, scaled).equal
+    result = verify(default, scaled, logits=True)
     assert result.mismatched == ("logits",)
     assert result.max_logit_diff is not None
     assert result.max_logit_diff > 0.01
@@ -147,8 +116,6 @@ def test_convert_verify_catches_a_bad_write(
     tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches a --verify that compares the plan with itself, and a wrong result left at the destination."""
-    from hf_megatron_conversion import files
-    from hf_megatron_conversion.tensors import slices_of_bytes
 
     def flipped(*arguments: Any) -> Iterator[bytes]:
         for data in slices_of_bytes(*arguments):

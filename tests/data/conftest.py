@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pydoc_data.topics import topics
 
 import pytest
 from transformers import BertTokenizerFast, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hf_megatron.paper.data import tokenize_sentences
 
@@ -23,3 +25,11 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def documents(tokenizer: PreTrainedTokenizerBase) -> list[Document]:
     return [tokenize_sentences(tokenizer, text) for text in _TEXTS]
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What is logged, by transformers' loggers too."""
+    logging.enable_propagation()
+    yield caplog
+    logging.disable_propagation()

@@ -15,7 +15,8 @@ from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining
 from hf_megatron.errors import DataError
-from hf_megatron.paper.data import DataCollatorForMegatronBertPretraining, NgramMasking, sentence_order_pairs
+from hf_megatron.paper.data import DataCollatorForMegatronBertPretraining as Collator
+from hf_megatron.paper.data import NgramMasking, sentence_order_pairs
 from tests.data.conftest import Document
 from tests.distributed import RankPool
 
@@ -33,20 +34,14 @@ def _is_equal(one: Batch, other: Batch) -> bool:
 
 
 def _tiny(tokenizer: PreTrainedTokenizerBase) -> MegatronBertConfig:
-    return MegatronBertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=48,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    return MegatronBertConfig(**sizes, **vocabulary, max_position_embeddings=48)
 
 
 def test_the_batch(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]) -> None:
     """Catches labels at padding, special or unmasked tokens, a masked token without its label, and wrong padding."""
-    batch = DataCollatorForMegatronBertPretraining(tokenizer, seed=1)(examples[:40])
+    batch = Collator(tokenizer, seed=1)(examples[:40])
     longest = max(len(example["input_ids"]) for example in examples[:40])
     assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels", "sentence_order_label"}
     assert all(tensor.dtype == torch.long for tensor in batch.values())
@@ -74,38 +69,37 @@ def test_examples_without_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
     texts = ["the statement is executed", "an expression"]
     plain = [tokenizer(text, return_token_type_ids=False) for text in texts]
     tensors = [{name: torch.tensor(ids) for name, ids in example.items()} for example in plain]
-    batch = DataCollatorForMegatronBertPretraining(tokenizer, seed=1)(plain)
+    batch = Collator(tokenizer, seed=1)(plain)
     assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
     assert not batch["token_type_ids"].any()
-    assert _is_equal(batch, DataCollatorForMegatronBertPretraining(tokenizer, seed=1)(tensors))
+    assert _is_equal(batch, Collator(tokenizer, seed=1)(tensors))
 
 
 def test_padding_to_a_multiple(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]) -> None:
     """Catches a length that is not a multiple, or one more multiple than needed."""
     for multiple, length in ((1, 48), (16, 48), (7, 49), (64, 64)):
-        batch = DataCollatorForMegatronBertPretraining(tokenizer, pad_to_multiple_of=multiple)(examples[:8])
-        assert {batch[name].shape for name in ("input_ids", "attention_mask", "token_type_ids", "labels")} == {
-            (8, length)
-        }
+        batch = Collator(tokenizer, pad_to_multiple_of=multiple)(examples[:8])
+        shapes = {batch[name].shape for name in ("input_ids", "attention_mask", "token_type_ids", "labels")}
+        assert shapes == {(8, length)}
 
 
 def test_a_seed_makes_a_stream_of_its_own(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]) -> None:
     """Catches masks that depend on what else draws random numbers, or that are the same in every epoch."""
-    first, second = (DataCollatorForMegatronBertPretraining(tokenizer, seed=8) for _ in range(2))
+    first, second = (Collator(tokenizer, seed=8) for _ in range(2))
     state = torch.get_rng_state()
     batches = [first(examples[:8]) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
     assert all(_is_equal(batch, second(examples[:8])) for batch in batches)
     assert not _is_equal(*batches)
-    assert not _is_equal(DataCollatorForMegatronBertPretraining(tokenizer, seed=9)(examples[:8]), batches[0])
+    assert not _is_equal(Collator(tokenizer, seed=9)(examples[:8]), batches[0])
 
 
 def test_without_a_seed_the_default_generator_is_used(
     tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]
 ) -> None:
     """Catches masks that a resumed training, which restores that generator, would not see again."""
-    collate = DataCollatorForMegatronBertPretraining(tokenizer)
+    collate = Collator(tokenizer)
     torch.manual_seed(4)
     batches = [collate(examples[:8]) for _ in range(2)]
     torch.manual_seed(4)
@@ -119,7 +113,7 @@ def test_workers_do_not_repeat_each_other(
     batches = []
     for worker in (None, SimpleNamespace(id=0), SimpleNamespace(id=1)):
         monkeypatch.setattr("hf_megatron.paper.data.collator.get_worker_info", lambda worker=worker: worker)
-        batches.append(DataCollatorForMegatronBertPretraining(tokenizer, seed=8)(examples[:8]))
+        batches.append(Collator(tokenizer, seed=8)(examples[:8]))
     assert _is_equal(batches[0], batches[1])
     assert not _is_equal(batches[1], batches[2])
 
@@ -128,59 +122,42 @@ def _batches_on_a_rank(directory: Path, examples: list[dict[str, Any]]) -> list[
     tokenizer = AutoTokenizer.from_pretrained(directory)
     rank = torch.distributed.get_rank()
     torch.manual_seed(rank)
-    with_seed = DataCollatorForMegatronBertPretraining(tokenizer, seed=1)(examples)
+    with_seed = Collator(tokenizer, seed=1)(examples)
     MegatronBertForPreTraining.from_config(_tiny(tokenizer), distributed_config=DistributedConfig(tp_size=2))
-    return [with_seed, DataCollatorForMegatronBertPretraining(tokenizer)(examples)]
+    return [with_seed, Collator(tokenizer)(examples)]
 
 
 def test_same_batch_on_all_ranks(
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict[str, Any]],
-    pool: Callable[[int], RankPool],
-    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], pool: Callable[[int], RankPool], tmp_path: Path
 ) -> None:
     """Catches ranks that mask other tokens: their shards would be trained on different batches, without an error."""
     tokenizer.save_pretrained(tmp_path)
     first, second = pool(2).run(_batches_on_a_rank, tmp_path, examples[:8])
     assert all(_is_equal(one, other) for one, other in zip(first, second, strict=True))
-    assert _is_equal(first[0], DataCollatorForMegatronBertPretraining(tokenizer, seed=1)(examples[:8]))
+    assert _is_equal(first[0], Collator(tokenizer, seed=1)(examples[:8]))
 
 
 def test_in_a_trainer(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], tmp_path: Path) -> None:
     """Catches column names that Trainer removes, batches the model does not take, and labels it cannot learn."""
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=30,
-        learning_rate=1e-2,
-        logging_steps=10,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+    quiet: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 10}
     trainer = Trainer(
         model=MegatronBertForPreTraining.from_config(_tiny(tokenizer), seed=0),
-        args=arguments,
+        args=TrainingArguments(str(tmp_path), max_steps=30, learning_rate=1e-2, dataloader_pin_memory=False, **quiet),
         train_dataset=Dataset.from_list(examples),
-        data_collator=DataCollatorForMegatronBertPretraining(tokenizer),
+        data_collator=Collator(tokenizer),
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_examples_that_cannot_be_used_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Catches a sequence that silently has no label, and order labels given to the wrong examples."""
-    collate = DataCollatorForMegatronBertPretraining(tokenizer)
+def test_what_cannot_be_used_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Catches a sequence that silently has no label, order labels of other examples, and None among the token ids."""
+    collate = Collator(tokenizer)
     text = dict(tokenizer("the statement"))
     with pytest.raises(DataError, match="an example of 2 tokens has nothing but special ones"):
         collate([text, tokenizer("")])
     with pytest.raises(DataError, match="1 of 2 examples have a sentence_order_label"):
         collate([text, {**text, "sentence_order_label": 1}])
-
-
-def test_a_tokenizer_without_padding_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Catches a None among the token ids, of the first batch that needs padding."""
-    without_pad = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, mask_token="[MASK]")
     with pytest.raises(DataError, match="has no pad token"):
-        DataCollatorForMegatronBertPretraining(without_pad)
+        Collator(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, mask_token="[MASK]"))

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers.utils import logging
 
 from hf_megatron.errors import DataError
 from hf_megatron.paper.data import PAIR_TASKS, read_sentence_pairs, sentence_pairs_from_hub
@@ -44,16 +43,12 @@ def test_mnli_json_lines(tmp_path: Path) -> None:
     assert read_sentence_pairs(_MNLI, file) == [{"first": "Up", "second": "Down", "label": 2}]
 
 
-def test_qqp_and_its_broken_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_qqp_and_its_broken_rows(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
     """Catches a class that is not a number, and a crash at the rows that lack columns, or silence about them."""
     file = tmp_path / "train.tsv"
     file.write_text("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tHow?\tWhy?\t1\n4\t5\t6\tHow?\n")
-    logging.enable_propagation()
-    try:
-        assert read_sentence_pairs(_QQP, file) == [{"first": "How?", "second": "Why?", "label": 1}]
-    finally:
-        logging.disable_propagation()
-    assert "1 of 2 rows have too few columns" in caplog.text
+    assert read_sentence_pairs(_QQP, file) == [{"first": "How?", "second": "Why?", "label": 1}]
+    assert "1 of 2 rows have too few columns" in told.text
 
 
 @pytest.mark.parametrize(
@@ -72,11 +67,8 @@ def test_other_files_are_refused(tmp_path: Path, name: str, content: str, messag
         read_sentence_pairs(_MNLI, tmp_path / name)
 
 
-def test_rows_from_the_hub() -> None:
+@pytest.mark.parametrize(("task", "names"), [("mnli", ("premise", "hypothesis")), ("qqp", ("question1", "question2"))])
+def test_rows_from_the_hub(task: str, names: tuple[str, str]) -> None:
     """Catches the sentences of a pair swapped."""
-    assert sentence_pairs_from_hub(_MNLI, [{"premise": "a", "hypothesis": "b", "label": 2, "idx": 0}]) == [
-        {"first": "a", "second": "b", "label": 2}
-    ]
-    assert sentence_pairs_from_hub(_QQP, [{"question1": "a", "question2": "b", "label": 0, "idx": 0}]) == [
-        {"first": "a", "second": "b", "label": 0}
-    ]
+    row = {**dict(zip(names, "ab", strict=True)), "label": 0, "idx": 0}
+    assert sentence_pairs_from_hub(PAIR_TASKS[task], [row]) == [{"first": "a", "second": "b", "label": 0}]

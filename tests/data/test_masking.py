@@ -24,6 +24,12 @@ def sequences(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> 
     return [[cls, *first, sep, *second, sep] for first, second in pairs]
 
 
+def _the(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of a word of one token."""
+    (token_id,) = tokenizer("the", add_special_tokens=False)["input_ids"]
+    return int(token_id)
+
+
 def _words_by_word_ids(encoding: Any, special: set[int]) -> list[range]:
     """The reference: what the tokenizer itself says about which tokens are of one word."""
     words: dict[int, range] = {}
@@ -58,7 +64,7 @@ def test_another_continuation_prefix() -> None:
 def test_a_cut_word_starts_after_a_special_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Catches the rest of a cut word counted to the sentence before, or an unknown word asked for."""
     continuation = next(i for token, i in tokenizer.get_vocab().items() if token.startswith("##"))
-    word = tokenizer("the", add_special_tokens=False)["input_ids"][0]
+    word = _the(tokenizer)
     token_ids = [tokenizer.cls_token_id, continuation, word, tokenizer.unk_token_id, continuation, continuation]
     assert NgramMasking(tokenizer).words(token_ids) == [range(1, 2), range(2, 3), range(4, 6)]
 
@@ -97,18 +103,16 @@ def test_number_of_tokens(tokenizer: PreTrainedTokenizerBase, sequences: list[li
     assert num_chosen / num_tokens > 0.95 * probability  # sequences are whole, so that some end just below it
 
 
-@pytest.mark.parametrize(("num_tokens", "num_chosen"), [(1, 1), (6, 1), (13, 1), (14, 2), (20, 3), (40, 6), (100, 15)])
-def test_number_of_tokens_of_words_of_one_token(
-    tokenizer: PreTrainedTokenizerBase, num_tokens: int, num_chosen: int
-) -> None:
+def test_number_of_tokens_of_words_of_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Catches a number of tokens that is rounded the wrong way."""
-    token_ids = tokenizer("the", add_special_tokens=False)["input_ids"] * num_tokens
-    assert sum(map(len, NgramMasking(tokenizer).choose(token_ids))) == num_chosen
+    masking, the = NgramMasking(tokenizer), _the(tokenizer)
+    expected = {1: 1, 6: 1, 13: 1, 14: 2, 20: 3, 40: 6, 100: 15}
+    assert {n: sum(map(len, masking.choose([the] * n))) for n in expected} == expected
 
 
 def test_ngrams_by_one_over_n(tokenizer: PreTrainedTokenizerBase) -> None:
     """Catches n-grams drawn with other weights than 1/n: 6/11, 3/11 and 2/11."""
-    token_ids = tokenizer("the", add_special_tokens=False)["input_ids"] * 4000
+    token_ids = [_the(tokenizer)] * 4000
     torch.manual_seed(0)
     masking = NgramMasking(tokenizer, mlm_probability=0.05)  # few, so that hardly any n-gram runs into another
     lengths = Counter(len(ngram) for _ in range(30) for ngram in masking.choose(token_ids))
@@ -119,7 +123,7 @@ def test_ngrams_by_one_over_n(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def test_every_word_has_its_turn(tokenizer: PreTrainedTokenizerBase) -> None:
     """Catches a choice that prefers the start of a sequence."""
-    token_ids = tokenizer("the", add_special_tokens=False)["input_ids"] * 40
+    token_ids = [_the(tokenizer)] * 40
     torch.manual_seed(0)
     masking = NgramMasking(tokenizer, max_ngram=1)
     counts = Counter(position for _ in range(1000) for ngram in masking.choose(token_ids) for position in ngram)
@@ -129,22 +133,18 @@ def test_every_word_has_its_turn(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_no_word_short_enough(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Catches a sequence of long words that nothing is asked of, and a word masked in part."""
+    """Catches a sequence of long words that nothing is asked of, a word masked in part, or a special one asked for."""
     words = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("zyqxwvu", "jkzqvwxh")]
     assert min(map(len, words)) > 2
-    token_ids = list(chain([tokenizer.cls_token_id], *words, [tokenizer.sep_token_id]))
-    shortest = min(NgramMasking(tokenizer).words(token_ids), key=len)
-    assert NgramMasking(tokenizer).choose(token_ids) == [shortest]
-
-
-def test_nothing_but_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Catches a special token asked for because there is no other."""
-    assert NgramMasking(tokenizer).choose(tokenizer("")["input_ids"]) == []
+    token_ids = [tokenizer.cls_token_id, *words[0], *words[1], tokenizer.sep_token_id]
+    masking = NgramMasking(tokenizer)
+    assert masking.choose(token_ids) == [min(masking.words(token_ids), key=len)]
+    assert masking.choose(tokenizer("")["input_ids"]) == []
 
 
 def test_eighty_ten_ten(tokenizer: PreTrainedTokenizerBase) -> None:
     """Catches wrong shares of [MASK], random and kept tokens, changes elsewhere, and special tokens put in."""
-    ids = tokenizer("the", add_special_tokens=False)["input_ids"][0]
+    ids = _the(tokenizer)
     input_ids = torch.full((200, 500), ids)
     is_chosen = torch.arange(500).expand(200, 500) % 2 == 0
     torch.manual_seed(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_megatron.errors import DataError
@@ -24,6 +24,7 @@ def test_documents_follow_each_other() -> None:
         packed[3]
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 9), min_size=3, max_size=20), length=st.integers(2, 7))
 def test_every_token_is_predicted_once(sizes: list[int], length: int) -> None:
     """Catches tokens that are lost or learnt twice where one sequence ends and the next begins."""

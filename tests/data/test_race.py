@@ -22,13 +22,9 @@ def _question(question: str = "It binds _ .", answer: str = "B", example_id: str
 
 def _write(file: Path, name: str, answers: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "id": name,
-        "article": _ARTICLE,
-        "questions": [f"Question {i}" for i in range(len(answers))],
-        "options": [_OPTIONS] * len(answers),
-        "answers": list(answers),
-    }
+    questions = [f"Question {i}" for i in range(len(answers))]
+    content = {"id": name, "article": _ARTICLE, "questions": questions, "options": [_OPTIONS] * len(answers)}
+    content["answers"] = list(answers)
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -37,16 +33,10 @@ def test_reading_a_split(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> 
     _write(tmp_path / "dev/middle/1.txt", "middle1.txt", "CA")
     _write(tmp_path / "dev/high/2.txt", "high2.txt", "D")
     questions = read_race(tmp_path / "dev")
-    assert [(q["question"], q["answer"]) for q in questions] == [
-        ("Question 0", "D"),
-        ("Question 0", "C"),
-        ("Question 1", "A"),
-    ]
-    assert RaceQuestions(questions, tokenizer).references == [
-        {"option": 3, "level": "high"},
-        {"option": 2, "level": "middle"},
-        {"option": 0, "level": "middle"},
-    ]
+    found = [(q["question"], q["answer"]) for q in questions]
+    assert found == [("Question 0", "D"), ("Question 0", "C"), ("Question 1", "A")]
+    references = [(3, "high"), (2, "middle"), (0, "middle")]
+    assert [tuple(r.values()) for r in RaceQuestions(questions, tokenizer).references] == references
     assert len(read_race(tmp_path / "dev/middle")) == 2
 
 
@@ -92,14 +82,19 @@ def test_batches(tokenizer: PreTrainedTokenizerBase) -> None:
     assert batch["labels"].tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("changes", [{"answer": "E"}, {"answer": ""}, {"example_id": "college1.txt"}])
-def test_impossible_questions_are_refused(tokenizer: PreTrainedTokenizerBase, changes: dict[str, Any]) -> None:
-    """Catches a label of -1, and questions of a level that no score is given for."""
-    with pytest.raises(DataError, match="a question of RACE has an id that begins with middle or high"):
-        RaceQuestions([_question(**changes)], tokenizer)
-
-
-def test_lengths_without_room_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Catches examples without an article."""
-    with pytest.raises(DataError, match=r"max_length=131 leaves no room for an article .* choose at least 132"):
-        RaceQuestions([_question()], tokenizer, max_length=131)
+@pytest.mark.parametrize(
+    ("changes", "max_length", "told"),
+    [
+        *(
+            (changes, 512, "a question of RACE has an id that begins with middle or high")
+            for changes in ({"answer": "E"}, {"answer": ""}, {"example_id": "college1.txt"})
+        ),
+        ({}, 131, r"max_length=131 leaves no room for an article .* choose at least 132"),
+    ],
+)
+def test_impossible_questions_are_refused(
+    tokenizer: PreTrainedTokenizerBase, changes: dict[str, Any], max_length: int, told: str
+) -> None:
+    """Catches a label of -1, questions of a level that no score is given for, and examples without an article."""
+    with pytest.raises(DataError, match=told):
+        RaceQuestions([_question(**changes)], tokenizer, max_length=max_length)

@@ -104,19 +104,13 @@ def test_some_sequences_are_short() -> None:
     assert min(lengths) < 20
 
 
-@pytest.mark.parametrize(
-    ("document", "num_pairs"),
-    [
-        ([], 0),
-        ([[]], 0),
-        (_numbered(5), 0),
-        (_numbered(500), 0),
-        ([[], [100], [], [101]], 1),
-        (_numbered(1, 1), 1),
-        (_numbered(2, 500), 1),
-        (_numbered(500, 500, 500), 1),
-    ],
-)
+_ODD: dict[int, list[Document]] = {
+    0: [[], [[]], _numbered(5), _numbered(500)],
+    1: [[[], [100], [], [101]], _numbered(1, 1), _numbered(2, 500), _numbered(500, 500, 500)],
+}
+
+
+@pytest.mark.parametrize(("document", "num_pairs"), [(d, num) for num, group in _ODD.items() for d in group])
 def test_short_and_odd_documents(document: Document, num_pairs: int) -> None:
     """Catches empty segments, pairs without a second sentence, and sequences over the limit."""
     pairs = _pairs(document)
@@ -134,14 +128,10 @@ def test_the_longer_segment_is_cut() -> None:
     assert _segments(_pairs(_numbered(9, 9), max_length=5)[0]) == ([100], [109])
 
 
-def test_a_length_without_room_is_refused() -> None:
-    """Catches a negative room that slicing would silently take from the other end."""
+def test_what_holds_no_pair_is_refused() -> None:
+    """Catches a negative room that slicing would silently take from the other end, and None among the token ids."""
     with pytest.raises(DataError, match="max_length=4 does not hold a pair; choose at least 5"):
         _pairs(_numbered(9, 9), max_length=4)
-
-
-def test_a_tokenizer_without_separators_is_refused() -> None:
-    """Catches None among the token ids."""
     with pytest.raises(DataError, match="has no cls token"):
         list(sentence_order_pairs([_numbered(9, 9)], GPT2TokenizerFast(), max_length=32))
 

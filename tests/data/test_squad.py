@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from hf_megatron.errors import DataError
 from hf_megatron.paper.data import Question, QuestionWindows, find_answers, read_squad
@@ -24,43 +23,34 @@ _TEXT = (
 )
 
 
-def _question(answer: str | None, context: str = _TEXT, number: int = 0) -> Question:
-    texts = [] if answer is None else [answer]
+def _question(*answers: str, context: str = _TEXT, number: int = 0) -> Question:
     return Question(
         id=f"q{number}",
         title="",
         context=context,
         question="What does the import statement bind?",
-        answers={"text": texts, "answer_start": [context.index(text) for text in texts]},
+        answers={"text": list(answers), "answer_start": [context.index(text) for text in answers]},
     )
 
 
 def _windows(questions: list[Question], tokenizer: PreTrainedTokenizerBase, **options: Any) -> QuestionWindows:
-    return QuestionWindows(
-        questions, tokenizer, **{"max_length": 48, "doc_stride": 16, "max_question_length": 20, **options}
-    )
+    options = {"max_length": 48, "doc_stride": 16, "max_question_length": 20, **options}
+    return QuestionWindows(questions, tokenizer, **options)
 
 
 def test_reading_both_versions(tmp_path: Path) -> None:
     """Catches answers of one question given to another, and questions without an answer lost."""
     answers = [{"text": "a module", "answer_start": 27}, {"text": "module", "answer_start": 29}]
-    paragraph = {
-        "context": _TEXT,
-        "qas": [
-            {"id": "1", "question": "What?", "answers": answers},
-            {"id": "2", "question": "Why?", "answers": [], "is_impossible": True},
-        ],
-    }
+    questions = [
+        {"id": "1", "question": "What?", "answers": answers},
+        {"id": "2", "question": "Why?", "answers": [], "is_impossible": True},
+    ]
+    article = {"title": "Python", "paragraphs": [{"context": _TEXT, "qas": questions}]}
     file = tmp_path / "dev.json"
-    file.write_text(json.dumps({"version": "2.0", "data": [{"title": "Python", "paragraphs": [paragraph]}]}))
+    file.write_text(json.dumps({"version": "2.0", "data": [article]}))
     first, second = read_squad(file)
-    assert first == {
-        "id": "1",
-        "title": "Python",
-        "context": _TEXT,
-        "question": "What?",
-        "answers": {"text": ["a module", "module"], "answer_start": [27, 29]},
-    }
+    expected = {"text": ["a module", "module"], "answer_start": [27, 29]}
+    assert first == {"id": "1", "title": "Python", "context": _TEXT, "question": "What?", "answers": expected}
     assert (second["id"], second["answers"]) == ("2", {"text": [], "answer_start": []})
 
 
@@ -131,25 +121,16 @@ def test_part_of_a_word_marks_the_word(tokenizer: PreTrainedTokenizerBase) -> No
 
 def test_first_answer_is_learnt_and_none_is_cls(tokenizer: PreTrainedTokenizerBase) -> None:
     """Catches the last reference answer learnt, and a place made up where there is no answer."""
-    several = _question("a name")
-    several["answers"] = {
-        "text": ["a name", "a module"],
-        "answer_start": [_TEXT.index("a name"), _TEXT.index("a module")],
-    }
-    windows = QuestionWindows([several, _question(None)], tokenizer)
+    windows = QuestionWindows([_question("a name", "a module"), _question()], tokenizer)
     assert _labelled(windows) == ["a name", None]
 
 
-def test_answers_out_of_place_are_told(tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture) -> None:
+def test_answers_out_of_place_are_told(tokenizer: PreTrainedTokenizerBase, told: pytest.LogCaptureFixture) -> None:
     """Catches training on whatever stands where the answer should."""
     wrong = _question("a name")
     wrong["answers"]["answer_start"][0] += 1
-    logging.enable_propagation()
-    try:
-        QuestionWindows([_question("a name"), wrong], tokenizer)
-    finally:
-        logging.disable_propagation()
-    assert "1 of 2 questions have an answer that does not stand in the text where answer_start says" in caplog.text
+    QuestionWindows([_question("a name"), wrong], tokenizer)
+    assert "1 of 2 questions have an answer that does not stand in the text where answer_start says" in told.text
 
 
 @pytest.mark.parametrize("options", [{"max_length": 23}, {"doc_stride": 0}])
@@ -188,7 +169,7 @@ def _slow_answers(
 @pytest.fixture(scope="module")
 def several_windows(tokenizer: PreTrainedTokenizerBase) -> QuestionWindows:
     """Questions with five windows and with one."""
-    questions = [_question("a name"), _question("word", "A word.", 1), _question(None, number=2)]
+    questions = [_question("a name"), _question("word", context="A word.", number=1), _question(number=2)]
     return _windows(questions, tokenizer)
 
 
@@ -214,7 +195,7 @@ def test_answers_equal_a_search_of_all_spans(
 def test_labels_as_logits_give_the_answers_back(tokenizer: PreTrainedTokenizerBase) -> None:
     """Catches a shift between the places that labels mean and those that logits are read at."""
     wanted = ["a name", "evaluates an expression", None, "simple statements."]
-    windows = _windows([_question(answer, number=i) for i, answer in enumerate(wanted)], tokenizer)
+    windows = _windows([_question(*filter(None, [answer]), number=i) for i, answer in enumerate(wanted)], tokenizer)
     starts, ends = np.zeros((2, len(windows), 48), dtype=np.float32)
     for i in range(len(windows)):
         starts[i, windows[i]["start_positions"]] = ends[i, windows[i]["end_positions"]] = 9.0
@@ -225,7 +206,7 @@ def test_labels_as_logits_give_the_answers_back(tokenizer: PreTrainedTokenizerBa
 
 def test_a_text_without_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """Catches an empty search."""
-    windows = _windows([_question(None, context=" ")], tokenizer)
+    windows = _windows([_question(context=" ")], tokenizer)
     assert len(windows) == 1
     (answer,) = find_answers(windows, np.zeros((1, 48)), np.zeros((1, 48)))
     assert (answer.text, answer.candidates, answer.no_answer_probability) == ("", (), 1.0)

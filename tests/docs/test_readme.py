@@ -82,15 +82,12 @@ def blocks_of(text: str) -> list[Block]:
 
 
 def _run(block: Block, directory: Path) -> None:
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": f"{directory}{os.pathsep}{directory / 'conversion'}",
-    }
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    code = f"{directory}{os.pathsep}{directory / 'conversion'}"
     done = subprocess.run(
         block.command(),
         cwd=directory,
-        env=environment,
+        env={**os.environ, "PATH": path, "PYTHONPATH": code},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -194,13 +191,8 @@ unmarked()
 def test_the_blocks_of_a_document_are_found() -> None:
     """Catches a harness that overlooks blocks, and so proves nothing about the documents."""
     blocks = blocks_of(_EXAMPLE)
-    assert [(block.line, block.language) for block in blocks] == [
-        (4, "bash"),
-        (10, "python"),
-        (17, "bash"),
-        (22, "python"),
-        (27, "python"),
-    ]
+    expected = [(4, "bash"), (10, "python"), (17, "bash"), (22, "python"), (27, "python")]
+    assert [(block.line, block.language) for block in blocks] == expected
     assert [block.mode for block in blocks] == ["run", "file: script.py", "not run: needs a GPU", "run", ""]
     assert blocks[0].make_targets() == ["test"]
     assert blocks[2].code == "exit 1\n"

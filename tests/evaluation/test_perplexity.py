@@ -53,10 +53,9 @@ def test_batches_do_not_matter(batch_size: int, model_dir: Path) -> None:
 def test_windows_predict_every_token_once(num_tokens: int) -> None:
     """Catches an end that is cut off, windows longer than the model, and context shorter than the stride leaves."""
     found = list(windows(num_tokens, 1024, 32))
+    ends = [window.start + window.length + 1 for window in found]
     predicted = [
-        token
-        for window in found
-        for token in range(window.start + window.length - window.predictions + 1, window.start + window.length + 1)
+        token for window, end in zip(found, ends, strict=True) for token in range(end - window.predictions, end)
     ]
     assert predicted == list(range(1, num_tokens))
     assert all(window.length <= 1024 for window in found)

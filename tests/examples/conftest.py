@@ -26,17 +26,10 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=64)
     tokenizer.save_pretrained(directory)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(**sizes, **dropout, initializer_range=0.1)
     torch.manual_seed(0)
     BertModel(config).save_pretrained(directory)
     return str(directory)

@@ -59,15 +59,8 @@ def _race(directory: Path, copies: int = _COPIES) -> list[str]:
                 "answers": ["A", "B", "C", "D"] * count,
             }
             (directory / split / level / "1.txt").write_text(json.dumps(content))
-    dev = directory / "dev"
-    return [
-        f"--train={directory / 'train'}",
-        "--validation",
-        str(dev),
-        str(dev / "high"),
-        "--option-length=24",
-        *_LEARN,
-    ]
+    validation = ["--validation", str(directory / "dev"), str(directory / "dev/high")]
+    return [f"--train={directory / 'train'}", *validation, "--option-length=24", *_LEARN]
 
 
 def _pairs(directory: Path, task: str) -> list[str]:
@@ -134,26 +127,14 @@ def test_pairs_learn_their_classes(tmp_path: Path, tiny_bert: str, task: str) ->
 
 def test_data_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: str) -> None:
     """Catches columns and splits by other names than the data sets have on the Hub."""
-    hub = {
-        ("rajpurkar/squad",): {
-            "id": ["q0"],
-            "title": ["Python"],
-            "context": [_TEXT],
-            "question": [_FACTS[0][1]],
-            "answers": [{"text": ["finds a module"], "answer_start": [21]}],
-        },
-        ("ehovy/race", "all"): {
-            "example_id": ["high1.txt"],
-            "article": [_TEXT],
-            "answer": ["B"],
-            "question": ["It _ ."],
-            "options": [["a", "b", "c", "d"]],
-        },
-        ("nyu-mll/glue", "mnli"): {"premise": ["a"], "hypothesis": ["b"], "label": [1], "idx": [0]},
-    }
+    answers = {"text": ["finds a module"], "answer_start": [21]}
+    squad = {"id": "q0", "title": "Python", "context": _TEXT, "question": _FACTS[0][1], "answers": answers}
+    race = {"example_id": "high1.txt", "article": _TEXT, "answer": "B", "question": "It _ .", "options": list("abcd")}
+    mnli = {"premise": "a", "hypothesis": "b", "label": 1, "idx": 0}
+    hub = {("rajpurkar/squad",): squad, ("ehovy/race", "all"): race, ("nyu-mll/glue", "mnli"): mnli}
 
     def load_dataset(*name: str) -> datasets.DatasetDict:
-        rows = datasets.Dataset.from_dict(hub[name])
+        rows = datasets.Dataset.from_list([hub[name]])
         splits = ("train", "validation", "test", "validation_matched", "validation_mismatched")
         return datasets.DatasetDict(dict.fromkeys(splits, rows))
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_megatron.errors import PartitionError
-from hf_megatron.partition import Box, FusedSplit, Replicated, Spec, Split, VocabSplit, chunk_range, tiling_error
+from hf_megatron.partition import Box, FusedSplit, Replicated, Spec, Split, VocabSplit, tiling_error
 from tests.partition.cuts import Shape, cuts, times_covered, unhurried
 
 
@@ -39,7 +39,7 @@ def _reference(spec: Spec, tensor: torch.Tensor, tp_size: int) -> list[torch.Ten
 @unhurried
 @given(cuts())
 def test_shards_are_what_torch_chunk_gives(cut: tuple[Spec, Shape, int]) -> None:
-    """Catches uneven sizes that are spread otherwise, mixed-up blocks, and a wrong order of ranks."""
+    """Catches uneven sizes spread otherwise or padded, gaps, mixed-up blocks, and a wrong order of ranks."""
     spec, shape, tp_size = cut
     tensor = _numbered(shape)
     shards = spec.split(tensor, tp_size)
@@ -103,22 +103,6 @@ def test_a_shard_of_one_box_is_a_view(spec: Spec) -> None:
 
 
 @unhurried
-@given(st.integers(0, 100), st.integers(1, 20))
-def test_chunk_ranges_follow_each_other(size: int, num_chunks: int) -> None:
-    """Catches gaps, overlaps, and chunks past the end that are not empty."""
-    ranges = [chunk_range(size, num_chunks, index) for index in range(num_chunks)]
-    edges = [0, *(stop for _, stop in ranges)]
-    assert [start for start, _ in ranges] == edges[:-1]
-    assert edges[-1] == size
-
-
-def test_gpt2_vocabulary_over_four_ranks() -> None:
-    """Catches padding: the last rank holds fewer rows, and there are none that belong to no token."""
-    shards = [VocabSplit().shard_shape((50257, 768), 4, rank) for rank in range(4)]
-    assert shards == [(12565, 768), (12565, 768), (12565, 768), (12562, 768)]
-
-
-@unhurried
 @given(st.data())
 def test_intersection_is_what_both_cover(data: st.DataObject) -> None:
     """Catches an intersection that is too large, too small, or an empty box where there is none."""
@@ -157,15 +141,16 @@ def test_a_rank_without_rows_is_refused(spec: Spec) -> None:
         spec.check("wte.weight", (5, 2), tp_size)
 
 
-def test_unequal_blocks_are_refused() -> None:
-    """Catches a fused tensor whose last entries would belong to no block."""
-    with pytest.raises(PartitionError, match="c_attn has 10 entries along dim 1, which is not 3 blocks of equal size"):
-        FusedSplit(1, 3).check("c_attn", (4, 10), 2)
-    with pytest.raises(PartitionError, match="c_attn has 5 entries along dim 1; cut over tp_size=4"):
-        FusedSplit(1, 3).check("c_attn", (4, 15), 4)
+@pytest.mark.parametrize(
+    ("shape", "tp_size", "message"),
+    [
+        ((4, 10), 2, "c_attn has 10 entries along dim 1, which is not 3 blocks of equal size"),
+        ((4, 15), 4, "c_attn has 5 entries along dim 1; cut over tp_size=4"),
+    ],
+)
+def test_unequal_blocks_are_refused(shape: Shape, tp_size: int, message: str) -> None:
+    """Catches a fused tensor whose last entries would belong to no block, and small whole tensors refused."""
+    with pytest.raises(PartitionError, match=message):
+        FusedSplit(1, 3).check("c_attn", shape, tp_size)
     FusedSplit(1, 3).check("c_attn", (4, 15), 3)
-
-
-def test_a_replicated_tensor_fits_every_degree() -> None:
-    """Catches a refusal of small tensors that nobody cuts."""
     Replicated().check("bias", (1,), 8)

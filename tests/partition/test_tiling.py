@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_megatron.partition import Box, FusedSplit, Split, tiling_error
@@ -23,14 +23,6 @@ def _shifted(box: Box, steps: Sequence[int]) -> Box:
 
 def _enlarged(box: Box, steps: Sequence[int]) -> Box:
     return Box(box.offset, tuple(max(0, size + step) for size, step in zip(box.shape, steps, strict=True)))
-
-
-@unhurried
-@given(tilings())
-def test_a_tiling_is_accepted(tiling: tuple[Shape, list[Box]]) -> None:
-    """Catches a refusal of good directories: any grid, any order of pieces, scalars too."""
-    shape, boxes = tiling
-    assert tiling_error(shape, boxes) is None
 
 
 @unhurried
@@ -56,24 +48,13 @@ def test_a_doubled_piece_is_found(tiling: tuple[Shape, list[Box]], data: st.Data
 
 @unhurried
 @given(tilings(), st.data())
-def test_a_shifted_piece_is_found(tiling: tuple[Shape, list[Box]], data: st.DataObject) -> None:
-    """Catches a wrong offset, a negative one too: the number of elements is right and some are in the wrong place."""
-    shape, boxes = tiling
-    steps = [data.draw(st.integers(-3, 3)) for _ in shape]
-    assume(any(steps))
-    index = data.draw(st.integers(0, len(boxes) - 1))
-    boxes[index] = _shifted(boxes[index], steps)
-    assert tiling_error(shape, boxes) is not None
-
-
-@unhurried
-@given(tilings(), st.data())
 def test_verdict_on_any_damage_is_the_painted_one(tiling: tuple[Shape, list[Box]], data: st.DataObject) -> None:
-    """Catches damage that cancels out in the sums: one piece gone and another twice, one longer and another shorter."""
+    """Catches a good directory refused, and damage that passes: offsets that are wrong or negative, with or without
+    more damage that cancels out in the sums, as where one piece is gone and another there twice."""
     shape, boxes = tiling
     for _ in range(data.draw(st.integers(0, min(3, len(boxes))))):
         piece = boxes.pop(data.draw(st.integers(0, len(boxes) - 1)))
-        steps = [data.draw(st.integers(-2, 2)) for _ in shape]
+        steps = [data.draw(st.integers(-3, 3)) for _ in shape]
         boxes += data.draw(st.sampled_from([[], [piece, piece], [_shifted(piece, steps)], [_enlarged(piece, steps)]]))
     assert (tiling_error(shape, boxes) is None) == _tiles(shape, boxes)
 
@@ -87,14 +68,22 @@ def test_shards_of_another_degree_are_found(spec: Split | FusedSplit, stale_degr
     assert "is stored twice" in str(tiling_error(shape, current + stale))
 
 
-def test_messages_name_the_piece() -> None:
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        (
+            [Box((0, 0), (4, 4)), Box((0, 3), (4, 3))],
+            "is stored twice: pieces of shape [4, 4] at [0, 0] and [4, 3] at [0, 3] overlap "
+            "(shards of another degree left behind?)",
+        ),
+        ([Box((0, 0), (4, 4)), Box((0, 4), (4, 3))], "a piece of shape [4, 3] at [0, 4], outside of its shape [4, 6]"),
+        (
+            [Box((0, -1), (4, 5)), Box((0, 5), (4, 1))],
+            "a piece of shape [4, 5] at [0, -1], outside of its shape [4, 6]",
+        ),
+        ([Box((0,), (24,))], "is stored with 1 dimensions where 2 are expected"),
+    ],
+)
+def test_messages_name_the_piece(boxes: list[Box], message: str) -> None:
     """Catches a message with which nobody finds the file."""
-    assert tiling_error((4, 6), [Box((0, 0), (4, 4)), Box((0, 3), (4, 3))]) == (
-        "is stored twice: pieces of shape [4, 4] at [0, 0] and [4, 3] at [0, 3] overlap "
-        "(shards of another degree left behind?)"
-    )
-    outside = "has a piece of shape [4, 3] at [0, 4], outside of its shape [4, 6]"
-    assert tiling_error((4, 6), [Box((0, 0), (4, 4)), Box((0, 4), (4, 3))]) == outside
-    before = "has a piece of shape [4, 5] at [0, -1], outside of its shape [4, 6]"
-    assert tiling_error((4, 6), [Box((0, -1), (4, 5)), Box((0, 5), (4, 1))]) == before
-    assert tiling_error((4, 6), [Box((0,), (24,))]) == "is stored with 1 dimensions where 2 are expected"
+    assert str(tiling_error((4, 6), boxes)).removeprefix("has ") == message

@@ -37,27 +37,14 @@ KINDS = ("gpt2", "gpt2-inner", "bert-pre", "bert-post", "bert-mlm")
 
 
 def make_config(kind: str, *, dropout: float = 0.1, size: Size = SMALL) -> Any:
+    sizes = {"vocab_size": size.vocab, "max_position_embeddings": size.length, "hidden_size": size.hidden}
+    sizes |= {"num_hidden_layers": size.layers, "num_attention_heads": size.heads}
     if kind.startswith("gpt2"):
-        return MegatronGPT2Config(
-            vocab_size=size.vocab,
-            n_positions=size.length,
-            n_embd=size.hidden,
-            n_layer=size.layers,
-            n_head=size.heads,
-            n_inner=101 if kind == "gpt2-inner" else None,
-            activation_function="gelu_pytorch_tanh" if kind == "gpt2-inner" else "gelu_new",
-            embd_pdrop=dropout,
-            attn_pdrop=dropout,
-            resid_pdrop=dropout,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
+        inner = {"n_inner": 101, "activation_function": "gelu_pytorch_tanh"} if kind == "gpt2-inner" else {}
+        dropouts = {"embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
+        return MegatronGPT2Config(**sizes, **inner, **dropouts, bos_token_id=0, eos_token_id=0)
     return MegatronBertConfig(
-        vocab_size=size.vocab,
-        max_position_embeddings=size.length,
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
+        **sizes,
         intermediate_size=4 * size.hidden,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,

@@ -65,14 +65,8 @@ def _planned(case: _Case, device: str) -> tuple[int, int]:
     """The peak without an optimizer, and the weights."""
     kind, precision, recompute, attention, tp_size = case
     size = _SIZES[device]
-    run = make_run(
-        size=size,
-        tp_size=tp_size,
-        recompute=recompute,
-        attention=attention,
-        precision=PRECISIONS[precision],
-        device=device,
-    )
+    options = {"tp_size": tp_size, "recompute": recompute, "attention": attention, "device": device}
+    run = make_run(size=size, precision=PRECISIONS[precision], **options)
     plan = plan_memory(make_shape(kind, size=size), run)
     return plan.peak - plan.optimizer, plan.parameters
 

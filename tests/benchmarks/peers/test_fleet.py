@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.peers import machine
 from benchmarks.peers.competitors import Configuration
 from benchmarks.peers.fleet import WorkerError, Workers
-from benchmarks.peers.machine import ForeignLoad, processor_seconds_of
 from benchmarks.peers.worker import Job
 from benchmarks.peers.workload import Workload, generate
 
@@ -55,10 +56,12 @@ def test_a_worker_that_dies_is_told_of(tmp_path: Path) -> None:
             workers.ask("load")
 
 
-def test_own_work_is_not_foreign() -> None:
+def test_own_work_is_not_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a load that counts the measured processes themselves, which would drop every sample."""
-    this_is_ours = ForeignLoad(lambda: processor_seconds_of(os.getpid()))
-    nothing_is_ours = ForeignLoad(lambda: 0.0)
-    sum(range(10**7))
-    assert nothing_is_ours.cores() > 0.3
-    assert this_is_ours.cores() < nothing_is_ours.cores()
+    busy, own = iter([100.0, 115.0]), iter([3.0, 8.0])
+    monkeypatch.setattr(machine, "time", SimpleNamespace(monotonic=iter([0.0, 10.0]).__next__))
+    monkeypatch.setattr(machine, "_busy_seconds", busy.__next__)
+    assert machine.ForeignLoad(own.__next__).cores() == 1.0
+    monkeypatch.undo()
+    assert machine.processor_seconds_of(os.getpid()) == pytest.approx(sum(os.times()[:2]), abs=0.5)
+    assert machine._busy_seconds() > machine.processor_seconds_of(os.getpid())

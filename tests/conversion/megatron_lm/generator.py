@@ -15,7 +15,10 @@ import pickle
 import random
 import sys
 import types
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ class Variant:
         dtype: Of the weights.
         chunks: Model chunks per stage, of an interleaved pipeline.
         layers: Number of layers.
+        extra_arguments: Besides those of ``arguments_of``, or in their place.
     """
 
     kind: str = "gpt"
@@ -68,7 +72,7 @@ class Variant:
     dtype: torch.dtype = torch.float32
     chunks: int = 1
     layers: int = LAYERS
-    extra_arguments: tuple[tuple[str, Any], ...] = field(default=())
+    extra_arguments: tuple[tuple[str, Any], ...] = ()
 
     @property
     def is_bert(self) -> bool:
@@ -87,41 +91,25 @@ def make_weights(variant: Variant, seed: int = 0) -> Tensors:
     def normal(*shape: int, mean: float = 0.0) -> torch.Tensor:
         return (mean + 0.3 * torch.randn(shape, generator=generator)).to(variant.dtype)
 
+    def affine(name: str, *shape: int, mean: float = 0.0) -> Tensors:
+        return {f"{name}.weight": normal(*shape, mean=mean), f"{name}.bias": normal(shape[0])}
+
     weights = {"words": normal(VOCAB, HIDDEN), "positions": normal(POSITIONS, HIDDEN)}
     for layer in range(variant.layers):
-        weights |= {
-            f"{layer}.norm1.weight": normal(HIDDEN, mean=1.0),
-            f"{layer}.norm1.bias": normal(HIDDEN),
-            f"{layer}.norm2.weight": normal(HIDDEN, mean=1.0),
-            f"{layer}.norm2.bias": normal(HIDDEN),
-            f"{layer}.out.weight": normal(HIDDEN, HIDDEN),
-            f"{layer}.out.bias": normal(HIDDEN),
-            f"{layer}.up.weight": normal(FFN, HIDDEN),
-            f"{layer}.up.bias": normal(FFN),
-            f"{layer}.down.weight": normal(HIDDEN, FFN),
-            f"{layer}.down.bias": normal(HIDDEN),
-        }
-        for which in ("query", "key", "value"):
-            weights |= {f"{layer}.{which}.weight": normal(HIDDEN, HIDDEN), f"{layer}.{which}.bias": normal(HIDDEN)}
-    weights |= {"norm.weight": normal(HIDDEN, mean=1.0), "norm.bias": normal(HIDDEN)}
+        for norm in ("norm1", "norm2"):
+            weights |= affine(f"{layer}.{norm}", HIDDEN, mean=1.0)
+        for matrix in ("query", "key", "value", "out"):
+            weights |= affine(f"{layer}.{matrix}", HIDDEN, HIDDEN)
+        weights |= affine(f"{layer}.up", FFN, HIDDEN) | affine(f"{layer}.down", HIDDEN, FFN)
+    weights |= affine("norm", HIDDEN, mean=1.0)
     if variant.is_untied:
         weights["head"] = normal(VOCAB, HIDDEN)
     if variant.is_bert:
-        weights |= {
-            "lm.dense.weight": normal(HIDDEN, HIDDEN),
-            "lm.dense.bias": normal(HIDDEN),
-            "lm.norm.weight": normal(HIDDEN, mean=1.0),
-            "lm.norm.bias": normal(HIDDEN),
-            "lm.bias": normal(VOCAB),
-        }
+        weights |= affine("lm.dense", HIDDEN, HIDDEN) | affine("lm.norm", HIDDEN, mean=1.0)
+        weights["lm.bias"] = normal(VOCAB)
     if variant.is_bert and variant.has_binary_head:
-        weights |= {
-            "types": normal(2, HIDDEN),
-            "pooler.weight": normal(HIDDEN, HIDDEN),
-            "pooler.bias": normal(HIDDEN),
-            "binary.weight": normal(2, HIDDEN),
-            "binary.bias": normal(2),
-        }
+        weights["types"] = normal(2, HIDDEN)
+        weights |= affine("pooler", HIDDEN, HIDDEN) | affine("binary", 2, HIDDEN)
     return weights
 
 
@@ -186,13 +174,13 @@ def forward(
 # --- The files.
 
 
-def write(directory: Path, variant: Variant, weights: Tensors, iteration: int = 1000) -> Path:
+def write(directory: Path, variant: Variant, weights: Tensors | None = None, iteration: int = 1000) -> Path:
     """Write the checkpoint as ``iter_*`` under ``directory``, and return ``directory``."""
-    place = directory / f"iter_{iteration:07d}"
-    for tp in range(variant.tp):
-        for pp in range(variant.pp):
-            name = f"mp_rank_{tp:02d}" if variant.pp == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
-            save(place / name / "model_optim_rng.pt", content_of(variant, weights, tp, pp, iteration), variant.is_zip)
+    weights = make_weights(variant) if weights is None else weights
+    for tp, pp in product(range(variant.tp), range(variant.pp)):
+        name = f"mp_rank_{tp:02d}" if variant.pp == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
+        path = directory / f"iter_{iteration:07d}/{name}/model_optim_rng.pt"
+        save(path, content_of(variant, weights, tp, pp, iteration), variant.is_zip)
     (directory / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return directory
 
@@ -322,10 +310,9 @@ def _flat(
             result[f"{here}{qkv}.{parameter}"] = _qkv(weights, f"{layer}", parameter, variant, tp)
             result[here + norms[1].format(parameter)] = weights[f"{layer}.norm2.{parameter}"]
             result[f"{here}{up}.{parameter}"] = _rows(weights[f"{layer}.up.{parameter}"], variant, tp)
-        result[f"{here}{out}.weight"] = _rows(weights[f"{layer}.out.weight"], variant, tp, 1)
-        result[f"{here}{out}.bias"] = weights[f"{layer}.out.bias"]
-        result[f"{here}{down}.weight"] = _rows(weights[f"{layer}.down.weight"], variant, tp, 1)
-        result[f"{here}{down}.bias"] = weights[f"{layer}.down.bias"]
+        for name, ours in ((out, "out"), (down, "down")):
+            result[f"{here}{name}.weight"] = _rows(weights[f"{layer}.{ours}.weight"], variant, tp, 1)
+            result[f"{here}{name}.bias"] = weights[f"{layer}.{ours}.bias"]
         if variant.names == "te":
             # Transformer Engine 2 saves a tensor, 1.x what torch.save wrote into memory.
             result[f"{here}{qkv}._extra_state"] = torch.ByteTensor(4)
@@ -375,39 +362,30 @@ def _nested(variant: Variant, flat: dict[str, Any]) -> dict[str, Any]:
 # --- Objects of classes that are not installed.
 
 
-class Foreign:
-    """Make instances of a class that exists only while it is pickled: ``Foreign("megatron.x.Y")(state)``."""
-
-    def __init__(self, name: str) -> None:
-        self._module, _, self._name = name.rpartition(".")
-
-    def __call__(self, **state: Any) -> Any:
-        cls = type(self._name, (), {"__module__": self._module})
-        instance = cls()
-        instance.__dict__.update(state)
-        return instance
+def foreign(name: str, **state: Any) -> Any:
+    """An instance of a class ``megatron.x.Y`` that exists only while it is pickled."""
+    module, _, name = name.rpartition(".")
+    instance = type(name, (), {"__module__": module})()
+    instance.__dict__.update(state)
+    return instance
 
 
-class foreign_modules:  # noqa: N801 (reads as a statement)
+@contextmanager
+def foreign_modules(*instances: Any) -> Iterator[None]:
     """While the context lasts, the classes of these instances can be pickled by name."""
-
-    def __init__(self, *instances: Any) -> None:
-        self._classes = [type(instance) for instance in instances]
-        self._added: list[str] = []
-
-    def __enter__(self) -> None:
-        for cls in self._classes:
-            parts = cls.__module__.split(".")
-            for end in range(1, len(parts) + 1):
-                name = ".".join(parts[:end])
-                if name not in sys.modules:
-                    sys.modules[name] = types.ModuleType(name)
-                    self._added.append(name)
-            setattr(sys.modules[cls.__module__], cls.__name__, cls)
-            assert pickle.dumps(cls)
-
-    def __exit__(self, *_: object) -> None:
-        for name in self._added:
+    added: list[str] = []
+    for cls in map(type, instances):
+        parts = cls.__module__.split(".")
+        for name in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
+            if name not in sys.modules:
+                sys.modules[name] = types.ModuleType(name)
+                added.append(name)
+        setattr(sys.modules[cls.__module__], cls.__name__, cls)
+        assert pickle.dumps(cls)
+    try:
+        yield
+    finally:
+        for name in added:
             del sys.modules[name]
 
 
@@ -421,28 +399,3 @@ def inputs(variant: Variant) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mask[1, -7:] = 0
         types_[:, POSITIONS // 2 :] = 1 if variant.has_binary_head else 0
     return ids, mask, types_
-
-
-def scale_of(outputs: list[torch.Tensor]) -> float:
-    return max(float(output.abs().max()) for output in outputs)
-
-
-__all__ = [
-    "FFN",
-    "HEADS",
-    "HIDDEN",
-    "LAYERS",
-    "POSITIONS",
-    "VOCAB",
-    "Foreign",
-    "Variant",
-    "arguments_of",
-    "content_of",
-    "foreign_modules",
-    "forward",
-    "inputs",
-    "make_weights",
-    "save",
-    "scale_of",
-    "write",
-]

@@ -53,6 +53,11 @@ _SAVED = [
 ]
 
 
+def hub_config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config
+
+
 def assert_converts(tmp_path: Path, variant: Variant, **options: Any) -> None:
     """Write, convert to a hub directory, run that, and compare with the equations."""
     weights = make_weights(variant)
@@ -60,8 +65,9 @@ def assert_converts(tmp_path: Path, variant: Variant, **options: Any) -> None:
     convert(source, tmp_path / "hub", to="hub", **{"vocab_size": VOCAB, **options})
     ids, mask, types = inputs(variant)
     expected = forward(variant, weights, ids, mask, types)
-    config = json.loads((tmp_path / "hub/config.json").read_text())
+    config = hub_config(tmp_path / "hub")
     assert config["vocab_size"] == VOCAB
+    assert config["dtype"] == str(variant.dtype).removeprefix("torch.")
     class_name = config["architectures"][0]
     model_class: Any = getattr(transformers, class_name)
     if "prediction_head_act" in config:
@@ -72,8 +78,7 @@ def assert_converts(tmp_path: Path, variant: Variant, **options: Any) -> None:
     with torch.no_grad():
         outputs = model(ids, **arguments).to_tuple()
     assert outputs[0].shape == expected[0].shape
-    is_valid = mask.bool()
-    assert (outputs[0] - expected[0])[is_valid].abs().max() < TOLERANCE
+    assert (outputs[0] - expected[0])[mask.bool()].abs().max() < TOLERANCE
     if len(expected) > 1:
         assert (outputs[1] - expected[1]).abs().max() < TOLERANCE
 
@@ -88,40 +93,30 @@ def test_every_version_and_degree(
     assert_converts(tmp_path, Variant(**_KINDS[kind], version=version, names=names, tp=tp, is_zip=is_zip))
 
 
-@pytest.mark.parametrize("gelu", ["fused", "openai"])
-@pytest.mark.parametrize("kind", list(_KINDS))
-def test_every_gelu(tmp_path: Path, kind: str, gelu: str) -> None:
-    """Catches one activation of a stock BERT used where Megatron-LM had two, or the tanh form taken for the exact."""
-    assert_converts(tmp_path, Variant(**_KINDS[kind], gelu=gelu))
+def _asked(gelu: str, **arguments: Any) -> Variant:
+    return Variant(kind="bert", gelu=gelu, extra_arguments=tuple(arguments.items()))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "gelu"),
-    [
-        # As v2.5: the fused kernel wins over what was asked for.
-        ({"bias_gelu_fusion": True, "onnx_safe": True}, "fused"),
-        # As 23.06: what was asked for wins over the fused kernel.
-        ({"bias_gelu_fusion": True, "onnx_safe": True, "squared_relu": False}, "erf"),
-        ({"bias_gelu_fusion": True, "openai_gelu": True, "squared_relu": False}, "openai"),
-        ({"onnx_safe": True}, "erf"),
+# What each group of variants catches.
+_VARIANTS = {
+    "one activation of a stock BERT used where Megatron-LM had two, or the tanh form taken for the exact one": [
+        Variant(**kind, gelu=gelu) for kind in _KINDS.values() for gelu in ("fused", "openai")
     ],
-)
-def test_precedence_of_gelus(tmp_path: Path, arguments: dict[str, Any], gelu: str) -> None:
-    """Catches one version's precedence of the switches applied to another's files."""
-    assert_converts(tmp_path, Variant(kind="bert", gelu=gelu, extra_arguments=tuple(arguments.items())))
-
-
-@pytest.mark.parametrize("names", ["core", "te"])
-@pytest.mark.parametrize("gelu", ["fused", "erf"])
-@pytest.mark.parametrize("kind", list(_KINDS))
-def test_megatron_core(tmp_path: Path, kind: str, gelu: str, names: str) -> None:
-    """Catches the names of Megatron-core, or of its transformer-engine layers, not known."""
-    assert_converts(tmp_path, Variant(**_KINDS[kind], gelu=gelu, names=names))
-
-
-@pytest.mark.parametrize(
-    "variant",
-    [
+    "one version's precedence of the switches applied to another's files": [
+        # As v2.5: the fused kernel wins over what was asked for.
+        _asked("fused", bias_gelu_fusion=True, onnx_safe=True),
+        # As 23.06: what was asked for wins over the fused kernel.
+        _asked("erf", bias_gelu_fusion=True, onnx_safe=True, squared_relu=False),
+        _asked("openai", bias_gelu_fusion=True, openai_gelu=True, squared_relu=False),
+        _asked("erf", onnx_safe=True),
+    ],
+    "the names of Megatron-core, or of its transformer-engine layers, not known": [
+        Variant(**kind, gelu=gelu, names=names)
+        for kind in _KINDS.values()
+        for gelu in ("fused", "erf")
+        for names in ("core", "te")
+    ],
+    "layers counted from zero in every stage, or the last stage's copy of the embedding taken for a head": [
         Variant(pp=2, version=2.0, names="first"),
         Variant(pp=2, layers=4, is_untied=True),
         Variant(kind="bert", pp=2),
@@ -129,17 +124,24 @@ def test_megatron_core(tmp_path: Path, kind: str, gelu: str, names: str) -> None
         Variant(pp=2, names="core"),
         Variant(pp=2, layers=4, chunks=2),
     ],
-    ids=["gpt-2.0", "untied", "bert", "bert-core", "core", "interleaved"],
-)
-def test_pipeline_stages(tmp_path: Path, variant: Variant) -> None:
-    """Catches layers counted from zero in every stage, or the last stage's copy of the embedding taken for a head."""
+    "a head of its own dropped in favour of the embedding, or its padding kept": [
+        Variant(is_untied=True),
+        Variant(is_untied=True, names="core"),
+    ],
+    "the stock class's default of eps in place of what the model was trained with": [
+        Variant(**kind, eps=eps) for kind in _KINDS.values() for eps in (1e-12, 1e-3)
+    ],
+    "weights read in another dtype than they are stored in": [
+        Variant(dtype=torch.float16),
+        Variant(dtype=torch.bfloat16),
+    ],
+}
+
+
+@pytest.mark.parametrize(("caught", "variant"), [(caught, v) for caught, group in _VARIANTS.items() for v in group])
+def test_every_variant(tmp_path: Path, caught: str, variant: Variant) -> None:
+    """Catches what the keys of the table say, each as a difference to the equations."""
     assert_converts(tmp_path, variant)
-
-
-@pytest.mark.parametrize("names", ["second", "core"])
-def test_untied_head(tmp_path: Path, names: str) -> None:
-    """Catches a head of its own dropped in favour of the embedding, or its padding kept."""
-    assert_converts(tmp_path, Variant(is_untied=True, names=names))
 
 
 @pytest.mark.parametrize("is_post", [False, True])
@@ -147,50 +149,36 @@ def test_untied_head(tmp_path: Path, names: str) -> None:
 def test_bert_without_second_head(tmp_path: Path, version: float | None, is_post: bool) -> None:
     """Catches token types added where Megatron-LM had none, and a head that is looked for in vain."""
     names = "first" if version is None else "second"
-    variant = Variant(kind="bert", has_binary_head=False, version=version, names=names, is_post=is_post)
-    assert_converts(tmp_path, variant)
-    config = json.loads((tmp_path / "hub/config.json").read_text())
-    assert config["architectures"] == ["BertForMaskedLM" if is_post else "MegatronBertForMaskedLM"]
-
-
-@pytest.mark.parametrize("eps", [1e-12, 1e-3])
-@pytest.mark.parametrize("kind", list(_KINDS))
-def test_eps(tmp_path: Path, kind: str, eps: float) -> None:
-    """Catches the stock class's default in place of what the model was trained with."""
-    assert_converts(tmp_path, Variant(**_KINDS[kind], eps=eps))
+    assert_converts(
+        tmp_path, Variant(kind="bert", has_binary_head=False, version=version, names=names, is_post=is_post)
+    )
+    name = "BertForMaskedLM" if is_post else "MegatronBertForMaskedLM"
+    assert hub_config(tmp_path / "hub")["architectures"] == [name]
 
 
 def test_core_calls_eps_otherwise(tmp_path: Path) -> None:
     """Catches the newer name of the argument overlooked, so that the default stands."""
-    variant = Variant(names="core", eps=0.01)
-    weights = make_weights(variant)
-    for tp in range(2):
-        content = content_of(variant, weights, tp, 0)
-        del content["args"].layernorm_epsilon
-        content["args"].norm_epsilon = 0.01
-        save(tmp_path / f"source/iter_0000001/mp_rank_{tp:02d}/model_optim_rng.pt", content)
+    variant = Variant(names="core", eps=0.01, tp=1)
+    content = content_of(variant, make_weights(variant), 0, 0)
+    del content["args"].layernorm_epsilon
+    content["args"].norm_epsilon = 0.01
+    save(tmp_path / "source/iter_0000001/mp_rank_00/model_optim_rng.pt", content)
     convert(tmp_path / "source", tmp_path / "hub", to="hub", vocab_size=VOCAB)
-    assert json.loads((tmp_path / "hub/config.json").read_text())["layer_norm_epsilon"] == 0.01
+    assert hub_config(tmp_path / "hub")["layer_norm_epsilon"] == 0.01
 
 
 @pytest.mark.parametrize("kind", list(_KINDS))
 def test_without_arguments(tmp_path: Path, kind: str) -> None:
     """Catches files from before v1.0, which do not say how the model was trained, that cannot be converted at all."""
     is_gpt = kind == "gpt"
-    variant = Variant(
-        **_KINDS[kind],
-        version=None,
-        names="flat" if is_gpt else "first",
-        has_arguments=False,
-        is_zip=False,
-        # What the versions without arguments computed.
-        gelu="openai" if is_gpt else "erf",
-    )
-    model_type = {"gpt": "gpt2", "bert-pre": "megatron-bert", "bert-post": "bert"}[kind]
-    config: dict[str, Any] = {"model_type": model_type}
-    config |= {"n_head": HEADS} if is_gpt else {"num_attention_heads": HEADS}
-    if kind == "bert-post":
-        config["layer_norm_eps"] = 1e-5
+    # The names, and the activation, of the versions without arguments.
+    names, gelu = ("flat", "openai") if is_gpt else ("first", "erf")
+    variant = Variant(**_KINDS[kind], version=None, names=names, gelu=gelu, has_arguments=False, is_zip=False)
+    config = {
+        "gpt": {"model_type": "gpt2", "n_head": HEADS},
+        "bert-pre": {"model_type": "megatron-bert", "num_attention_heads": HEADS},
+        "bert-post": {"model_type": "bert", "num_attention_heads": HEADS, "layer_norm_eps": 1e-5},
+    }[kind]
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="how many attention heads"):
@@ -200,61 +188,44 @@ def test_without_arguments(tmp_path: Path, kind: str) -> None:
 
 def test_the_stock_default_of_eps_is_no_choice(tmp_path: Path) -> None:
     """Catches 1e-12 taken from a config.json that transformers wrote, which such models were not trained with."""
-    config = transformers.MegatronBertConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=FFN,
-        max_position_embeddings=POSITIONS,
-    )
+    sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "intermediate_size": FFN}
+    config = transformers.MegatronBertConfig(**sizes, num_attention_heads=HEADS, max_position_embeddings=POSITIONS)
     assert config.layer_norm_eps == 1e-12
     config.save_pretrained(tmp_path)
     variant = Variant(kind="bert", version=None, names="first", has_arguments=False)
     assert_converts(tmp_path, variant, config=tmp_path / "config.json")
 
 
+def _assert_same_model(tmp_path: Path, *contents: dict[str, Any]) -> None:
+    """Files of one rank each, which have to become the same hub directory."""
+    found = set()
+    for number, content in enumerate(contents):
+        save(tmp_path / f"{number}/release/mp_rank_00/model_optim_rng.pt", content)
+        convert(tmp_path / f"{number}", tmp_path / f"hub-{number}", to="hub", vocab_size=VOCAB)
+        found.add((tmp_path / f"hub-{number}/model.safetensors").read_bytes())
+    assert len(found) == 1
+
+
 def test_wrappers_in_the_names(tmp_path: Path) -> None:
     """Catches a model saved inside DistributedDataParallel and a half-precision wrapper."""
-    variant = Variant(tp=1)
-    weights = make_weights(variant)
-    content = content_of(variant, weights, 0, 0)
-    content["model"] = {"module": {"module": content["model"]}}
-    save(tmp_path / "a/release/mp_rank_00/model_optim_rng.pt", content)
-    flat = Variant(tp=1, names="core")
-    content = content_of(flat, weights, 0, 0)
-    content["model"] = {f"module.{name}": tensor for name, tensor in content["model"].items()}
-    save(tmp_path / "b/release/mp_rank_00/model_optim_rng.pt", content)
-    for which in "ab":
-        convert(tmp_path / which, tmp_path / f"hub-{which}", to="hub", vocab_size=VOCAB)
-    files = [(tmp_path / f"hub-{which}/model.safetensors").read_bytes() for which in "ab"]
-    assert files[0] == files[1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Catches weights read in another dtype than they are stored in."""
-    assert_converts(tmp_path, Variant(dtype=dtype))
-    assert json.loads((tmp_path / "hub/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    weights = make_weights(Variant(tp=1))
+    nested = content_of(Variant(tp=1), weights, 0, 0)
+    nested["model"] = {"module": {"module": nested["model"]}}
+    flat = content_of(Variant(tp=1, names="core"), weights, 0, 0)
+    flat["model"] = {f"module.{name}": tensor for name, tensor in flat["model"].items()}
+    _assert_same_model(tmp_path, content_of(Variant(tp=1), weights, 0, 0), nested, flat)
 
 
 def test_views_of_larger_tensors(tmp_path: Path) -> None:
     """Catches a shard that was saved as a view, its columns read as if they followed each other."""
-    variant = Variant(tp=1)
-    weights = make_weights(variant)
-    content = content_of(variant, weights, 0, 0)
-    layers = content["model"]["language_model"]["encoder"]
+    plain, views = (content_of(Variant(tp=1), make_weights(Variant(tp=1)), 0, 0) for _ in range(2))
+    layers = views["model"]["language_model"]["encoder"]
     for name, tensor in layers.items():
         if tensor.dim() == 2:
             wide = torch.full((tensor.shape[0], tensor.shape[1] + 5), 9.0)
             wide[:, 3:-2] = tensor
             layers[name] = wide[:, 3:-2]
-    save(tmp_path / "view/release/mp_rank_00/model_optim_rng.pt", content)
-    write(tmp_path / "plain", variant, weights)
-    for which in ("view", "plain"):
-        convert(tmp_path / which, tmp_path / f"hub-{which}", to="hub", vocab_size=VOCAB)
-    files = [(tmp_path / f"hub-{which}/model.safetensors").read_bytes() for which in ("view", "plain")]
-    assert files[0] == files[1]
+    _assert_same_model(tmp_path, plain, views)
 
 
 @pytest.mark.parametrize("style", ["grouped", "spaced"])
@@ -279,18 +250,13 @@ def test_layers_that_share_parameters(tmp_path: Path, style: str) -> None:
 
 def test_config_says_what_the_arguments_say(tmp_path: Path) -> None:
     """Catches positions, dropout or the scale of initialisation lost, and special tokens made up."""
-    write(tmp_path / "gpt", Variant(), make_weights(Variant()))
-    convert(tmp_path / "gpt", tmp_path / "hub", to="hub", vocab_size=VOCAB)
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "hub")
-    assert config.n_positions == POSITIONS
-    assert config.n_inner == FFN
+    convert(write(tmp_path / "gpt", Variant()), tmp_path / "gpt-hub", to="hub", vocab_size=VOCAB)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "gpt-hub")
+    assert (config.n_positions, config.n_inner, config.initializer_range) == (POSITIONS, FFN, 0.01)
     assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.125, 0.125, 0.0625)
-    assert config.initializer_range == 0.01
     assert config.eos_token_id is None
-    assert transformers.GenerationConfig.from_pretrained(tmp_path / "hub").eos_token_id is None
-    bert = Variant(kind="bert")
-    write(tmp_path / "bert", bert, make_weights(bert))
-    convert(tmp_path / "bert", tmp_path / "bert-hub", to="hub", vocab_size=VOCAB)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "gpt-hub").eos_token_id is None
+    convert(write(tmp_path / "bert", Variant(kind="bert")), tmp_path / "bert-hub", to="hub", vocab_size=VOCAB)
     config = transformers.AutoConfig.from_pretrained(tmp_path / "bert-hub")
     assert (config.max_position_embeddings, config.intermediate_size) == (POSITIONS, FFN)
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.125, 0.0625)
@@ -304,9 +270,8 @@ def test_where_a_checkpoint_may_lie(tmp_path: Path) -> None:
     write(source, variant, old, iteration=1000)
     (source / "latest_checkpointed_iteration.txt").write_text("2000\n")
     release = tmp_path / "release"
-    (source / "iter_0002000").rename(tmp_path / "kept")
     release.mkdir()
-    (tmp_path / "kept").rename(release / "release")
+    (source / "iter_0002000").rename(release / "release")
     (release / "latest_checkpointed_iteration.txt").write_text("release")
     with pytest.raises(CheckpointError, match=r"iter_0002000 is missing"):
         inspect(source)
@@ -328,8 +293,7 @@ def test_where_a_checkpoint_may_lie(tmp_path: Path) -> None:
 
 def test_a_repository_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a repository of Megatron-LM's files refused for want of a config.json, or fetched in part."""
-    weights = make_weights(Variant())
-    snapshot = write(tmp_path / "snapshot", Variant(), weights)
+    snapshot = write(tmp_path / "snapshot", Variant())
     fetched: list[str] = []
 
     def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
@@ -346,29 +310,31 @@ def test_a_repository_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_padding_of_the_vocabulary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches padding taken for words without a word about it, and a tokenizer or arguments not asked."""
     variant = Variant(kind="bert")
-    source = write(tmp_path / "source", variant, make_weights(variant))
-    convert(source, tmp_path / "kept", to="hub")
+    source = write(tmp_path / "source", variant)
+
+    def words(source: Path, name: str, **options: Any) -> int:
+        convert(source, tmp_path / name, to="hub", **options)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        rows = len(tensors["bert.embeddings.word_embeddings.weight"])
+        assert len(tensors["cls.predictions.bias"]) == rows
+        return rows
+
+    assert words(source, "kept") == 128
     assert "how much of the vocabulary of 128 is padding" in caplog.text
-    kept = load_file(tmp_path / "kept/model.safetensors")
-    assert kept["bert.embeddings.word_embeddings.weight"].shape[0] == kept["cls.predictions.bias"].shape[0] == 128
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "vocab.txt").write_text("".join(f"word\u2028{i}\n" for i in range(VOCAB)), encoding="utf-8")
-    convert(source, tmp_path / "cut", to="hub", tokenizer=tokenizer)
-    cut = load_file(tmp_path / "cut/model.safetensors")
-    assert cut["bert.embeddings.word_embeddings.weight"].shape[0] == cut["cls.predictions.bias"].shape[0] == VOCAB
+    assert words(source, "cut", tokenizer=tokenizer) == VOCAB
     assert (tmp_path / "cut/vocab.txt").is_file()
-    stated = replace(variant, extra_arguments=(("orig_vocab_size", VOCAB),))
-    write(tmp_path / "stated", stated, make_weights(stated))
-    convert(tmp_path / "stated", tmp_path / "from-arguments", to="hub")
-    assert load_file(tmp_path / "from-arguments/model.safetensors")["cls.predictions.bias"].shape[0] == VOCAB
+    stated = write(tmp_path / "stated", replace(variant, extra_arguments=(("orig_vocab_size", VOCAB),)))
+    assert words(stated, "from-arguments") == VOCAB
     with pytest.raises(CheckpointError, match="the given vocab_size is 129, but the word embedding has 128 rows"):
-        convert(source, tmp_path / "more", to="hub", vocab_size=129)
+        words(source, "more", vocab_size=129)
 
 
 def test_gpt_knows_the_token_that_ends_a_text(tmp_path: Path) -> None:
     """Catches a model that generates on and on, or stops at an id of the padding."""
-    source = write(tmp_path / "source", Variant(), make_weights(Variant()))
+    source = write(tmp_path / "source", Variant())
     tokens = {f"t{i}": i for i in range(VOCAB - 1)} | {"<|endoftext|>": VOCAB - 1}
     (source / "vocab.json").write_text(json.dumps(tokens))
     (source / "merges.txt").write_text("#version: 0.2\n")
@@ -380,10 +346,9 @@ def test_gpt_knows_the_token_that_ends_a_text(tmp_path: Path) -> None:
 
 def test_inspect(tmp_path: Path) -> None:
     """Catches a description of the wrong ranks, version or placement, and files without arguments that have none."""
-    variant = Variant(kind="bert", is_post=True, tp=4)
-    described = inspect(write(tmp_path / "bert", variant, make_weights(variant)))
+    described = inspect(write(tmp_path / "bert", Variant(kind="bert", is_post=True, tp=4)))
     assert (described.format, described.architecture, described.layernorm_placement) == ("megatron-lm", "bert", "post")
     assert (described.tp_size, described.checkpoint_version, described.vocab_size) == (4, 3.0, 128)
     old = Variant(version=None, names="flat", has_arguments=False, is_zip=False)
-    described = inspect(write(tmp_path / "old", old, make_weights(old)))
+    described = inspect(write(tmp_path / "old", old))
     assert (described.architecture, described.checkpoint_version, described.tp_size) == ("gpt2", 0.0, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 import hf_megatron
-from hf_megatron.commands import cli
 from hf_megatron_conversion import convert, logits, sample, verify
 from hf_megatron_conversion.formats import read_model
 from hf_megatron_conversion.formats.base import Given
-from hf_megatron_conversion.formats.megatron_lm import arguments, config, merge, reader
+from hf_megatron_conversion.formats.megatron_lm import arguments, config, merge, reader, views
 from hf_megatron_conversion.megatron_forward import megatron_outputs
-from tests.conversion.megatron_lm.generator import (
-    HEADS,
-    VOCAB,
-    Variant,
-    forward,
-    inputs,
-    make_weights,
-    write,
-)
+from tests.conversion.checkpoints import read_config, read_tensors, write_hub
+from tests.conversion.commands import Commands
+from tests.conversion.megatron_lm.generator import HEADS, VOCAB, Variant, forward, inputs, make_weights, write
 
 _GPT = Variant(gelu="fused")
 _BERT = Variant(kind="bert", gelu="fused")
@@ -36,7 +29,14 @@ _BERT = Variant(kind="bert", gelu="fused")
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write(tmp_path / "source", _GPT, make_weights(_GPT))
+    return write(tmp_path / "source", _GPT)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, source: Path) -> Path:
+    """The same as a hub directory."""
+    convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB)
+    return tmp_path / "hub"
 
 
 @pytest.mark.parametrize(
@@ -60,38 +60,19 @@ def test_the_equations(tmp_path: Path, variant: Variant) -> None:
     ids, mask, types = inputs(variant)
     assert isinstance(model.opened, reader.Opened)
     computed = megatron_outputs(model.opened, ids[:1], types[:1])
-    expected = forward(variant, weights, ids[:1], mask[:1], types[:1])
-    assert len(computed) == len(expected)
-    for a, b in zip(computed, expected, strict=True):
+    for a, b in zip(computed, forward(variant, weights, ids[:1], mask[:1], types[:1]), strict=True):
         assert (a - b).abs().max() < 1e-7
 
 
-def test_a_right_conversion_passes(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_right_conversion_passes(tmp_path: Path, source: Path, command: Commands) -> None:
     """Catches figures missing from the report, or two runs on different ids."""
-    assert (
-        cli.run(
-            [
-                "convert",
-                str(source),
-                str(tmp_path / "hub"),
-                "--to",
-                "hub",
-                "--vocab-size",
-                str(VOCAB),
-                "--verify",
-                "--json",
-            ]
-        )
-        == 0
-    )
-    result = json.loads(capsys.readouterr().out)
-    assert result["verified"] is True
+    hub = tmp_path / "hub"
+    code, result, _ = command.run("convert", source, hub, "--to", "hub", "--vocab-size", VOCAB, "--verify")
+    assert (code, result["verified"], result["argmax_agreement"]) == (0, True, 1.0)
     assert 0 <= result["max_logit_diff"] < 1e-7
-    assert result["argmax_agreement"] == 1.0
     assert result["loss_source"] == pytest.approx(result["loss_destination"], abs=1e-7)
-    assert cli.run(["verify", str(source), str(tmp_path / "hub"), "--logits", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["equal"] is True
+    code, result, _ = command.run("verify", source, hub, "--logits")
+    assert (code, result["equal"]) == (0, True)
     assert result["loss_a"] == pytest.approx(result["loss_b"], abs=1e-7)
 
 
@@ -123,11 +104,8 @@ def test_a_planted_mistake_fails(
     assert not (tmp_path / "hub").exists()
 
 
-def test_a_planted_mistake_of_the_writer_fails(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_mistake_of_the_writer_fails(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a Megatron-LM checkpoint that reads back as it was written, in an order Megatron-LM does not use."""
-    from hf_megatron_conversion.formats.megatron_lm import views
-
-    convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB)
 
     def blocks(self: views.Stacked) -> torch.Tensor:
         return torch.cat([tensor.read() for tensor in self.tensors])
@@ -135,8 +113,7 @@ def test_a_planted_mistake_of_the_writer_fails(tmp_path: Path, source: Path, mon
     monkeypatch.setattr(views.Stacked, "_make", blocks)
     # A reader with the same idea of the order, so that the tensors come back as they were.
     _wrong_order(monkeypatch)
-    conversion = convert(tmp_path / "hub", tmp_path / "m", to="megatron-lm", tp_size=2, verify=True)
-    assert conversion.verified is False
+    assert convert(hub, tmp_path / "m", to="megatron-lm", tp_size=2, verify=True).verified is False
 
 
 def test_a_config_that_contradicts_the_arguments_is_found(
@@ -151,33 +128,21 @@ def test_a_config_that_contradicts_the_arguments_is_found(
         assert f"The given config.json has {name}={value}" in caplog.text
 
 
-def _edited(hub: Path, directory: Path, **entries: Any) -> Path:
-    directory.mkdir()
-    for path in hub.iterdir():
-        (directory / path.name).write_bytes(path.read_bytes())
-    content = json.loads((hub / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**content, **entries}))
-    return directory
-
-
-@pytest.mark.parametrize("entries", [{"layer_norm_epsilon": 1e-12}, {"activation_function": "gelu"}])
-def test_verify_finds_a_changed_config(tmp_path: Path, source: Path, entries: dict[str, Any]) -> None:
+@pytest.mark.parametrize("entry", [{"layer_norm_epsilon": 1e-12}, {"activation_function": "gelu"}])
+def test_verify_finds_a_changed_config(source: Path, hub: Path, entry: dict[str, Any]) -> None:
     """Catches a comparison of two checkpoints that looks at their tensors only."""
-    convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB)
-    result = verify(source, _edited(tmp_path / "hub", tmp_path / "edited", **entries), logits=True)
+    write_hub(hub, read_tensors(hub), {**read_config(hub), **entry})
+    result = verify(source, hub, logits=True)
     assert not result.equal
     assert "logits" in result.mismatched
 
 
-def test_verify_finds_a_wrong_order(tmp_path: Path, source: Path) -> None:
+def test_verify_finds_a_wrong_order(source: Path, hub: Path) -> None:
     """Catches logits that are not compared where the tensors are known to differ."""
-    convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB)
-    edited = _edited(tmp_path / "hub", tmp_path / "edited")
-    tensors = load_file(edited / "model.safetensors")
-    name = "transformer.h.0.attn.c_attn.weight"
+    name, tensors = "transformer.h.0.attn.c_attn.weight", read_tensors(hub)
     tensors[name] = tensors[name].view(32, 3, HEADS, -1).transpose(1, 2).reshape(32, -1).contiguous()
-    save_file(tensors, edited / "model.safetensors", metadata={"format": "pt"})
-    result = verify(source, edited, logits=True)
+    write_hub(hub, tensors, read_config(hub))
+    result = verify(source, hub, logits=True)
     assert set(result.mismatched) == {name, "logits"}
     assert result.max_logit_diff is not None
     assert result.max_logit_diff > 0.1
@@ -186,13 +151,13 @@ def test_verify_finds_a_wrong_order(tmp_path: Path, source: Path) -> None:
 def test_verify_learns_what_the_files_do_not_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches padding, or a checkpoint without arguments, that makes two equal models differ."""
     old = Variant(version=None, names="flat", has_arguments=False, gelu="openai")
-    source = write(tmp_path / "source", old, make_weights(old))
+    source = write(tmp_path / "source", old)
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_type": "gpt2", "n_head": HEADS}))
     convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB, config=file)
     assert verify(source, tmp_path / "hub", logits=True).equal
     assert verify(tmp_path / "hub", source).equal
-    padded = write(tmp_path / "padded", _GPT, make_weights(_GPT))
+    padded = write(tmp_path / "padded", _GPT)
     convert(padded, tmp_path / "m", to="megatron-lm", tp_size=4, vocab_size=VOCAB)
     caplog.clear()
     assert verify(padded, tmp_path / "m", logits=True).equal
@@ -207,40 +172,40 @@ def test_what_the_stock_class_cannot_express(tmp_path: Path, caplog: pytest.LogC
     source = write(tmp_path / "source", _BERT, weights)
     ids, mask, types = inputs(_BERT)
     expected = forward(_BERT, weights, ids, mask, types)[0]
+
+    def gap(model_class: Any, directory: Path) -> float:
+        model = model_class.from_pretrained(directory, dtype=torch.float64).eval()
+        with torch.no_grad():
+            computed = model(ids, attention_mask=mask, token_type_ids=types).prediction_logits
+        return float((computed - expected)[mask.bool()].abs().max())
+
+    ours: Any = hf_megatron.MegatronBertForPreTraining
     for model_type in ("stock", "megatron"):
         caplog.clear()
         directory = tmp_path / model_type
         conversion = convert(source, directory, to="hub", vocab_size=VOCAB, model_type=model_type, verify=True)
         assert conversion.verified is True
-        is_said = "applies it in the masked-LM head too, where this model has 'gelu' (up to 4.7e-4" in caplog.text
-        assert is_said == (model_type == "stock")
-        assert ("Run as the stock class" in caplog.text) == (model_type == "stock")
-        assert ("differs in stock transformers" in (directory / "README.md").read_text()) == (model_type == "stock")
-        ours: Any = hf_megatron.MegatronBertForPreTraining.from_pretrained(directory, dtype=torch.float64)
-        arguments_ = {"attention_mask": mask, "token_type_ids": types}
-        with torch.no_grad():
-            computed = ours.eval()(ids, **arguments_).prediction_logits
-            assert (computed - expected)[mask.bool()].abs().max() < 1e-7
-            # Leaving again, our class says it too.
-            caplog.clear()
-            ours.save_pretrained(tmp_path / f"again-{model_type}", stock=True)
+        told = {
+            "applies it in the masked-LM head too, where this model has 'gelu' (up to 4.7e-4": caplog.text,
+            "Run as the stock class": caplog.text,
+            "differs in stock transformers": (directory / "README.md").read_text(),
+        }
+        assert {part: part in text for part, text in told.items()} == dict.fromkeys(told, model_type == "stock")
+        assert gap(ours, directory) < 1e-7
+        # Leaving again, our class says it too.
+        caplog.clear()
+        ours.from_pretrained(directory, dtype=torch.float64).save_pretrained(tmp_path / f"{model_type}2", stock=True)
         assert "applies it in the masked-LM head too" in caplog.text
-    stock = transformers.MegatronBertForPreTraining.from_pretrained(tmp_path / "stock", dtype=torch.float64).eval()
-    with torch.no_grad():
-        gap = (stock(ids, **arguments_).prediction_logits - expected)[mask.bool()].abs().max()
-    assert 1e-5 < gap < 1e-2
+    assert 1e-5 < gap(transformers.MegatronBertForPreTraining, tmp_path / "stock") < 1e-2
 
 
-def test_ids_are_a_text_where_there_is_a_tokenizer(tmp_path: Path, source: Path) -> None:
+def test_ids_are_a_text_where_there_is_a_tokenizer(tmp_path: Path) -> None:
     """Catches a tokenizer that is not asked, ids it does not have, and a broken one that stops the verification."""
-    words = sorted(
-        {word for word in sample._TEXT.lower().replace(",", " ,").replace(".", " .").replace(":", " :").split()}
-    )
+    words = sorted(set(re.findall(r"\w+|[,.:]", sample._TEXT.lower())))
     (tmp_path / "t").mkdir()
     (tmp_path / "t/vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     ids = sample.sample_ids([tmp_path, tmp_path / "t"], 200, 30)
-    assert ids.shape == (1, 30)
-    assert ids[0, 0] == 2
+    assert (ids.shape, int(ids[0, 0])) == ((1, 30), 2)
     assert ids.max() >= 5
     random = sample.sample_ids([tmp_path / "t"], 6, 30)
     assert random.max() < 6
@@ -248,11 +213,10 @@ def test_ids_are_a_text_where_there_is_a_tokenizer(tmp_path: Path, source: Path)
     assert torch.equal(sample.sample_ids([tmp_path / "t"], 6, 30), random)
 
 
-def test_losses_are_those_of_the_classes(tmp_path: Path, source: Path) -> None:
+def test_losses_are_those_of_the_classes(hub: Path) -> None:
     """Catches a loss of another kind than the class's own."""
-    convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB)
-    model: Any = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hub", dtype=torch.float64).eval()
-    result = logits.agreement(read_model(tmp_path / "hub"), read_model(tmp_path / "hub"))
+    model: Any = transformers.GPT2LMHeadModel.from_pretrained(hub, dtype=torch.float64).eval()
+    result = logits.agreement(read_model(hub), read_model(hub))
     ids = sample.sample_ids([], VOCAB, 24)
     with torch.no_grad():
         # The stock loss is computed in float32.
