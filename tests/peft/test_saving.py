@@ -37,12 +37,9 @@ def _save(case: Case, directory: Path) -> torch.Tensor:
     return logits(case, model)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_what_two_ranks_save_is_an_ordinary_adapter(
-    pool: Pool, request: pytest.FixtureRequest, tmp_path: Path, name: str
-) -> None:
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_what_two_ranks_save_is_an_ordinary_adapter(pool: Pool, tmp_path: Path, case: Case) -> None:
     """Catches shards, names, shapes or settings that stock peft does not understand."""
-    case = request.getfixturevalue(name)
     stock_model(case).save_pretrained(tmp_path / "stock")
     expected = pool(2).run(_save, replace(case, layout={"tp_size": 2}), tmp_path / "ours")[0]
     assert {path.name for path in (tmp_path / "ours").iterdir()} == {
@@ -65,12 +62,9 @@ def _load(case: Case, directory: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tp_size", [2, *(pytest.param(degree, marks=pytest.mark.slow) for degree in (1, 4))])
-@pytest.mark.parametrize("name", CASES)
-def test_an_ordinary_adapter_loads_at_any_degree(
-    pool: Pool, request: pytest.FixtureRequest, tmp_path: Path, name: str, tp_size: int
-) -> None:
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_an_ordinary_adapter_loads_at_any_degree(pool: Pool, tmp_path: Path, case: Case, tp_size: int) -> None:
     """Catches an adapter that each rank takes whole, cuts otherwise than its weight, or does not load at all."""
-    case = request.getfixturevalue(name)
     stock = stock_model(case)
     stock.save_pretrained(tmp_path)
     cut = replace(case, layout={"tp_size": tp_size} if tp_size > 1 else {})
@@ -165,11 +159,9 @@ def test_a_safe_merge_that_overflows_on_one_rank_raises_on_all(pool: Pool, gpt2:
     pool(2).run(_merge_infinite, replace(gpt2, layout={"tp_size": 2}))
 
 
-@pytest.mark.parametrize("name", ["bert", "classifier"])
-def test_merging_into_separate_and_replicated_layers(
-    pool: Pool, request: pytest.FixtureRequest, tmp_path: Path, name: str
-) -> None:
+@pytest.mark.parametrize("case", ["bert", "classifier"], indirect=True)
+def test_merging_into_separate_and_replicated_layers(pool: Pool, tmp_path: Path, case: Case) -> None:
     """Catches an adapter behind a shared f, or of a replicated layer, that is merged wrong."""
-    case = replace(request.getfixturevalue(name), layout={"tp_size": 2})
+    case = replace(case, layout={"tp_size": 2})
     adapted, merged = pool(2).run(_merge, case, tmp_path / "merged", False)[0]
     assert_agrees("logits", merged, adapted)

@@ -12,7 +12,8 @@ from peft import PeftModel
 from transformers import GPT2LMHeadModel
 
 from hf_megatron.peft import load_adapter
-from tests.models.reference import Pool, save_stock
+from tests.models.architectures import GPT2
+from tests.models.reference import Pool
 from tests.peft.adapters import GPT2_TARGETS, quiet_peft, trainable_weights
 from tests.training.runs import LAYOUTS, Run, assert_same_steps, make_trainer, on_ranks, train
 
@@ -28,7 +29,7 @@ DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
+    return GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
 
 
 @pytest.mark.parametrize(

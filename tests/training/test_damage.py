@@ -23,7 +23,8 @@ from hf_megatron.errors import (
     ParallelStateError,
 )
 from hf_megatron.training_state import last_usable_checkpoint
-from tests.models.reference import Pool, layout, rank, save_stock
+from tests.models.architectures import GPT2
+from tests.models.reference import Pool, layout, rank
 from tests.training.runs import LAYOUTS, Run, make_trainer, on_ranks, train
 from tests.training.test_failure import AtStep
 
@@ -32,7 +33,7 @@ LAYOUT_NAMES = ["tp2", pytest.param("tp2 x fsdp2", marks=pytest.mark.slow)]
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
+    return GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
 
 
 # ---------------------------------------------------------------------- what may happen to a file

@@ -17,13 +17,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_megatron.errors import DivergenceError
 from hf_megatron.training_state import remove_old_checkpoints, tidy_checkpoints
 from tests.distributed import RankFailedError
-from tests.models.reference import Pool, rank, save_stock
+from tests.models.architectures import GPT2
+from tests.models.reference import Pool, rank
 from tests.training.runs import LAYOUTS, Run, full_weights, make_trainer, on_ranks, train
 
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
+    return GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
 
 
 class AtStep(TrainerCallback):

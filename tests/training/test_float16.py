@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hf_megatron.errors import DivergenceError
-from tests.models.reference import Pool, assert_replicas_equal, rank, save_stock
+from tests.models.architectures import GPT2
+from tests.models.reference import Pool, assert_replicas_equal, rank
 from tests.training.runs import LAYOUTS, Log, Run, Step, full_weights, make_trainer, on_ranks, train
 
 LORA = {"r": 4, "target_modules": ["c_attn", "c_proj"]}
@@ -18,7 +19,7 @@ LORA = {"r": 4, "target_modules": ["c_attn", "c_proj"]}
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
+    return GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
 
 
 def assert_close_steps(steps: list[Step], expected: list[Step], tolerance: float) -> None:

@@ -14,7 +14,8 @@ from transformers.trainer_callback import ExportableState
 
 from hf_megatron import MegatronTrainer
 from hf_megatron.errors import UnsupportedError
-from tests.models.reference import Pool, rank, save_stock
+from tests.models.architectures import GPT2
+from tests.models.reference import Pool, rank
 from tests.training.runs import (
     LAYOUTS,
     Log,
@@ -33,7 +34,7 @@ LAYOUT_NAMES = ["tp2", pytest.param("tp2 x fsdp2", marks=pytest.mark.slow)]
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
+    return GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
 
 
 def _uneven_examples() -> list[Example]:

@@ -15,7 +15,8 @@ from safetensors.torch import load
 
 from hf_megatron import MegatronGPT2LMHeadModel
 from hf_megatron.errors import ParallelStateError
-from tests.models.reference import Pool, layout, rank, save_stock
+from tests.models.architectures import GPT2
+from tests.models.reference import Pool, layout, rank
 from tests.training.runs import LAYOUTS, Run, full_weights, make_trainer, on_ranks
 
 Commit = dict[str, bytes]  # the files of a commit, by their names in the repository
@@ -23,7 +24,7 @@ Commit = dict[str, bytes]  # the files of a commit, by their names in the reposi
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
+    return GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
 
 
 class FakeHub:

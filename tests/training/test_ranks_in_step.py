@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 
 from hf_megatron.errors import RanksDifferError
 from tests.distributed import RankFailedError
-from tests.models.reference import Pool, rank, save_stock
+from tests.models.architectures import GPT2
+from tests.models.reference import Pool, rank
 from tests.training.runs import (
     LAYOUTS,
     Log,
@@ -38,7 +39,7 @@ DROPOUT = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
+    return GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
 
 
 class After(TrainerCallback):

@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 from hf_megatron.errors import RanksDifferError, UnsupportedError
-from tests.models.reference import Pool, rank, save_stock
+from tests.models.architectures import GPT2
+from tests.models.reference import Pool, rank
 from tests.training.runs import (
     LAYOUTS,
     NUM_EXAMPLES,
@@ -89,7 +90,7 @@ STREAMS = {"shuffled": Shuffled, "generated": Generated, "hub": _hub_stream}
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
+    return GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
 
 
 def _train(run: Run, stream: str) -> tuple[list[Step], dict[str, torch.Tensor]]:

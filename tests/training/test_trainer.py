@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2
 
 from hf_megatron import MegatronGPT2LMHeadModel, MegatronTrainer
 from hf_megatron.errors import CheckpointIncompleteError
-from tests.models.reference import Pool, assert_all_equal, save_stock
+from tests.models.architectures import GPT2
+from tests.models.reference import Pool, assert_all_equal
 from tests.training.runs import (
     GLOBAL_BATCH,
     LAYOUTS,
@@ -42,7 +43,7 @@ from tests.training.runs import (
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
+    return GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
