@@ -82,7 +82,10 @@ def _train_and_save(case: Architecture, stock_directory: Path, directory: Path, 
 @pytest.mark.parametrize(
     ("case", "variant", "layout"),
     quick(
-        itertools.product(ARCHITECTURES, ("base", "untied"), LAYOUTS),
+        [
+            *itertools.product(ARCHITECTURES, ("base",), LAYOUTS),
+            *((case, "untied", "tp2 x fsdp2") for case in ARCHITECTURES),
+        ],
         [(GPT2, "untied", "tp2 x fsdp2"), (ARCHITECTURES[1], "base", "tp2 x fsdp2")],
     ),
 )

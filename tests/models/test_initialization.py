@@ -93,7 +93,7 @@ def test_seeds() -> None:
     torch.manual_seed(11)
     by_constructor = full_weights(GPT2.ours()(GPT2.config()))
     state = torch.get_rng_state()
-    by_default, by_seed, another = (full_weights(build(**seed)) for seed in ({}, {"seed": 11}, {"seed": 12}))
+    by_default, by_seed, another = (full_weights(build(seed=seed)) for seed in (None, 11, 12))
     assert torch.equal(torch.get_rng_state(), state)
     assert_all_equal(by_default, by_seed)
     assert_all_equal(by_constructor, by_seed)
