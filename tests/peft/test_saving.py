@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from hf_megatron.errors import CheckpointIncompleteError
 from hf_megatron.peft import load_adapter
@@ -47,9 +46,8 @@ def test_what_two_ranks_save_is_an_ordinary_adapter(pool: Pool, tmp_path: Path, 
     }
     weights, stock_weights = (load_file(tmp_path / by / "adapter_model.safetensors") for by in ("ours", "stock"))
     assert_all_agree("weight", weights, stock_weights)
-    config, stock_config = (json.loads((tmp_path / by / "adapter_config.json").read_text()) for by in ("ours", "stock"))
-    assert {**config, "target_modules": None} == {**stock_config, "target_modules": None}
-    assert sorted(config["target_modules"]) == sorted(stock_config["target_modules"])
+    configs = [json.loads((tmp_path / by / "adapter_config.json").read_text()) for by in ("ours", "stock")]
+    assert len({repr({**config, "target_modules": sorted(config["target_modules"])}) for config in configs}) == 1
     with quiet_peft():
         loaded = PeftModel.from_pretrained(stock_base(case), tmp_path / "ours")
     assert_agrees("logits on the stock model", logits(case, loaded), expected)
@@ -136,13 +134,15 @@ def _merge(case: Case, directory: Path, safely: bool) -> tuple[torch.Tensor, tor
     return adapted, logits(case, merged)
 
 
-@pytest.mark.parametrize("safely", [False, True])
-def test_merged_weights_are_an_ordinary_model(pool: Pool, gpt2: Case, tmp_path: Path, safely: bool) -> None:
-    """Catches a product that is cut or transposed otherwise than the weight it is added to."""
-    adapted, merged = pool(2).run(_merge, replace(gpt2, layout={"tp_size": 2}), tmp_path / "merged", safely)[0]
+@pytest.mark.parametrize(
+    ("case", "safely"), [("gpt2", False), ("gpt2", True), ("bert", False), ("classifier", False)], indirect=["case"]
+)
+def test_merged_weights_are_an_ordinary_model(pool: Pool, tmp_path: Path, case: Case, safely: bool) -> None:
+    """Catches a product cut or transposed otherwise than its weight, also behind a shared f and of a whole layer."""
+    adapted, merged = pool(2).run(_merge, replace(case, layout={"tp_size": 2}), tmp_path, safely)[0]
     assert_agrees("logits", merged, adapted)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64)
-    assert_agrees("logits of the stock model", logits(gpt2, stock), adapted)
+    stock = stock_base(replace(case, directory=tmp_path))
+    assert_agrees("logits of the stock model", logits(case, stock), adapted)
 
 
 def _merge_infinite(case: Case) -> None:
@@ -157,11 +157,3 @@ def _merge_infinite(case: Case) -> None:
 def test_a_safe_merge_that_overflows_on_one_rank_raises_on_all(pool: Pool, gpt2: Case) -> None:
     """Catches a check that has no effect on weights that are cut, or on one rank only."""
     pool(2).run(_merge_infinite, replace(gpt2, layout={"tp_size": 2}))
-
-
-@pytest.mark.parametrize("case", ["bert", "classifier"], indirect=True)
-def test_merging_into_separate_and_replicated_layers(pool: Pool, tmp_path: Path, case: Case) -> None:
-    """Catches an adapter behind a shared f, or of a replicated layer, that is merged wrong."""
-    case = replace(case, layout={"tp_size": 2})
-    adapted, merged = pool(2).run(_merge, case, tmp_path / "merged", False)[0]
-    assert_agrees("logits", merged, adapted)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from hf_megatron import MegatronGPT2LMHeadModel
 from hf_megatron.checkpoint.checksums import CHECKSUMS, compute_checksums, damages, read_checksums, write_checksums
 from hf_megatron.errors import (
     CheckpointError,
@@ -24,16 +23,11 @@ from hf_megatron.errors import (
 )
 from hf_megatron.training_state import last_usable_checkpoint
 from tests.models.architectures import GPT2
-from tests.models.reference import Pool, layout, rank
-from tests.training.runs import LAYOUTS, Run, make_trainer, on_ranks, train
+from tests.models.reference import Pool, rank
+from tests.training.runs import LAYOUTS, Run, layouts, make_trainer, on_ranks, train
 from tests.training.test_failure import AtStep
 
-LAYOUT_NAMES = ["tp2", pytest.param("tp2 x fsdp2", marks=pytest.mark.slow)]
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
+LAYOUT_NAMES = layouts("tp2", "tp2 x fsdp2")
 
 
 # ---------------------------------------------------------------------- what may happen to a file
@@ -279,7 +273,7 @@ def test_weights_that_are_nan_are_named(gpt2: Path, tmp_path: Path, caplog: pyte
 
 
 def _load_again(directory: Path) -> str:
-    model = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(2))
+    model = GPT2.load(directory, 2)
     with pytest.raises((CheckpointFormatError, ParallelStateError)) as caught:
         model.load_weights(directory)
     return f"{type(caught.value).__name__}: {caught.value}"
@@ -287,7 +281,7 @@ def _load_again(directory: Path) -> str:
 
 def test_nan_that_one_rank_holds_is_an_error_on_all(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
     """Catches a rank that goes on to train, and waits for the one that found nan in its part of a weight."""
-    model = MegatronGPT2LMHeadModel.from_pretrained(gpt2)
+    model = GPT2.load(gpt2)
     _spoil(model)
     model.save_pretrained(tmp_path)
     first, second = pool(2).run(_load_again, tmp_path)

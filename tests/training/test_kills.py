@@ -20,10 +20,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_megatron.checkpoint import open_checkpoint
 from tests.distributed import RankFailedError
 from tests.models.architectures import GPT2
-from tests.models.reference import Pool, rank
-from tests.training.runs import LAYOUTS, Run, full_weights, make_trainer, on_ranks, train
+from tests.models.reference import Pool, assert_all_equal, full_weights, rank
+from tests.training.runs import DROPOUT, LAYOUTS, Run, make_trainer, on_ranks, train
 
-DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 STEPS_PER_LIFE = 8  # at most, on which the next life's count begins
 
 
@@ -115,5 +114,4 @@ def test_killed_runs_end_and_go_on_to_the_same_weights(pool: Pool, tmp_path: Pat
     weights = on_ranks(pool, _live, run, None)
     assert sorted(path.name[:11] for path in run.output.iterdir()) == ["checkpoint-"] * 2
     _, expected = on_ranks(pool, train, replace(run, output=tmp_path / "undisturbed"))
-    for name, weight in expected.items():
-        assert torch.equal(weights[name], weight), name
+    assert_all_equal(weights, expected)

@@ -14,27 +14,23 @@ from transformers.trainer_callback import ExportableState
 
 from hf_megatron import MegatronTrainer
 from hf_megatron.errors import UnsupportedError
-from tests.models.architectures import GPT2
 from tests.models.reference import Pool, rank
 from tests.training.runs import (
+    DROPOUT,
     LAYOUTS,
     Log,
     Run,
     Step,
     assert_same_steps,
     examples,
+    layouts,
     make_trainer,
     on_ranks,
     train,
 )
 
 Example = dict[str, torch.Tensor]
-LAYOUT_NAMES = ["tp2", pytest.param("tp2 x fsdp2", marks=pytest.mark.slow)]
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
+LAYOUT_NAMES = layouts("tp2", "tp2 x fsdp2")
 
 
 def _uneven_examples() -> list[Example]:
@@ -76,9 +72,8 @@ def test_grouping_by_length_gives_every_layout_the_same_batches(
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_gradient_checkpointing_changes_no_number(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches recomputed activations with other dropout masks, and collectives that are not repeated."""
-    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
     arguments = {"save_strategy": "no", "max_steps": 3}
-    run = Run(gpt2, tmp_path, layout=LAYOUTS[layout], config=dropout, arguments=arguments)
+    run = Run(gpt2, tmp_path, layout=LAYOUTS[layout], config=DROPOUT, arguments=arguments)
     expected = on_ranks(pool, _train, run, {})
     again = replace(run, arguments={**run.arguments, "gradient_checkpointing": True})
     assert on_ranks(pool, _train, again, {}) == expected
@@ -97,7 +92,7 @@ def _evaluate(run: Run) -> dict[str, float]:
     return metrics
 
 
-@pytest.mark.parametrize("layout", ["tp2", *(pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS if x != "tp2")])
+@pytest.mark.parametrize("layout", layouts("tp2"))
 def test_metrics_are_computed_from_every_example_once(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches a metric over examples that are counted once per rank."""
     run = Run(gpt2, tmp_path)

@@ -20,26 +20,19 @@ from transformers import TrainerCallback
 
 from hf_megatron.errors import RanksDifferError
 from tests.distributed import RankFailedError
-from tests.models.architectures import GPT2
-from tests.models.reference import Pool, rank
+from tests.models.reference import Pool, full_weights, rank
 from tests.training.runs import (
+    DROPOUT,
     LAYOUTS,
     Log,
     Run,
     Step,
     assert_same_steps,
     examples,
-    full_weights,
+    layouts,
     make_trainer,
     on_ranks,
 )
-
-DROPOUT = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
 
 
 class After(TrainerCallback):
@@ -162,7 +155,7 @@ def test_no_checkpoint_is_written_of_ranks_that_differ(pool: Pool, gpt2: Path, t
     assert not list(tmp_path.glob("*checkpoint*"))
 
 
-@pytest.mark.parametrize("layout", ["tp2 x fsdp2", pytest.param("tp2 x replicate2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", layouts("tp2 x fsdp2", "tp2 x replicate2"))
 def test_the_group_that_drifts_apart_is_named(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches comparisons over all ranks, of which those of other groups rightly read other batches."""
     run = Run(gpt2, tmp_path, layout=LAYOUTS[layout], config=DROPOUT)
