@@ -154,6 +154,10 @@ class Architecture:
         """Our model from scratch, cut over the ranks of this call."""
         return self.ours(head).from_config(config, distributed_config=layout(tp_size, fsdp_size), **options)
 
+    def save_distributed(self, source: Path, directory: Path, tp_size: int) -> None:
+        """Load a directory on this many ranks and save it as a tp directory."""
+        self.load(source, tp_size).save_pretrained(directory, distributed_checkpoint=True)
+
     def inputs(
         self, head: str | None = None, padding: str = "right", *, vocab_size: int = V, pad_token_id: int | None = 0
     ) -> Batch:

@@ -91,16 +91,12 @@ def test_under_fsdp_a_rank_reads_its_block_only(pool: Pool, stock_dir: StockDir,
     pool(4).run(_check_reads_under_fsdp, case, stock_dir(case))
 
 
-def _save_distributed(case: Architecture, stock: Path, directory: Path, tp_size: int) -> None:
-    case.load(stock, tp_size).save_pretrained(directory, distributed_checkpoint=True)
-
-
 @pytest.mark.parametrize("case", [GPT2, POST])
 def test_a_tp_directory_is_read_by_slices_at_another_degree(
     pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture
 ) -> None:
     """Catches resharding that gathers: four ranks read their boxes out of what two ranks saved."""
-    pool(2).run(_save_distributed, case, stock_dir(case), tmp_path / "tp2", 2)
+    pool(2).run(case.save_distributed, stock_dir(case), tmp_path / "tp2", 2)
     expected = full_weights(case.load(stock_dir(case), dtype=torch.float64))
     for weights in pool(4).run(_check_reads, case, tmp_path / "tp2", 4):
         assert_all_equal(weights, expected)

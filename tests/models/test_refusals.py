@@ -144,16 +144,12 @@ def test_a_truncated_file(stock_dir: StockDir, tmp_path: Path) -> None:
     _assert_refused([_load(tmp_path, None)], CheckpointIncompleteError, "model.safetensors", "truncated")
 
 
-def _save_distributed(stock: Path, directory: Path, tp_size: int) -> None:
-    GPT2.load(stock, tp_size).save_pretrained(directory, distributed_checkpoint=True)
-
-
 @pytest.fixture(scope="module")
 def tp_dir(pool: Pool, stock_dir: StockDir, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """A function from a degree to a tp directory of it; not to be written to."""
     root = tmp_path_factory.mktemp("tp")
     for tp_size in (2, 4):
-        pool(tp_size).run(_save_distributed, stock_dir(), root / str(tp_size), tp_size)
+        pool(tp_size).run(GPT2.save_distributed, stock_dir(), root / str(tp_size), tp_size)
     return lambda tp_size: root / str(tp_size)
 
 

@@ -99,17 +99,13 @@ def _auto_load(case: Architecture, stock: Path, directory: Path, tp_size: int) -
     return results
 
 
-def _save_distributed(case: Architecture, stock: Path, directory: Path) -> None:
-    case.load(stock, 2).save_pretrained(directory, distributed_checkpoint=True)
-
-
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("case", [GPT2, BERTS[1]])
 def test_auto_classes_load_on_ranks(
     pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, tp_size: int
 ) -> None:
     """Catches the Auto class going its own way with ``config=`` or ``distributed_config=``."""
-    run_at(pool, 2, _save_distributed, case, stock_dir(case), tmp_path)
+    pool(2).run(case.save_distributed, stock_dir(case), tmp_path, 2)
     expected = full_weights(case.load(stock_dir(case)))
     for results in run_at(pool, tp_size, _auto_load, case, stock_dir(case), tmp_path, tp_size):
         for weights in results:

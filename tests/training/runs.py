@@ -177,11 +177,11 @@ def predict(run: Run) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float
     return output.predictions, output.label_ids, output.metrics["test_loss"]
 
 
-def on_ranks(pool: Pool, job: Callable[..., _T], run: Run, *arguments: Any) -> _T:
+def on_ranks(pool: Pool, job: Callable[..., _T], run: Run, *arguments: Any, **options: Any) -> _T:
     """Rank 0's result of a job at the run's layout; without a layout it runs in this process."""
     if not run.layout:
-        return job(run, *arguments)
-    return pool(run.world_size).run(job, run, *arguments, timeout=240)[0]
+        return job(run, *arguments, **options)
+    return pool(run.world_size).run(job, run, *arguments, timeout=240, **options)[0]
 
 
 def assert_same_steps(steps: list[Step], expected: list[Step], tolerance: float = 1e-5) -> None:

@@ -126,7 +126,7 @@ def test_without_checksums_every_missing_or_truncated_file_is_named(pool: Pool, 
         if name in files:
             files.remove(name)
     longer = replace(run, arguments={"max_steps": 8, "save_strategy": "no"})
-    found = on_ranks(pool, _each_damage_without_checksums, longer, files)
+    found = on_ranks(pool, _each_damage, longer, files, ["deleted", "truncated"], without_checksums=True)
     for case, message in found.items():
         name, kind = case.split(", ")
         if name.startswith("random_state") and kind == "deleted":
@@ -135,10 +135,6 @@ def test_without_checksums_every_missing_or_truncated_file_is_named(pool: Pool, 
             assert message.startswith("Checkpoint"), (case, message)
             assert name.split("/")[0] in message or "shards in" in message, (case, message)
             assert f"The last complete checkpoint is {run.output / 'checkpoint-3'}" in message, (case, message)
-
-
-def _each_damage_without_checksums(run: Run, files: list[str]) -> dict[str, str]:
-    return _each_damage(run, files, ["deleted", "truncated"], without_checksums=True)
 
 
 # ---------------------------------------------------------------------- parts of different checkpoints
