@@ -140,19 +140,18 @@ def test_what_a_callback_of_one_rank_does_is_found(pool: Pool, gpt2: Path, tmp_p
     assert "On rank 0 of 2" in message
 
 
-def test_what_happens_after_the_last_comparison_is_found_at_the_end(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
-    """Catches a model that is returned although its ranks have drifted apart since step 0."""
-    run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments={"save_strategy": "no"}, config=DROPOUT)
-    message = on_ranks(pool, _message, run, _draw, 5, 100)
-    assert "At: the end of training, after step 6" in message
+@pytest.mark.parametrize(
+    ("step", "saves", "expected"),
+    [(5, "no", "At: the end of training, after step 6"), (2, "steps", "At: before the checkpoint of step 3")],
+)
+def test_ranks_are_compared_at_the_end_and_before_a_checkpoint(
+    pool: Pool, gpt2: Path, tmp_path: Path, step: int, saves: str, expected: str
+) -> None:
+    """Catches a model returned, or a checkpoint written by parts, although its ranks have drifted apart."""
+    run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments={"save_strategy": saves}, config=DROPOUT)
+    message = on_ranks(pool, _message, run, _draw, step, 100)
+    assert expected in message
     assert "They were equal at: before the step after step 0" in message
-
-
-def test_no_checkpoint_is_written_of_ranks_that_differ(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
-    """Catches checkpoints of which each rank wrote a part that does not belong to the others'."""
-    run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], config=DROPOUT)
-    message = on_ranks(pool, _message, run, _draw, 2, 100)
-    assert "At: before the checkpoint of step 3" in message
     assert not list(tmp_path.glob("*checkpoint*"))
 
 
