@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_megatron.architectures import GPT2
-from hf_megatron.checkpoint import Canonical, canonicalise, model_class_of, open_checkpoint, require_complete
+from hf_megatron.checkpoint import canonicalise, model_class_of, open_checkpoint, require_complete
 from hf_megatron.checkpoint.spelling import Canonical
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, UnsupportedError
 from tests.checkpoint.directories import CONFIG, Tensors, model_tensors, write_hub

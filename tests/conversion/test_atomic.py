@@ -101,7 +101,7 @@ def test_an_error_restores_everything(
             return rename(path, *arguments)  # of the two renames, the first one
         raise OSError(5, "Input/output error")
 
-    place: Any = execute if where == "writing" else Path
+    place: Any = files if where == "writing" else Path
     monkeypatch.setattr(place, "_write" if where == "writing" else "rename", fail)
     for target in (destination, tmp_path / "new/parents/tp"):
         with pytest.raises(DestinationError, match="Input/output error"):

@@ -24,8 +24,3 @@ class Recorder(TorchDispatchMode):
             tensors = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, torch.Tensor)]
             self.seen.append((name, sum(tensor.numel() * tensor.element_size() for tensor in tensors)))
         return func(*args, **(kwargs or {}))
-
-
-def all_reduces(*numbers_of_floats: int) -> list[Collective]:
-    """All-reduces of tensors of this many float32 numbers."""
-    return [("allreduce_", number * 4) for number in numbers_of_floats]

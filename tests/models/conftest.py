@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.models.reference import VARIANTS, save_stock
+from tests.models.architectures import GPT2, Architecture, StockDir
 
 
 @pytest.fixture(scope="session")
-def stock_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function from a variant's name to a directory that stock GPT2LMHeadModel saved; not to be written to."""
+def stock_dir(tmp_path_factory: pytest.TempPathFactory) -> StockDir:
+    """A function from architecture, head and variant to a directory that stock saved; not to be written to."""
 
     @cache
-    def directory(variant: str = "base") -> Path:
-        return save_stock(tmp_path_factory.mktemp(f"stock-{variant}"), **VARIANTS[variant])
+    def directory(case: Architecture = GPT2, head: str | None = None, variant: str = "base") -> Path:
+        path = tmp_path_factory.mktemp("-".join((case.name, head or "", variant)))
+        return case.save_stock(path, head, **case.variants[variant])
 
     return directory

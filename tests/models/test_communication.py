@@ -2,91 +2,152 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_megatron import MegatronGPT2LMHeadModel
-from tests.models.collectives import Collective, Recorder, all_reduces
-from tests.models.reference import Pool, layout, make_batch, run_at
+from hf_megatron.models.arguments import CACHE
+from tests.models.architectures import ARCHITECTURES, GPT2, LAYERS, Architecture, B, H, S, StockDir, V, token_ids
+from tests.models.collectives import Collective, Recorder
+from tests.models.reference import Pool, run_at
+from tests.tiers import quick
 
-StockDir = Callable[[str], Path]
+Steps = dict[str, list[Collective]]
 
-B, S, H, V, LAYERS = 3, 9, 48, 131, 2
-FLOAT = 4
-PREDICTED = int((make_batch("right")["labels"][:, 1:] != -100).sum())
+CLASSIFIER = "ForSequenceClassification"  # a head without a vocabulary
 
 
 def _record_steps(
-    directory: Path, tp_size: int, label_smoothing: float, recompute: str | None = None
-) -> dict[str, list[Collective]]:
-    model = MegatronGPT2LMHeadModel.from_pretrained(
-        directory, distributed_config=layout(tp_size), attn_implementation="eager"
-    ).train()
+    case: Architecture, head: str, directory: Path, tp_size: int, splits: bool = False, recompute: str | None = None
+) -> Steps:
+    model = case.load(directory, tp_size, head, sequence_parallel=splits, attn_implementation="eager").train()
     if recompute is not None:
         model.activation_checkpointing_enable({"recompute": recompute})
     optimizer = torch.optim.AdamW(model.parameters())
-    batch = make_batch("right")
-    seen = {}
+    batch = case.batch(head, length=_length(tp_size))
+    if head != CLASSIFIER and not model.config.tie_word_embeddings:
+        batch["label_smoothing"] = torch.tensor(0.1)
+    recorders = {phase: Recorder() for phase in ("forward", "backward", "optimizer", "evaluation")}
     for _ in range(2):  # the second step has the optimizer's state to deal with
-        with Recorder() as recorder:
-            outputs = model(**batch, label_smoothing=label_smoothing)
-        seen["forward"] = recorder.seen
-        with Recorder() as recorder:
+        for recorder in recorders.values():
+            recorder.seen.clear()
+        with recorders["forward"]:
+            outputs = model(**batch)
+        with recorders["backward"]:
             outputs.loss.backward()
-        seen["backward"] = recorder.seen
-        with Recorder() as recorder:
+        with recorders["optimizer"]:
             optimizer.step()
             optimizer.zero_grad()
-        seen["optimizer"] = recorder.seen
-    del batch["labels"]
-    with torch.no_grad(), Recorder() as recorder:
-        model.eval()(**batch)
-    seen["evaluation"] = recorder.seen
-    return seen
+    with torch.no_grad(), recorders["evaluation"]:
+        model.eval()(batch["input_ids"])
+    return {phase: recorder.seen for phase, recorder in recorders.items()}
+
+
+def _length(tp_size: int) -> int:
+    """Once one that the degree divides, once one that leaves a rank without positions."""
+    return S if tp_size == 4 else S - 1
+
+
+def _all_reduces(*hidden_sizes: int) -> list[Collective]:
+    return [("allreduce_", number * H * 4) for number in hidden_sizes]
+
+
+def _gather(numbers: int) -> Collective:
+    return ("_allgather_base_", numbers * 4)
+
+
+def _expected(case: Architecture, head: str, tp_size: int, splits: bool) -> Steps:
+    """What is gathered or scattered is filled up to a multiple of the degree."""
+    tokens, rows = B * _length(tp_size), B * -(-_length(tp_size) // tp_size)
+    gather, scatter = _gather(rows * tp_size * H), ("_reduce_scatter_base_", rows * H * 4)
+    if splits:
+        body = [*_all_reduces(tokens), *[gather, scatter] * 2 * LAYERS, gather]
+        # Per half of a layer: g-bar of its second product, then of its first the input once more, and g. Then both
+        # norms' weights and biases, those of Q, K and V that are whole, and the two behind a sum over ranks.
+        layer = [*[gather, gather, scatter] * 2, *_all_reduces(4 + case.shared_bias + 2)]
+        backward = [*([] if case.ends_with_norm else _all_reduces(2)), *layer * LAYERS, gather]
+    else:
+        body = _all_reduces(*[tokens] * (1 + 2 * LAYERS))
+        # From the last layer down: the MLP's, and the attention's, which carries a whole bias of Q, K and V along.
+        backward = _all_reduces(*[tokens, tokens + case.shared_bias] * LAYERS)
+    forward, evaluation = [*body], [*body]
+    if head != CLASSIFIER:  # statistics of the tokens that are predicted, and their hidden states' gradient
+        labels = case.batch(head, length=_length(tp_size))["labels"]
+        predicted = int(((labels[:, 1:] if case.is_causal else labels) != -100).sum())
+        forward.append(_gather((4 if tp_size == 4 else 3) * predicted * tp_size))
+        if splits and case.is_causal:
+            backward.insert(0, scatter)
+        else:
+            forward += _all_reduces(predicted)
+        evaluation.append(_gather(-(-V // tp_size) * tp_size * tokens))
+    return {"forward": forward, "backward": backward, "optimizer": [], "evaluation": evaluation}
 
 
 @pytest.mark.parametrize(
-    ("variant", "label_smoothing", "tp_size"), [("base", 0.0, 2), ("untied", 0.1, 2), ("base", 0.1, 4)]
+    ("case", "head", "tp_size", "splits"),
+    quick(
+        (
+            (case, head, tp_size, splits)
+            for case in ARCHITECTURES
+            for head in (*dict.fromkeys((case.heads[0], case.language_model)), CLASSIFIER)
+            for tp_size, splits in itertools.product((2, 4), (False, True))
+        ),
+        [
+            *((case, case.heads[0], 4, False) for case in ARCHITECTURES),
+            *((case, CLASSIFIER, 2, True) for case in ARCHITECTURES[1:]),
+            *((GPT2, "LMHeadModel", tp_size, True) for tp_size in (2, 4)),
+            (GPT2, "LMHeadModel", 2, False),
+            (ARCHITECTURES[2], CLASSIFIER, 2, False),
+        ],
+    ),
 )
 def test_collectives_of_a_training_step(
-    pool: Pool, stock_dir: StockDir, variant: str, label_smoothing: float, tp_size: int
+    pool: Pool, stock_dir: StockDir, case: Architecture, head: str, tp_size: int, splits: bool
 ) -> None:
-    """Catches a collective too many (a separate one for the QKV bias, one per replica), or of vocabulary width."""
-    hidden, tokens = B * S * H, B * S
-    # The head and the loss: statistics of the tokens that are predicted, and their hidden states' gradient.
-    statistics = (4 if label_smoothing else 3) * PREDICTED * tp_size
-    head = [("_allgather_base_", statistics * FLOAT), *all_reduces(PREDICTED * H)]
-    forward = [*all_reduces(hidden, *[hidden, hidden] * LAYERS), *head]
-    # From the last layer down: the MLP's, and the attention's, which carries the QKV bias along.
-    backward = all_reduces(*[hidden, hidden + 3 * H] * LAYERS)
-    rows = -(-V // tp_size) * tp_size  # shards are padded to the largest for the gather, then trimmed
-    expected = {
-        "forward": forward,
-        "backward": backward,
-        "optimizer": [],
-        "evaluation": [*all_reduces(*[hidden] * (1 + 2 * LAYERS)), ("_allgather_base_", rows * tokens * FLOAT)],
-    }
-    seen = run_at(pool, tp_size, _record_steps, stock_dir(variant), tp_size, label_smoothing)
-    assert seen == [expected] * tp_size
+    """Catches a collective too many (for each of Q, K and V, or per parameter), or of the vocabulary's width."""
+    directory = stock_dir(case, head, "untied" if tp_size == 4 else "base")
+    seen = run_at(pool, tp_size, _record_steps, case, head, directory, tp_size, splits)
+    assert seen == [_expected(case, head, tp_size, splits)] * tp_size
 
 
-def test_checkpointing_repeats_only_the_recomputed_half(pool: Pool, stock_dir: StockDir) -> None:
-    """Catches recomputation that sends more than it has to: per layer the attention's output, not the MLP's."""
-    (seen, _) = run_at(pool, 2, _record_steps, stock_dir("base"), 2, 0.0, "full")
-    hidden = B * S * H
-    assert seen["backward"] == all_reduces(*[hidden, hidden, hidden + 3 * H] * LAYERS)
+@pytest.mark.parametrize("splits", [False, True])
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_recomputation_repeats_only_what_it_must(
+    pool: Pool, stock_dir: StockDir, case: Architecture, splits: bool
+) -> None:
+    """Catches recomputation that sends more than a layer without its last output, and selective one that sends.
+
+    A layer that ends with a norm needs that norm's input for its gradient, and so all of the layer's collectives.
+    """
+    job = (case, CLASSIFIER, stock_dir(case, CLASSIFIER), 2, splits)
+    once, full, selective = (pool(2).run(_record_steps, *job, kind)[0] for kind in (None, "full", "selective"))
+    assert selective == once
+    per_layer = once["forward"][1 : 5 if splits else 3]
+    kept = len(per_layer) if case.ends_with_norm else len(per_layer) - 1
+    assert len(full["backward"]) == len(once["backward"]) + LAYERS * kept
+    assert sorted(full["backward"]) == sorted([*once["backward"], *per_layer[:kept] * LAYERS])
 
 
-def test_selective_recomputation_sends_nothing(pool: Pool, stock_dir: StockDir) -> None:
-    """Catches a recomputation that goes beyond what each rank does with its own heads."""
-    expected = run_at(pool, 2, _record_steps, stock_dir("base"), 2, 0.0)
-    assert run_at(pool, 2, _record_steps, stock_dir("base"), 2, 0.0, "selective") == expected
-
-
-def test_one_process_communicates_with_nobody(stock_dir: StockDir) -> None:
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_one_process_communicates_with_nobody(stock_dir: StockDir, case: Architecture) -> None:
     """Catches a collective issued for a group of one."""
-    seen = _record_steps(stock_dir("base"), 1, 0.1)
+    seen = _record_steps(case, case.heads[0], stock_dir(case), 1)
     assert seen == {"forward": [], "backward": [], "optimizer": [], "evaluation": []}
+
+
+def _record_decoding(directory: Path, splits: bool) -> list[Collective]:
+    model = GPT2.load(directory, 2, sequence_parallel=splits)
+    cache = model(token_ids(B, 6), use_cache=True)[CACHE]
+    recorder = Recorder()
+    with recorder:
+        model(token_ids(B, 1), **{CACHE: cache}, use_cache=True)
+    return recorder.seen
+
+
+def test_decoding_sends_what_it_sends_without(pool: Pool, stock_dir: StockDir) -> None:
+    """Catches a single position split over the ranks: twice the collectives, and nothing to gain."""
+    expected = pool(2).run(_record_decoding, stock_dir(), False)
+    assert pool(2).run(_record_decoding, stock_dir(), True) == expected
+    assert len(expected[0]) == 1 + 2 * LAYERS + 1

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from hf_megatron import MegatronGPT2LMHeadModel
-from tests.models.reference import Pool, layout, run_at
+from tests.models.architectures import GPT2
+from tests.models.reference import Pool, run_at
 
 _SIZES = {"n_embd": 48, "n_layer": 1, "n_head": 4, "n_positions": 16, "vocab_size": 61}
 _EXACT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
@@ -38,8 +38,7 @@ def _follow_stock(directory: Path, tp_size: int) -> None:
         model = GPT2LMHeadModel.from_pretrained(directory).train()
         model.loss_type = "ForCausalLM"  # the mean over the tokens that are predicted
         stock.append(_losses(model, torch.randperm(4, generator=torch.Generator().manual_seed(seed)).tolist()))
-    split = layout(tp_size) if tp_size > 1 else None
-    ours = _losses(MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=split).train(), list(range(4)))
+    ours = _losses(GPT2.load(directory, tp_size).train(), list(range(4)))
     assert ours[0] > 4.0
     assert ours[-1] < 0.01
     for step, (loss, *of_stock) in enumerate(zip(ours, *stock, strict=True)):
@@ -52,4 +51,4 @@ def test_bfloat16_trains_as_stock_down_to_nothing(pool: Pool, tmp_path: Path, tp
     """Catches gradients of the fused loss that are lost in rounding where the model is sure of its targets."""
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(**_SIZES, **_EXACT)).save_pretrained(tmp_path)
-    run_at(pool, tp_size, _follow_stock, tmp_path, tp_size)
+    run_at(pool, tp_size, _follow_stock, tmp_path, tp_size, timeout=250)

@@ -4,70 +4,45 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
-from torch import nn
 
-from hf_megatron import MegatronBertConfig, MegatronBertForMaskedLM, MegatronGPT2Config, MegatronGPT2LMHeadModel
 from hf_megatron.tensor_parallel import SINGLE, vocab_parallel_linear_cross_entropy
-from tests.models.reference import assert_agrees, assert_all_agree, full_gradients, layout
+from tests.models.architectures import ARCHITECTURES, GPT2, Architecture, StockDir, V
+from tests.models.reference import assert_agrees, assert_all_agree, gradients
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-V, S = 131, 16
-IDS = torch.arange(2 * S).view(2, S)
+IDS = torch.arange(2 * 16).view(2, 16)
 LABELS = torch.where(IDS % 3 == 0, IDS, -100)
 
 
-def _pair(architecture: str, device: str) -> tuple[Any, Any]:
-    """A stock model and ours with the same weights, in float64 and without dropout."""
-    torch.manual_seed(0)
-    if architecture == "gpt2":
-        sizes = {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": S}
-        dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-        stock: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **dropout))
-        ours: Any = MegatronGPT2LMHeadModel(MegatronGPT2Config(**sizes, **dropout))
-    else:
-        sizes = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-        sizes |= {"intermediate_size": 64, "max_position_embeddings": S}
-        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        stock = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, **dropout))
-        ours = MegatronBertForMaskedLM(MegatronBertConfig(**sizes, **dropout, layernorm_placement="post"))
-    own = ours.state_dict().keys()
-    ours.load_state_dict({name: value for name, value in stock.state_dict().items() if name in own})
-    return stock.double().to(device), ours.double().to(device)
-
-
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
-def test_a_step_equals_stock(architecture: str, device: str) -> None:
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_a_step_equals_stock(stock_dir: StockDir, case: Architecture, device: str) -> None:
     """Catches a kernel that is used on one kind of device and computes something else."""
-    stock, ours = _pair(architecture, device)
-    ids, labels = IDS.to(device), LABELS.to(device)
-    expected = stock.train()(input_ids=ids).logits
-    pairs = (expected[:, :-1], labels[:, 1:]) if architecture == "gpt2" else (expected, labels)
-    loss = nn.functional.cross_entropy(pairs[0].flatten(0, 1), pairs[1].flatten())
+    head = case.language_model
+    stock = case.load_stock(stock_dir(case, head), head, dtype=torch.float64, attention="sdpa").to(device)
+    ours = case.load(stock_dir(case, head), head=head, dtype=torch.float64).to(device)
+    batch = {"input_ids": IDS.to(device), "labels": LABELS.to(device)}
+    expected, loss = case.stock_step(stock, batch)
     loss.backward()
-    actual = ours.train()(input_ids=ids, labels=labels).loss
+    actual = ours.train()(**batch).loss
     actual.backward()
     assert_agrees("loss", actual, loss)
-    gradients = full_gradients(ours)
-    known = {name: gradient for name, gradient in full_gradients(stock).items() if name in gradients}
-    assert_all_agree("gradient", gradients, known)
-    assert_agrees("logits", ours.eval()(input_ids=ids).logits, stock.eval()(input_ids=ids).logits)
+    assert_all_agree("gradient", gradients(ours), gradients(stock))
+    assert_agrees("logits", ours.eval()(input_ids=batch["input_ids"]).logits, expected.logits)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_dropout_repeats_under_checkpointing(device: str, attention: str) -> None:
     """Catches masks that are drawn anew where a layer is recomputed, in a fused kernel's own random stream too."""
-    losses, gradients = [], []
+    losses, found = [], []
     for recompute in (None, "full", "selective"):
-        config = MegatronGPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=4, n_positions=S)
-        model = MegatronGPT2LMHeadModel.from_config(config, seed=0, attn_implementation=attention)
+        config = GPT2.config(**GPT2.dropout(0.1, 0.1))
+        model = GPT2.build(config=config, seed=0, attn_implementation=attention)
         model = model.double().to(device).train()
         if recompute is not None:
             model.activation_checkpointing_enable({"recompute": recompute})
@@ -75,10 +50,10 @@ def test_dropout_repeats_under_checkpointing(device: str, attention: str) -> Non
         loss = model(input_ids=IDS.to(device), labels=IDS.to(device)).loss
         loss.backward()
         losses.append(loss.detach())
-        gradients.append(full_gradients(model))
-    for loss, recomputed in zip(losses[1:], gradients[1:], strict=True):
+        found.append(gradients(model))
+    for loss, recomputed in zip(losses[1:], found[1:], strict=True):
         assert_agrees("loss", loss, losses[0])
-        assert_all_agree("gradient", recomputed, gradients[0])
+        assert_all_agree("gradient", recomputed, found[0])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -106,17 +81,15 @@ def _step_of_a_rank(rank: int, directory: Path, device: str, tp_size: int) -> No
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else "0"
     if tp_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=tp_size)
-    sizes = {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": S}
-    config = MegatronGPT2Config(**sizes, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
-    model: Any = MegatronGPT2LMHeadModel.from_config(config, distributed_config=layout(tp_size), seed=0).double()
+    model = GPT2.build(tp_size, config=GPT2.config(), seed=0).double()
     if tp_size == 1:
         model = model.to(device)
     assert {parameter.device.type for parameter in model.parameters()} == {device}
     loss = model.train()(input_ids=IDS.to(device), labels=LABELS.to(device)).loss
     loss.backward()
-    gradients = {name: gradient.cpu() for name, gradient in full_gradients(model).items()}
+    found = {name: gradient.cpu() for name, gradient in gradients(model).items()}
     if rank == 0:
-        torch.save((loss.detach().cpu(), gradients), directory / f"tp{tp_size}-{device}.pt")
+        torch.save((loss.detach().cpu(), found), directory / f"tp{tp_size}-{device}.pt")
     if tp_size > 1:
         dist.destroy_process_group()
 
@@ -126,7 +99,7 @@ def test_two_ranks_on_one_device(tmp_path: Path, device: str) -> None:
     """Catches collectives that take a GPU's tensors before they are computed, and parts that stay on the CPU."""
     torch.multiprocessing.spawn(_step_of_a_rank, (tmp_path, device, 2), nprocs=2)
     torch.multiprocessing.spawn(_step_of_a_rank, (tmp_path, "cpu", 1), nprocs=1)
-    loss, gradients = torch.load(tmp_path / f"tp2-{device}.pt")
+    loss, found = torch.load(tmp_path / f"tp2-{device}.pt")
     expected_loss, expected_gradients = torch.load(tmp_path / "tp1-cpu.pt")
     assert_agrees("loss", loss, expected_loss)
-    assert_all_agree("gradient", gradients, expected_gradients)
+    assert_all_agree("gradient", found, expected_gradients)

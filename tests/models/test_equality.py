@@ -1,180 +1,346 @@
-"""The same numbers as the stock model: logits, loss, every gradient, and what a step of the optimizer makes of them."""
+"""The numbers of the stock classes, for every head and layout: outputs, loss, every gradient, and the next weights."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import DynamicCache
 
-from hf_megatron import MegatronGPT2LMHeadModel
+from hf_megatron.models.arguments import CACHE
+from tests.models.architectures import ARCHITECTURES, GPT2, Architecture, StockDir, positions, token_ids
 from tests.models.reference import (
-    VARIANTS,
     Pool,
     assert_agrees,
     assert_all_agree,
+    assert_outputs_agree,
     assert_replicas_equal,
     assert_same_on_all_ranks,
-    full_gradients,
     full_weights,
-    layout,
-    make_batch,
+    gradients,
+    loss_of,
     reference_loss,
     run_at,
-    token_ids,
 )
 from tests.tiers import quick
 
-StockDir = Callable[[str], Path]
 Kernel = tuple[torch.dtype, str]  # dtype and attention implementation
 
-PADDINGS: tuple[str, ...] = ("none", "right", "left")
+
+class Layout(NamedTuple):
+    """How many ranks, and whether they split sequences between the layers."""
+
+    tp_size: int
+    splits: bool = False
+
+    @property
+    def __name__(self) -> str:
+        return f"tp{self.tp_size}{'-split' if self.splits else ''}"
 
 
-def _kernels(variant: str, *, every: bool) -> list[Kernel]:
-    if variant == "upcast":  # concerns eager attention alone, where stock raises for float64
-        return [(torch.float32, "eager"), (torch.float64, "sdpa")]
-    if every:
-        return list(itertools.product((torch.float32, torch.float64), ("eager", "sdpa")))
-    return [(torch.float32, "sdpa"), (torch.float64, "eager")]
+LAYOUTS = [Layout(1), Layout(2), Layout(4), Layout(2, True), Layout(4, True)]
+KERNELS: list[Kernel] = [(torch.float64, "eager"), (torch.float64, "sdpa"), (torch.float32, "sdpa")]
+# Over 4 ranks 8 positions are 2 each, 9 are 3, 3, 3 and none, and 5 are 2, 2, 1 and none. 3 are not split over 4.
+LENGTHS = (8, 9, 5, 3)
 
 
-def _loss_options() -> dict[str, dict[str, Any]]:
-    return {
-        "plain": {},
-        "smoothed": {"label_smoothing": 0.1},
-        "accumulated": {"num_items_in_batch": torch.tensor(40)},
-        "smoothed and accumulated": {"label_smoothing": 0.3, "num_items_in_batch": 40},
-        "shifted by the caller": {"shift_labels": token_ids(seed=5)},
-    }
+def _options(at: Layout, kernel: Kernel) -> dict[str, Any]:
+    return {"tp_size": at.tp_size, "sequence_parallel": at.splits, "dtype": kernel[0], "attn_implementation": kernel[1]}
 
 
-def _compare_steps(
-    directory: Path, tp_size: int, kernels: list[Kernel], paddings: tuple[str, ...], options: list[str]
+def _compare(
+    case: Architecture,
+    head: str,
+    directory: Path,
+    at: Layout,
+    kernels: list[Kernel],
+    paddings: tuple[str, ...] = ("right",),
+    lengths: tuple[int, ...] = (9,),
 ) -> None:
-    """One training step and one evaluation for every combination."""
-    for dtype, attention in kernels:
-        load: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-        stock = GPT2LMHeadModel.from_pretrained(directory, **load)
-        ours = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(tp_size), **load)
-        for padding, option in itertools.product(paddings, options):
-            batch = make_batch(padding, stock.config.vocab_size)
-            context = f"{dtype} {attention}, padding {padding}, loss {option}"
-            _compare_step(stock, ours, batch, _loss_options()[option], tp_size, context)
+    """An evaluation and a step of AdamW for each combination.
 
-
-def _compare_step(
-    stock: GPT2LMHeadModel,
-    ours: MegatronGPT2LMHeadModel,
-    batch: dict[str, torch.Tensor],
-    options: dict[str, Any],
-    tp_size: int,
-    context: str,
-) -> None:
-    stock.zero_grad()
-    ours.zero_grad()
-    labels = batch["labels"]
-    logits = stock(**{**batch, "labels": None}).logits
-    loss = reference_loss(logits, labels, **options)
-    loss.backward()
-
-    outputs = ours.train()(**batch, **options)
-    outputs.loss.backward()
-    assert outputs.logits is None, "training computes logits nobody asked for"
-    assert_agrees(f"{context}: loss", outputs.loss, loss)
-    assert_all_agree(f"{context}: gradient", full_gradients(ours), full_gradients(stock))
-
-    with torch.no_grad():
-        outputs = ours.eval()(**batch, **options)
-    valid = batch.get("attention_mask", torch.ones_like(labels)).bool()
-    assert_agrees(f"{context}: loss in evaluation", outputs.loss, loss)
-    assert_agrees(f"{context}: logits", outputs.logits[valid], logits[valid])
-    assert_same_on_all_ranks(f"{context}: logits", outputs.logits)
-
-
-@pytest.mark.parametrize(
-    ("variant", "tp_size"),
-    quick(
-        itertools.product(VARIANTS, (1, 2, 4)),
-        [("base", 1), *((variant, 2) for variant in VARIANTS), ("base", 4), ("uneven_n_inner", 4)],
-    ),
-)
-def test_training_step_equals_stock(pool: Pool, stock_dir: StockDir, variant: str, tp_size: int) -> None:
-    """Catches a wrong cut, a missing or doubled reduction, a bias added once per rank, and a config that is ignored."""
-    kernels = _kernels(variant, every=False)
-    run_at(pool, tp_size, _compare_steps, stock_dir(variant), tp_size, kernels, ("right",), ["plain"])
-
-
-@pytest.mark.parametrize(
-    ("padding", "tp_size"),
-    quick(itertools.product(PADDINGS, (1, 2, 4)), [("none", 2), ("left", 1), ("right", 2), ("left", 4)]),
-)
-def test_batches_and_losses_equal_stock(pool: Pool, stock_dir: StockDir, padding: str, tp_size: int) -> None:
-    """Catches masks that miss a rank's heads, -100 that counts, and a mean over the wrong number of tokens."""
-    kernels: list[Kernel] = [(torch.float64, "sdpa")]
-    run_at(pool, tp_size, _compare_steps, stock_dir("base"), tp_size, kernels, (padding,), list(_loss_options()))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tp_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_everything_equals_stock(pool: Pool, stock_dir: StockDir, variant: str, tp_size: int) -> None:
-    """Catches what only one combination of variant, dtype, kernel, padding and loss gets wrong."""
-    kernels, paddings, options = _kernels(variant, every=True), PADDINGS, list(_loss_options())
-    if variant != "base":
-        paddings, options = ("left",), ["plain", "smoothed and accumulated"]
-    if variant == "gpt2_vocabulary":  # where the smoothed loss of torch itself is off by 3e-5 in float32
-        kernels = [kernel for kernel in kernels if kernel[0] == torch.float64]
-    run_at(pool, tp_size, _compare_steps, stock_dir(variant), tp_size, kernels, paddings, options, timeout=250)
-
-
-def _compare_after_adamw(directory: Path, tp_size: int) -> None:
-    for dtype in (torch.float32, torch.float64):
-        stock = GPT2LMHeadModel.from_pretrained(directory, dtype=dtype).train()
-        ours = MegatronGPT2LMHeadModel.from_pretrained(
-            directory, dtype=dtype, distributed_config=layout(tp_size)
-        ).train()
-        # Adam divides by the gradient's size: where that is rounding noise (the keys' bias), so would the step be.
-        options: dict[str, Any] = {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.1}
-        optimizers = [torch.optim.AdamW(model.parameters(), **options) for model in (stock, ours)]
-        for padding in ("right", "left"):
-            batch = make_batch(padding)
-            labels = batch.pop("labels")
-            loss = reference_loss(stock(**batch).logits, labels)
-            loss.backward()
-            outputs = ours(**batch, labels=labels)
-            outputs.loss.backward()
-            assert_agrees(f"{dtype}: loss", outputs.loss, loss)
+    In float64 all of them are on the same weights as they develop; float32 would add up the rounding of all steps.
+    """
+    for kernel in kernels:
+        stock: Any = None
+        for padding, length in itertools.product(paddings, lengths):
+            if stock is None or kernel[0] == torch.float32:
+                stock = case.load_stock(directory, head, dtype=kernel[0], attention=kernel[1])
+                ours = case.load(directory, head=head, **_options(at, kernel))
+                # Adam divides by the gradient's size, which of a key's bias is rounding noise; so would be the step.
+                adam: dict[str, Any] = {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.1}
+                optimizers = [torch.optim.AdamW(model.parameters(), **adam) for model in (stock, ours)]
+            _compare_step(case, head, stock, ours, padding, length, f"{kernel}, padding {padding}, length {length}")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        assert_all_agree(f"{dtype}: weight", full_weights(ours), full_weights(stock))
+            # What Adam makes of a classifier's bias, whose gradient nearly cancels, is not sure to 1e-5 in float32.
+            if kernel[0] == torch.float64 or head == "LMHeadModel":
+                assert_all_agree(f"{kernel}: weight", full_weights(ours), full_weights(stock))
         assert_replicas_equal(ours)
 
 
-@pytest.mark.parametrize(("variant", "tp_size"), [("base", 1), ("base", 2), ("base", 4), ("untied", 2)])
-def test_weights_agree_after_optimizer_steps(pool: Pool, stock_dir: StockDir, variant: str, tp_size: int) -> None:
-    """Catches replicas that drift apart, and gradients whose placement the optimizer takes for a partial sum."""
-    run_at(pool, tp_size, _compare_after_adamw, stock_dir(variant), tp_size)
+def _compare_step(
+    case: Architecture, head: str, stock: Any, ours: Any, padding: str, length: int, context: str
+) -> None:
+    config = ours.config
+    batch = case.batch(head, padding, length, vocab_size=config.vocab_size, pad_token_id=config.pad_token_id)
+    valid = positions(batch)
+    # Kernels other than eager do not keep the probabilities.
+    is_eager = config._attn_implementation == "eager"
+    extras = {"output_hidden_states": True, "output_attentions": is_eager}
+    expected, loss = case.stock_step(stock, batch, **extras)
+    with torch.no_grad():
+        outputs = ours.eval()(**batch, **extras)
+    assert_agrees(f"{context}: loss in evaluation", loss_of(outputs, valid), loss)
+    assert_outputs_agree(context, outputs, expected, valid)
+    for name, value in outputs.items():
+        if isinstance(value, torch.Tensor):
+            assert_same_on_all_ranks(f"{context}: {name}", value)
+
+    outputs = ours.train()(**batch, **(extras if is_eager else {}))
+    if head in (case.heads[0], case.language_model):
+        assert not {"logits", "prediction_logits"} & outputs.keys(), "training computes logits nobody asked for"
+    trained = loss_of(outputs, valid)
+    assert_agrees(f"{context}: loss", trained, loss)
+    totals = [loss, trained]
+    if is_eager:  # whoever looks at hidden states and attentions may train on them
+        for i, given in enumerate((expected, outputs)):
+            totals[i] = totals[i] + sum(x[valid].square().mean() for x in given.hidden_states)
+            totals[i] = totals[i] + given.attentions[0][0].max()
+    for total in totals:
+        total.backward()
+    assert_all_agree(f"{context}: gradient", gradients(ours), gradients(stock))
 
 
-def _loss_dtypes(directory: Path, tp_size: int) -> dict[torch.dtype, torch.dtype]:
-    batch = make_batch()
-    dtypes = {}
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        model = MegatronGPT2LMHeadModel.from_pretrained(
-            directory, dtype=dtype, distributed_config=layout(tp_size)
-        ).train()
-        dtypes[dtype] = model(**batch).loss.dtype
-    return dtypes
+_HEADS = [(case, head) for case in ARCHITECTURES for head in case.heads]
+_QUICK_HEADS = [
+    *((*head, Layout(2)) for head in _HEADS if head[0] is not ARCHITECTURES[1]),
+    *((case, case.heads[0], Layout(1)) for case in ARCHITECTURES[:2]),
+    *((case, case.heads[0], Layout(4, True)) for case in ARCHITECTURES[:2]),
+    *((case, "Model", Layout(4)) for case in ARCHITECTURES[1:]),
+    *(
+        (ARCHITECTURES[1], head, Layout(2, True))
+        for head in ("ForMaskedLM", "ForMultipleChoice", "ForSequenceClassification")
+    ),
+    (GPT2, "ForQuestionAnswering", Layout(2, True)),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "head", "at"), quick(((*head, at) for head in _HEADS for at in LAYOUTS), _QUICK_HEADS)
+)
+def test_heads_equal_stock(pool: Pool, stock_dir: StockDir, case: Architecture, head: str, at: Layout) -> None:
+    """Catches a wrong cut, a reduction missing or done twice, a misplaced norm, and outputs of one rank's part only."""
+    kernels = KERNELS if at.tp_size < 4 else KERNELS[:2]
+    lengths = LENGTHS if at.splits and head == case.heads[0] else (9,)
+    run_at(pool, at.tp_size, _compare, case, head, stock_dir(case, head), at, kernels, lengths=lengths)
+
+
+_VARIANTS = [(case, variant) for case in ARCHITECTURES for variant in case.variants if variant != "base"]
+
+
+@pytest.mark.parametrize(
+    ("case", "variant", "at"),
+    quick(
+        (
+            (*variant, at)
+            for variant in _VARIANTS
+            for at in (*LAYOUTS, Layout(3))
+            if not (at.splits and variant[1] == "chunked")  # is refused
+        ),
+        [
+            *((*variant, Layout(2)) for variant in _VARIANTS),
+            *((case, "untied", Layout(2, True)) for case in ARCHITECTURES),
+            (GPT2, "uneven_n_inner", Layout(4)),
+        ],
+    ),
+)
+def test_variants_equal_stock(pool: Pool, stock_dir: StockDir, case: Architecture, variant: str, at: Layout) -> None:
+    """Catches an entry of the configuration that is ignored, and cuts that only work for sizes that divide."""
+    kernels = KERNELS[1:]
+    if variant == "upcast":  # concerns eager attention alone, where stock raises for float64
+        kernels = [(torch.float32, "eager"), (torch.float64, "sdpa")]
+    directory = stock_dir(case, None, variant)
+    run_at(pool, at.tp_size, _compare, case, case.heads[0], directory, at, kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [Layout(2), Layout(3, True), Layout(4), Layout(4, True)])
+@pytest.mark.parametrize(("case", "head"), _HEADS)
+def test_everything_equals_stock(pool: Pool, stock_dir: StockDir, case: Architecture, head: str, at: Layout) -> None:
+    """Catches what only one combination of head, dtype, kernel, padding and length gets wrong."""
+    every_remainder = (9, 8, 7, 6)  # at every degree
+    for kernel in [*KERNELS, (torch.float32, "eager")]:
+        paddings, lengths = (("none", "left"), every_remainder) if kernel == KERNELS[1] else (("left",), (9, 7))
+        directory = stock_dir(case, head)
+        run_at(pool, at.tp_size, _compare, case, head, directory, at, [kernel], paddings, lengths, timeout=250)
+
+
+SHIFTED = token_ids(seed=5)
+LOSSES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.1},
+    "accumulated": {"num_items_in_batch": torch.tensor(40)},
+    "smoothed and accumulated": {"label_smoothing": 0.3, "num_items_in_batch": 40},
+    "shifted by the caller": {"shift_labels": SHIFTED},
+}
+
+
+def _compare_losses(case: Architecture, directory: Path, tp_size: int, padding: str) -> None:
+    head = case.language_model
+    stock = case.load_stock(directory, head, dtype=torch.float64, attention="sdpa")
+    ours = case.load(directory, tp_size, head, dtype=torch.float64)
+    inputs, labels = case.inputs(head, padding), case.labels(head, padding)["labels"]
+    logits = stock(**inputs).logits
+    unused = next(token for token in range(131) if token not in {*labels.unique().tolist(), *SHIFTED.unique().tolist()})
+    for name, options in LOSSES.items():
+        if "shift_labels" in options and not case.is_causal:
+            continue
+        stock.zero_grad()
+        expected = reference_loss(
+            logits, labels, **(options if case.is_causal else {"shift_labels": labels, **options})
+        )
+        expected.backward(retain_graph=True)
+        for ignored in (-100, unused):
+            ours.train().zero_grad()
+            given = {"labels": labels.masked_fill(labels == -100, ignored), "ignore_index": ignored, **options}
+            loss = ours(**inputs, **given).loss
+            loss.backward()
+            assert_agrees(f"{name}: loss", loss, expected)
+            assert_all_agree(f"{name}: gradient", gradients(ours), gradients(stock))
+            with torch.no_grad():
+                assert_agrees(f"{name}: in evaluation", ours.eval()(**inputs, **given).loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("case", "tp_size", "padding"),
+    quick(
+        itertools.product(ARCHITECTURES, (1, 2, 4), ("none", "right", "left")),
+        [*zip(ARCHITECTURES, (4, 2, 1), ("left", "right", "none"), strict=True), (GPT2, 2, "none")],
+    ),
+)
+def test_losses_equal_stock(pool: Pool, stock_dir: StockDir, case: Architecture, tp_size: int, padding: str) -> None:
+    """Catches an option dropped on the way, ignored labels that count, and a mean over the wrong number of tokens."""
+    run_at(pool, tp_size, _compare_losses, case, stock_dir(case, case.language_model), tp_size, padding)
+
+
+def _loss_dtypes(case: Architecture, directory: Path, tp_size: int) -> list[torch.dtype]:
+    dtypes = (torch.bfloat16, torch.float32, torch.float64)
+    return [case.load(directory, tp_size, dtype=dtype).train()(**case.batch()).loss.dtype for dtype in dtypes]
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_loss_is_float32_or_better(pool: Pool, stock_dir: StockDir, tp_size: int) -> None:
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_loss_is_float32_or_better(pool: Pool, stock_dir: StockDir, case: Architecture, tp_size: int) -> None:
     """Catches a loss computed in bfloat16, and float64 that is cut down to float32 on the way."""
-    expected = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
-    assert run_at(pool, tp_size, _loss_dtypes, stock_dir("base"), tp_size) == [expected] * tp_size
+    expected = [torch.float32, torch.float32, torch.float64]
+    assert run_at(pool, tp_size, _loss_dtypes, case, stock_dir(case), tp_size) == [expected] * tp_size
+
+
+# ---------------------------------------------------------------------- other inputs
+
+
+def _compare_inputs(case: Architecture, directory: Path, at: Layout) -> None:
+    head = case.language_model
+    stock = case.load_stock(directory, head, dtype=torch.float64)
+    ours = case.load(directory, head=head, **_options(at, KERNELS[0]))
+    ids, padded = token_ids(), case.inputs(head)["attention_mask"].bool()
+    everywhere = torch.ones_like(padded)
+    embeddings = torch.randn(3, 9, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    causal_mask = torch.full((3, 1, 9, 9), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1)
+    cases: list[tuple[dict[str, Any], torch.Tensor]] = [
+        ({"input_ids": ids}, everywhere),
+        ({"input_ids": ids, "token_type_ids": ids % (131 if case.is_causal else 2)}, everywhere),
+        ({"input_ids": ids, "position_ids": (torch.arange(9) * 3).expand(3, 9)}, everywhere),
+        ({"inputs_embeds": embeddings}, everywhere),
+        ({"input_ids": ids, "attention_mask": causal_mask}, everywhere),
+        ({"input_ids": ids, "attention_mask": padded}, padded),
+    ]
+    if case.is_causal:
+        cases += [({"input_ids": ids, "logits_to_keep": keep}, everywhere) for keep in (2, torch.tensor([0, 5]))]
+    for inputs, valid in cases:
+        assert_outputs_agree(str(list(inputs)), ours(**inputs), stock(**inputs), valid)
+
+
+@pytest.mark.parametrize(
+    ("case", "at"),
+    quick(
+        itertools.product(ARCHITECTURES, LAYOUTS),
+        [*itertools.product(ARCHITECTURES, LAYOUTS[1:4:2]), (GPT2, Layout(1))],
+    ),
+)
+def test_inputs_equal_stock(pool: Pool, stock_dir: StockDir, case: Architecture, at: Layout) -> None:
+    """Catches arguments that are dropped on the way, and token types or positions that are made up wrongly."""
+    run_at(pool, at.tp_size, _compare_inputs, case, stock_dir(case, case.language_model), at)
+
+
+def _compare_calls(case: Architecture, head: str, directory: Path, tp_size: int) -> None:
+    stock = case.load_stock(directory, head, dtype=torch.float64).eval()
+    ours = case.load(directory, head=head, **_options(Layout(tp_size), KERNELS[0]))
+    inputs, labels = case.inputs(head), case.labels(head)
+    valid = positions(inputs)
+    places = list(inspect.signature(stock.forward).parameters)
+    places = places[: 1 + max(places.index(name) for name in inputs)]
+    in_order = [inputs.get(name) for name in places]
+    assert_outputs_agree("in order", ours(*in_order), stock(*in_order), valid)
+    asked = {**inputs, **labels, "output_attentions": True, "use_cache": False}
+    expected, answers = stock(**asked), ours(**asked, return_dict=False)
+    names = [name for name in expected if name != "cross_attentions"]  # always empty where there are none
+    named = type(expected)(**dict(zip(names, answers, strict=True)))
+    assert_outputs_agree("tuple", named, expected, valid)
+
+
+@pytest.mark.parametrize(("case", "head"), _HEADS)
+def test_calls_are_understood_as_by_stock(pool: Pool, stock_dir: StockDir, case: Architecture, head: str) -> None:
+    """Catches `model(ids, mask, types)` understood in another order, and a tuple with another order or more in it."""
+    for tp_size in (1, 2):
+        run_at(pool, tp_size, _compare_calls, case, head, stock_dir(case, head), tp_size)
+
+
+def _compare_cached_steps(head: str, directory: Path, at: Layout) -> None:
+    """A first part that fills the cache, then two tokens at once, then one; with a cache given, or made."""
+    stock = GPT2.load_stock(directory, head, dtype=torch.float64).eval()
+    ours = GPT2.load(directory, head=head, **_options(at, KERNELS[0]))
+    for is_given in (True, False):
+        caches = [DynamicCache(config=model.config) if is_given else None for model in (stock, ours)]
+        for part in token_ids().split([6, 2, 1], dim=1):
+            expected, actual = (
+                model(part, **{CACHE: cache}, use_cache=True, output_attentions=True)
+                for model, cache in zip((stock, ours), caches, strict=True)
+            )
+            assert_outputs_agree("with a cache", actual, expected, torch.ones_like(part).bool())
+            caches = [expected.get(CACHE, caches[0]), actual.get(CACHE, caches[1])]
+
+
+@pytest.mark.parametrize(
+    ("head", "at"),
+    quick(
+        itertools.product(GPT2.heads, LAYOUTS),
+        [*((head, LAYOUTS[1 + 2 * (i % 2)]) for i, head in enumerate(GPT2.heads)), ("LMHeadModel", Layout(2, True))],
+    ),
+)
+def test_cached_steps_equal_stock(pool: Pool, stock_dir: StockDir, head: str, at: Layout) -> None:
+    """Catches a cache whose length, heads or mask a rank gets wrong."""
+    run_at(pool, at.tp_size, _compare_cached_steps, head, stock_dir(GPT2, head), at)
+
+
+def _share_of_equal_probabilities(is_ours: bool, upcast: bool, directory: Path) -> float:
+    """How much of the first layer's bfloat16 attention is what stock computes with upcasting."""
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    stock, other = GPT2.stock(), GPT2.ours() if is_ours else GPT2.stock()
+    models = [stock.from_pretrained(directory, **options)]
+    models.append(other.from_pretrained(directory, reorder_and_upcast_attn=upcast, **options))
+    first, second = (model(token_ids(), output_attentions=True).attentions[0] for model in models)
+    return float((first == second).float().mean())
+
+
+def test_upcasting_is_done(stock_dir: StockDir) -> None:
+    """Catches `reorder_and_upcast_attn` accepted and ignored, which only shows in half precision."""
+    directory = stock_dir(GPT2, None, "upcast")
+    without = _share_of_equal_probabilities(is_ours=False, upcast=False, directory=directory)
+    assert _share_of_equal_probabilities(is_ours=True, upcast=True, directory=directory) > 0.99 > without

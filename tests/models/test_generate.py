@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, GPT2LMHeadModel, StaticCache, StoppingCriteria
+from transformers import ContinuousBatchingConfig, GenerationConfig, StaticCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from hf_megatron import MegatronGPT2LMHeadModel
 from hf_megatron.errors import HfMegatronError, UnsupportedError
 from hf_megatron.models.arguments import CACHE
-from tests.models.reference import Pool, layout, make_batch, rank, run_at, token_ids
-
-StockDir = Callable[[str], Path]
+from tests.models.architectures import GPT2, StockDir, make_batch, token_ids
+from tests.models.reference import Pool, rank, run_at
+from tests.tiers import quick
 
 
 def _prompts(padding: str) -> dict[str, torch.Tensor]:
@@ -29,10 +29,9 @@ def _prompts(padding: str) -> dict[str, torch.Tensor]:
 
 
 def _compare_generation(directory: Path, tp_size: int, attention: str, sequence_parallel: bool) -> None:
+    stock = GPT2.load_stock(directory, dtype=torch.float64, attention=attention).eval()
     load: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": attention}
-    stock = GPT2LMHeadModel.from_pretrained(directory, **load)
-    split = layout(tp_size, sequence_parallel=sequence_parallel)
-    ours = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=split, **load)
+    ours = GPT2.load(directory, tp_size, sequence_parallel=sequence_parallel, **load)
     for options in (
         {"do_sample": False},
         {"do_sample": False, "use_cache": False},
@@ -50,30 +49,21 @@ def _compare_generation(directory: Path, tp_size: int, attention: str, sequence_
 
 @pytest.mark.parametrize(
     ("variant", "attention", "tp_size", "sequence_parallel"),
-    [
-        ("base", "sdpa", 1, False),
-        ("untied", "eager", 2, False),
-        ("base", "sdpa", 2, True),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("base", "sdpa", 2, False),
-                ("base", "sdpa", 4, False),
-                ("base", "eager", 4, True),
-            )
-        ),
-    ],
+    quick(
+        [*itertools.product(("base", "untied"), ("sdpa", "eager"), (2, 4), (False, True)), ("base", "sdpa", 1, False)],
+        [("base", "sdpa", 1, False), ("untied", "eager", 2, False), ("base", "sdpa", 2, True)],
+    ),
 )
 def test_tokens_equal_stock(
     pool: Pool, stock_dir: StockDir, variant: str, attention: str, tp_size: int, sequence_parallel: bool
 ) -> None:
     """Catches logits that are not whole, caches that hold the wrong heads, and padding that is attended to."""
-    run_at(pool, tp_size, _compare_generation, stock_dir(variant), tp_size, attention, sequence_parallel)
+    run_at(pool, tp_size, _compare_generation, stock_dir(GPT2, None, variant), tp_size, attention, sequence_parallel)
 
 
 def _compare_static_cache(directory: Path, tp_size: int) -> None:
-    stock = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float64)
-    ours = MegatronGPT2LMHeadModel.from_pretrained(directory, dtype=torch.float64, distributed_config=layout(tp_size))
+    stock = GPT2.load_stock(directory, dtype=torch.float64).eval()
+    ours = GPT2.load(directory, tp_size, dtype=torch.float64)
     logits = []
     for model in (stock, ours):
         cache = StaticCache(config=model.config, max_cache_len=20)
@@ -87,15 +77,14 @@ def _compare_static_cache(directory: Path, tp_size: int) -> None:
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_static_cache_holds_this_ranks_heads(pool: Pool, stock_dir: StockDir, tp_size: int) -> None:
     """Catches a preallocated cache sized for all heads on every rank."""
-    run_at(pool, tp_size, _compare_static_cache, stock_dir("base"), tp_size)
+    run_at(pool, tp_size, _compare_static_cache, stock_dir(), tp_size)
 
 
 def _sample(directory: Path, tp_size: int, *, stock: bool = False) -> list[list[list[int]]]:
     """Sampled ids of several calls, each begun from a different random state on every rank."""
-    options: dict[str, Any] = {} if stock else {"distributed_config": layout(tp_size)}
-    model_class = GPT2LMHeadModel if stock else MegatronGPT2LMHeadModel
-    model = model_class.from_pretrained(directory, dtype=torch.float64, **options)
-    sampled = []
+    load = GPT2.load_stock if stock else partial(GPT2.load, tp_size=tp_size)
+    model, sampled = load(directory, dtype=torch.float64).eval(), []
+    options: dict[str, Any]
     for padding, options in (("none", {}), ("left", {"top_k": 20, "temperature": 1.5}), ("none", {"num_beams": 2})):
         torch.manual_seed(100 + rank())
         for _ in range(2):
@@ -111,8 +100,8 @@ def test_sampling_is_the_same_on_all_ranks(pool: Pool, stock_dir: StockDir, tp_s
 
     All follow rank 0, so the sample is also the one that the stock model draws from rank 0's state.
     """
-    expected = _sample(stock_dir("base"), 1, stock=True)
-    assert run_at(pool, tp_size, _sample, stock_dir("base"), tp_size) == [expected] * tp_size
+    expected = _sample(stock_dir(), 1, stock=True)
+    assert run_at(pool, tp_size, _sample, stock_dir(), tp_size) == [expected] * tp_size
     assert len({str(ids) for ids in expected}) == len(expected)
 
 
@@ -122,10 +111,7 @@ def test_offloaded_caches(stock_dir: StockDir, cache: str) -> None:
     """Catches a cache that is swallowed: its layers wait in the memory of the host, which takes a GPU to try."""
     prompts = {name: value.cuda() for name, value in _prompts("left").items()}
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
-    stock, ours = (
-        model_class.from_pretrained(stock_dir("base"), dtype=torch.float64).cuda()
-        for model_class in (GPT2LMHeadModel, MegatronGPT2LMHeadModel)
-    )
+    stock, ours = (load(stock_dir(), dtype=torch.float64).eval().cuda() for load in (GPT2.load_stock, GPT2.load))
     assert torch.equal(ours.generate(**prompts, **options), stock.generate(**prompts, **options))
 
 
@@ -134,27 +120,23 @@ def test_continuous_batching(stock_dir: StockDir, attention: str) -> None:
     """Catches a paged cache that is not updated, and arguments of it that are refused."""
     prompts = [ids[: 4 + i].tolist() for i, ids in enumerate(token_ids(3, 9))]
     settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    model = MegatronGPT2LMHeadModel.from_pretrained(stock_dir("base"), attn_implementation=attention).eval()
-    stock = GPT2LMHeadModel.from_pretrained(stock_dir("base"), attn_implementation=attention)
+    model = GPT2.load(stock_dir(), attn_implementation=attention)
+    stock = GPT2.load_stock(stock_dir(), attention=attention).eval()
     results = model.generate_batch(prompts, settings, ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64))
     batched = [results[name].generated_tokens for name in sorted(results)]
     alone = [stock.generate(torch.tensor([ids]), settings)[0, len(ids) :].tolist() for ids in prompts]
     assert batched == alone
 
 
-def _batch_on_ranks(directory: Path) -> str:
-    model = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(2))
-    try:
+def _batch_on_ranks(directory: Path) -> None:
+    model = GPT2.load(directory, 2)
+    with pytest.raises(UnsupportedError, match="tp_size=2"):
         model.generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=2))
-    except UnsupportedError as error:
-        return str(error)
-    return "it was done"
 
 
 def test_continuous_batching_on_ranks_is_refused(pool: Pool, stock_dir: StockDir) -> None:
     """Catches results that are empty: the paged cache has room for all heads, and each rank has some."""
-    for answer in pool(2).run(_batch_on_ranks, stock_dir("base")):
-        assert "tp_size=2" in answer, answer
+    pool(2).run(_batch_on_ranks, stock_dir())
 
 
 # ---------------------------------------------------------------------- ranks that stop together
@@ -186,7 +168,7 @@ class _Streamer(BaseStreamer):
 
 def _stop_together(directory: Path) -> list[Any]:
     """What each rank writes, or the error that it ends with."""
-    model = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(2))
+    model = GPT2.load(directory, 2)
     prompts = _prompts("none")
     streamer, is_second = _Streamer(), rank() == 1
     failing = {"streamer": _Streamer(3)} if is_second else {}
@@ -215,12 +197,11 @@ def _stop_together(directory: Path) -> list[Any]:
 
 def test_ranks_stop_together(pool: Pool, stock_dir: StockDir) -> None:
     """Catches ranks that wait for one whose clock, criteria or streamer ended it, and prompts that differ unnoticed."""
-    first, second = pool(2).run(_stop_together, stock_dir("base"))
+    first, second = pool(2).run(_stop_together, stock_dir())
     for case in range(6):
         assert first[case] == second[case]
     timed, at_once, criteria, one_criterion, beams, streamed = first[:6]
-    assert len(timed[0]) == 5
-    assert len(at_once[0]) == 5
+    assert {len(x[0]) for x in (timed, at_once)} == {5}
     assert {len(x[0]) for x in (criteria, one_criterion, beams)} == {7}
     assert len(streamed[0]) == 16
     assert second[6] == "ConnectionError: the reader is gone"
@@ -229,5 +210,4 @@ def test_ranks_stop_together(pool: Pool, stock_dir: StockDir) -> None:
     assert "argument max_new_tokens (8, 9 on ranks 0, 1)" in first[8]
     assert first[9] == second[9]
     assert "streamer" in first[9]
-    tokens = [row for row in streamed]
-    assert first[10][:8] == [*tokens[0][:4], *tokens[1][:4]]
+    assert first[10][:8] == [*streamed[0][:4], *streamed[1][:4]]

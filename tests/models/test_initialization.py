@@ -1,131 +1,121 @@
-"""Weights drawn from scratch: GPT-2's distribution, and the same numbers however the model is cut."""
+"""Weights drawn from scratch: the stock distribution, and the same numbers however the model is cut."""
 
 from __future__ import annotations
 
+from functools import partial
 from math import sqrt
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_megatron import (
-    MegatronGPT2Config,
-    MegatronGPT2ForSequenceClassification,
-    MegatronGPT2LMHeadModel,
-    MegatronGPT2Model,
-)
 from hf_megatron.models import initialization
-from tests.models.reference import (
-    TINY,
-    Pool,
-    assert_all_equal,
-    assert_replicas_equal,
-    full_weights,
-    layout,
-    rank,
-    run_at,
-)
+from tests.models.architectures import ARCHITECTURES, GPT2, Architecture
+from tests.models.reference import Pool, Tensors, assert_all_equal, assert_replicas_equal, full_weights, rank, run_at
 from tests.tiers import quick
 
-Weights = dict[str, torch.Tensor]
+PRE, POST = ARCHITECTURES[1:]
 
 
-def _config(**changes: Any) -> MegatronGPT2Config:
-    return MegatronGPT2Config(**{**TINY, **changes})
-
-
-def _build(
-    tp_size: int, fsdp_size: int, seed: int | None = 3, model_class: type[PreTrainedModel] = MegatronGPT2LMHeadModel
-) -> Weights:
+def _build(case: Architecture, head: str, seed: int | None, tp_size: int, fsdp_size: int = 1) -> Tensors:
     """Full weights of a model built on ranks that were seeded differently."""
     torch.manual_seed(50 + rank())
-    config = _config(tie_word_embeddings=False, num_labels=3)
-    model = model_class.from_config(config, distributed_config=layout(tp_size, fsdp_size), seed=seed)
+    labels = {} if head == "ForQuestionAnswering" else {"num_labels": 3}
+    config = case.config(tie_word_embeddings=False, **labels)
+    model = case.build(tp_size, fsdp_size, head, config=config, seed=seed)
     assert model.training
     assert model.device.type == "cpu"
-    if tp_size * fsdp_size > 1 and fsdp_size == 1:
+    if fsdp_size == 1 and tp_size > 1:
         assert_replicas_equal(model)
+    for name, buffer in model.named_buffers():  # not as memory was
+        expected = torch.arange(32) if name.endswith("position_ids") else torch.zeros(32).long()
+        assert torch.equal(buffer[0], expected), name
     return full_weights(model)
 
 
 @pytest.mark.parametrize(
-    ("tp_size", "fsdp_size", "seed"),
+    ("case", "tp_size", "fsdp_size", "seed"),
     quick(
-        ((*at, seed) for at in ((2, 1), (4, 1), (2, 2), (1, 2)) for seed in (3, None)),
-        [(4, 1, 3), (2, 1, None), (2, 2, 3)],
+        ((case, *at, seed) for case in ARCHITECTURES for at in ((2, 1), (4, 1), (2, 2), (1, 2)) for seed in (3, None)),
+        [(GPT2, 4, 1, 3), (GPT2, 2, 1, None), (GPT2, 2, 2, 3), (PRE, 4, 1, None), (POST, 2, 2, 3)],
     ),
 )
-def test_weights_do_not_depend_on_the_layout(pool: Pool, tp_size: int, fsdp_size: int, seed: int | None) -> None:
-    """Catches shards drawn rank by rank, from a stream whose position depends on what was drawn before."""
-    (expected,) = run_at(pool, 1, _build, 1, 1, seed)
-    for weights in run_at(pool, tp_size * fsdp_size, _build, tp_size, fsdp_size, seed):
+def test_weights_do_not_depend_on_the_layout(
+    pool: Pool, case: Architecture, tp_size: int, fsdp_size: int, seed: int | None
+) -> None:
+    """Catches shards drawn rank by rank, from a stream that depends on what was drawn before, or filled once cut."""
+    expected = _build(case, case.heads[0], seed, 1)
+    for weights in run_at(pool, tp_size * fsdp_size, _build, case, case.heads[0], seed, tp_size, fsdp_size):
         assert_all_equal(weights, expected)
 
 
-def test_heads_do_not_depend_on_the_layout(pool: Pool) -> None:
+@pytest.mark.parametrize(("case", "head"), [(case, head) for case in (GPT2, POST) for head in case.heads[1:]])
+def test_heads_do_not_depend_on_the_layout(pool: Pool, case: Architecture, head: str) -> None:
     """Catches a head's parameters drawn from another stream than the body's, or not at all."""
-    (expected,) = run_at(pool, 1, _build, 1, 1, 3, MegatronGPT2ForSequenceClassification)
-    for weights in run_at(pool, 2, _build, 2, 1, 3, MegatronGPT2ForSequenceClassification):
+    expected = _build(case, head, 3, 1)
+    for weights in pool(2).run(_build, case, head, 3, 2):
         assert_all_equal(weights, expected)
 
 
-def test_distribution_is_that_of_gpt2() -> None:
-    """Catches residual projections that are not scaled by 1/sqrt(2 * layers), and weights left as memory was."""
-    config = _config(n_embd=96, n_layer=4, tie_word_embeddings=False)
-    for name, value in full_weights(MegatronGPT2LMHeadModel.from_config(config, seed=0)).items():
-        if name.endswith("bias"):
-            assert not value.any(), name
-        elif ".ln_" in name:
-            assert value.eq(1).all(), name
-        else:
-            std = 0.02 / sqrt(2 * 4) if name.endswith("c_proj.weight") else 0.02
-            assert value.std().item() == pytest.approx(std, rel=0.05), name
-            assert abs(value.mean().item()) < 4 * std / sqrt(value.numel()), name
+@pytest.mark.parametrize("head", ["main", "ForTokenClassification"])
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_distribution_is_that_of_stock(case: Architecture, head: str) -> None:
+    """Catches another standard deviation, also of the residual projections, and norms that do not begin as ones."""
+    name_of_head = case.heads[0] if head == "main" else head
+    changes: dict[str, Any] = {"hidden_size": 96, "num_hidden_layers": 4, "initializer_range": 0.05, "num_labels": 50}
+    drawn = full_weights(case.build(head=name_of_head, config=case.config(**changes), seed=0))
+    stock = full_weights(case.stock(name_of_head)(case.stock_config(**changes)))
+    for name, value in drawn.items():
+        reference = stock[name]
+        if not reference[0].any() and reference.any():  # the row of the padding token
+            assert not value[0].any()
+            value, reference = value[1:], reference[1:]
+        if reference.numel() == 1 or reference.std() == 0:
+            assert torch.equal(value, reference), name
+            continue
+        assert value.std().item() == pytest.approx(reference.std().item(), rel=0.25 if value.numel() < 500 else 0.05)
+        assert abs(value.mean().item()) < 4 * value.std() / sqrt(value.numel()), name
 
 
-def test_initializer_range_is_honoured() -> None:
-    """Catches a standard deviation written into the code."""
-    model = MegatronGPT2LMHeadModel.from_config(_config(initializer_range=0.5), seed=0)
-    assert model.transformer.wte.weight.std().item() == pytest.approx(0.5, rel=0.05)
-
-
-def test_every_parameter_has_a_stream_of_its_own() -> None:
-    """Catches layers, or tensors of one shape, that begin as copies of each other."""
-    weights = full_weights(MegatronGPT2LMHeadModel.from_config(_config(tie_word_embeddings=False), seed=0))
-    drawn = [tuple(value.flatten()[:4].tolist()) for name, value in weights.items() if value.dim() == 2]
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_every_parameter_has_a_stream_of_its_own(case: Architecture) -> None:
+    """Catches layers, or tensors of one shape, that begin as copies of each other, and weights left as memory was."""
+    weights = full_weights(case.build(config=case.config(tie_word_embeddings=False), seed=0))
+    drawn = [tuple(value[1, :4].tolist()) for value in weights.values() if value.dim() == 2]
     assert len(set(drawn)) == len(drawn)
-    assert {value != 0 for values in drawn for value in values} == {True}
+    assert all(value != 0 for values in drawn for value in values)
 
 
 def test_seeds() -> None:
     """Catches a seed that is ignored, and building a model that disturbs the caller's random numbers."""
+    build = partial(GPT2.build, config=GPT2.config())
     torch.manual_seed(11)
-    by_constructor = full_weights(MegatronGPT2LMHeadModel(_config()))
+    by_constructor = full_weights(GPT2.ours()(GPT2.config()))
     state = torch.get_rng_state()
-    by_default = full_weights(MegatronGPT2LMHeadModel.from_config(_config()))
-    by_seed = full_weights(MegatronGPT2LMHeadModel.from_config(_config(), seed=11))
-    another = full_weights(MegatronGPT2LMHeadModel.from_config(_config(), seed=12))
+    by_default, by_seed, another = (full_weights(build(seed=seed)) for seed in (None, 11, 12))
     assert torch.equal(torch.get_rng_state(), state)
     assert_all_equal(by_default, by_seed)
     assert_all_equal(by_constructor, by_seed)
-    assert not torch.equal(another["transformer.wte.weight"], by_seed["transformer.wte.weight"])
+    assert not torch.equal(another[GPT2.embedding], by_seed[GPT2.embedding])
 
 
-def test_the_body_is_the_same_under_every_head() -> None:
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_the_body_is_the_same_under_every_head(case: Architecture) -> None:
     """Catches parameter names, and so streams, that depend on the class the body is part of."""
-    body = full_weights(MegatronGPT2Model.from_config(_config(), seed=1))
-    model = MegatronGPT2LMHeadModel.from_config(_config(), seed=1)
-    assert_all_equal(full_weights(model.transformer), body)
+    body = full_weights(case.build(head="Model", config=case.config(), seed=1))
+    for head in case.heads:
+        weights = full_weights(case.build(head=head, config=case.config(), seed=1).base_model)
+        assert_all_equal(weights, {name: body[name] for name in weights})
+        assert body.keys() - weights.keys() <= {"pooler.dense.weight", "pooler.dense.bias"}
 
 
 def test_dtype_and_attention_are_taken() -> None:
     """Catches arguments lost on the way, and a dtype that changes the numbers drawn."""
-    model = MegatronGPT2LMHeadModel.from_config(_config(), seed=1, dtype=torch.bfloat16, attn_implementation="eager")
+    build = partial(GPT2.build, config=GPT2.config(), seed=1)
+    model = build(dtype=torch.bfloat16, attn_implementation="eager")
     assert model.config._attn_implementation == "eager"
-    full_precision = full_weights(MegatronGPT2LMHeadModel.from_config(_config(), seed=1))
-    assert_all_equal(full_weights(model), {name: value.bfloat16() for name, value in full_precision.items()})
+    assert_all_equal(full_weights(model), {name: value.bfloat16() for name, value in full_weights(build()).items()})
 
 
 def test_slices_come_out_of_the_blocks_they_lie_in() -> None:
@@ -140,33 +130,33 @@ def test_slices_come_out_of_the_blocks_they_lie_in() -> None:
     assert weight.unique().numel() == weight.numel()
 
 
-def _auto_from_config(tp_size: int) -> tuple[str, Weights]:
+def _auto_from_config(case: Architecture, tp_size: int) -> Tensors:
     torch.manual_seed(60 + rank())
-    model = AutoModelForCausalLM.from_config(_config(), distributed_config=layout(tp_size), dtype=torch.float64)
+    auto = case.auto(case.language_model)
+    options = {"distributed_config": {"tp_size": tp_size} if tp_size > 1 else None, "dtype": torch.float64}
+    model = auto.from_config(case.config(), **options)
+    assert type(model) is case.ours(case.language_model)
     assert (model.tp_size or 1) == tp_size
     assert model.config.name_or_path == ""
-    return type(model).__name__, full_weights(model)
+    return full_weights(model)
 
 
-def test_auto_class_builds_the_same(pool: Pool) -> None:
-    """Catches `AutoModelForCausalLM.from_config(config, distributed_config=...)`, which stock models refuse."""
-    (expected,) = run_at(pool, 1, _auto_from_config, 1)
-    assert expected[0] == "MegatronGPT2LMHeadModel"
-    for class_name, weights in run_at(pool, 2, _auto_from_config, 2):
-        assert class_name == expected[0]
-        assert_all_equal(weights, expected[1])
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_auto_classes_build_the_same(pool: Pool, case: Architecture) -> None:
+    """Catches an Auto class that builds something else, or refuses a layout as it does for stock models."""
+    expected = _auto_from_config(case, 1)
+    for weights in pool(2).run(_auto_from_config, case, 2):
+        assert_all_equal(weights, expected)
 
 
-def _train_from_scratch(tp_size: int) -> list[float]:
+def _train_from_scratch(case: Architecture, head: str, tp_size: int) -> list[float]:
     torch.manual_seed(4)
-    model = MegatronGPT2LMHeadModel.from_config(
-        _config(resid_pdrop=0.1, attn_pdrop=0.1), distributed_config=layout(tp_size), dtype=torch.float64, seed=5
-    )
+    config = case.config(**case.dropout(0.1, 0.1))
+    model = case.build(tp_size, head=head, config=config, dtype=torch.float64, seed=5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    ids = torch.arange(1, 41).reshape(2, 20)
     losses = []
     for _ in range(12):
-        loss = model(ids, labels=ids).loss
+        loss = model(**case.batch(head)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -174,9 +164,14 @@ def _train_from_scratch(tp_size: int) -> list[float]:
     return losses
 
 
-def test_training_from_scratch_is_the_same_at_every_degree(pool: Pool) -> None:
+@pytest.mark.parametrize(
+    ("case", "tp_size"),
+    quick(((case, tp_size) for case in ARCHITECTURES for tp_size in (2, 4)), [(GPT2, 2), (POST, 2)]),
+)
+def test_training_from_scratch_is_the_same_at_every_degree(pool: Pool, case: Architecture, tp_size: int) -> None:
     """Catches parameters that the forward does not use, and building that draws from the stream of dropout."""
-    (expected,) = run_at(pool, 1, _train_from_scratch, 1)
-    assert expected[-1] < expected[0] - 0.5
-    for losses in run_at(pool, 2, _train_from_scratch, 2):
-        assert losses == pytest.approx(expected, rel=1e-9)
+    for head in dict.fromkeys((case.heads[0], case.language_model)):
+        expected = _train_from_scratch(case, head, 1)
+        assert expected[-1] < expected[0] - 0.5
+        for losses in pool(tp_size).run(_train_from_scratch, case, head, tp_size):
+            assert losses == pytest.approx(expected, rel=1e-9)

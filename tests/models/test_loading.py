@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,19 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from hf_megatron import MegatronGPT2ForTokenClassification, MegatronGPT2LMHeadModel
-from hf_megatron.architectures import GPT2
 from hf_megatron.checkpoint import LazyTensor
 from hf_megatron.partition import Box, Replicated
-from tests.models.reference import Pool, assert_all_equal, full_weights, layout, rank, run_at, save_distributed
+from tests.models.architectures import ARCHITECTURES, GPT2, Architecture, H, StockDir
+from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, rank
 from tests.tiers import quick
 
-StockDir = Callable[[str], Path]
 Reads = dict[str, list[Box]]
+
+PRE, POST = ARCHITECTURES[1:]
 
 
 @contextmanager
@@ -40,94 +41,148 @@ def _recorded_reads() -> Iterator[Reads]:
         yield reads
 
 
-def _check_reads(directory: Path, tp_size: int, options: dict[str, Any]) -> None:
+def _check_reads(case: Architecture, directory: Path, tp_size: int) -> Tensors:
+    """The weights that were loaded, once it is certain that no rank read or holds more than its part."""
     with _recorded_reads() as reads:
-        model = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(tp_size), **options)
-    config = model.config.to_dict()
-    tensors = GPT2.tensors(config, GPT2.model_class("GPT2LMHeadModel"))
+        model = case.load(directory, tp_size, dtype=torch.float64)
+    tensors = case.table.tensors(model.config.to_dict(), case.table.classes[0])
     assert reads.keys() == tensors.keys()
+    share, whole = 0, 0
     for name, tensor in tensors.items():
         expected = list(tensor.spec.boxes(tensor.shape, tp_size, rank()))
         assert reads[name] == expected, f"{name}: read {reads[name]}, expected {expected}"
-
-    sharded = [t for t in tensors.values() if not isinstance(t.spec, Replicated)]
-    held = {name: p.to_local().numel() for name, p in model.named_parameters() if isinstance(p, DTensor)}
-    for tensor in sharded:
-        assert held[tensor.name] == sum(box.numel for box in tensor.spec.boxes(tensor.shape, tp_size, rank()))
-    share = sum(held[t.name] for t in sharded) / sum(Box.whole(t.shape).numel for t in sharded)
-    assert abs(share - 1 / tp_size) < 0.02, f"holds {share:.3f} of the sharded parameters"
-    assert all(p.to_local().untyped_storage().nbytes() == p.to_local().nbytes for p in model.parameters())
+        held = model.get_parameter(name).to_local()
+        assert held.untyped_storage().nbytes() == held.nbytes == 8 * sum(box.numel for box in expected), name
+        if not isinstance(tensor.spec, Replicated):
+            share, whole = share + held.numel(), whole + Box.whole(tensor.shape).numel
+    assert abs(share / whole - 1 / tp_size) < 0.02, f"holds {share} of {whole}"
+    return full_weights(model)
 
 
 @pytest.mark.parametrize(
-    ("variant", "tp_size"),
-    quick(itertools.product(("base", "untied", "uneven_n_inner"), (2, 4)), [("base", 2), ("uneven_n_inner", 4)]),
+    ("case", "variant", "tp_size"),
+    quick(
+        (
+            *itertools.product(ARCHITECTURES, ("base", "untied"), (2, 4)),
+            *((GPT2, "uneven_n_inner", tp_size) for tp_size in (2, 4)),
+        ),
+        [(GPT2, "base", 2), (GPT2, "uneven_n_inner", 4), (PRE, "base", 4), (POST, "untied", 2)],
+    ),
 )
-def test_a_rank_reads_and_holds_its_slices_only(pool: Pool, stock_dir: StockDir, variant: str, tp_size: int) -> None:
+def test_a_rank_reads_and_holds_its_slices_only(
+    pool: Pool, stock_dir: StockDir, case: Architecture, variant: str, tp_size: int
+) -> None:
     """Catches a rank that reads a tensor whole to keep a part, holds a view of it, or reads anything twice."""
-    run_at(pool, tp_size, _check_reads, stock_dir(variant), tp_size, {"dtype": torch.float64})
+    pool(tp_size).run(_check_reads, case, stock_dir(case, None, variant), tp_size)
 
 
-def _check_reads_under_fsdp(directory: Path) -> None:
+def _check_reads_under_fsdp(case: Architecture, directory: Path) -> None:
     with _recorded_reads() as reads:
-        model = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(2, 2))
+        model = case.load(directory, 2, fsdp_size=2)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         shape, _ = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
         assert sum(box.numel for box in reads[name]) == torch.Size(shape).numel(), f"{name}: read {reads[name]}"
 
 
-def test_under_fsdp_a_rank_reads_its_block_only(pool: Pool, stock_dir: StockDir) -> None:
+@pytest.mark.parametrize("case", [GPT2, POST])
+def test_under_fsdp_a_rank_reads_its_block_only(pool: Pool, stock_dir: StockDir, case: Architecture) -> None:
     """Catches reading along one dimension of the mesh only: every rank of a TP x FSDP mesh has a block of its own."""
-    run_at(pool, 4, _check_reads_under_fsdp, stock_dir("base"))
+    pool(4).run(_check_reads_under_fsdp, case, stock_dir(case))
 
 
-def _check_reads_of_another_degree(stock: Path, directory: Path) -> None:
-    """From a tp directory that two ranks saved, at this world's degree."""
-    tp_size = dist.get_world_size()
-    _check_reads(directory, tp_size, {})
-    ours = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(tp_size))
-    assert_all_equal(full_weights(ours), full_weights(MegatronGPT2LMHeadModel.from_pretrained(stock)))
-
-
-def test_a_tp_directory_is_read_by_slices_at_another_degree(pool: Pool, stock_dir: StockDir, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [GPT2, POST])
+def test_a_tp_directory_is_read_by_slices_at_another_degree(
+    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture
+) -> None:
     """Catches resharding that gathers: four ranks read their boxes out of what two ranks saved."""
-    pool(2).run(save_distributed, stock_dir("base"), tmp_path / "tp2", 2)
-    pool(4).run(_check_reads_of_another_degree, stock_dir("base"), tmp_path / "tp2")
+    pool(2).run(case.save_distributed, stock_dir(case), tmp_path / "tp2", 2)
+    expected = full_weights(case.load(stock_dir(case), dtype=torch.float64))
+    for weights in pool(4).run(_check_reads, case, tmp_path / "tp2", 4):
+        assert_all_equal(weights, expected)
 
 
-def _load_another_head(directory: Path, tp_size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+# ---------------------------------------------------------------------- another head, and what is said
+
+
+def _load_another_head(case: Architecture, head: str, directory: Path, tp_size: int) -> tuple[Tensors, dict[str, Any]]:
     torch.manual_seed(7 if rank() == 0 else 8)
-    model, info = MegatronGPT2ForTokenClassification.from_pretrained(
-        directory, num_labels=3, distributed_config=layout(tp_size), output_loading_info=True
-    )
+    model, info = case.load(directory, tp_size, head, output_loading_info=True)
     return full_weights(model), info
 
 
-def test_a_new_head_is_the_same_at_every_degree(pool: Pool, stock_dir: StockDir) -> None:
-    """Catches a fresh classifier that every rank draws for itself, and a base model that is not loaded under it."""
-    ((expected, info),) = run_at(pool, 1, _load_another_head, stock_dir("base"), 1)
-    assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
-    assert not info["unexpected_keys"]
-    assert 0 < expected["classifier.weight"].std() < 0.03
-    stored = full_weights(MegatronGPT2LMHeadModel.from_pretrained(stock_dir("base")))
-    assert_all_equal({**expected, **stored}, expected)
-    for weights, rank_info in run_at(pool, 2, _load_another_head, stock_dir("base"), 2):
+_OTHER_HEADS = [(case, head) for case in ARCHITECTURES for head in case.heads if head != case.language_model]
+
+
+@pytest.mark.parametrize(
+    ("case", "head"),
+    quick(
+        _OTHER_HEADS,
+        [
+            *((GPT2, head) for head in ("Model", "ForTokenClassification")),
+            *((PRE, head) for head in ("Model", "ForQuestionAnswering")),
+            (POST, "ForPreTraining"),
+        ],
+    ),
+)
+def test_another_head_is_put_on_the_stored_body(pool: Pool, stock_dir: StockDir, case: Architecture, head: str) -> None:
+    """Catches a fresh head or pooler that every rank draws for itself, and a body that is not loaded under it."""
+    directory = stock_dir(case, case.language_model)
+    expected, info = _load_another_head(case, head, directory, 1)
+    _, stock_info = case.stock(head).from_pretrained(directory, output_loading_info=True)
+    # Tied parameters are ones of the stock classes only.
+    assert info["missing_keys"] == stock_info["missing_keys"] - case.tied.keys()
+    stored = load_file(directory / "model.safetensors")
+    for name, value in expected.items():
+        stored_name = name if head != "Model" else f"{case.table.base_prefix}.{name}"
+        if stored_name in stored:
+            assert torch.equal(value, stored[stored_name]), name
+        else:
+            assert name in info["missing_keys"]
+            assert name.endswith("bias") or 0 < value.std() < 0.03
+    for weights, rank_info in pool(2).run(_load_another_head, case, head, directory, 2):
         assert_all_equal(weights, expected)
         assert rank_info["missing_keys"] == info["missing_keys"]
 
 
-def _load_mismatched(directory: Path, tp_size: int) -> dict[str, torch.Tensor]:
+def _load_mismatched(directory: Path, tp_size: int) -> Tensors:
     torch.manual_seed(7)
-    model = MegatronGPT2LMHeadModel.from_pretrained(
-        directory, vocab_size=132, ignore_mismatched_sizes=True, distributed_config=layout(tp_size)
-    )
-    return full_weights(model)
+    return full_weights(GPT2.load(directory, tp_size, vocab_size=132, ignore_mismatched_sizes=True))
 
 
 def test_ignored_mismatches_are_ignored_on_all_ranks(pool: Pool, stock_dir: StockDir) -> None:
     """Catches ranks that compare their own slice: 131 and 132 rows both give rank 0 of two 66 of them."""
-    (expected,) = run_at(pool, 1, _load_mismatched, stock_dir("base"), 1)
-    assert expected["transformer.wte.weight"].shape == (132, 48)
-    for weights in run_at(pool, 2, _load_mismatched, stock_dir("base"), 2):
+    expected = _load_mismatched(stock_dir(), 1)
+    assert expected[GPT2.embedding].shape == (132, H)
+    for weights in pool(2).run(_load_mismatched, stock_dir(), 2):
         assert_all_equal(weights, expected)
+
+
+class _Keeper(logging.Handler):
+    """Keeps what is logged from WARNING upwards."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def _messages(case: Architecture, directories: dict[str, Path]) -> list[str]:
+    """What is logged on this rank while each head is loaded from its own directory."""
+    keeper = _Keeper()
+    loggers = [logging.getLogger(name) for name in ("transformers", "hf_megatron")]
+    for logger in loggers:
+        logger.addHandler(keeper)
+    for head, directory in directories.items():
+        case.load(directory, 2, head)
+    for logger in loggers:
+        logger.removeHandler(keeper)
+    return keeper.messages
+
+
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_a_whole_checkpoint_loads_without_a_word(pool: Pool, stock_dir: StockDir, case: Architecture) -> None:
+    """Catches warnings that mean nothing, such as of a plan for the pooler in a model that has none."""
+    assert pool(2).run(_messages, case, {head: stock_dir(case, head) for head in case.heads}) == [[], []]

@@ -9,24 +9,12 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-import transformers
 
-import hf_megatron
-from tests.models.reference import TINY, tiny_config, token_ids
+from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, Architecture, H, StockDir, token_ids
+from tests.models.reference import outputs_of
 
-_BERT = {
-    "vocab_size": 131,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 12,
-    "intermediate_size": 96,
-}
-_MODELS = {
-    "GPT2LMHeadModel": "MegatronGPT2LMHeadModel",
-    "GPT2ForSequenceClassification": "MegatronGPT2ForSequenceClassification",
-    "MegatronBertForMaskedLM": "MegatronBertForMaskedLM",
-    "MegatronBertForPreTraining": "MegatronBertForPreTraining",
-}
+_MODELS = [*((case, case.language_model) for case in ARCHITECTURES), (GPT2, "ForSequenceClassification")]
+_MODELS += [(BERTS[0], "ForPreTraining")]
 
 
 def _cpu_offload(load: Callable[..., Any], folder: Path) -> Any:
@@ -60,80 +48,53 @@ GPU_WAYS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _stored(directory: Path, name: str, is_tied: bool) -> Path:
-    stock = getattr(transformers, name)
-    if name.startswith("GPT2"):
-        config = tiny_config(tie_word_embeddings=is_tied, pad_token_id=0, **{"attn_pdrop": 0.0, "resid_pdrop": 0.0})
-    else:
-        config = stock.config_class(**_BERT, tie_word_embeddings=is_tied, hidden_dropout_prob=0.0)
-        config.attention_probs_dropout_prob = 0.0
-    torch.manual_seed(0)
-    stock(config).save_pretrained(directory)
-    return directory
+def _compare(case: Architecture, head: str, directory: Path, folder: Path, way: Callable[..., Any]) -> None:
+    stock = case.load_stock(directory, head)
+    batch = case.batch(head)
+    expected, loss = case.stock_step(stock, batch)
+    made = way(lambda **options: case.load(directory, head=head, **options), folder / "evaluation")
+    with torch.no_grad():
+        outputs = made.eval()(**batch)
+    valid = torch.ones_like(batch["attention_mask"]).bool()
+    for (name, actual), (_, wanted) in zip(outputs_of(outputs, valid), outputs_of(expected, valid), strict=True):
+        torch.testing.assert_close(actual.cpu(), wanted, rtol=1e-5, atol=1e-5, msg=name)
+    made = way(lambda **options: case.load(directory, head=head, **options), folder / "training")
+    trained = made.train()(**batch).loss
+    trained.backward()
+    torch.testing.assert_close(trained.cpu(), loss, rtol=1e-5, atol=1e-5)
 
 
-def _outputs(model: Any, name: str, *, training: bool) -> tuple[torch.Tensor, ...]:
-    """What the model gives; in training the loss, through which a backward pass goes."""
-    ids = token_ids(2, 9)
-    labels = torch.tensor([0, 1]) if "Classification" in name else ids
-    if not training:
-        with torch.no_grad():
-            return tuple(model.eval()(input_ids=ids, return_dict=False))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    order = {"next_sentence_label": torch.tensor([0, 1])} if "PreTraining" in name else {}
-    loss = model.train()(input_ids=ids, labels=labels, **order).loss
-    loss.backward()
-    return (loss.detach(),)
-
-
-def _compare(directory: Path, folder: Path, name: str, way: Callable[..., Any]) -> None:
-    stock = getattr(transformers, name)
-    ours = getattr(hf_megatron, _MODELS[name])
-    for training in (False, True):
-        model = stock.from_pretrained(directory)
-        if name == "GPT2LMHeadModel":
-            model.loss_type = "ForCausalLM"  # the mean over the tokens that are predicted
-        expected = _outputs(model, name, training=training)
-        made = way(lambda **options: ours.from_pretrained(directory, **options), folder / str(training))
-        for actual, wanted in zip(_outputs(made, name, training=training), expected, strict=True):
-            if isinstance(wanted, torch.Tensor):
-                torch.testing.assert_close(actual.cpu(), wanted, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("variant", ["base", "untied"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", _MODELS)
-def test_weights_that_wait_elsewhere_give_stocks_numbers(tmp_path: Path, name: str, way: str, is_tied: bool) -> None:
+@pytest.mark.parametrize(("case", "head"), _MODELS)
+def test_weights_that_wait_elsewhere_give_stocks_numbers(
+    stock_dir: StockDir, tmp_path: Path, case: Architecture, head: str, way: str, variant: str
+) -> None:
     """Catches weights that are read where no hook has brought them: NaN, or numbers of empty memory."""
-    directory = _stored(tmp_path / "model", name, is_tied)
-    _compare(directory, tmp_path / "offload", name, WAYS[way])
+    _compare(case, head, stock_dir(case, head, variant), tmp_path, WAYS[way])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("variant", ["base", "untied"])
 @pytest.mark.parametrize("way", GPU_WAYS)
-@pytest.mark.parametrize("name", _MODELS)
-def test_weights_on_a_gpu_or_two(tmp_path: Path, name: str, way: str, is_tied: bool) -> None:
+@pytest.mark.parametrize(("case", "head"), _MODELS)
+def test_weights_on_a_gpu_or_two(
+    stock_dir: StockDir, tmp_path: Path, case: Architecture, head: str, way: str, variant: str
+) -> None:
     """Catches a head that copies the embedding from another GPU, or meets its hidden states on the wrong one."""
     if way == "half a GPU" and torch.cuda.device_count() < 2:
         pytest.skip("takes two GPUs")
-    directory = _stored(tmp_path / "model", name, is_tied)
-    _compare(directory, tmp_path / "offload", name, GPU_WAYS[way])
+    _compare(case, head, stock_dir(case, head, variant), tmp_path, GPU_WAYS[way])
 
 
-def test_a_tied_head_asks_the_embedding_for_its_weight(tmp_path: Path) -> None:
+def test_a_tied_head_asks_the_embedding_for_its_weight(stock_dir: StockDir) -> None:
     """Catches a head that holds on to the weight, or is handed it as a tensor, which a hook would copy every time."""
-    directory = _stored(tmp_path / "model", "GPT2LMHeadModel", True)
-    model = accelerate.cpu_offload(
-        hf_megatron.MegatronGPT2LMHeadModel.from_pretrained(directory), execution_device="cpu"
-    )
+    model = accelerate.cpu_offload(GPT2.load(stock_dir()), execution_device="cpu")
     given: list[Any] = []
     model.lm_head.register_forward_pre_hook(
         lambda module, args, kwargs: given.extend([*args, *kwargs.values()]), with_kwargs=True
     )
     model(input_ids=token_ids(2, 9))
     sizes = [value.numel() for value in given if isinstance(value, torch.Tensor)]
-    assert sizes == [2 * 9 * TINY["n_embd"]]
+    assert sizes == [2 * 9 * H]
     assert model.transformer.wte.weight.is_meta

@@ -12,39 +12,21 @@ import torch
 from torch import nn
 from transformers import DynamicCache, TrainingArguments
 
-from hf_megatron import (
-    MegatronBertConfig,
-    MegatronBertForMaskedLM,
-    MegatronGPT2Config,
-    MegatronGPT2LMHeadModel,
-    MegatronTrainer,
-)
+from hf_megatron import MegatronTrainer
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.arguments import CACHE
 from hf_megatron.models.attention import ParallelAttention
 from hf_megatron.tensor_parallel import RowParallelLinear
+from tests.models.architectures import ARCHITECTURES, GPT2, Architecture
 
-V, S, LAYERS = 131, 16, 4
-IDS = torch.arange(2 * S).view(2, S)
+LAYERS = 4
+IDS = torch.arange(2 * 16).view(2, 16)
 SELECTIVE = {"recompute": "selective"}
 
 
-def _model(architecture: str, attention: str = "eager", **changes: Any) -> Any:
-    if architecture == "gpt2":
-        sizes = {"n_embd": 16, "n_layer": LAYERS, "n_head": 4, "n_positions": S, "attn_pdrop": 0.0}
-        ids = {"bos_token_id": 0, "eos_token_id": V - 1}
-        gpt2_config = MegatronGPT2Config(vocab_size=V, **sizes, **ids, **changes)
-        return MegatronGPT2LMHeadModel.from_config(gpt2_config, seed=0, attn_implementation=attention)
-    bert_config = MegatronBertConfig(
-        vocab_size=V,
-        hidden_size=16,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=S,
-        attention_probs_dropout_prob=0.0,
-    )
-    return MegatronBertForMaskedLM.from_config(bert_config, seed=0, attn_implementation=attention)
+def _model(case: Architecture = GPT2, attention: str = "eager") -> Any:
+    config = case.config(hidden_size=24, num_hidden_layers=LAYERS)
+    return case.build(head=case.language_model, config=config, seed=0, attn_implementation=attention)
 
 
 def _computed(model: Any) -> dict[str, int]:
@@ -67,10 +49,10 @@ def _computed(model: Any) -> dict[str, int]:
     return dict(counted)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
-def test_what_is_computed_again(architecture: str) -> None:
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_what_is_computed_again(case: Architecture) -> None:
     """Catches the option not reaching a layer's attention, whole layers recomputed with it, and one that stays on."""
-    model = _model(architecture)
+    model = _model(case)
     once = {"attention": LAYERS, "product": 2 * LAYERS}
     assert _computed(model) == once
     model.activation_checkpointing_enable(SELECTIVE)
@@ -88,16 +70,16 @@ def test_what_is_computed_again(architecture: str) -> None:
 
 def test_the_old_name() -> None:
     """Catches an option that only the new one of transformers' two names for it takes."""
-    model = _model("gpt2")
+    model = _model()
     with pytest.warns(FutureWarning, match="activation_checkpointing_enable"):
         model.gradient_checkpointing_enable(SELECTIVE)
     assert _computed(model)["attention"] == 2 * LAYERS
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
-def test_a_fused_kernel_is_left_to_itself(architecture: str) -> None:
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_a_fused_kernel_is_left_to_itself(case: Architecture) -> None:
     """Catches a kernel that keeps no scores run twice, for nothing."""
-    model = _model(architecture, "sdpa")
+    model = _model(case, "sdpa")
     model.activation_checkpointing_enable(SELECTIVE)
     kernel = torch.nn.functional.scaled_dot_product_attention
     with patch.object(torch.nn.functional, "scaled_dot_product_attention", wraps=kernel) as attend:
@@ -107,7 +89,7 @@ def test_a_fused_kernel_is_left_to_itself(architecture: str) -> None:
 
 def test_generation_is_what_it_was() -> None:
     """Catches a cache of keys and values that is left out, or filled twice, where nothing is trained."""
-    model = _model("gpt2").eval()
+    model = _model().eval()
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(2, 5)}
     expected = model.generate(IDS[:, :5], **options)
     model.activation_checkpointing_enable(SELECTIVE)
@@ -121,7 +103,7 @@ def test_a_model_in_training_mode_generates_with_its_cache() -> None:
 
     Each step would then see one token. (transformers 5.23 goes without a cache here, and sees all of them.)
     """
-    model = _model("gpt2", embd_pdrop=0.0, resid_pdrop=0.0).train()
+    model = _model().train()
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(2, 5)}
     expected = model.generate(IDS[:, :5], **options)
     model.activation_checkpointing_enable()
@@ -135,7 +117,7 @@ def test_a_model_in_training_mode_generates_with_its_cache() -> None:
 @pytest.mark.parametrize("recompute", ["none", "Selective", None, True])
 def test_other_values_are_refused(recompute: Any) -> None:
     """Catches a value with a slip of the pen that recomputes everything, or nothing, without a word."""
-    model = _model("gpt2")
+    model = _model()
     with pytest.raises(UnsupportedError, match=f"recompute={recompute!r}.*'full'.*'selective'.*off"):
         model.activation_checkpointing_enable({"recompute": recompute})
     assert not model.is_activation_checkpointing
@@ -143,7 +125,7 @@ def test_other_values_are_refused(recompute: Any) -> None:
 
 def test_trainer_passes_the_option_on(tmp_path: Path) -> None:
     """Catches arguments of a training run that no longer reach the model as they are."""
-    model = _model("gpt2")
+    model = _model()
     arguments = TrainingArguments(
         str(tmp_path),
         activation_checkpointing=True,

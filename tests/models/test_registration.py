@@ -4,61 +4,42 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
-from collections.abc import Callable
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from tokenizers import ByteLevelBPETokenizer
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2TokenizerFast,
-)
+from transformers import AutoConfig, AutoTokenizer, BertTokenizerFast, GPT2TokenizerFast
 from transformers.distributed import DistributedConfig
 
-import hf_megatron
-from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
 from hf_megatron.models.registration import register
-from tests.models.reference import TINY, Pool, assert_all_equal, full_weights, run_at, save_distributed
-
-StockDir = Callable[[str], Path]
-
-HEADS = {
-    "AutoModel": "GPT2Model",
-    "AutoModelForCausalLM": "GPT2LMHeadModel",
-    "AutoModelForSequenceClassification": "GPT2ForSequenceClassification",
-    "AutoModelForTokenClassification": "GPT2ForTokenClassification",
-    "AutoModelForQuestionAnswering": "GPT2ForQuestionAnswering",
-}
+from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, Architecture, StockDir
+from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, run_at
+from tests.repository import ROOT
 
 
-@pytest.mark.parametrize(("auto", "name"), HEADS.items())
-def test_auto_classes_know_ours(tmp_path: Path, auto: str, name: str) -> None:
-    """Catches a head that is not registered, and a directory of ours that comes back as another class."""
-    auto_class, expected = getattr(transformers, auto), getattr(hf_megatron, f"Megatron{name}")
-    model = auto_class.from_config(MegatronGPT2Config(**TINY))
-    assert type(model) is expected
+@pytest.mark.parametrize(("case", "head"), [(case, head) for case in ARCHITECTURES for head in case.heads])
+def test_auto_classes(stock_dir: StockDir, tmp_path: Path, case: Architecture, head: str) -> None:
+    """Catches a head that is not registered, a directory that comes back as another class, and stock taken over."""
+    register()  # a second time changes nothing
+    auto, stock = case.auto(head), stock_dir(case, head)
+    ours = case.ours(head).config_class
+    config = ours.from_pretrained(stock)
+    assert type(auto.from_config(config)) is case.ours(head)
+    model = auto.from_pretrained(stock, config=config)
+    assert type(model) is case.ours(head)
     model.save_pretrained(tmp_path)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is MegatronGPT2Config
-    again = auto_class.from_pretrained(tmp_path)
-    assert type(again) is expected
+    again, saved = auto.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    assert (type(again), type(saved)) == (case.ours(head), ours)
+    assert {name: getattr(saved, name) for name in case.table.own_config} == case.table.own_config
     assert_all_equal(full_weights(again), full_weights(model))
 
-
-@pytest.mark.parametrize(("auto", "name"), HEADS.items())
-def test_stock_stays_stock(stock_dir: StockDir, auto: str, name: str) -> None:
-    """Catches a registration that takes over what other code of the process loads."""
-    register()  # a second time changes nothing either
-    auto_class, expected = getattr(transformers, auto), getattr(transformers, name)
-    assert type(AutoConfig.from_pretrained(stock_dir("base"))) is GPT2Config
-    assert type(auto_class.from_config(GPT2Config(**TINY))) is expected
-    assert type(auto_class.from_pretrained(stock_dir("base"))) is expected
+    assert type(AutoConfig.from_pretrained(stock)) is case.stock().config_class
+    assert type(auto.from_config(case.stock_config())) is case.stock(head)
+    assert type(auto.from_pretrained(stock)) is case.stock(head)
 
 
 def test_only_configurations_of_ours_are_registered() -> None:
@@ -71,81 +52,147 @@ def test_only_configurations_of_ours_are_registered() -> None:
         if isinstance(value, auto._LazyAutoMapping)
     ]
     registered = {config_class for mapping in mappings for config_class in mapping._extra_content}
-    assert MegatronGPT2Config in registered
+    assert {case.ours().config_class for case in ARCHITECTURES} <= registered
     assert {config_class.__module__.split(".")[0] for config_class in registered} == {"hf_megatron"}
     types = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING._extra_content
     assert all(name.startswith("megatron_") for name in types)
 
 
-def test_a_head_we_do_not_offer_is_an_error() -> None:
-    """Catches a stock class built, unsharded, from a config of ours."""
-    with pytest.raises(ValueError, match=r"Unrecognized configuration class .*MegatronGPT2Config"):
-        AutoModelForMaskedLM.from_config(MegatronGPT2Config(**TINY))
+@pytest.mark.parametrize(
+    ("case", "auto"),
+    [
+        (GPT2, "AutoModelForMaskedLM"),
+        *((case, f"AutoModelFor{head}") for case in BERTS for head in ("CausalLM", "NextSentencePrediction")),
+    ],
+)
+def test_heads_that_are_not_offered_raise(stock_dir: StockDir, tmp_path: Path, case: Architecture, auto: str) -> None:
+    """Catches a stock model built quietly: stock has these heads, under the name of our configuration's export."""
+    auto_class, config = getattr(transformers, auto), case.ours().config_class.from_pretrained(stock_dir(case))
+    config.save_pretrained(tmp_path)
+    for make in (
+        lambda: auto_class.from_config(config),
+        lambda: auto_class.from_pretrained(tmp_path),
+        lambda: auto_class.from_pretrained(stock_dir(case), config=config),
+    ):
+        with pytest.raises(ValueError, match=r"Unrecognized configuration class .*"):
+            make()
 
 
-def _auto_load(stock: Path, directory: Path, tp_size: int) -> list[tuple[str, dict[str, torch.Tensor]]]:
+def _auto_load(case: Architecture, stock: Path, directory: Path, tp_size: int) -> list[Tensors]:
     """A stock directory with our config, and one of ours without, each on this many ranks."""
     layouts: tuple[object, ...] = (None,)
     if tp_size > 1:
         layouts = (DistributedConfig(tp_size=tp_size), {"tp_size": tp_size}, DistributedConfig(tp_plan="auto"))
-    results = []
+    auto, results = case.auto(case.heads[0]), []
     for layout in layouts:
         for model in (
-            AutoModelForCausalLM.from_pretrained(
-                stock, config=MegatronGPT2Config.from_pretrained(stock), distributed_config=layout
+            auto.from_pretrained(
+                stock, config=case.ours().config_class.from_pretrained(stock), distributed_config=layout
             ),
-            AutoModelForCausalLM.from_pretrained(directory, distributed_config=layout),
-            MegatronGPT2LMHeadModel.from_pretrained(stock, distributed_config=layout),
+            auto.from_pretrained(directory, distributed_config=layout),
+            case.ours().from_pretrained(stock, distributed_config=layout),
         ):
+            assert type(model) is case.ours()
             assert (model.tp_size or 1) == tp_size
-            assert model.config.model_type == "megatron_gpt2"
-            results.append((type(model).__name__, full_weights(model)))
+            assert model.config.model_type == case.table.model_type
+            results.append(full_weights(model))
     return results
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_auto_classes_load_on_ranks(pool: Pool, stock_dir: StockDir, tmp_path: Path, tp_size: int) -> None:
+@pytest.mark.parametrize("case", [GPT2, BERTS[1]])
+def test_auto_classes_load_on_ranks(
+    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, tp_size: int
+) -> None:
     """Catches the Auto class going its own way with ``config=`` or ``distributed_config=``."""
-    run_at(pool, 2, save_distributed, stock_dir("base"), tmp_path, 2)
-    expected = full_weights(MegatronGPT2LMHeadModel.from_pretrained(stock_dir("base")))
-    for results in run_at(pool, tp_size, _auto_load, stock_dir("base"), tmp_path, tp_size):
-        for class_name, weights in results:
-            assert class_name == "MegatronGPT2LMHeadModel"
+    pool(2).run(case.save_distributed, stock_dir(case), tmp_path, 2)
+    expected = full_weights(case.load(stock_dir(case)))
+    for results in run_at(pool, tp_size, _auto_load, case, stock_dir(case), tmp_path, tp_size):
+        for weights in results:
             assert_all_equal(weights, expected)
 
 
 def test_a_stock_config_is_read_as_ours(stock_dir: StockDir) -> None:
     """Catches sizes or options that are lost when a stock config.json is read."""
-    ours, stock = (
-        MegatronGPT2Config.from_pretrained(stock_dir("untied")),
-        GPT2Config.from_pretrained(stock_dir("untied")),
-    )
+    directory = stock_dir(GPT2, None, "untied")
+    ours, stock = (c.config_class.from_pretrained(directory) for c in (GPT2.ours(), GPT2.stock()))
     assert ours.model_type == "megatron_gpt2"
     assert {**ours.to_dict(), "model_type": "gpt2"} == stock.to_dict()
-    assert MegatronGPT2Config.from_dict(stock.to_dict()).model_type == "megatron_gpt2"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> GPT2TokenizerFast:
-    """A small tokenizer of GPT-2's kind."""
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(["to be or not to be, that is the question"] * 3, vocab_size=280, show_progress=False)
-    directory = tmp_path_factory.mktemp("tokenizer")
-    trained.save_model(str(directory))
-    return GPT2TokenizerFast.from_pretrained(directory)
+    assert type(ours).from_dict(stock.to_dict()).model_type == "megatron_gpt2"
 
 
 @pytest.mark.parametrize("files", ["all", "vocabulary only"])
-def test_auto_tokenizer(tokenizer: GPT2TokenizerFast, tmp_path: Path, files: str) -> None:
+def test_auto_tokenizer(tmp_path: Path, files: str) -> None:
     """Catches a directory of ours whose tokenizer AutoTokenizer cannot find, with and without its own config file."""
-    MegatronGPT2LMHeadModel(MegatronGPT2Config(**TINY)).save_pretrained(tmp_path)
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(["to be or not to be, that is the question"] * 3, vocab_size=280, show_progress=False)
+    GPT2.config().save_pretrained(tmp_path)
+    trained.save_model(str(tmp_path))
+    tokenizer = GPT2TokenizerFast(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     if files == "all":
         tokenizer.save_pretrained(tmp_path)
-    else:
-        for name in ("vocab.json", "merges.txt"):
-            shutil.copy(Path(tokenizer.name_or_path) / name, tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     text = "that is not the question"
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert loaded.decode(loaded(text)["input_ids"]) == text
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "megatron_gpt2"
+
+
+def test_bert_tokenizer(tmp_path: Path) -> None:
+    """Catches a model type that no tokenizer is known for."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "word", "##s"]))
+    BERTS[0].config().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(tokenizer, BertTokenizerFast)
+    assert tokenizer.tokenize("a words") == ["a", "word", "##s"]
+    assert tokenizer("a", "word")["token_type_ids"] == [0, 0, 0, 1, 1]
+
+
+# Loads every stock directory through every Auto class that takes it, before and after the import.
+_BEFORE_AND_AFTER = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch, transformers
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.auto_factory import _LazyAutoMapping
+from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
+
+AUTO = [name for name in dir(transformers) if name.startswith("AutoModel") and "TF" not in name]
+STOCK = (transformers.BertConfig, transformers.MegatronBertConfig, transformers.GPT2Config)
+
+def state():
+    report = {"attention": sorted(ALL_ATTENTION_FUNCTIONS.valid_keys())}
+    for config_class in STOCK:
+        for name in AUTO:
+            mapping = getattr(getattr(transformers, name), "_model_mapping", {})
+            report[config_class.__name__ + name] = repr(mapping[config_class]) if config_class in mapping else None
+        report[config_class.__name__] = repr(tokenization_auto.TOKENIZER_MAPPING[config_class])
+    for path, (auto, ids) in json.loads(sys.argv[1]).items():
+        model, info = getattr(transformers, auto).from_pretrained(path, output_loading_info=True)
+        config = transformers.AutoConfig.from_pretrained(path)
+        output = model(torch.tensor(ids)).to_tuple()[0].double()
+        report[path] = [repr(type(model)), repr(type(model.config)), repr(type(config)), config.to_dict(), str(info)]
+        report[path] += [output.sum().item(), output.abs().max().item(), model._tp_plan]
+    return report
+
+before = state()
+assert "hf_megatron" not in sys.modules
+import hf_megatron
+from hf_megatron import MegatronBertForPreTraining, MegatronGPT2LMHeadModel
+after = state()
+assert before == after, [(key, before[key], after[key]) for key in before if before[key] != after[key]]
+"""
+
+
+@pytest.mark.slow
+def test_importing_changes_nothing_about_stock(tmp_path: Path) -> None:
+    """Catches a stock model that this package's mere presence turns into another one."""
+    directories = {}
+    for case in ARCHITECTURES:
+        for head in (*case.heads, *(() if case.is_causal else ("ForNextSentencePrediction",))):
+            path = case.save_stock(tmp_path / case.name / head, head)
+            directories[str(path)] = (case.auto(head).__name__, case.inputs(head, "none")["input_ids"].tolist())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _BEFORE_AND_AFTER, json.dumps(directories)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""Saving: what stock transformers loads, what any other layout loads, and what is left in the directory."""
+"""Saving: what stock transformers loads, what any other layout loads, and what conversion makes of either."""
 
 from __future__ import annotations
 
@@ -7,54 +7,39 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-import hf_megatron
-from hf_megatron import MegatronGPT2LMHeadModel
 from hf_megatron.errors import DestinationError, UnsupportedError
-from tests.models.reference import (
-    Pool,
-    assert_all_equal,
-    full_weights,
-    layout,
-    rank,
-    run_at,
-    save_distributed,
-    save_stock,
-    token_ids,
-)
+from hf_megatron_conversion import convert
+from tests.models.architectures import ARCHITECTURES, GPT2, Architecture, StockDir
+from tests.models.reference import Pool, Tensors, assert_agrees, assert_all_equal, full_weights, rank, run_at
 from tests.tiers import quick
 
-StockDir = Callable[[str], Path]
-Weights = dict[str, torch.Tensor]
-
-HEADS = {
-    "AutoModel": "GPT2Model",
-    "AutoModelForCausalLM": "GPT2LMHeadModel",
-    "AutoModelForSequenceClassification": "GPT2ForSequenceClassification",
-    "AutoModelForTokenClassification": "GPT2ForTokenClassification",
-    "AutoModelForQuestionAnswering": "GPT2ForQuestionAnswering",
-}
+PRE, POST = ARCHITECTURES[1:]
 
 
-def _save(stock: Path, directory: Path, tp_size: int, options: dict[str, Any]) -> None:
-    model = MegatronGPT2LMHeadModel.from_pretrained(stock, distributed_config=layout(tp_size))
-    model.save_pretrained(directory, **options)
+def _save(
+    case: Architecture,
+    source: Path,
+    directory: Path,
+    tp_size: int,
+    fsdp_size: int = 1,
+    head: str | None = None,
+    **options: Any,
+) -> None:
+    case.load(source, tp_size, head, fsdp_size=fsdp_size).save_pretrained(directory, **options)
     assert (directory / "config.json").is_file(), "a rank went on before the directory was complete"
 
 
-def _stored(directory: Path) -> Weights:
+def _stored(directory: Path) -> Tensors:
     """Everything in the safetensors files of a directory; no name may be stored twice."""
-    weights: Weights = {}
+    weights: Tensors = {}
     for path in sorted(directory.glob("*.safetensors")):
         content = load_file(path)
         assert not weights.keys() & content.keys()
@@ -62,118 +47,154 @@ def _stored(directory: Path) -> Weights:
     return weights
 
 
-@pytest.mark.parametrize(
-    ("variant", "tp_size"),
-    quick(itertools.product(("base", "untied"), (1, 2, 4)), [("base", 1), ("base", 4), ("untied", 2)]),
-)
-def test_stock_loads_what_is_saved(pool: Pool, stock_dir: StockDir, tmp_path: Path, variant: str, tp_size: int) -> None:
-    """Catches a second copy of a tied embedding, names of ours, and Q, K and V gathered in the ranks' order."""
-    run_at(pool, tp_size, _save, stock_dir(variant), tmp_path, tp_size, {})
-    assert_all_equal(_stored(tmp_path), load_file(stock_dir(variant) / "model.safetensors"))
-    model, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values()), info
-    assert_all_equal(full_weights(model), full_weights(GPT2LMHeadModel.from_pretrained(stock_dir(variant))))
+_SAVED = [
+    *((case, head, "base", 2) for case in ARCHITECTURES for head in case.heads),
+    *((case, case.language_model, "untied", 2) for case in ARCHITECTURES),
+    *((case, case.heads[0], *at) for case in ARCHITECTURES for at in (("base", 1), ("untied", 1), ("untied", 4))),
+]
 
 
 @pytest.mark.parametrize(
-    ("options", "model_type", "prefix"), [({}, "megatron_gpt2", "Megatron"), ({"stock": True}, "gpt2", "")]
+    ("case", "head", "variant", "tp_size"),
+    quick(_SAVED, [saved for saved in _SAVED if saved[0] is not PRE or saved[2] == "untied"]),
 )
-def test_config_says_what_was_asked(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, options: dict[str, Any], model_type: str, prefix: str
+def test_stock_loads_what_is_saved(
+    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, head: str, variant: str, tp_size: int
 ) -> None:
-    """Catches a layout, or anything else of ours, that leaks into config.json."""
-    run_at(pool, 2, _save, stock_dir("base"), tmp_path, 2, options)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    original = json.loads((stock_dir("base") / "config.json").read_text())
-    assert saved == {**original, "model_type": model_type, "architectures": [f"{prefix}GPT2LMHeadModel"]}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    ]
+    """Catches a second copy of what is tied, a name of ours, and parts gathered in the wrong order."""
+    stock = stock_dir(case, head, variant)
+    run_at(pool, tp_size, _save, case, stock, tmp_path, tp_size, head=head)
+    original = load_file(stock / "model.safetensors")
+    assert_all_equal(_stored(tmp_path), original)
+    model, info = case.stock(head).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert_all_equal(full_weights(model), full_weights(case.stock(head).from_pretrained(stock)))
+
+
+@pytest.mark.parametrize(("case", "head"), [(case, head) for case in ARCHITECTURES for head in case.heads[:2]])
+def test_config_says_what_was_asked(
+    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, head: str
+) -> None:
+    """Catches a layout, or anything else of ours, that leaks into a stock config.json; and a placement that is lost."""
+    stock = stock_dir(case, head)
+    original = json.loads((stock / "config.json").read_text())
+    changes = {
+        "model_type": case.table.model_type,
+        "architectures": [case.ours(head).__name__],
+        **case.table.own_config,
+    }
+    for options, expected in (({}, {**original, **changes}), ({"stock": True}, original)):
+        run_at(pool, 2, _save, case, stock, tmp_path, 2, head=head, **options)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        # Of the entries that one of the stock configurations does not know, None is written.
+        given, wanted = ({n: v for n, v in config.items() if v is not None} for config in (saved, expected))
+        assert given == wanted
+        names = {path.name for path in tmp_path.iterdir()} - {"generation_config.json"}
+        assert names == {"config.json", "model.safetensors"}
 
 
 def test_saving_in_several_files(pool: Pool, stock_dir: StockDir, tmp_path: Path) -> None:
     """Catches an index that does not match its files, and ranks that write different ones."""
-    run_at(pool, 2, _save, stock_dir("base"), tmp_path, 2, {"max_shard_size": "50KB"})
+    run_at(pool, 2, _save, GPT2, stock_dir(), tmp_path, 2, max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    assert_all_equal(_stored(tmp_path), load_file(stock_dir("base") / "model.safetensors"))
-    assert_all_equal(
-        full_weights(MegatronGPT2LMHeadModel.from_pretrained(tmp_path)),
-        full_weights(MegatronGPT2LMHeadModel.from_pretrained(stock_dir("base"))),
-    )
-
-
-def _save_every_head(root: Path, tp_size: int) -> dict[str, torch.Tensor]:
-    """Stock-typed directories of all classes; the outputs each should give."""
-    outputs = {}
-    for name in HEADS.values():
-        model_class = getattr(hf_megatron, f"Megatron{name}")
-        model = model_class.from_pretrained(root / "stock" / name, distributed_config=layout(tp_size)).eval()
-        model.save_pretrained(root / "left" / name, stock=True)
-        outputs[name] = model(token_ids())[0].detach()
-    return outputs
+    assert_all_equal(_stored(tmp_path), load_file(stock_dir() / "model.safetensors"))
+    assert_all_equal(full_weights(GPT2.load(tmp_path)), full_weights(GPT2.load(stock_dir())))
 
 
 _LOAD_WITHOUT_US = """
 import sys
-sys.modules["hf_megatron"] = None  # importing it raises ImportError, installed or not
+sys.modules["hf_megatron"] = sys.modules["hf_megatron_conversion"] = None  # importing them raises ImportError
 import json, torch, transformers
-root, heads = sys.argv[1], json.loads(sys.argv[2])
+root, directories = sys.argv[1], json.loads(sys.argv[2])
 outputs = {}
-for auto, name in heads.items():
-    model, info = getattr(transformers, auto).from_pretrained(f"{root}/left/{name}", output_loading_info=True)
-    assert type(model).__module__ == "transformers.models.gpt2.modeling_gpt2" and type(model).__name__ == name, model
-    assert not any(info.values()), info
-    outputs[name] = model(torch.load(f"{root}/ids.pt"))[0].detach()
+for path, (auto, name, ids) in directories.items():
+    model, info = getattr(transformers, auto).from_pretrained(f"{root}/{path}", output_loading_info=True)
+    assert type(model).__module__.startswith("transformers.models.") and type(model).__name__ == name, model
+    assert not any(info.values()), (path, info)
+    outputs[path] = model(torch.tensor(ids)).to_tuple()[0].detach()
 torch.save(outputs, f"{root}/outputs.pt")
 """
 
 
+def _save_to_leave(case: Architecture, root: Path) -> None:
+    for head in case.heads:
+        _save(case, root / "stock" / head, root / "left" / head, 2, head=head, stock=True)
+    _save(case, root / "stock" / case.heads[0], root / "tp", 2, distributed_checkpoint=True)
+
+
 @pytest.mark.slow
-def test_saved_as_stock_it_loads_without_this_package(pool: Pool, tmp_path: Path) -> None:
-    """Catches a user who cannot leave: a directory that needs this package to be installed."""
-    for name in HEADS.values():
-        save_stock(tmp_path / "stock" / name, getattr(transformers, name), num_labels=3)
-    expected = run_at(pool, 2, _save_every_head, tmp_path, 2)[0]
-    torch.save(token_ids(), tmp_path / "ids.pt")
-    command = [sys.executable, "-W", "ignore", "-c", _LOAD_WITHOUT_US, str(tmp_path), json.dumps(HEADS)]
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_it_loads_without_this_package(pool: Pool, tmp_path: Path, case: Architecture) -> None:
+    """Catches a user who cannot leave: `save_pretrained(stock=True)` and `--to hub` need this package to be loaded."""
+    for head in case.heads:
+        case.save_stock(tmp_path / "stock" / head, head)
+    pool(2).run(_save_to_leave, case, tmp_path, timeout=120)
+    convert(tmp_path / "tp", tmp_path / "hub", to="hub")
+    directories, expected = {}, {}
+    for path, head in {**{f"left/{head}": head for head in case.heads}, "hub": case.heads[0]}.items():
+        ids = case.inputs(head)["input_ids"]
+        model = case.stock(head).from_pretrained(tmp_path / "stock" / head)
+        directories[path] = (case.auto(head).__name__, type(model).__name__, ids.tolist())
+        expected[path] = model(ids).to_tuple()[0].detach()
+    command = [sys.executable, "-W", "ignore", "-c", _LOAD_WITHOUT_US, str(tmp_path), json.dumps(directories)]
     environment = {**os.environ, "PYTHONPATH": ""}
     finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    for name, output in torch.load(tmp_path / "outputs.pt").items():
-        torch.testing.assert_close(output, expected[name], rtol=1e-4, atol=1e-5)
+    outputs = torch.load(tmp_path / "outputs.pt")
+    assert outputs.keys() == expected.keys()
+    for path, output in outputs.items():
+        assert_agrees(path, output, expected[path])
 
 
-def _load_weights(directory: Path, tp_size: int, fsdp_size: int = 1) -> Weights:
-    model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=layout(tp_size, fsdp_size))
-    assert type(model).__name__.endswith("MegatronGPT2LMHeadModel")  # FSDP puts its name in front
+# ---------------------------------------------------------------------- tp directories
+
+
+def _load_weights(case: Architecture, directory: Path, tp_size: int, fsdp_size: int = 1) -> Tensors:
+    split = {"tp_size": tp_size, "fsdp_size": fsdp_size} if tp_size * fsdp_size > 1 else None
+    model = case.auto(case.heads[0]).from_pretrained(directory, distributed_config=split)
+    assert type(model).__name__.endswith(case.ours().__name__)  # FSDP puts its name in front
     return full_weights(model)
 
 
 @pytest.mark.parametrize(
-    ("variant", "saved_at"),
+    ("case", "variant", "saved_at"),
     quick(
-        itertools.product(("base", "untied"), ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2))),
-        [("base", (3, 1)), ("untied", (2, 2))],
+        itertools.product(ARCHITECTURES, ("base", "untied"), ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2))),
+        [(GPT2, "base", (3, 1)), (GPT2, "untied", (2, 2)), (POST, "untied", (2, 2))],
     ),
 )
 def test_a_tp_directory_loads_at_any_layout(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, variant: str, saved_at: tuple[int, int]
+    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, variant: str, saved_at: tuple[int, int]
 ) -> None:
     """Catches boxes put together in the wrong order or along one dimension only, also in one plain process."""
-    tp_size, fsdp_size = saved_at
-    run_at(pool, tp_size * fsdp_size, save_distributed, stock_dir(variant), tmp_path / "tp", tp_size, fsdp_size)
-    expected = full_weights(MegatronGPT2LMHeadModel.from_pretrained(stock_dir(variant)))
+    stock = stock_dir(case, None, variant)
+    job = (case, stock, tmp_path / "tp", *saved_at)
+    run_at(pool, saved_at[0] * saved_at[1], _save, *job, distributed_checkpoint=True)
+    expected = load_file(stock / "model.safetensors")
     for load_at in ((1, 1), (2, 1), (4, 1), (2, 2)):
-        for weights in run_at(pool, load_at[0] * load_at[1], _load_weights, tmp_path / "tp", *load_at):
+        for weights in run_at(pool, load_at[0] * load_at[1], _load_weights, case, tmp_path / "tp", *load_at):
             assert_all_equal(weights, expected)
+
+
+@pytest.mark.parametrize("variant", ["base", "untied"])
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_conversion_over_several_degrees_is_exact(
+    stock_dir: StockDir, tmp_path: Path, case: Architecture, variant: str
+) -> None:
+    """Catches a tensor cut or joined at the wrong place: the file that comes out is the one that went in."""
+    stock = stock_dir(case, None, variant)
+    convert(stock, tmp_path / "tp4", to="tp", tp_size=4)
+    convert(tmp_path / "tp4", tmp_path / "tp3", to="tp", tp_size=3)
+    convert(tmp_path / "tp3", tmp_path / "hub", to="hub")
+    assert (tmp_path / "hub/model.safetensors").read_bytes() == (stock / "model.safetensors").read_bytes()
+    configs = [json.loads((directory / "config.json").read_text()) for directory in (tmp_path / "hub", stock)]
+    assert configs[0] == configs[1]
 
 
 def test_a_distributed_save_replaces_the_old_one_whole(pool: Pool, stock_dir: StockDir, tmp_path: Path) -> None:
     """Catches stale shards among the new ones, and a tokenizer or an optimizer lost with the old weights."""
     directory = tmp_path / "checkpoint"
-    run_at(pool, 4, save_distributed, stock_dir("untied"), directory, 4)
+    run_at(pool, 4, _save, GPT2, stock_dir(GPT2, None, "untied"), directory, 4, distributed_checkpoint=True)
     kept = {"tokenizer.json", "training_args.bin", "optimizer.bin", "adapter_model.safetensors"}
     for name in (*kept, "model.safetensors", "model.safetensors.index.json", "pytorch_model-00001-of-00002.bin"):
         (directory / name).write_text("old")
@@ -183,28 +204,27 @@ def test_a_distributed_save_replaces_the_old_one_whole(pool: Pool, stock_dir: St
     leftover.mkdir()
     (leftover / "shard-00009-model-00001-of-00001.safetensors").write_text("stale")
 
-    run_at(pool, 2, save_distributed, stock_dir("base"), directory, 2)
+    run_at(pool, 2, _save, GPT2, stock_dir(), directory, 2, distributed_checkpoint=True)
     shards = {f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)}
     names = {path.name for path in directory.iterdir()}
     assert names == {*shards, *kept, "config.json", "generation_config.json", "state"}
     assert all((directory / name).read_text() == "old" for name in (*kept, "state/file"))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     (directory / "adapter_model.safetensors").unlink()
-    expected = full_weights(MegatronGPT2LMHeadModel.from_pretrained(stock_dir("base")))
-    assert_all_equal(run_at(pool, 1, _load_weights, directory, 1)[0], expected)
+    assert_all_equal(_load_weights(GPT2, directory, 1), full_weights(GPT2.load(stock_dir())))
 
 
 def test_a_plain_save_over_a_distributed_one_removes_its_shards(
     pool: Pool, stock_dir: StockDir, tmp_path: Path
 ) -> None:
     """Catches a directory with two models in it, of which stock would load the old one."""
-    run_at(pool, 2, save_distributed, stock_dir("untied"), tmp_path, 2)
-    run_at(pool, 2, _save, stock_dir("base"), tmp_path, 2, {})
-    assert_all_equal(_stored(tmp_path), load_file(stock_dir("base") / "model.safetensors"))
+    run_at(pool, 2, _save, GPT2, stock_dir(GPT2, None, "untied"), tmp_path, 2, distributed_checkpoint=True)
+    run_at(pool, 2, _save, GPT2, stock_dir(), tmp_path, 2)
+    assert_all_equal(_stored(tmp_path), load_file(stock_dir() / "model.safetensors"))
 
 
 def _save_on_one_rank(stock: Path, directory: Path) -> None:
-    model = MegatronGPT2LMHeadModel.from_pretrained(stock)
+    model = GPT2.load(stock)
     if rank() == 0:
         model.save_pretrained(directory)
     dist.barrier()
@@ -213,12 +233,12 @@ def _save_on_one_rank(stock: Path, directory: Path) -> None:
 
 def test_a_whole_model_may_be_saved_by_one_rank_alone(pool: Pool, stock_dir: StockDir, tmp_path: Path) -> None:
     """Catches a barrier that waits for ranks that never come, as under DDP."""
-    pool(2).run(_save_on_one_rank, stock_dir("base"), tmp_path / "saved", timeout=30)
+    pool(2).run(_save_on_one_rank, stock_dir(), tmp_path / "saved", timeout=30)
 
 
 def _save_twice(stock: Path, directory: Path) -> None:
     """A full save, changed weights, and a save of a state dict the caller chose."""
-    model = MegatronGPT2LMHeadModel.from_pretrained(stock, distributed_config=layout(2))
+    model = GPT2.load(stock, 2)
     model.save_pretrained(directory / "first", is_main_process=rank() == 0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -228,25 +248,19 @@ def _save_twice(stock: Path, directory: Path) -> None:
 
 def test_arguments_of_stock_are_honoured(pool: Pool, stock_dir: StockDir, tmp_path: Path) -> None:
     """Catches `is_main_process` and `state_dict` lost on the way to the stock method."""
-    pool(2).run(_save_twice, stock_dir("base"), tmp_path)
-    original = load_file(stock_dir("base") / "model.safetensors")
+    pool(2).run(_save_twice, stock_dir(), tmp_path)
+    original = load_file(stock_dir() / "model.safetensors")
     assert_all_equal(_stored(tmp_path / "first"), original)
     assert_all_equal(_stored(tmp_path / "second"), {name: 2 * value for name, value in original.items()})
 
 
-def test_a_distributed_save_for_stock_is_refused(stock_dir: StockDir, tmp_path: Path) -> None:
-    """Catches a directory that claims to be stock and is not."""
-    model = MegatronGPT2LMHeadModel.from_pretrained(stock_dir("base"))
-    with pytest.raises(UnsupportedError, match="stock=True with distributed_checkpoint=True"):
-        model.save_pretrained(tmp_path / "saved", stock=True, distributed_checkpoint=True)
-    assert not (tmp_path / "saved").exists()
-
-
-def test_a_distributed_save_does_not_replace_the_current_directory(
+def test_distributed_saves_that_are_refused(
     stock_dir: StockDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a process whose working directory was renamed and deleted under it."""
-    model = MegatronGPT2LMHeadModel.from_pretrained(stock_dir("base"))
+    """Catches a directory that claims to be stock and is not, and a working directory that is deleted under us."""
+    model = GPT2.load(stock_dir())
+    with pytest.raises(UnsupportedError, match="stock=True with distributed_checkpoint=True"):
+        model.save_pretrained(tmp_path / "saved", stock=True, distributed_checkpoint=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DestinationError, match="a directory of its own"):
         model.save_pretrained(".", distributed_checkpoint=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -14,65 +15,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-from hf_megatron import MegatronGPT2LMHeadModel, MegatronGPT2Model
 from hf_megatron.errors import CheckpointFormatError
-from tests.models.reference import Pool, assert_all_equal, full_weights, layout, run_at
+from tests.models.architectures import ARCHITECTURES, GPT2, Architecture, StockDir
+from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, run_at
+from tests.tiers import quick
 
-StockDir = Callable[[str], Path]
-Tensors = dict[str, torch.Tensor]
+Spelling = Callable[[Architecture, Tensors], Tensors]
+
+PRE, POST = ARCHITECTURES[1:]
+BUFFERS = {
+    "gpt2": {"attn.bias": torch.ones(32, 32).tril().bool()[None, None], "attn.masked_bias": torch.tensor(-1e4)},
+    "bert": {"embeddings.position_ids": torch.arange(32)[None], "embeddings.token_type_ids": torch.zeros(1, 32).long()},
+}
 
 
 def _write(directory: Path, tensors: Tensors) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def _without_prefix(directory: Path, tensors: Tensors) -> None:
-    _write(directory, {name.removeprefix("transformer."): value for name, value in tensors.items()})
-
-
-def _obsolete_buffers(directory: Path, tensors: Tensors) -> None:
-    mask = torch.ones(32, 32).tril().bool()[None, None]
-    buffers = {
-        f"transformer.h.{i}.attn.{name}": value.clone()
-        for i in range(2)
-        for name, value in (("bias", mask), ("masked_bias", torch.tensor(-1e4)))
-    }
-    _write(directory, {**tensors, **buffers})
-
-
-def _gamma_and_beta(directory: Path, tensors: Tensors) -> None:
-    def old(name: str) -> str:
-        is_norm = ".ln_" in name
-        return name.replace(".weight", ".gamma").replace(".bias", ".beta") if is_norm else name
-
-    _write(directory, {old(name): value for name, value in tensors.items()})
-
-
-def _copy_of_the_head(directory: Path, tensors: Tensors) -> None:
-    _write(directory, {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()})
-
-
-def _head_instead_of_the_embedding(directory: Path, tensors: Tensors) -> None:
-    renamed = {name: value for name, value in tensors.items() if name != "transformer.wte.weight"}
-    _write(directory, {**renamed, "lm_head.weight": tensors["transformer.wte.weight"]})
-
-
-def _in_files(directory: Path, tensors: Tensors, stem: str, suffix: str) -> None:
-    weight_map = {}
-    for i in range(3):
-        part = {name: tensors[name] for name in list(tensors)[i::3]}
-        file = f"{stem}-{i + 1:05d}-of-00003.{suffix}"
-        weight_map.update(dict.fromkeys(part, file))
-        if suffix == "bin":
-            torch.save(part, directory / file)
-        else:
-            save_file(part, directory / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
-
-
-def _safetensors_files(directory: Path, tensors: Tensors) -> None:
-    _in_files(directory, tensors, "model", "safetensors")
 
 
 def _pickle(directory: Path, tensors: Tensors) -> None:
@@ -83,115 +41,169 @@ def _pickle_of_an_old_torch(directory: Path, tensors: Tensors) -> None:
     torch.save(tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
 
 
-def _pickle_with_a_shared_head(directory: Path, tensors: Tensors) -> None:
-    torch.save({**tensors, "lm_head.weight": tensors["transformer.wte.weight"]}, directory / "pytorch_model.bin")
+def _several(stem: str, suffix: str) -> Callable[[Path, Tensors], None]:
+    def write(directory: Path, tensors: Tensors) -> None:
+        weight_map = {}
+        for i in range(3):
+            part = {name: tensors[name] for name in list(tensors)[i::3]}
+            file = f"{stem}-{i + 1:05d}-of-00003.{suffix}"
+            weight_map.update(dict.fromkeys(part, file))
+            if suffix == "bin":
+                torch.save(part, directory / file)
+            else:
+                save_file(part, directory / file, metadata={"format": "pt"})
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+
+    return write
 
 
-def _pickles(directory: Path, tensors: Tensors) -> None:
-    _in_files(directory, tensors, "pytorch_model", "bin")
+def _as_it_is(case: Architecture, tensors: Tensors) -> Tensors:
+    return tensors
 
 
-def _everything_at_once(directory: Path, tensors: Tensors) -> None:
-    old = {name.removeprefix("transformer."): value for name, value in tensors.items()}
-    old = {name.replace("ln_f.weight", "ln_f.gamma"): value for name, value in old.items()}
-    old["h.0.attn.masked_bias"] = torch.tensor(-1e4)
-    _pickle(directory, {**old, "lm_head.weight": tensors["transformer.wte.weight"].clone()})
+def _without_prefix(case: Architecture, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(f"{case.table.base_prefix}."): value for name, value in tensors.items()}
 
 
-SPELLINGS: dict[str, Callable[[Path, Tensors], None]] = {
-    spelling.__name__[1:]: spelling
-    for spelling in (
-        _without_prefix,
-        _obsolete_buffers,
-        _gamma_and_beta,
-        _copy_of_the_head,
-        _head_instead_of_the_embedding,
-        _safetensors_files,
-        _pickle,
-        _pickle_of_an_old_torch,
-        _pickle_with_a_shared_head,
-        _pickles,
-        _everything_at_once,
-    )
-}
+def _obsolete_buffers(case: Architecture, tensors: Tensors) -> Tensors:
+    """With what models had once; that of layers in each of the two."""
+    buffers = {
+        f"{case.table.base_prefix}.{pattern.replace('*', str(i))}": value.clone()
+        for pattern in case.table.obsolete
+        for i in range(2)
+        for name, value in BUFFERS[case.table.architecture].items()
+        if pattern.endswith(name)
+    }
+    return {**tensors, **buffers}
 
 
-def _spell(stock: Path, directory: Path, spelling: Callable[[Path, Tensors], None]) -> None:
+def _gamma_and_beta(case: Architecture, tensors: Tensors) -> Tensors:
+    norms = {name.removesuffix(".weight") for name, value in tensors.items() if value.dim() == 1 and ".weight" in name}
+
+    def old(name: str) -> str:
+        is_norm = name.rpartition(".")[0] in norms
+        return name.replace(".weight", ".gamma").replace(".bias", ".beta") if is_norm else name
+
+    return {old(name): value for name, value in tensors.items()}
+
+
+def _copies_of_what_is_tied(case: Architecture, tensors: Tensors) -> Tensors:
+    return {**tensors, **{name: tensors[original].clone() for name, original in case.tied.items()}}
+
+
+def _shared_copies_of_what_is_tied(case: Architecture, tensors: Tensors) -> Tensors:
+    return {**tensors, **{name: tensors[original] for name, original in case.tied.items()}}
+
+
+def _copies_in_place_of_the_originals(case: Architecture, tensors: Tensors) -> Tensors:
+    kept = {name: value for name, value in tensors.items() if name not in case.tied.values()}
+    return {**kept, **{name: tensors[original] for name, original in case.tied.items()}}
+
+
+def _everything_at_once(case: Architecture, tensors: Tensors) -> Tensors:
+    for spelling in (_copies_of_what_is_tied, _obsolete_buffers, _gamma_and_beta, _without_prefix):
+        tensors = spelling(case, tensors)
+    return tensors
+
+
+SPELLINGS: list[tuple[Spelling, Callable[[Path, Tensors], None]]] = [
+    (_without_prefix, _write),
+    (_obsolete_buffers, _write),
+    (_gamma_and_beta, _write),
+    (_copies_of_what_is_tied, _write),
+    (_copies_in_place_of_the_originals, _write),
+    (_as_it_is, _several("model", "safetensors")),
+    (_as_it_is, _pickle),
+    (_as_it_is, _pickle_of_an_old_torch),
+    (_shared_copies_of_what_is_tied, _pickle),
+    (_as_it_is, _several("pytorch_model", "bin")),
+    (_everything_at_once, _pickle),
+]
+
+
+def _spell(
+    case: Architecture,
+    stock: Path,
+    directory: Path,
+    spelling: Spelling,
+    write: Callable[[Path, Tensors], None] = _write,
+) -> None:
     directory.mkdir(exist_ok=True)
     shutil.copy(stock / "config.json", directory)
-    spelling(directory, load_file(stock / "model.safetensors"))
+    write(directory, spelling(case, load_file(stock / "model.safetensors")))
 
 
-def _load(directories: list[Path], tp_size: int) -> list[Tensors]:
-    loaded = []
+def _load(case: Architecture, directories: list[Path], tp_size: int, stock: Path) -> None:
+    expected = load_file(stock / "model.safetensors")
     for directory in directories:
-        model, info = MegatronGPT2LMHeadModel.from_pretrained(
-            directory, distributed_config=layout(tp_size), output_loading_info=True
-        )
+        model, info = case.load(directory, tp_size, output_loading_info=True)
         assert not any(info.values()), f"{directory.name}: {info}"
-        loaded.append(full_weights(model))
-    return loaded
+        try:
+            assert_all_equal(full_weights(model), expected)
+        except AssertionError as error:
+            raise AssertionError(f"{directory.name}: {error}") from error
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_spellings_load(pool: Pool, stock_dir: StockDir, tmp_path: Path, tp_size: int) -> None:
+@pytest.mark.parametrize(
+    ("case", "tp_size"), quick(itertools.product(ARCHITECTURES, (1, 2)), [(GPT2, 1), (GPT2, 2), (PRE, 1), (POST, 2)])
+)
+def test_spellings_load(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, tp_size: int) -> None:
     """Catches parameters that are drawn at random because their names in the file are others."""
-    for name, spelling in SPELLINGS.items():
-        _spell(stock_dir("base"), tmp_path / name, spelling)
-    directories = [tmp_path / name for name in SPELLINGS]
-    expected = full_weights(MegatronGPT2LMHeadModel.from_pretrained(stock_dir("base")))
-    for loaded in run_at(pool, tp_size, _load, directories, tp_size):
-        for directory, weights in zip(directories, loaded, strict=True):
-            try:
-                assert_all_equal(weights, expected)
-            except AssertionError as error:
-                raise AssertionError(f"{directory.name}: {error}") from error
+    directories = [tmp_path / f"{i}{spelling.__name__}" for i, (spelling, _) in enumerate(SPELLINGS)]
+    for directory, spelling in zip(directories, SPELLINGS, strict=True):
+        _spell(case, stock_dir(case), directory, *spelling)
+    run_at(pool, tp_size, _load, case, directories, tp_size, stock_dir(case))
 
 
-def test_what_is_dropped_is_named(stock_dir: StockDir, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_what_is_dropped_is_named(
+    stock_dir: StockDir, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: Architecture
+) -> None:
     """Catches tensors that vanish without a word."""
-    _spell(stock_dir("base"), tmp_path, _obsolete_buffers)
+    _spell(case, stock_dir(case), tmp_path, _obsolete_buffers)
     transformers_logging.warning_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        MegatronGPT2LMHeadModel.from_pretrained(tmp_path)
-    dropped = [message for message in caplog.messages if "dropped" in message]
-    assert len(dropped) == 1
-    for i in range(2):
-        assert f"transformer.h.{i}.attn.bias" in dropped[0]
-        assert f"transformer.h.{i}.attn.masked_bias" in dropped[0]
+        case.load(tmp_path)
+    (dropped,) = [message for message in caplog.messages if "dropped" in message]
+    names = load_file(tmp_path / "model.safetensors").keys() - load_file(stock_dir(case) / "model.safetensors").keys()
+    assert len(names) == (4 if case is GPT2 else 2)
+    assert [name for name in names if name not in dropped] == []
 
 
-@pytest.mark.parametrize("name", ["base", "without_prefix"])
-def test_the_base_model_loads_from_any_head(stock_dir: StockDir, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("spelling", [_as_it_is, _without_prefix])
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_the_base_model_loads_from_any_head(
+    stock_dir: StockDir, tmp_path: Path, case: Architecture, spelling: Spelling
+) -> None:
     """Catches the base model's parameters looked for under the prefix they have in a model with a head."""
-    stock = stock_dir("base")
-    _spell(stock, tmp_path, _without_prefix if name == "without_prefix" else _write)
-    model, info = MegatronGPT2Model.from_pretrained(tmp_path, output_loading_info=True)
+    _spell(case, stock_dir(case), tmp_path, spelling)
+    model, info = case.load(tmp_path, head="Model", output_loading_info=True)
     assert not info["missing_keys"]
-    expected = full_weights(MegatronGPT2LMHeadModel.from_pretrained(stock))
-    assert_all_equal({f"transformer.{name}": value for name, value in full_weights(model).items()}, expected)
+    assert_all_equal(full_weights(model), full_weights(case.load(stock_dir(case)).base_model))
 
 
-def _refusal(directory: Path, tp_size: int) -> str:
+def _refusal(case: Architecture, directory: Path, tp_size: int) -> str:
     with pytest.raises(CheckpointFormatError) as caught:
-        MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(tp_size))
+        case.load(directory, tp_size)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case in (GPT2, POST) for name in case.tied])
 def test_another_head_than_the_tied_one_is_refused(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, tp_size: int
+    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, name: str, tp_size: int
 ) -> None:
-    """Catches a trained head thrown away because the config says it is the embedding; one bit is enough."""
+    """Catches a trained head, or its bias alone, thrown away because the config says it is tied; a bit is enough."""
 
-    def spelling(directory: Path, tensors: Tensors) -> None:
-        head = tensors["transformer.wte.weight"].clone()
-        head[130, 47] += 1e-6
-        _write(directory, {**tensors, "lm_head.weight": head})
+    def spelling(case: Architecture, tensors: Tensors) -> Tensors:
+        tensors = _copies_of_what_is_tied(case, tensors)
+        tensors[name].view(-1)[-1] += 1e-6
+        return tensors
 
-    _spell(stock_dir("base"), tmp_path, spelling)
-    for message in run_at(pool, tp_size, _refusal, tmp_path, tp_size):
-        assert "lm_head.weight" in message
+    _spell(case, stock_dir(case), tmp_path, spelling)
+    for message in run_at(pool, tp_size, _refusal, case, tmp_path, tp_size):
+        assert name in message
         assert '"tie_word_embeddings": false' in message
 
 
@@ -202,9 +214,8 @@ class _RunsOnLoading:
 
 def test_a_pickle_with_code_is_refused(stock_dir: StockDir, tmp_path: Path) -> None:
     """Catches a checkpoint that runs what it likes when it is opened."""
-
-    def spelling(directory: Path, tensors: Tensors) -> None:
-        torch.save({**tensors, "extra": _RunsOnLoading()}, directory / "pytorch_model.bin")
-
-    _spell(stock_dir("base"), tmp_path, spelling)
-    assert "system" in _refusal(tmp_path, 1)
+    shutil.copy(stock_dir() / "config.json", tmp_path)
+    torch.save(
+        {**load_file(stock_dir() / "model.safetensors"), "extra": _RunsOnLoading()}, tmp_path / "pytorch_model.bin"
+    )
+    assert "system" in _refusal(GPT2, tmp_path, 1)

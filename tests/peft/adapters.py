@@ -11,18 +11,13 @@ from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F
-import transformers
 from peft import LoraConfig, PeftModel
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
-import hf_megatron
 from hf_megatron.peft import get_peft_model
-from tests.models.bert.reference import make_inputs, make_labels
-from tests.models.reference import full, make_batch
-
-Tensors = dict[str, torch.Tensor]
+from tests.models.architectures import Architecture
+from tests.models.reference import Tensors, full
 
 GPT2_TARGETS = ("c_attn", "c_proj", "c_fc")
 BERT_TARGETS = ("query", "key", "value", "dense")
@@ -34,16 +29,16 @@ class Case:
 
     Attributes:
         directory: Where the stock model lies.
-        stock: Name of the stock class.
-        ours: Name of our class.
+        architecture: Its architecture.
+        head: The end of its class's name.
         layout: Sizes of the DistributedConfig; empty for one plain process.
         lora: Arguments of the LoraConfig.
         dtype: Of the model.
     """
 
     directory: Path
-    stock: str
-    ours: str
+    architecture: Architecture
+    head: str
     layout: dict[str, int] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
@@ -55,24 +50,16 @@ class Case:
 
     @property
     def inputs(self) -> Tensors:
-        """Ids [3, 9] with padding, a mask, and for BERT token types."""
-        if "GPT2" in self.ours:
-            return {name: value for name, value in make_batch("right").items() if name != "labels"}
-        return make_inputs(self._head)
+        return self.architecture.inputs(self.head)
 
     @property
     def labels(self) -> Tensors:
-        """What the head is trained on."""
-        return {"labels": make_batch("right")["labels"]} if "GPT2" in self.ours else make_labels(self._head)
-
-    @property
-    def _head(self) -> str:
-        return self.ours.removeprefix("MegatronBert")
+        return self.architecture.labels(self.head)
 
 
 def our_base(case: Case) -> Any:
     layout = DistributedConfig(**case.layout) if case.layout else None
-    model_class = getattr(hf_megatron, case.ours)
+    model_class = case.architecture.ours(case.head)
     return model_class.from_pretrained(case.directory, dtype=case.dtype, distributed_config=layout)
 
 
@@ -83,7 +70,7 @@ def our_model(case: Case) -> PeftModel:
 
 
 def stock_base(case: Case) -> Any:
-    return getattr(transformers, case.stock).from_pretrained(case.directory, dtype=case.dtype)
+    return case.architecture.stock(case.head).from_pretrained(case.directory, dtype=case.dtype)
 
 
 def stock_model(case: Case) -> PeftModel:
@@ -100,15 +87,6 @@ def quiet_peft() -> Iterator[None]:
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but", UserWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
-
-
-def stock_loss(case: Case, model: PeftModel, inputs: Tensors, labels: Tensors) -> torch.Tensor:
-    """The stock model's loss in its own dtype; its causal loss casts to float32."""
-    if "GPT2" not in case.ours:
-        loss: torch.Tensor = model(**inputs, **labels).loss
-        return loss
-    targets = F.pad(labels["labels"], (0, 1), value=-100)[:, 1:]
-    return F.cross_entropy(model(**inputs).logits.flatten(0, 1), targets.flatten())
 
 
 def trainable_gradients(model: PeftModel) -> Tensors:

@@ -12,9 +12,20 @@ from peft import PeftModel
 from transformers import GPT2LMHeadModel
 
 from hf_megatron.peft import load_adapter
-from tests.models.reference import Pool, save_stock
+from tests.models.architectures import GPT2
+from tests.models.reference import Pool, assert_all_equal
 from tests.peft.adapters import GPT2_TARGETS, quiet_peft, trainable_weights
-from tests.training.runs import LAYOUTS, Run, assert_same_steps, make_trainer, on_ranks, train
+from tests.training.runs import (
+    DROPOUT,
+    LAYOUTS,
+    Run,
+    assert_close,
+    assert_same_steps,
+    layouts,
+    make_trainer,
+    on_ranks,
+    train,
+)
 
 LORA: dict[str, Any] = {
     "r": 4,
@@ -23,17 +34,14 @@ LORA: dict[str, Any] = {
     "lora_dropout": 0.1,
     "task_type": "CAUSAL_LM",
 }
-DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
+    return GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
 
 
-@pytest.mark.parametrize(
-    "layout", ["tp2 x fsdp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("tp2", "tp2 x replicate2"))]
-)
+@pytest.mark.parametrize("layout", layouts("tp2 x fsdp2", "tp2", "tp2 x replicate2"))
 def test_every_layout_takes_the_same_steps(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches adapters that a layout trains otherwise; under tensor parallelism alone with dropout on."""
     tp_only = "x" not in layout
@@ -48,12 +56,10 @@ def test_every_layout_takes_the_same_steps(pool: Pool, gpt2: Path, tmp_path: Pat
     cut = replace(run, output=tmp_path / "cut", layout=LAYOUTS[layout])
     steps, cut_weights = on_ranks(pool, train, cut)
     assert_same_steps(steps, expected)
-    assert weights.keys() == cut_weights.keys()
-    for name, weight in weights.items():
-        torch.testing.assert_close(cut_weights[name], weight, rtol=1e-4, atol=1e-5)
+    assert_close(cut_weights, weights)
 
 
-@pytest.mark.parametrize("second", ["tp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("one", "tp2 x fsdp2"))])
+@pytest.mark.parametrize("second", layouts("tp2", "one", "tp2 x fsdp2"))
 def test_checkpoints_hold_the_adapter_and_resume(pool: Pool, gpt2: Path, tmp_path: Path, second: str) -> None:
     """Catches the base model in every checkpoint, an adapter that is not loaded, or another optimizer's state."""
     same = second == "tp2"
@@ -69,8 +75,7 @@ def test_checkpoints_hold_the_adapter_and_resume(pool: Pool, gpt2: Path, tmp_pat
         assert resumed_steps == steps[3:]
     else:
         assert_same_steps(resumed_steps, steps[3:])
-    for name, weight in weights.items():
-        torch.testing.assert_close(resumed_weights[name], weight, rtol=0 if same else 1e-4, atol=0 if same else 1e-5)
+    (assert_all_equal if same else assert_close)(resumed_weights, weights)
 
 
 def _train_for_the_best(run: Run) -> tuple[str, dict[str, torch.Tensor]]:
@@ -97,11 +102,9 @@ def test_the_best_adapter_is_loaded_at_the_end(pool: Pool, gpt2: Path, tmp_path:
     run = Run(gpt2, tmp_path / "run", layout=LAYOUTS["tp2"], lora=LORA, arguments=arguments)
     best, weights = on_ranks(pool, _train_for_the_best, run)
     assert Path(best).name == "checkpoint-2"
-    for name, weight in on_ranks(pool, _adapter_of, run, best).items():
-        assert torch.equal(weights[name], weight), name
+    assert_all_equal(on_ranks(pool, _adapter_of, run, best), weights)
     with quiet_peft():
         stock = PeftModel.from_pretrained(
             GPT2LMHeadModel.from_pretrained(gpt2), run.output / "final", is_trainable=True
         )
-    for name, weight in trainable_weights(stock).items():
-        assert torch.equal(weights[name], weight), name
+    assert_all_equal(trainable_weights(stock), weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,10 +17,11 @@ from transformers.distributed import DistributedConfig
 
 import hf_megatron
 from hf_megatron import MegatronTrainer
-from tests.models.reference import Pool
+from tests.models.reference import Pool, Tensors, full, full_weights
 
 _T = TypeVar("_T")
-Tensors = dict[str, torch.Tensor]
+
+DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "tp2": {"tp_size": 2},
@@ -30,6 +32,13 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "tp4, split sequences": {"tp_size": 4, "enable_sequence_parallel": True},
     "tp2 x fsdp2, split sequences": {"tp_size": 2, "fsdp_size": 2, "enable_sequence_parallel": True},
 }
+
+
+def layouts(chosen: str, *others: str) -> list[Any]:
+    """Parameters of a test, ``"one"`` for one process: the chosen one is quick, the others, or all others, are slow."""
+    names = others or tuple(name for name in LAYOUTS if name != chosen)
+    return [chosen, *(pytest.param(name, marks=pytest.mark.slow) for name in names)]
+
 
 # All layouts of the tests divide 8; 48 examples are whole batches at every one of them.
 NUM_EXAMPLES, LENGTH, GLOBAL_BATCH = 48, 12, 8
@@ -62,10 +71,7 @@ class Run:
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        size = 1
-        for value in self.layout.values():
-            size *= value
-        return size
+        return prod(self.layout.values())
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,9 @@ def train_with_moments(run: Run) -> tuple[list[Step], Tensors]:
     trainer, steps = _train(run)
     state = full_weights(trainer.model)
     for name, parameter in trainer.model.named_parameters():
-        state |= {f"{kind} of {name}": _full(value) for kind, value in trainer.optimizer.state[parameter].items()}
+        state |= {
+            f"{kind} of {name}": full(value).clone() for kind, value in trainer.optimizer.state[parameter].items()
+        }
     return steps, state
 
 
@@ -162,16 +170,6 @@ def _train(run: Run) -> tuple[MegatronTrainer, list[Step]]:
     return trainer, log.steps
 
 
-def full_weights(model: torch.nn.Module) -> Tensors:
-    """The unsharded parameters, copied."""
-    return {name: _full(parameter) for name, parameter in model.named_parameters()}
-
-
-def _full(tensor: torch.Tensor) -> torch.Tensor:
-    whole: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.detach().clone()
-
-
 def predict(run: Run) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]:
     """Predictions, labels and loss on 11 examples, which no batch size of the tests divides."""
     trainer = make_trainer(run)
@@ -179,11 +177,11 @@ def predict(run: Run) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float
     return output.predictions, output.label_ids, output.metrics["test_loss"]
 
 
-def on_ranks(pool: Pool, job: Callable[..., _T], run: Run, *arguments: Any) -> _T:
+def on_ranks(pool: Pool, job: Callable[..., _T], run: Run, *arguments: Any, **options: Any) -> _T:
     """Rank 0's result of a job at the run's layout; without a layout it runs in this process."""
     if not run.layout:
-        return job(run, *arguments)
-    return pool(run.world_size).run(job, run, *arguments, timeout=240)[0]
+        return job(run, *arguments, **options)
+    return pool(run.world_size).run(job, run, *arguments, timeout=240, **options)[0]
 
 
 def assert_same_steps(steps: list[Step], expected: list[Step], tolerance: float = 1e-5) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from hf_megatron import MegatronGPT2LMHeadModel
 from hf_megatron.checkpoint.checksums import CHECKSUMS, compute_checksums, damages, read_checksums, write_checksums
 from hf_megatron.errors import (
     CheckpointError,
@@ -23,16 +22,12 @@ from hf_megatron.errors import (
     ParallelStateError,
 )
 from hf_megatron.training.training_state import last_usable_checkpoint
-from tests.models.reference import Pool, layout, rank, save_stock
-from tests.training.runs import LAYOUTS, Run, make_trainer, on_ranks, train
+from tests.models.architectures import GPT2
+from tests.models.reference import Pool, rank
+from tests.training.runs import LAYOUTS, Run, layouts, make_trainer, on_ranks, train
 from tests.training.test_failure import AtStep
 
-LAYOUT_NAMES = ["tp2", pytest.param("tp2 x fsdp2", marks=pytest.mark.slow)]
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
+LAYOUT_NAMES = layouts("tp2", "tp2 x fsdp2")
 
 
 # ---------------------------------------------------------------------- what may happen to a file
@@ -131,7 +126,7 @@ def test_without_checksums_every_missing_or_truncated_file_is_named(pool: Pool, 
         if name in files:
             files.remove(name)
     longer = replace(run, arguments={"max_steps": 8, "save_strategy": "no"})
-    found = on_ranks(pool, _each_damage_without_checksums, longer, files)
+    found = on_ranks(pool, _each_damage, longer, files, ["deleted", "truncated"], without_checksums=True)
     for case, message in found.items():
         name, kind = case.split(", ")
         if name.startswith("random_state") and kind == "deleted":
@@ -140,10 +135,6 @@ def test_without_checksums_every_missing_or_truncated_file_is_named(pool: Pool, 
             assert message.startswith("Checkpoint"), (case, message)
             assert name.split("/")[0] in message or "shards in" in message, (case, message)
             assert f"The last complete checkpoint is {run.output / 'checkpoint-3'}" in message, (case, message)
-
-
-def _each_damage_without_checksums(run: Run, files: list[str]) -> dict[str, str]:
-    return _each_damage(run, files, ["deleted", "truncated"], without_checksums=True)
 
 
 # ---------------------------------------------------------------------- parts of different checkpoints
@@ -278,7 +269,7 @@ def test_weights_that_are_nan_are_named(gpt2: Path, tmp_path: Path, caplog: pyte
 
 
 def _load_again(directory: Path) -> str:
-    model = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(2))
+    model = GPT2.load(directory, 2)
     with pytest.raises((CheckpointFormatError, ParallelStateError)) as caught:
         model.load_weights(directory)
     return f"{type(caught.value).__name__}: {caught.value}"
@@ -286,7 +277,7 @@ def _load_again(directory: Path) -> str:
 
 def test_nan_that_one_rank_holds_is_an_error_on_all(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
     """Catches a rank that goes on to train, and waits for the one that found nan in its part of a weight."""
-    model = MegatronGPT2LMHeadModel.from_pretrained(gpt2)
+    model = GPT2.load(gpt2)
     _spoil(model)
     model.save_pretrained(tmp_path)
     first, second = pool(2).run(_load_again, tmp_path)

@@ -17,13 +17,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_megatron.errors import DivergenceError
 from hf_megatron.training.training_state import remove_old_checkpoints, tidy_checkpoints
 from tests.distributed import RankFailedError
-from tests.models.reference import Pool, rank, save_stock
-from tests.training.runs import LAYOUTS, Run, full_weights, make_trainer, on_ranks, train
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
+from tests.models.reference import Pool, assert_all_equal, full_weights, rank
+from tests.training.runs import LAYOUTS, Run, layouts, make_trainer, on_ranks, train
 
 
 class AtStep(TrainerCallback):
@@ -113,7 +108,7 @@ def _stop_after_four(run: Run) -> dict[str, torch.Tensor]:
     return full_weights(trainer.model)
 
 
-@pytest.mark.parametrize("layout", ["tp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("one", "tp2 x fsdp2"))])
+@pytest.mark.parametrize("layout", layouts("tp2", "one", "tp2 x fsdp2"))
 def test_a_step_that_would_spoil_the_weights_is_not_taken(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches weights, and then checkpoints, of nothing but nan, and ranks of which only one notices."""
     run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(layout, {}))
@@ -122,8 +117,7 @@ def test_a_step_that_would_spoil_the_weights_is_not_taken(pool: Pool, gpt2: Path
     assert "those after step 4" in message
     assert "checkpoint-3; train(resume_from_checkpoint=True)" in message
     before = on_ranks(pool, _stop_after_four, replace(run, output=tmp_path / "stopped"))
-    for name, weight in weights.items():
-        assert torch.equal(weight, before[name]), name
+    assert_all_equal(weights, before)
 
 
 def test_a_loss_that_does_no_harm_is_reported_with_its_step(

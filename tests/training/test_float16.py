@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,11 @@ import pytest
 import torch
 
 from hf_megatron.errors import DivergenceError
-from tests.models.reference import Pool, assert_replicas_equal, rank, save_stock
-from tests.training.runs import LAYOUTS, Log, Run, Step, full_weights, make_trainer, on_ranks, train
+from tests.models.reference import Pool, assert_replicas_equal, full_weights, rank
+from tests.tiers import quick
+from tests.training.runs import LAYOUTS, Log, Run, Step, assert_same_steps, layouts, make_trainer, on_ranks, train
 
 LORA = {"r": 4, "target_modules": ["c_attn", "c_proj"]}
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
-
-
-def assert_close_steps(steps: list[Step], expected: list[Step], tolerance: float) -> None:
-    assert [(s.step, s.learning_rate) for s in steps] == [(e.step, e.learning_rate) for e in expected]
-    for s, e in zip(steps, expected, strict=True):
-        assert (s.loss, s.grad_norm) == pytest.approx((e.loss, e.grad_norm), rel=tolerance), f"step {s.step}"
 
 
 def _scaled(run: Run, log: Log | None = None, scale: float = 2.0**16) -> Any:
@@ -57,12 +48,7 @@ def _train_with_overflow(run: Run, step: int) -> tuple[list[Step], float, dict[s
 
 @pytest.mark.parametrize(
     ("lora", "optimizer"),
-    [
-        pytest.param(LORA, "adamw_torch_fused", id="lora, fused"),
-        pytest.param(LORA, "adamw_torch", id="lora", marks=pytest.mark.slow),
-        pytest.param(None, "adamw_torch_fused", id="whole, fused", marks=pytest.mark.slow),
-        pytest.param(None, "adamw_torch", id="whole", marks=pytest.mark.slow),
-    ],
+    quick(product((LORA, None), ("adamw_torch_fused", "adamw_torch")), [(LORA, "adamw_torch_fused")]),
 )
 def test_an_overflow_on_one_rank_is_skipped_by_all(
     pool: Pool, gpt2: Path, tmp_path: Path, lora: dict[str, Any] | None, optimizer: str
@@ -74,7 +60,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(
     expected, expected_scale, expected_weights = _train_with_overflow(replace(run, layout={}), 3)
     assert scale == expected_scale == 2.0**15
     assert steps[2].grad_norm == torch.inf
-    assert_close_steps(steps, expected, 1e-3)  # float16 has 11 bits
+    assert_same_steps(steps, expected, 1e-3)  # float16 has 11 bits
     for name, weight in expected_weights.items():
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=2e-3)
 
@@ -110,10 +96,10 @@ def test_the_loss_scale_is_resumed(pool: Pool, gpt2: Path, tmp_path: Path) -> No
     assert on_ranks(pool, _resume_scale, again) == 2.0**15
 
 
-@pytest.mark.parametrize("layout", ["tp2", pytest.param("tp2 x fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", layouts("tp2", "tp2 x fsdp2"))
 def test_bfloat16_trains_alike_at_every_layout(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches a loss or sums that are rounded to bfloat16 under tensor parallelism."""
     run = Run(gpt2, tmp_path, arguments={"save_strategy": "no", "bf16": True, "max_steps": 4})
     expected, _ = train(run)
     steps, _ = on_ranks(pool, train, replace(run, layout=LAYOUTS[layout]))
-    assert_close_steps(steps, expected, 1e-2)  # bfloat16 has 8 bits
+    assert_same_steps(steps, expected, 1e-2)  # bfloat16 has 8 bits

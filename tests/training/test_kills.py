@@ -19,10 +19,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_megatron.checkpoint import open_checkpoint
 from tests.distributed import RankFailedError
-from tests.models.reference import Pool, rank, save_stock
-from tests.training.runs import LAYOUTS, Run, full_weights, make_trainer, on_ranks, train
+from tests.models.architectures import GPT2
+from tests.models.reference import Pool, assert_all_equal, full_weights, rank
+from tests.training.runs import DROPOUT, LAYOUTS, Run, make_trainer, on_ranks, train
 
-DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 STEPS_PER_LIFE = 8  # at most, on which the next life's count begins
 
 
@@ -88,7 +88,11 @@ def test_killed_runs_end_and_go_on_to_the_same_weights(pool: Pool, tmp_path: Pat
     arguments = {"max_steps": num_kills * STEPS_PER_LIFE + 4, "save_steps": 2, "save_total_limit": 2, "report_to": []}
     layout = LAYOUTS["tp2"]
     run = Run(
-        save_stock(tmp_path / "model", n_layer=1), tmp_path / "run", layout=layout, config=DROPOUT, arguments=arguments
+        GPT2.save_stock(tmp_path / "model", num_hidden_layers=1),
+        tmp_path / "run",
+        layout=layout,
+        config=DROPOUT,
+        arguments=arguments,
     )
     chance = random.Random(0)
     num_hit_saves = 0
@@ -110,5 +114,4 @@ def test_killed_runs_end_and_go_on_to_the_same_weights(pool: Pool, tmp_path: Pat
     weights = on_ranks(pool, _live, run, None)
     assert sorted(path.name[:11] for path in run.output.iterdir()) == ["checkpoint-"] * 2
     _, expected = on_ranks(pool, train, replace(run, output=tmp_path / "undisturbed"))
-    for name, weight in expected.items():
-        assert torch.equal(weights[name], weight), name
+    assert_all_equal(weights, expected)

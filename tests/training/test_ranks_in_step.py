@@ -18,27 +18,22 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
+from hf_megatron import MegatronTrainer
 from hf_megatron.errors import RanksDifferError
 from tests.distributed import RankFailedError
-from tests.models.reference import Pool, rank, save_stock
+from tests.models.reference import Pool, rank
 from tests.training.runs import (
+    DROPOUT,
     LAYOUTS,
     Log,
     Run,
     Step,
     assert_same_steps,
     examples,
-    full_weights,
+    layouts,
     make_trainer,
     on_ranks,
 )
-
-DROPOUT = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
 
 
 class After(TrainerCallback):
@@ -145,23 +140,22 @@ def test_what_a_callback_of_one_rank_does_is_found(pool: Pool, gpt2: Path, tmp_p
     assert "On rank 0 of 2" in message
 
 
-def test_what_happens_after_the_last_comparison_is_found_at_the_end(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
-    """Catches a model that is returned although its ranks have drifted apart since step 0."""
-    run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments={"save_strategy": "no"}, config=DROPOUT)
-    message = on_ranks(pool, _message, run, _draw, 5, 100)
-    assert "At: the end of training, after step 6" in message
+@pytest.mark.parametrize(
+    ("step", "saves", "expected"),
+    [(5, "no", "At: the end of training, after step 6"), (2, "steps", "At: before the checkpoint of step 3")],
+)
+def test_ranks_are_compared_at_the_end_and_before_a_checkpoint(
+    pool: Pool, gpt2: Path, tmp_path: Path, step: int, saves: str, expected: str
+) -> None:
+    """Catches a model returned, or a checkpoint written by parts, although its ranks have drifted apart."""
+    run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments={"save_strategy": saves}, config=DROPOUT)
+    message = on_ranks(pool, _message, run, _draw, step, 100)
+    assert expected in message
     assert "They were equal at: before the step after step 0" in message
-
-
-def test_no_checkpoint_is_written_of_ranks_that_differ(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
-    """Catches checkpoints of which each rank wrote a part that does not belong to the others'."""
-    run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], config=DROPOUT)
-    message = on_ranks(pool, _message, run, _draw, 2, 100)
-    assert "At: before the checkpoint of step 3" in message
     assert not list(tmp_path.glob("*checkpoint*"))
 
 
-@pytest.mark.parametrize("layout", ["tp2 x fsdp2", pytest.param("tp2 x replicate2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", layouts("tp2 x fsdp2", "tp2 x replicate2"))
 def test_the_group_that_drifts_apart_is_named(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches comparisons over all ranks, of which those of other groups rightly read other batches."""
     run = Run(gpt2, tmp_path, layout=LAYOUTS[layout], config=DROPOUT)
@@ -189,13 +183,9 @@ DATA: dict[str, tuple[dict[str, Any], str]] = {
 def test_data_that_depend_on_the_rank_are_found(pool: Pool, gpt2: Path, tmp_path: Path, case: str) -> None:
     """Catches groups that compute parts of different examples, and ranks that wait for one that read less."""
     options, expected = DATA[case]
-    message = on_ranks(pool, _message_with, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]), options)
+    message = on_ranks(pool, _message, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]), **options)
     assert expected in message
     assert "The usual cause: a" in message
-
-
-def _message_with(run: Run, options: dict[str, Any]) -> str:
-    return _message(run, **options)
 
 
 def test_an_evaluation_before_the_first_step_takes_nothing_from_the_training_data(
@@ -203,56 +193,52 @@ def test_an_evaluation_before_the_first_step_takes_nothing_from_the_training_dat
 ) -> None:
     """Catches a first batch that is not compared, because one of the evaluation data was."""
     run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments={"eval_on_start": True})
-    message = on_ranks(pool, _message_with, run, {"train_dataset": _own_examples})
+    message = on_ranks(pool, _message, run, train_dataset=_own_examples)
     assert "At: before the step after step 0. batch['input_ids']" in message
 
 
-def _sampled(run: Run) -> str:
-    trainer = make_trainer(run)
+def _sample_by_rank(trainer: MegatronTrainer) -> None:
     trainer._get_train_sampler = lambda *_: list(range(48))[:: 1 - 2 * rank()]  # type: ignore[method-assign]
-    with pytest.raises(RanksDifferError) as caught:
-        trainer.train()
-    return str(caught.value)
+    trainer.train()
 
 
-def test_a_sampler_that_depends_on_the_rank_is_found(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
-    """Catches an order of the examples that each rank chooses for itself."""
-    assert "batch['input_ids']: rank 1" in on_ranks(pool, _sampled, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]))
+def _evaluate_other_examples(trainer: MegatronTrainer) -> None:
+    trainer.evaluate(examples(11, seed=rank()))
 
 
-EVALUATION: dict[str, tuple[Callable[[], list[Any]], str]] = {
-    "content": (lambda: examples(11, seed=rank()), "At: the first batch of an evaluation after step 0. batch["),
-    "length": (lambda: examples(5 + 4 * rank()), "number of batches (2, 3 on ranks 0, 1)"),
-}
+def _evaluate_more_examples(trainer: MegatronTrainer) -> None:
+    trainer.evaluate(examples(5 + 4 * rank()))
 
 
-def _evaluated(run: Run, case: str) -> str:
-    trainer = make_trainer(run, eval_dataset=EVALUATION[case][0]())
-    with pytest.raises(RanksDifferError) as caught:
-        trainer.evaluate()
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("case", EVALUATION)
-def test_evaluation_data_that_depend_on_the_rank_are_found(pool: Pool, gpt2: Path, tmp_path: Path, case: str) -> None:
-    """Catches metrics of examples of which each rank computed a part of another one."""
-    message = on_ranks(pool, _evaluated, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]), case)
-    assert EVALUATION[case][1] in message
-
-
-def _shifted_from_the_start(run: Run) -> str:
-    trainer = make_trainer(run)
+def _evaluate_other_weights(trainer: MegatronTrainer) -> None:
     if rank() == 1:
         _shift(None, trainer.model)
+    trainer.evaluate()
+
+
+def _refusal(run: Run, action: Callable[[MegatronTrainer], None]) -> str:
     with pytest.raises(RanksDifferError) as caught:
-        trainer.evaluate()
+        action(make_trainer(run))
     return str(caught.value)
 
 
-def test_replicated_weights_that_differ_are_named(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
-    """Catches weights that were loaded or changed on one rank alone. Of those that are cut nothing can be seen."""
-    message = on_ranks(pool, _shifted_from_the_start, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]))
-    assert "parameter transformer.ln_f.weight: rank 1 differs from rank 0. They were not compared before." in message
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        (_sample_by_rank, "batch['input_ids']: rank 1"),
+        (_evaluate_other_examples, "At: the first batch of an evaluation after step 0. batch["),
+        (_evaluate_more_examples, "number of batches (2, 3 on ranks 0, 1)"),
+        (
+            _evaluate_other_weights,
+            "parameter transformer.ln_f.weight: rank 1 differs from rank 0. They were not compared before.",
+        ),
+    ],
+)
+def test_what_depends_on_the_rank_is_found_from_the_start(
+    pool: Pool, gpt2: Path, tmp_path: Path, action: Any, expected: str
+) -> None:
+    """Catches an order that each rank chooses, metrics of other examples, and whole weights that one rank changed."""
+    assert expected in on_ranks(pool, _refusal, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]), action)
 
 
 # ---------------------------------------------------------------------- what ends right
@@ -298,14 +284,14 @@ def test_what_a_callback_of_one_rank_asks_for_all_do(
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in checkpoints]
 
 
-def _train_own(run: Run) -> tuple[list[Step], dict[str, torch.Tensor]]:
+def _train_own(run: Run) -> list[Step]:
     log = Log()
     trainer = make_trainer(run, log)
     trainer.model.transformer.ln_f.register_forward_hook(
         lambda module, inputs, output: nn.functional.dropout(output, 0.3, training=module.training)
     )
     trainer.train()
-    return log.steps, full_weights(trainer.model)
+    return log.steps
 
 
 def test_dropout_in_a_module_of_the_users_own_is_the_same_at_every_degree(
@@ -313,6 +299,6 @@ def test_dropout_in_a_module_of_the_users_own_is_the_same_at_every_degree(
 ) -> None:
     """Catches a random stream that differs on the ranks, or depends on the degree."""
     run = Run(gpt2, tmp_path / "one", config=DROPOUT, arguments={"save_strategy": "no"})
-    expected, _ = _train_own(run)
-    steps, _ = on_ranks(pool, _train_own, replace(run, output=tmp_path / "two", layout=LAYOUTS["tp2"]))
+    expected = _train_own(run)
+    steps = on_ranks(pool, _train_own, replace(run, output=tmp_path / "two", layout=LAYOUTS["tp2"]))
     assert_same_steps(steps, expected)

@@ -10,9 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_megatron import (
-    MegatronBertConfig,
     MegatronBertForPreTraining,
-    MegatronGPT2Config,
     MegatronGPT2LMHeadModel,
     MegatronTrainer,
 )
@@ -25,17 +23,11 @@ from hf_megatron.paper.recipe import (
     finetuning_recipe,
     scale_residual_outputs,
 )
+from tests.models.architectures import BERTS, GPT2, Architecture
 from tests.models.reference import Pool, assert_all_equal, full_weights, layout, run_at
 
-_GPT2 = {"vocab_size": 131, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
-_BERT = {
-    "vocab_size": 131,
-    "hidden_size": 48,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "max_position_embeddings": 16,
-}
+GPT2_MODEL = GPT2.config()
+BERT_MODEL = BERTS[0].config(num_hidden_layers=8)
 
 
 def _trainer(arguments: TrainingArguments, model: torch.nn.Module) -> MegatronTrainer:
@@ -54,15 +46,10 @@ def _learning_rates(trainer: MegatronTrainer, steps: int) -> list[float]:
     return rates
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
-def test_weight_decay_on_matrices_only(tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize(("case", "recipe"), [(GPT2, GPT2_PRETRAINING), (BERTS[0], BERT_PRETRAINING)])
+def test_weight_decay_on_matrices_only(tmp_path: Path, case: Architecture, recipe: Recipe) -> None:
     """Catches decayed biases and norms, and matrices or embeddings that are not decayed; other numbers of AdamW."""
-    if architecture == "gpt2":
-        recipe: Recipe = GPT2_PRETRAINING
-        model = MegatronGPT2LMHeadModel.from_config(MegatronGPT2Config(**_GPT2))
-    else:
-        recipe = BERT_PRETRAINING
-        model = MegatronBertForPreTraining.from_config(MegatronBertConfig(**_BERT))
+    model = case.build(config=case.config())
     arguments = recipe.arguments(tmp_path, use_cpu=True)
     optimizer = _trainer(arguments, model).optimizer
     assert isinstance(optimizer, torch.optim.AdamW)
@@ -78,7 +65,7 @@ def test_weight_decay_on_matrices_only(tmp_path: Path, architecture: str) -> Non
 def test_learning_rate_of_gpt2(tmp_path: Path) -> None:
     """Catches a warm-up that does not shrink with the run, a cosine that ends elsewhere than at the minimum."""
     arguments = GPT2_PRETRAINING.arguments(tmp_path, use_cpu=True, max_steps=300)
-    rates = _learning_rates(_trainer(arguments, MegatronGPT2LMHeadModel(MegatronGPT2Config(**_GPT2))), 300)
+    rates = _learning_rates(_trainer(arguments, MegatronGPT2LMHeadModel(GPT2_MODEL)), 300)
     assert rates[:3] == pytest.approx([0.0, 1.5e-4 / 3, 1.5e-4 * 2 / 3])
     expected = [1e-5 + (1.5e-4 - 1e-5) * (1 + cos(pi * (step - 3) / 297)) / 2 for step in range(3, 300)]
     assert rates[3:] == pytest.approx(expected)
@@ -89,7 +76,7 @@ def test_learning_rate_of_bert(tmp_path: Path) -> None:
     arguments = BERT_PRETRAINING.arguments(tmp_path, use_cpu=True)
     assert arguments.get_warmup_steps(arguments.max_steps) == 10_000
     arguments = BERT_PRETRAINING.arguments(tmp_path, use_cpu=True, max_steps=400)
-    rates = _learning_rates(_trainer(arguments, MegatronBertForPreTraining(MegatronBertConfig(**_BERT))), 400)
+    rates = _learning_rates(_trainer(arguments, MegatronBertForPreTraining(BERT_MODEL)), 400)
     assert rates[:3] == pytest.approx([0.0, 0.5e-4, 1e-4])
     assert rates[2:] == pytest.approx([1e-4 * (400 - step) / 398 for step in range(2, 400)])
 
@@ -148,9 +135,7 @@ def test_table_6(tmp_path: Path) -> None:
 
 
 def _scaled(tp_size: int) -> dict[str, torch.Tensor]:
-    model = MegatronBertForPreTraining.from_config(
-        MegatronBertConfig(**_BERT), distributed_config=layout(tp_size), seed=3
-    )
+    model = MegatronBertForPreTraining.from_config(BERT_MODEL, distributed_config=layout(tp_size), seed=3)
     scale_residual_outputs(model)
     return full_weights(model)
 
@@ -170,7 +155,7 @@ def test_initial_weights_of_bert(pool: Pool) -> None:
 
 def test_initial_weights_of_gpt2_are_scaled_already() -> None:
     """Catches weights that are scaled twice."""
-    model = MegatronGPT2LMHeadModel.from_config(MegatronGPT2Config(**_GPT2), seed=3)
+    model = MegatronGPT2LMHeadModel.from_config(GPT2_MODEL, seed=3)
     before = full_weights(model)
     scale_residual_outputs(model)
     assert_all_equal(full_weights(model), before)

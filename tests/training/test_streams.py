@@ -15,8 +15,10 @@ import torch
 from torch.utils.data import IterableDataset
 
 from hf_megatron.errors import RanksDifferError, UnsupportedError
-from tests.models.reference import Pool, rank, save_stock
+from tests.models.reference import Pool, assert_all_equal, full_weights, rank
+from tests.tiers import quick
 from tests.training.runs import (
+    DROPOUT,
     LAYOUTS,
     NUM_EXAMPLES,
     Log,
@@ -24,13 +26,11 @@ from tests.training.runs import (
     Step,
     assert_same_steps,
     examples,
-    full_weights,
     make_trainer,
     on_ranks,
 )
 
 Example = dict[str, torch.Tensor]
-DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 
 
 class Shuffled(IterableDataset[Example]):
@@ -87,11 +87,6 @@ def _hub_stream() -> datasets.IterableDataset:
 STREAMS = {"shuffled": Shuffled, "generated": Generated, "hub": _hub_stream}
 
 
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
-
-
 def _train(run: Run, stream: str) -> tuple[list[Step], dict[str, torch.Tensor]]:
     """Ten steps, of which the seventh begins the second pass."""
     log = Log()
@@ -101,17 +96,15 @@ def _train(run: Run, stream: str) -> tuple[list[Step], dict[str, torch.Tensor]]:
     return log.steps, full_weights(trainer.model)
 
 
-_SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     ("stream", "layout"),
-    [
-        pytest.param("shuffled", "tp2 x replicate2", marks=_SLOW),
-        ("shuffled", "tp2"),
-        pytest.param("shuffled", "tp2 x fsdp2", marks=_SLOW),
-        *(pytest.param(stream, "tp2 x fsdp2", marks=_SLOW) for stream in ("generated", "hub")),
-    ],
+    quick(
+        [
+            *(("shuffled", layout) for layout in ("tp2", "tp2 x fsdp2", "tp2 x replicate2")),
+            *((stream, "tp2 x fsdp2") for stream in ("generated", "hub")),
+        ],
+        [("shuffled", "tp2")],
+    ),
 )
 def test_every_layout_reads_the_same_batches(pool: Pool, gpt2: Path, tmp_path: Path, stream: str, layout: str) -> None:
     """Catches a stream that is dealt out to the ranks of a group, that all groups read the same part of, or whose
@@ -125,13 +118,7 @@ def test_every_layout_reads_the_same_batches(pool: Pool, gpt2: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("layout", "accumulation"),
-    [
-        ("tp2", 1),
-        pytest.param("one", 2, marks=_SLOW),
-        pytest.param("tp2", 2, marks=_SLOW),
-        pytest.param("tp2 x replicate2", 1, marks=_SLOW),
-        pytest.param("tp2 x fsdp2", 2, marks=_SLOW),
-    ],
+    quick([("tp2", 1), ("one", 2), ("tp2", 2), ("tp2 x replicate2", 1), ("tp2 x fsdp2", 2)], [("tp2", 1)]),
 )
 def test_resuming_changes_no_bit(pool: Pool, gpt2: Path, tmp_path: Path, layout: str, accumulation: int) -> None:
     """Catches a stream that starts over after resuming, is skipped by too much, or by the steps of all passes."""
@@ -143,8 +130,7 @@ def test_resuming_changes_no_bit(pool: Pool, gpt2: Path, tmp_path: Path, layout:
         again = replace(run, output=tmp_path / f"again-{step}", resume=run.output / f"checkpoint-{step}")
         resumed_steps, resumed_weights = on_ranks(pool, _train, again, "shuffled")
         assert resumed_steps == steps[step:]
-        for name, weight in weights.items():
-            assert torch.equal(resumed_weights[name], weight), name
+        assert_all_equal(resumed_weights, weights)
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -15,23 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2LMHeadModel, Trainer
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from hf_megatron import MegatronGPT2LMHeadModel, MegatronTrainer
 from hf_megatron.errors import CheckpointIncompleteError
-from tests.models.reference import Pool, assert_all_equal, save_stock
+from tests.models.architectures import BERTS
+from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, reference_loss
+from tests.tiers import quick
 from tests.training.runs import (
+    DROPOUT,
     GLOBAL_BATCH,
     LAYOUTS,
     Run,
     Step,
-    Tensors,
     assert_close,
     assert_same_steps,
     examples,
-    full_weights,
+    layouts,
     make_trainer,
     on_ranks,
     predict,
@@ -41,26 +40,8 @@ from tests.training.runs import (
 
 
 @pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_stock(tmp_path_factory.mktemp("gpt2"), n_layer=1)
-
-
-@pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = BertConfig(
-        vocab_size=131,
-        hidden_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=12,
-        intermediate_size=100,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    directory = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    BertForMaskedLM(config).save_pretrained(directory)
-    return directory
+    return BERTS[1].save_stock(tmp_path_factory.mktemp("bert"), "ForMaskedLM", num_hidden_layers=1)
 
 
 # Twenty steps, or more than three epochs; what stops does so in the middle.
@@ -84,16 +65,16 @@ def in_one_process(
 
 
 _CLASSES = ("MegatronGPT2LMHeadModel", "MegatronBertForMaskedLM")
-_QUICK = ("MegatronGPT2LMHeadModel", "tp2 x fsdp2, split sequences", 2)
-_GRID = [
-    pytest.param(*case, marks=() if case == _QUICK else pytest.mark.slow)
-    for case in product(_CLASSES, LAYOUTS, (1, 2))
-    # Of BERT the harder half: what a batch of it predicts is another number in each part.
-    if case[0] == _CLASSES[0] or case[2] == 2
-]
 
 
-@pytest.mark.parametrize(("model_class", "layout", "accumulation"), _GRID)
+@pytest.mark.parametrize(
+    ("model_class", "layout", "accumulation"),
+    quick(
+        # Of BERT the harder half: what a batch of it predicts is another number in each part.
+        [case for case in product(_CLASSES, LAYOUTS, (1, 2)) if case[0] == _CLASSES[0] or case[2] == 2],
+        [(_CLASSES[0], "tp2 x fsdp2, split sequences", 2)],
+    ),
+)
 def test_every_layout_logs_the_same_steps(
     pool: Pool,
     tmp_path: Path,
@@ -116,48 +97,29 @@ def test_every_layout_logs_the_same_steps(
     assert_close(cut_weights, weights)
 
 
-def test_one_process_trains_as_stock_trainer_with_the_right_mean(gpt2: Path, tmp_path: Path) -> None:
-    """Catches a mean over positions that are not predicted: the first of each row, which stock GPT-2 counts."""
-    trainer = make_trainer(Run(gpt2, tmp_path, arguments={"max_steps": 1, "save_strategy": "no"}))
+def _loss(run: Run) -> tuple[float, int]:
+    trainer = make_trainer(run)
     batch = trainer.data_collator(examples(8))
-    loss, items = _loss_of(trainer, batch)
-    reference = GPT2LMHeadModel.from_pretrained(gpt2)
-    logits = reference(batch["input_ids"]).logits.detach().double()
-    targets = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert items == int((targets != -100).sum())
-    assert loss == pytest.approx(float(expected), rel=1e-6)
-
-
-def _loss_of(trainer: Trainer, batch: dict[str, torch.Tensor]) -> tuple[float, int]:
     items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
     trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
-    return float(loss.detach()), int(items)
+    return float(trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).detach()), int(items)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("layout", ["one", "tp2"])
-def test_label_smoothing_reaches_the_vocabulary_parallel_loss(
-    pool: Pool, gpt2: Path, tmp_path: Path, layout: str
+def test_the_loss_is_the_mean_over_what_is_predicted(
+    pool: Pool, gpt2: Path, tmp_path: Path, layout: str, smoothing: float
 ) -> None:
-    """Catches the stock smoother, which would ask for logits that training does not compute."""
-    run = Run(gpt2, tmp_path, layout=LAYOUTS.get(layout, {}), arguments={"label_smoothing_factor": 0.1})
-    loss = on_ranks(pool, _smoothed_loss, run)
+    """Catches a mean over the first of each row too, as in stock GPT-2, and smoothing that asks for all logits."""
+    run = Run(gpt2, tmp_path, layout=LAYOUTS.get(layout, {}), arguments={"label_smoothing_factor": smoothing})
+    loss, items = on_ranks(pool, _loss, run)
     batch = {name: torch.stack([e[name] for e in examples(8)]) for name in ("input_ids", "labels")}
     logits = GPT2LMHeadModel.from_pretrained(gpt2)(batch["input_ids"]).logits.detach().double()
-    targets = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1)
-    assert loss == pytest.approx(float(expected), rel=1e-6)
+    assert items == int((batch["labels"][:, 1:] != -100).sum())
+    assert loss == pytest.approx(float(reference_loss(logits, batch["labels"], label_smoothing=smoothing)), rel=1e-6)
 
 
-def _smoothed_loss(run: Run) -> float:
-    trainer = make_trainer(run)
-    return _loss_of(trainer, trainer.data_collator(examples(8)))[0]
-
-
-@pytest.mark.parametrize(
-    "layout", ["tp2 x fsdp2", *(pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS if x != "tp2 x fsdp2")]
-)
+@pytest.mark.parametrize("layout", layouts("tp2 x fsdp2"))
 def test_predictions_hold_every_example_once(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches rows repeated for each rank of a group, a wrong order, and a last batch cut off or filled up."""
     expected = predict(Run(gpt2, tmp_path / "one"))
@@ -170,14 +132,10 @@ def test_predictions_hold_every_example_once(pool: Pool, gpt2: Path, tmp_path: P
         assert loss == pytest.approx(expected[2], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    ["tp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("one", *LAYOUTS) if x != "tp2")],
-)
+@pytest.mark.parametrize("layout", layouts("tp2", "one", *list(LAYOUTS)[1:]))
 def test_resuming_at_the_same_layout_changes_no_bit(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches a random stream, a moment, a step counter or a place in the data that is not restored; dropout is on."""
-    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
-    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(layout, {}), config=dropout, arguments=TWENTY)
+    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(layout, {}), config=DROPOUT, arguments=TWENTY)
     steps, state = on_ranks(pool, train_with_moments, run)
     again = replace(run, output=tmp_path / "again", resume=run.output / "checkpoint-10")
     resumed_steps, resumed_state = on_ranks(pool, train_with_moments, again)
@@ -185,23 +143,18 @@ def test_resuming_at_the_same_layout_changes_no_bit(pool: Pool, gpt2: Path, tmp_
     assert_all_equal(resumed_state, state)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        ("tp2 x fsdp2", "one"),
-        *(
-            pytest.param(*layouts, marks=pytest.mark.slow)
-            for layouts in (
-                ("tp2", "tp4"),
-                ("tp4", "one"),
-                ("tp2 x fsdp2", "tp4"),
-                ("one", "tp2 x fsdp2"),
-                ("tp2 x replicate2", "tp2"),
-                ("tp2, split sequences", "tp4"),
-            )
-        ),
-    ],
-)
+_MOVES = [
+    ("tp2 x fsdp2", "one"),
+    ("tp2", "tp4"),
+    ("tp4", "one"),
+    ("tp2 x fsdp2", "tp4"),
+    ("one", "tp2 x fsdp2"),
+    ("tp2 x replicate2", "tp2"),
+    ("tp2, split sequences", "tp4"),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), quick(_MOVES, _MOVES[:1]))
 def test_resuming_at_another_layout(pool: Pool, gpt2: Path, tmp_path: Path, first: str, second: str) -> None:
     """Catches optimizer state that belongs to a layout: other moments, or a fresh optimizer without a word."""
     run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(first, {}), arguments=TWENTY)
@@ -242,7 +195,7 @@ def test_an_interrupted_save_is_no_checkpoint(gpt2: Path, tmp_path: Path, monkey
     assert sorted(path.name for path in run.output.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
-@pytest.mark.parametrize("layout", ["tp2", pytest.param("one", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", layouts("tp2", "one"))
 def test_best_model_at_the_end_and_the_limit_on_checkpoints(
     pool: Pool, gpt2: Path, tmp_path: Path, layout: str
 ) -> None:
@@ -264,8 +217,7 @@ def test_best_model_at_the_end_and_the_limit_on_checkpoints(
     state = json.loads((run.output / "checkpoint-8" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == best
     stored = on_ranks(pool, _weights_of, replace(run, model=Path(best)))
-    for name, weight in weights.items():
-        assert torch.equal(stored[name], weight), name
+    assert_all_equal(stored, weights)
 
 
 def _train_for_the_best(run: Run) -> tuple[str, dict[str, torch.Tensor]]:
@@ -278,9 +230,7 @@ def _weights_of(run: Run) -> dict[str, torch.Tensor]:
     return full_weights(make_trainer(run).model)
 
 
-@pytest.mark.parametrize(
-    "layout", ["tp2 x fsdp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("one", "tp2", "tp2 x replicate2"))]
-)
+@pytest.mark.parametrize("layout", layouts("tp2 x fsdp2", "one", "tp2", "tp2 x replicate2"))
 def test_one_flag_saves_for_stock_transformers(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches a final model in shards, under our names, or with a copy of the tied head."""
     run = Run(gpt2, tmp_path, layout=LAYOUTS.get(layout, {}), arguments={"max_steps": 1, "save_strategy": "no"})
@@ -292,30 +242,6 @@ def test_one_flag_saves_for_stock_transformers(pool: Pool, gpt2: Path, tmp_path:
     # Without the flag it is the same tensors with a configuration of ours.
     assert_all_equal(load_file(tmp_path / "ours/model.safetensors"), load_file(tmp_path / "stock/model.safetensors"))
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")) is MegatronGPT2LMHeadModel
-
-
-_LOAD_WITHOUT_US = """
-import sys
-sys.modules["hf_megatron"] = None  # importing it raises ImportError, installed or not
-import transformers
-for directory in sys.argv[1:]:
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-    assert type(model) is transformers.GPT2LMHeadModel, model
-    assert not any(info.values()), info
-"""
-
-
-@pytest.mark.slow
-def test_what_is_saved_for_stock_transformers_loads_without_this_package(
-    pool: Pool, gpt2: Path, tmp_path: Path
-) -> None:
-    """Catches a user who cannot leave: a trained model that needs this package to be installed."""
-    arguments = {"max_steps": 1, "save_strategy": "no"}
-    for layout in ("tp2", "tp2 x fsdp2"):
-        on_ranks(pool, _train_and_save, Run(gpt2, tmp_path / layout, layout=LAYOUTS[layout], arguments=arguments))
-    directories = [str(tmp_path / layout / "stock") for layout in ("tp2", "tp2 x fsdp2")]
-    done = subprocess.run([sys.executable, "-I", "-c", _LOAD_WITHOUT_US, *directories], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def _train_and_save(run: Run) -> Tensors:
@@ -334,5 +260,4 @@ def test_a_stock_model_is_trained_as_by_the_stock_class(gpt2: Path, tmp_path: Pa
     stock.train()
     resumed = MegatronTrainer(GPT2LMHeadModel.from_pretrained(gpt2), trainer.args, train_dataset=examples())
     resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-1"))
-    for (name, a), b in zip(model.named_parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
+    assert_all_equal(full_weights(resumed.model), full_weights(model))

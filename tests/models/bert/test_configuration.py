@@ -11,10 +11,9 @@ from transformers import BertConfig
 from transformers import MegatronBertConfig as StockMegatronBertConfig
 
 import hf_megatron
-from hf_megatron import MegatronBertConfig, MegatronBertForMaskedLM
+from hf_megatron import MegatronBertConfig
 from hf_megatron.errors import UnsupportedError
-from hf_megatron.models.bert.configuration_bert import table_of_placement
-from tests.models.bert.reference import PLACEMENTS, TINY, save_stock_bert, stock_config
+from tests.models.architectures import BERTS, Architecture
 
 # What either kind may say beyond its sizes.
 OTHER = {
@@ -38,11 +37,15 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, TINY, {**TINY, **OTHER}], ids=["defaults", "sizes", "everything"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_stock_configuration_is_taken_and_given_back(tmp_path: Path, placement: str, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, BERTS[0].changes(), BERTS[0].changes(**OTHER)], ids=["defaults", "sizes", "everything"]
+)
+@pytest.mark.parametrize("case", BERTS)
+def test_a_stock_configuration_is_taken_and_given_back(
+    tmp_path: Path, case: Architecture, changes: dict[str, Any]
+) -> None:
     """Catches an entry that is lost, or that is written only where it differs from this package's default."""
-    stock = BertConfig(**changes) if placement == "post" else StockMegatronBertConfig(**changes)
+    stock, placement = case.stock().config_class(**changes), case.table.own_config["layernorm_placement"]
     stock.save_pretrained(tmp_path / "stock")
     ours = MegatronBertConfig.from_pretrained(tmp_path / "stock")
     assert ours.layernorm_placement == placement
@@ -53,7 +56,7 @@ def test_a_stock_configuration_is_taken_and_given_back(tmp_path: Path, placement
 
     ours.save_pretrained(tmp_path / "ours")
     assert MegatronBertConfig.from_pretrained(tmp_path / "ours").to_dict() == ours.to_dict()
-    table, written = table_of_placement(placement), json.loads((tmp_path / "ours/config.json").read_text())
+    table, written = case.table, json.loads((tmp_path / "ours/config.json").read_text())
     assert written["layernorm_placement"] == placement
     given_back = table.config_of(written, table.classes[0], stock=True)
     (tmp_path / "ours/config.json").write_text(json.dumps(given_back))
@@ -63,28 +66,28 @@ def test_a_stock_configuration_is_taken_and_given_back(tmp_path: Path, placement
             assert getattr(again, name) == getattr(stock, name), f"{name}={value}"
 
 
-@pytest.mark.parametrize(("placement", "other"), [("pre", BertConfig()), ("post", StockMegatronBertConfig())])
-def test_sizes_that_are_the_other_kinds_defaults_are_written(tmp_path: Path, placement: str, other: Any) -> None:
+@pytest.mark.parametrize(("case", "other"), [(BERTS[0], BertConfig()), (BERTS[1], StockMegatronBertConfig())])
+def test_sizes_that_are_the_other_kinds_defaults_are_written(tmp_path: Path, case: Architecture, other: Any) -> None:
     """Catches sizes left out of config.json because some class has them by default, and read as another's."""
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     sizes = {name: getattr(other, name) for name in names}
-    stock_config(placement, **sizes).save_pretrained(tmp_path / "stock")
+    case.stock_config(**sizes).save_pretrained(tmp_path / "stock")
     MegatronBertConfig.from_pretrained(tmp_path / "stock").save_pretrained(tmp_path / "ours")
     written = json.loads((tmp_path / "ours/config.json").read_text())
     assert {name: written[name] for name in names} == sizes
 
 
 @pytest.mark.parametrize("message", REFUSED)
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_what_cannot_be_honoured_is_refused_when_it_is_read(tmp_path: Path, placement: str, message: str) -> None:
+@pytest.mark.parametrize("case", BERTS)
+def test_what_cannot_be_honoured_is_refused_when_it_is_read(tmp_path: Path, case: Architecture, message: str) -> None:
     """Catches a model that is built and computes something else; the weights are not even looked at."""
     with pytest.raises(UnsupportedError, match=message):
-        MegatronBertConfig(**{**TINY, "layernorm_placement": placement, **REFUSED[message]})
-    save_stock_bert(tmp_path, placement, "ForMaskedLM")
+        case.config(**REFUSED[message])
+    case.save_stock(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **REFUSED[message]}))
     (tmp_path / "model.safetensors").write_text("not a weight file")
-    for make in (MegatronBertConfig.from_pretrained, MegatronBertForMaskedLM.from_pretrained):
+    for make in (MegatronBertConfig.from_pretrained, case.ours().from_pretrained):
         with pytest.raises(UnsupportedError, match=message):
             make(tmp_path)
 
@@ -92,7 +95,7 @@ def test_what_cannot_be_honoured_is_refused_when_it_is_read(tmp_path: Path, plac
 def test_another_placement_is_refused() -> None:
     """Catches a misspelt placement that is taken for one of the two."""
     with pytest.raises(UnsupportedError, match=r"layernorm_placement='Post'; choose 'pre' .* or 'post'"):
-        MegatronBertConfig(**TINY, layernorm_placement="Post")
+        BERTS[0].config(layernorm_placement="Post")
 
 
 def test_the_papers_placement_is_the_default() -> None:
@@ -106,3 +109,12 @@ def test_the_papers_placement_is_the_default() -> None:
     assert hf_megatron.MegatronBertConfig is MegatronBertConfig
     # transformers finds classes by the name of the configuration's class, and has one of this name.
     assert MegatronBertConfig.__name__ != "MegatronBertConfig"
+
+
+def test_sizes_that_are_left_out_are_those_of_the_stock_class(tmp_path: Path) -> None:
+    """Catches a stock config.json completed with the other kind's sizes, or with this package's."""
+    for model_type, hidden_size, placement in (("bert", 768, "post"), ("megatron-bert", 1024, "pre")):
+        (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}", "num_attention_heads": 4}}')
+        config = MegatronBertConfig.from_pretrained(tmp_path)
+        assert (config.hidden_size, config.layernorm_placement) == (hidden_size, placement)
+        assert config.num_attention_heads == 4
