@@ -1,4 +1,4 @@
-"""Examples to a batch for ``MegatronBertForPreTraining`` or ``MegatronBertForMaskedLM``.
+"""Examples to batches for ``MegatronBertForPreTraining`` or ``MegatronBertForMaskedLM``.
 
 Shapes: B batch, S sequence.
 """
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_megatron.errors import DataError
 from hf_megatron.paper.data.masking import NgramMasking
-from hf_megatron.paper.data.special_tokens import special_token_id
+from hf_megatron.paper.data.tokens import special_token_id
 
 _ORDER = "sentence_order_label"
 _IGNORED = -100
@@ -25,19 +25,19 @@ _IGNORED = -100
 
 @dataclass
 class DataCollatorForMegatronBertPretraining:
-    """Pads examples to a batch and masks it anew each time, by whole words and n-grams of them.
+    """Pads examples to a batch and masks whole words and n-grams of them, anew each time.
 
-    All ranks of a tensor-parallel group must make the same batch. They do if they hand over the same examples and draw
-    the same numbers: from ``seed``, or from torch's default generator, which building or loading a model with
-    ``distributed_config`` puts in step on the ranks of a group, and which Trainer saves and restores. The workers of a
-    DataLoader are seeded by their number, so that this holds with workers too.
+    All ranks of a tensor-parallel group must make the same batch. They do if they have the same examples and draw the
+    same numbers: from ``seed``, or from torch's default generator, which building or loading a model with
+    ``distributed_config`` makes equal within a group, and which Trainer saves and restores. DataLoader workers are
+    seeded by their number, so that this holds with workers too.
 
     Args:
         tokenizer: A fast BERT tokenizer, of any vocabulary.
-        mlm_probability: Largest share of the tokens of each sequence to ask for.
+        mlm_probability: Largest share of each sequence's tokens to predict.
         max_ngram: Largest number of words in a row that are masked together.
-        pad_to_multiple_of: Pad to a length that this divides; to the longest example if None.
-        seed: Seed of a random stream of the collator's own; torch's default generator is used if None.
+        pad_to_multiple_of: Pad to a multiple of this length; to the longest example if None.
+        seed: Seed of the collator's own random stream; torch's default generator is used if None.
 
     Raises:
         DataError: The tokenizer lacks what masking needs, or a number is out of its range.
@@ -59,23 +59,24 @@ class DataCollatorForMegatronBertPretraining:
         """Make a batch.
 
         Args:
-            examples: B mappings as :func:`sentence_order_pairs` or the tokenizer gives them: ``input_ids`` with their
-                special tokens, ``token_type_ids`` (zeros if absent), and ``sentence_order_label`` in all or none of
-                them. Other entries are not used.
+            examples: B mappings as :func:`sentence_order_pairs` or the tokenizer gives them: ``input_ids`` with special
+                tokens, ``token_type_ids`` (zeros if absent), and ``sentence_order_label`` in all or none of them.
 
         Returns:
-            On the CPU: ``input_ids``, ``attention_mask``, ``token_type_ids`` and ``labels``, all [B, S], the labels
-            being -100 where nothing is asked for; and ``sentence_order_label`` [B], if the examples have it.
+            On the CPU: ``input_ids``, ``attention_mask``, ``token_type_ids`` and ``labels``, [B, S], with labels of
+            -100 where nothing is predicted; and ``sentence_order_label`` [B], if the examples have it.
 
         Raises:
             DataError: An example has nothing but special tokens, or only some have a ``sentence_order_label``.
         """
         generator = self._random_stream()
         sequences = [torch.as_tensor(example["input_ids"], dtype=torch.long) for example in examples]
-        types = [_token_types(example, len(ids)) for example, ids in zip(examples, sequences, strict=True)]
-        is_chosen = [self._choose(ids, generator) for ids in sequences]
+        types = [
+            torch.as_tensor(example.get("token_type_ids", [0] * len(ids)), dtype=torch.long)
+            for example, ids in zip(examples, sequences, strict=True)
+        ]
+        chosen = self._pad([self._choose(ids, generator) for ids in sequences], 0)
         input_ids = self._pad(sequences, special_token_id(self.tokenizer, "pad"))
-        chosen = self._pad(is_chosen, 0)
         batch = {
             "input_ids": self._masking.replace(input_ids, chosen, generator),
             "attention_mask": self._pad([torch.ones_like(ids) for ids in sequences], 0),
@@ -96,6 +97,7 @@ class DataCollatorForMegatronBertPretraining:
         return self._generator
 
     def _choose(self, token_ids: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """[S] booleans: what to predict."""
         ngrams = self._masking.choose(token_ids.tolist(), generator)
         if not ngrams:
             raise DataError(
@@ -103,16 +105,11 @@ class DataCollatorForMegatronBertPretraining:
                 "predict; leave empty texts out."
             )
         is_chosen = torch.zeros(len(token_ids), dtype=torch.bool)
-        is_chosen[[position for ngram in ngrams for position in ngram]] = True
+        for ngram in ngrams:
+            is_chosen[ngram.start : ngram.stop] = True
         return is_chosen
 
     def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
         """[B, S] from B rows, ``value`` to the right of the shorter ones."""
         padded = pad_sequence(rows, batch_first=True, padding_value=value)
         return F.pad(padded, (0, -padded.shape[1] % (self.pad_to_multiple_of or 1)), value=value)
-
-
-def _token_types(example: Mapping[str, Any], length: int) -> torch.Tensor:
-    if "token_type_ids" not in example:
-        return torch.zeros(length, dtype=torch.long)
-    return torch.as_tensor(example["token_type_ids"], dtype=torch.long)

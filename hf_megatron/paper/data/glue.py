@@ -28,7 +28,7 @@ class SentencePair(TypedDict):
 
 @dataclass(frozen=True)
 class PairTask:
-    """Where a task's files and its rows on the Hub have what.
+    """The columns and classes of a task.
 
     Attributes:
         labels: Names of the classes; the numbers are those of the Hub.
@@ -64,8 +64,8 @@ _NO_GOLD_LABEL = "-"  # MultiNLI's mark where the annotators did not agree
 def read_sentence_pairs(task: PairTask, file: Path) -> list[SentencePair]:
     """Read an official file: a table with tabs between its columns and a header, or one JSON object a line (.jsonl).
 
-    Left out are pairs of MNLI without a gold label, and rows with too few columns, of which QQP has some; a warning
-    counts the latter.
+    Pairs of MNLI without a gold label are left out, and so are rows with too few columns, of which QQP has some; a
+    warning counts the latter.
 
     Raises:
         DataError: A column is missing, a class is unknown, the file is of another form, or it holds nothing.

@@ -1,13 +1,12 @@
-"""Which tokens a masked language model is asked for, and what it sees in their place.
+"""Which tokens a masked language model predicts, and what it sees in their place.
 
-Whole words are chosen, alone or two or three in a row, a run of n words with a probability proportional to 1/n, until
-15% of the tokens are chosen. Of the chosen tokens 80% become ``[MASK]``, 10% become any other token and 10% stay.
+Whole words are chosen, one to three in a row, n words with a probability proportional to 1/n, until 15% of the tokens
+are chosen. Of the chosen tokens 80% become ``[MASK]``, 10% become any other token and 10% stay.
 
 Shapes: B batch, S sequence.
 
-Source: Shoeybi et al. 2019, arXiv:1909.08053, section 4.2, which takes the whole-word n-grams from Joshi et al. 2019,
-arXiv:1907.10529; the weights 1/n are those of Lan et al. 2019, arXiv:1909.11942; 80/10/10 is BERT's, drawn for each
-token.
+Source: Shoeybi et al. 2019, arXiv:1909.08053, section 4.2; whole-word n-grams: Joshi et al. 2019, arXiv:1907.10529; the
+weights 1/n: Lan et al. 2019, arXiv:1909.11942; 80/10/10, drawn for each token: BERT.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_megatron.errors import DataError
-from hf_megatron.paper.data.special_tokens import special_token_id
+from hf_megatron.paper.data.tokens import special_token_id
 
 _MASKED_SHARE = 0.8
 _RANDOM_SHARE = 0.1
@@ -28,7 +27,7 @@ class NgramMasking:
     """Whole-word n-gram masking for the vocabulary of one tokenizer.
 
     Args:
-        tokenizer: A fast tokenizer whose model marks the tokens that continue a word, as WordPiece does with ``##``.
+        tokenizer: A fast tokenizer that marks the tokens that continue a word, as WordPiece does with ``##``.
         mlm_probability: Largest share of a sequence's tokens to choose, special tokens not counted.
         max_ngram: Largest number of words in a row that are chosen together.
 
@@ -46,12 +45,11 @@ class NgramMasking:
             )
         prefix = _continuation_prefix(tokenizer)
         vocabulary: dict[str, int] = tokenizer.get_vocab()
-        special = set(tokenizer.all_special_ids)
         self.mlm_probability = mlm_probability
         self.mask_token_id = special_token_id(tokenizer, "mask")
-        self._special = special
-        self._continuations = {i for token, i in vocabulary.items() if token.startswith(prefix)} - special
-        self._ordinary = torch.tensor(sorted(set(vocabulary.values()) - special))
+        self._special = set(tokenizer.all_special_ids)
+        self._continuations = {i for token, i in vocabulary.items() if token.startswith(prefix)} - self._special
+        self._ordinary = torch.tensor(sorted(set(vocabulary.values()) - self._special))
         self._ngram_weights = 1 / torch.arange(1.0, max_ngram + 1)
 
     def words(self, token_ids: Sequence[int]) -> list[range]:
@@ -69,7 +67,7 @@ class NgramMasking:
         return words
 
     def choose(self, token_ids: Sequence[int], generator: torch.Generator | None = None) -> list[range]:
-        """Choose what the model is asked for.
+        """Choose what the model predicts.
 
         Args:
             token_ids: S ids of one sequence, with its special tokens.
@@ -77,8 +75,8 @@ class NgramMasking:
 
         Returns:
             The positions of each n-gram, in the order they were drawn; they do not overlap. Together they hold at most
-            ``mlm_probability`` of the tokens, and only where no word is short enough for that, the shortest word.
-            Empty if there are only special tokens.
+            ``mlm_probability`` of the tokens, or one word, the shortest, if all are longer than that. Empty if there
+            are only special tokens.
         """
         words = self.words(token_ids)
         if not words:
@@ -114,7 +112,7 @@ class NgramMasking:
             generator: What to draw from; torch's default generator if None.
 
         Returns:
-            [B, S]: of the chosen tokens 80% are ``[MASK]``, 10% random ones that are not special, and 10% themselves.
+            [B, S]: 80% of the chosen tokens are ``[MASK]``, 10% random ones that are not special, 10% themselves.
         """
         draw = torch.rand(input_ids.shape, generator=generator)
         other = self._ordinary[torch.randint(len(self._ordinary), input_ids.shape, generator=generator)]

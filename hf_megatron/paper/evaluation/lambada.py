@@ -1,11 +1,8 @@
 """LAMBADA accuracy by the paper's protocol: the last word of a passage, right only if all of its sub-words are.
 
-The passage without its last word goes in, and so does the word itself (teacher forcing): each of its sub-words has to
-be the likeliest given the passage and the sub-words before it.
+Each sub-word has to be the likeliest one given the passage and the right sub-words before it (teacher forcing).
 
 Source: Paperno et al. 2016, arXiv:1606.06031; Shoeybi et al. 2019, arXiv:1909.08053, appendix E.2.
-
-Shapes: B passages, S tokens of the longest, K positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hf_megatron.errors import DataError
-from hf_megatron.paper.evaluation.scoring import encode, logits_at, with_progress
+from hf_megatron.paper.evaluation.scoring import IGNORED, Example, encode, predictions
 
 _LAST_WORD = re.compile(r"\s\S+\s*\Z")
 
@@ -48,19 +46,14 @@ class LambadaResult:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A passage in two parts, which together are the text.
-
-    Attributes:
-        context: What comes before the last word.
-        target: The last word, with the space before it.
-    """
+    """A text in two parts: what comes before the last word, and the last word with the space before it."""
 
     context: str
     target: str
 
     @classmethod
     def split(cls, text: str) -> Passage:
-        """A text at its last word.
+        """Split a text at its last word.
 
         Raises:
             DataError: The text has less than two words.
@@ -74,7 +67,7 @@ class Passage:
 def read_passages(file: Path) -> list[str]:
     """The passages of a file: JSON objects with a ``text``, one a line (``.jsonl``), or a passage a line.
 
-    Both editions are of either form: the raw one, tokenised and in lower case, and the detokenised one.
+    Both the raw edition, tokenised and in lower case, and the detokenised one come in either form.
 
     Raises:
         DataError: A line is not what it should be, or there is none.
@@ -100,7 +93,7 @@ def evaluate_lambada(
     """Accuracy of a model on the last words of passages.
 
     Args:
-        model: A causal language model, in evaluation mode. Every rank of one that is cut makes this call.
+        model: A causal language model, in evaluation mode. If it is cut over ranks, every rank makes this call.
         tokenizer: Its tokenizer.
         passages: Whole texts, last word included.
         batch_size: Passages at a time, of about the same length.
@@ -112,45 +105,27 @@ def evaluate_lambada(
     started = time.monotonic()
     if not passages:
         raise DataError("there are no passages; give at least one.")
-    examples = sorted((_encoded(tokenizer, text) for text in passages), key=lambda example: len(example[0]))
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and len(examples[-1][0]) > positions:
-        raise DataError(f"a passage has {len(examples[-1][0])} tokens, more than the model's {positions} positions.")
+    examples = sorted((_example(tokenizer, text) for text in passages), key=lambda example: len(example.token_ids))
+    longest, positions = len(examples[-1].token_ids), getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise DataError(f"a passage has {longest} tokens, more than the model's {positions} positions.")
     batches = [examples[first : first + batch_size] for first in range(0, len(examples), batch_size)]
-    num_right, log_probability = 0, 0.0
-    for batch in with_progress(batches, [len(batch) for batch in batches], unit="passages", show=show_progress):
-        right, logs = _scores(model, batch)
-        num_right, log_probability = num_right + right, log_probability + logs
+    num_right, loss = 0, 0.0
+    for logits, labels in predictions(model, batches, unit="passages", show_progress=show_progress):
+        is_right = (logits.argmax(-1) == labels) | (labels == IGNORED)  # [B, K]
+        num_right += int(is_right.all(-1).sum())
+        loss += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").double().sum())
     return LambadaResult(
         accuracy=num_right / len(examples),
-        perplexity=exp(-log_probability / len(examples)),
-        tokens=sum(count for _, count in examples),
+        perplexity=exp(loss / len(examples)),
+        tokens=sum(example.num_predicted for example in examples),
         examples=len(examples),
         seconds=time.monotonic() - started,
     )
 
 
-def _encoded(tokenizer: Any, text: str) -> tuple[list[int], int]:
-    """All token ids of a passage, and how many of them are the last word's, which follows after one space."""
+def _example(tokenizer: Any, text: str) -> Example:
+    """A passage whose last word, which follows after one space, is predicted."""
     passage = Passage.split(text)
     target = encode(tokenizer, f" {passage.target.strip()}")
-    return encode(tokenizer, passage.context.rstrip()) + target, len(target)
-
-
-def _scores(model: Any, batch: Sequence[tuple[list[int], int]]) -> tuple[int, float]:
-    """How many last words of a batch are right, and the sum of the log-probabilities of all of them.
-
-    Padding follows the passages, where a causal model does not see it.
-    """
-    longest = max(len(ids) for ids, _ in batch)
-    inputs = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])[:, :-1]  # [B, S]
-    # The batch is sorted: a few positions hold the last words of all.
-    first = min(len(ids) - count for ids, count in batch) - 1
-    logits = logits_at(model, inputs, torch.arange(first, longest - 1)).cpu()  # [B, K, V]
-    num_right, log_probability = 0, 0.0
-    for row, (ids, count) in zip(logits, batch, strict=True):
-        last = len(ids) - 1 - first
-        own, target = row[last - count : last], torch.tensor(ids[-count:])
-        num_right += int(bool((own.argmax(-1) == target).all()))
-        log_probability += float(own.log_softmax(-1).gather(1, target[:, None]).double().sum())
-    return num_right, log_probability
+    return Example(torch.tensor(encode(tokenizer, passage.context.rstrip()) + target), len(target))
