@@ -31,7 +31,7 @@ _KEYS = {
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hf_megatron_conversion", "quickstart", *arguments]
+    command = [sys.executable, "-m", "hf_megatron", "quickstart", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=290, check=False, env=dict(os.environ))
 
 

@@ -1,6 +1,6 @@
 """Data for the paper's training.
 
-- Pretraining BERT: ``sentence_order`` makes pairs of segments, ``masking`` chooses whole words, ``collator`` makes batches.
+- Pretraining BERT: ``sentence_order`` makes pairs of segments, ``masking`` chooses words, ``collator`` makes batches.
 - Pretraining GPT-2: ``packing`` cuts documents into full sequences.
 - Fine-tuning BERT: ``squad``, ``race`` and ``glue`` (MNLI, QQP), one module per task.
 """

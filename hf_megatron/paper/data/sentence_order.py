@@ -54,9 +54,8 @@ def sentence_order_pairs(
             same numbers.
 
     Yields:
-        Lists ``input_ids`` and ``token_type_ids``, and ``sentence_order_label``: 0 if the segments stand in their order,
-        1 if they are swapped. :class:`DataCollatorForMegatronBertPretraining` and ``datasets.Dataset.from_list`` take
-        these.
+        Lists ``input_ids`` and ``token_type_ids``, and ``sentence_order_label``: 0 if the segments stand in their
+        order, 1 if swapped. :class:`DataCollatorForMegatronBertPretraining` takes these.
 
     Raises:
         DataError: ``max_length`` does not hold two tokens and the special ones, or the tokenizer lacks one of these.
@@ -70,12 +69,13 @@ def sentence_order_pairs(
     for document in documents:
         for sentences in _fill(document, room, short_probability, generator):
             split = _randint(1, len(sentences), generator)
-            segments = [list(chain(*sentences[:split])), list(chain(*sentences[split:]))]
+            first, second = list(chain(*sentences[:split])), list(chain(*sentences[split:]))
             label = _randint(0, 2, generator)
             if label:
-                segments.reverse()
+                first, second = second, first
             # Cut after swapping, and both at the end: neither lengths nor cuts may tell the label.
-            yield {**pairs.join(*_shorten(*segments, room)), "sentence_order_label": label}
+            first, second = _shorten(first, second, room)
+            yield {**pairs.join(first, second), "sentence_order_label": label}
 
 
 def _fill(
