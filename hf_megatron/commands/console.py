@@ -16,7 +16,6 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     TaskID,
-    TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -32,16 +31,13 @@ class ProgressBar:
     """A bar on stderr for each task, with speed and remaining time."""
 
     def __init__(self, bars: Progress) -> None:
-        """Show tasks in ``bars``."""
         self._bars = bars
         self._task: TaskID | None = None
 
     def begin(self, task: str, total_bytes: int) -> None:
-        """Start a task."""
         self._task = self._bars.add_task(task, total=total_bytes)
 
     def advance(self, num_bytes: int) -> None:
-        """Move the bar of the current task."""
         assert self._task is not None, "begin comes before advance"
         self._bars.advance(self._task, num_bytes)
 
@@ -50,9 +46,8 @@ class ProgressBar:
 def progress_bar() -> Iterator[ProgressBar]:
     """Bars that live until the context is left; none where stderr is not a terminal."""
     console = Console(stderr=True)
-    name, speed, left = TextColumn("{task.description}"), TransferSpeedColumn(), TimeRemainingColumn()
-    columns = (name, BarColumn(), DownloadColumn(), speed, left)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("{task.description}", *columns, console=console, disable=not console.is_terminal) as bars:
         yield ProgressBar(bars)
 
 

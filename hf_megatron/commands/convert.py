@@ -15,27 +15,24 @@ from hf_megatron_conversion.formats import FormatName
 def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A directory, or a repository on the Hub.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write.")],
-    to: Annotated[FormatName, typer.Option("--to", help="Format to write.")],
-    tp: Annotated[int | None, typer.Option("--tp", help="Tensor-parallel degree to write.")] = None,
+    to: Annotated[FormatName, typer.Option(help="Format to write.")],
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree to write.")] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Cast to float32, bfloat16, float16 or float64; kept by default.")
+        str | None, typer.Option(help="Cast to float32, bfloat16, float16 or float64; kept by default.")
     ] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option("--max-shard-size", help="Largest weight file of a hub directory, such as 5GB.")
+        str | None, typer.Option(help="Largest weight file of a hub directory, such as 5GB.")
     ] = None,
     vocab_size: Annotated[
-        int | None,
-        typer.Option("--vocab-size", min=1, help="Vocabulary without the padding that Megatron-LM adds."),
+        int | None, typer.Option(min=1, help="Vocabulary without the padding that Megatron-LM adds.")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="A config.json that takes the place of the source's.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A config.json that takes the place of the source's.")] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="Directory of a tokenizer that takes the place of the source's.")
+        Path | None, typer.Option(help="Directory of a tokenizer that takes the place of the source's.")
     ] = None,
     model_type: Annotated[
         Literal["stock", "megatron"] | None,
-        typer.Option("--model-type", help="Whose classes AutoModel gives: stock (default for hub) or megatron."),
+        typer.Option(help="Whose classes AutoModel gives: stock (default for hub) or megatron."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing destination.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,

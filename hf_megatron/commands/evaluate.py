@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hf_megatron.commands.console import JsonOption, messages_to_stderr, report
+from hf_megatron.commands.torchrun import run_ranks
 from hf_megatron.errors import DataError, HfMegatronError, UnsupportedError
 from hf_megatron_conversion.formats import format_of
 from hf_megatron_conversion.source import source_directory
@@ -51,18 +51,14 @@ def command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A hub or tp directory, or a repository, of a causal language model.")
     ],
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="wiki.test.tokens, or lambada_test.jsonl.")],
-    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree.")] = 1,
-    tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", metavar="DIR", help="The tokenizer, if MODEL has none.")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option("--stride", min=1, help="How far windows advance: 32; more is quicker.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences at a time.")] = None,
+    data: Annotated[Path, typer.Option(metavar="FILE", help="wiki.test.tokens, or lambada_test.jsonl.")],
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree.")] = 1,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="The tokenizer, if MODEL has none.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="How far windows advance: 32; more is quicker.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences at a time.")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "float64"] | None,
-        typer.Option("--dtype", help="What to compute in; the checkpoint's by default."),
+        typer.Option(help="What to compute in; the checkpoint's by default."),
     ] = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -115,12 +111,9 @@ def _start_ranks(job: Mapping[str, Any], tp_size: int) -> dict[str, Any]:
     """Run the job under torchrun, on ranks of this machine."""
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp_size}"]
-        command += ["-m", "hf_megatron.commands.evaluate", json.dumps(job), str(result)]
+        arguments = [json.dumps(job), str(result)]
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // tp_size))
-        # stdout is kept for the result.
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
-        status = subprocess.run(command, env=environment, stdout=sys.stderr.fileno(), check=False).returncode
+        status = run_ranks("hf_megatron.commands.evaluate", arguments, tp_size, OMP_NUM_THREADS=threads)
         if not result.is_file():
             raise HfMegatronError(f"the ranks ended with exit code {status}; what they printed stands above.")
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))

@@ -24,27 +24,27 @@ def command(
             metavar="MODEL", help="A size of the paper such as gpt2-8.3b, a config.json, a directory, or a repository."
         ),
     ],
-    tp: Annotated[int | None, typer.Option("--tp", help="Tensor-parallel degree: 1; with --gpus any.")] = None,
-    dp: Annotated[int | None, typer.Option("--dp", help="Data-parallel degree: 1.")] = None,
-    pp: Annotated[int, typer.Option("--pp", help="Pipeline stages: 1, as these models have none.")] = 1,
-    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="Find the best way to use so many.")] = None,
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree: 1; with --gpus any.")] = None,
+    dp: Annotated[int | None, typer.Option(help="Data-parallel degree: 1.")] = None,
+    pp: Annotated[int, typer.Option(help="Pipeline stages: 1, as these models have none.")] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Find the best way to use so many.")] = None,
     global_batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a step, with --gpus.")] = None,
-    tokens: Annotated[float | None, typer.Option("--tokens", min=1, help="Tell the hours for so many tokens.")] = None,
-    micro_batch: Annotated[int, typer.Option("--micro-batch", help="Sequences a rank computes at a time.")] = 1,
+    tokens: Annotated[float | None, typer.Option(min=1, help="Tell the hours for so many tokens.")] = None,
+    micro_batch: Annotated[int, typer.Option(help="Sequences a rank computes at a time.")] = 1,
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's longest by default.")] = None,
-    accumulation: Annotated[int, typer.Option("--accumulation", help="Micro-batches per optimizer step.")] = 1,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches per optimizer step.")] = 1,
     device: Annotated[
-        str, typer.Option("--device", help="v100-32gb, a100-80gb, h100, h200, or a JSON file that describes one.")
+        str, typer.Option(help="v100-32gb, a100-80gb, h100, h200, or a JSON file that describes one.")
     ] = "a100-80gb",
     precision: Annotated[
         Literal["fp32", "amp", "bf16", "master"],
-        typer.Option("--precision", help="amp: float32 weights, 16-bit autocast; master: 16-bit, float32 copies."),
+        typer.Option(help="amp: float32 weights, 16-bit autocast; master: 16-bit, float32 copies."),
     ] = "amp",
     recompute: Annotated[
         Literal["none", "selective", "full"] | None,
-        typer.Option("--recompute", help="What the backward pass computes again: none; with --gpus any."),
+        typer.Option(help="What the backward pass computes again: none; with --gpus any."),
     ] = None,
-    attention: Annotated[Literal["sdpa", "eager"], typer.Option("--attention", help="Fused, or written out.")] = "sdpa",
+    attention: Annotated[Literal["sdpa", "eager"], typer.Option(help="Fused, or written out.")] = "sdpa",
     sequence_parallel: Annotated[bool | None, typer.Option(help="Split along the sequence what TP replicates.")] = None,
     fsdp: Annotated[bool | None, typer.Option(help="Data-parallel ranks share weights and optimizer.")] = None,
     dropout: Annotated[bool, typer.Option("--dropout/--no-dropout", help="The configuration's dropout.")] = True,

@@ -21,6 +21,7 @@ import typer
 import hf_megatron_conversion
 from hf_megatron.commands.console import JsonOption, print_message, report
 from hf_megatron.commands.quickstart.text import read_corpus, train_tokenizer
+from hf_megatron.commands.torchrun import run_ranks
 from hf_megatron.errors import DestinationError, HfMegatronError, PartitionError, UnsupportedError
 
 __all__ = ["DEFAULT_OUTPUT", "DEFAULT_STEPS", "command", "quickstart"]
@@ -38,9 +39,9 @@ _SECONDS_PER_RANK = 25
 
 
 def command(
-    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree.")] = 2,
-    output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Where to leave the model.")] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = DEFAULT_STEPS,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree.")] = 2,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to leave the model.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = DEFAULT_STEPS,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the directory of an earlier quickstart.")
     ] = False,
@@ -157,11 +158,9 @@ def _problems(result: dict[str, Any], check: dict[str, Any]) -> list[str]:
 
 
 def _train(work: Path, tp_size: int, steps: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp_size}"]
-    command += ["-m", _TRAINING, str(work), str(steps)]
-    # One thread per rank, which is what torchrun sets as well, after a warning. stdout is kept for the result.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    status = subprocess.run(command, env=environment, stdout=sys.stderr.fileno(), check=False).returncode
+    # One thread per rank, which is what torchrun sets as well, after a warning.
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    status = run_ranks(_TRAINING, [str(work), str(steps)], tp_size, **environment)
     if status:
         raise HfMegatronError(f"training failed with exit code {status}; what the ranks printed stands above.")
 
@@ -176,5 +175,5 @@ def _check_in_stock(work: Path) -> dict[str, Any]:
         raise HfMegatronError(
             f"stock transformers did not load {work / 'hub'} (exit code {done.returncode}); its error stands above."
         )
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return report
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

@@ -1,13 +1,12 @@
 """Data for the paper's training.
 
-- Pretraining BERT: ``sentence_order`` makes pairs of segments, ``masking`` chooses words, ``collator`` makes batches.
+- Pretraining BERT: ``sentence_order`` makes pairs of segments, and ``masking`` masked batches of them.
 - Pretraining GPT-2: ``packing`` cuts documents into full sequences.
 - Fine-tuning BERT: ``squad``, ``race`` and ``glue`` (MNLI, QQP), one module per task.
 """
 
-from hf_megatron.paper.data.collator import DataCollatorForMegatronBertPretraining
 from hf_megatron.paper.data.glue import PAIR_TASKS, PairTask, SentencePair, read_sentence_pairs, sentence_pairs_from_hub
-from hf_megatron.paper.data.masking import NgramMasking
+from hf_megatron.paper.data.masking import DataCollatorForMegatronBertPretraining, NgramMasking
 from hf_megatron.paper.data.packing import PackedDocuments
 from hf_megatron.paper.data.race import RaceQuestion, RaceQuestions, read_race
 from hf_megatron.paper.data.sentence_order import sentence_order_pairs, tokenize_sentences

@@ -28,19 +28,12 @@ class SentencePair(TypedDict):
 
 @dataclass(frozen=True)
 class PairTask:
-    """The columns and classes of a task.
+    """The classes of a task, and the columns of the two sentences and of the class."""
 
-    Attributes:
-        labels: Names of the classes; the numbers are those of the Hub.
-        columns: Columns of the two sentences and of the class in the official files.
-        classes: What a file says for each class.
-        hub_columns: Columns of the two sentences and of the class in the rows of ``nyu-mll/glue``.
-    """
-
-    labels: tuple[str, ...]
-    columns: tuple[str, str, str]
-    classes: tuple[str, ...]
-    hub_columns: tuple[str, str, str]
+    labels: tuple[str, ...]  # names of the classes; their numbers are those of the Hub
+    columns: tuple[str, str, str]  # in the official files
+    classes: tuple[str, ...]  # what a file says for each class
+    hub_columns: tuple[str, str, str]  # in the rows of nyu-mll/glue
 
 
 _MNLI_CLASSES = ("entailment", "neutral", "contradiction")

@@ -15,10 +15,10 @@ from hf_megatron.errors import DataError
 
 
 class PackedDocuments(Dataset[dict[str, torch.Tensor]]):
-    """Sequences cut from all documents in a row, each document followed by an end-of-document token.
+    """Full sequences cut from all documents in a row; the rest at the end is dropped.
 
     The last token of a sequence is the first of the next, so that every token but the first is predicted once.
-    Attention crosses the ends of documents, as in Megatron-LM by default. A last, shorter sequence is dropped.
+    Attention crosses the ends of documents, as in Megatron-LM by default.
 
     Args:
         documents: The token ids of each document, without special tokens; empty ones are skipped.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -18,7 +19,6 @@ from hf_megatron.errors import DataError
 from hf_megatron.paper.data.tokens import SegmentPairs, tokenize_distinct
 
 LEVELS = ("middle", "high")
-_LETTERS = "ABCD"
 
 
 class RaceQuestion(TypedDict):
@@ -47,16 +47,8 @@ def read_race(directory: Path) -> list[RaceQuestion]:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             questions += [
-                RaceQuestion(
-                    example_id=content["id"],
-                    article=content["article"],
-                    question=question,
-                    options=options,
-                    answer=answer,
-                )
-                for question, options, answer in zip(
-                    content["questions"], content["options"], content["answers"], strict=True
-                )
+                RaceQuestion(example_id=content["id"], article=content["article"], question=q, options=o, answer=a)
+                for q, o, a in zip(content["questions"], content["options"], content["answers"], strict=True)
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file} is not in RACE's format ({type(error).__name__}: {error}).") from error
@@ -96,7 +88,7 @@ class RaceQuestions(Dataset[dict[str, Any]]):
         rows = list(questions)
         self.references = [_reference(row) for row in rows]
         texts = [[_fill_in(row["question"], option) for option in row["options"]] for row in rows]
-        options = tokenize_distinct(tokenizer, (text for row in texts for text in row))
+        options = tokenize_distinct(tokenizer, chain(*texts))
         articles = tokenize_distinct(tokenizer, (row["article"] for row in rows))
         self._rows = [
             (articles[row["article"]].ids, [options[text].ids[:max_option_length] for text in choices])
@@ -120,7 +112,7 @@ class RaceQuestions(Dataset[dict[str, Any]]):
 
 def _reference(row: RaceQuestion) -> dict[str, Any]:
     level = next((level for level in LEVELS if row["example_id"].startswith(level)), None)
-    option = _LETTERS.find(row["answer"]) if row["answer"] else -1
+    option = "ABCD".find(row["answer"]) if row["answer"] else -1
     if level is None or not 0 <= option < len(row["options"]):
         raise DataError(
             f"a question of RACE has an id that begins with {' or '.join(LEVELS)} and an answer that is the letter of "

@@ -41,9 +41,8 @@ def sentence_order_pairs(
 ) -> Iterator[dict[str, Any]]:
     """Cut documents into pairs of consecutive segments, and swap half of the pairs.
 
-    A document's sentences are gathered until they fill a sequence, and split in two at a random sentence. The longer
-    segment is cut at its end to fit. A pair needs two sentences: a single one left at a document's end is dropped. Call
-    again for other cuts and orders in the next epoch.
+    Sentences are gathered until they fill a sequence, and split in two at a random sentence. The longer segment is cut
+    at its end to fit. A single sentence left at a document's end is dropped. Every call draws other cuts and orders.
 
     Args:
         documents: Lists of sentences, each a list of token ids, as :func:`tokenize_sentences` gives them.

@@ -86,19 +86,12 @@ def read_squad(file: Path) -> list[Question]:
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a question's text.
+    """A part of a question's text."""
 
-    Attributes:
-        question: Index of the question.
-        first: Index of the window's first token in the text.
-        size: Number of the text's tokens in it.
-        offset: Index of the window's first token in the example, after ``[CLS] question [SEP]``.
-    """
-
-    question: int
-    first: int
-    size: int
-    offset: int
+    question: int  # index of the question
+    first: int  # index of the window's first token in the text
+    size: int  # number of the text's tokens in it
+    offset: int  # index of the window's first token in the example, after [CLS] question [SEP]
 
 
 class QuestionWindows(Dataset[dict[str, torch.Tensor]]):
@@ -139,7 +132,7 @@ class QuestionWindows(Dataset[dict[str, torch.Tensor]]):
         asked = tokenize_distinct(tokenizer, (question["question"] for question in self.questions))
         self._asked = {text: tokens.ids[:max_question_length] for text, tokens in asked.items()}
         self.windows = [window for index in range(len(self.questions)) for window in self._cut(index, room, doc_stride)]
-        misplaced = [question["id"] for question in self.questions if not _is_in_place(question)]
+        misplaced = [question["id"] for question in self.questions if _is_misplaced(question)]
         if misplaced:
             logger.warning(
                 f"{len(misplaced)} of {len(self.questions)} questions have an answer that does not stand in the text "
@@ -190,34 +183,24 @@ class QuestionWindows(Dataset[dict[str, torch.Tensor]]):
         return first + shift, last + shift
 
 
-def _is_in_place(question: Question) -> bool:
-    answers, context = question["answers"], question["context"]
-    return all(
-        context.startswith(text, start) for text, start in zip(answers["text"], answers["answer_start"], strict=True)
-    )
+def _is_misplaced(question: Question) -> bool:
+    places = zip(question["answers"]["text"], question["answers"]["answer_start"], strict=True)
+    return not all(question["context"].startswith(text, start) for text, start in places)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answers to one question.
+    """What a model answers to one question."""
 
-    Attributes:
-        id: The question's id.
-        text: The best answer, even where the model finds no answer more likely; "" only if the text has no tokens.
-        no_answer_score: Score of no answer less that of ``text``: the logarithm of the odds that there is none.
-        candidates: The best distinct answers with their scores, the best first.
-    """
-
-    id: str
-    text: str
-    no_answer_score: float
-    candidates: tuple[tuple[str, float], ...]
+    id: str  # of the question
+    text: str  # the best answer, even where no answer is more likely; "" only if the text has no tokens
+    no_answer_score: float  # score of no answer less that of `text`: the logarithm of the odds that there is none
+    candidates: tuple[tuple[str, float], ...]  # the best distinct answers with their scores, the best first
 
     @property
     def no_answer_probability(self) -> float:
         """Probability of no answer, in the choice between none and ``text``."""
-        score = self.no_answer_score
-        return 1 / (1 + exp(-score)) if score > -700 else 0.0  # where exp would overflow
+        return 1 / (1 + exp(-self.no_answer_score)) if self.no_answer_score > -700 else 0.0  # where exp overflows
 
 
 def find_answers(
@@ -236,7 +219,7 @@ def find_answers(
         windows: What the model was asked.
         start_logits: [W, S], by window; what is beyond a window's length is ignored.
         end_logits: [W, S].
-        num_candidates: Number of spans to look at in each window, and of candidates to give for each question.
+        num_candidates: Number of spans per window, and of candidates per question.
         max_answer_length: Longest answer, in tokens.
     """
     spans: list[list[tuple[float, str]]] = [[] for _ in windows.questions]

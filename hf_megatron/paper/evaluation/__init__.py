@@ -3,8 +3,8 @@
     result = evaluate_wikitext103(model, tokenizer, Path("wiki.test.tokens").read_text(encoding="utf-8"))
     result = evaluate_lambada(model, tokenizer, read_passages(Path("lambada_test.jsonl")))
 
-The model is any that transformers loads with a language-modeling head, ours or stock. If it is cut over several ranks,
-every rank makes the call. Both are ``evaluate`` modules as well, which need no network:
+If the model is cut over several ranks, every rank makes the call. Both are ``evaluate`` modules as well, which need no
+network:
 
     evaluate.load(module_path("lambada")).compute(data=passages, model=model, tokenizer=tokenizer)
 

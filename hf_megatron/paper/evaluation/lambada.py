@@ -27,20 +27,12 @@ _LAST_WORD = re.compile(r"\s\S+\s*\Z")
 
 @dataclass(frozen=True, kw_only=True)
 class LambadaResult:
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        accuracy: Share of the passages whose last word is right, in [0, 1].
-        perplexity: ``exp`` of minus the mean log-probability of the last words.
-        tokens: Sub-words of all last words.
-        examples: Passages.
-        seconds: How long it took.
-    """
-
-    accuracy: float
-    perplexity: float
-    tokens: int
-    examples: int
+    accuracy: float  # share of the passages whose last word is right, in [0, 1]
+    perplexity: float  # exp of minus the mean log-probability of the last words
+    tokens: int  # sub-words of all last words
+    examples: int  # passages
     seconds: float
 
 

@@ -24,15 +24,5 @@ class Lambada(evaluate.Measurement):
         )
 
     def _compute(self, data: Sequence[str], model: Any, tokenizer: Any, **options: Any) -> dict[str, Any]:
-        """Evaluate a model.
-
-        Args:
-            data: Passages, last word included.
-            model: A causal language model that transformers has loaded.
-            tokenizer: Its tokenizer.
-            **options: As for hf_megatron.paper.evaluation.evaluate_lambada.
-
-        Returns:
-            accuracy, perplexity, tokens, examples, seconds.
-        """
+        """Call ``evaluate_lambada(model, tokenizer, data, **options)``; data are the passages, last word included."""
         return vars(evaluate_lambada(model, tokenizer, data, **options))

@@ -38,19 +38,14 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def predictions(
     model: Any, batches: Sequence[Sequence[Example]], *, unit: str, show_progress: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Run a model on examples, with teacher forcing.
+    """Run a model on batches of B examples, with teacher forcing.
 
-    A bar on stderr shows the remaining time, on rank 0 alone; after a few batches the expected time is logged.
-
-    Args:
-        model: A causal language model; of one that is cut over ranks, every rank makes this call.
-        batches: B examples each. The head is computed for as many positions as any of them needs.
-        unit: What an example is called in the bar.
-        show_progress: Whether to show anything.
+    With ``show_progress`` a bar on stderr counts the examples, called ``unit``, on rank 0 alone, and after a few batches
+    the expected time is logged.
 
     Yields:
         Logits [B, K, V] and labels [B, K], ``IGNORED`` where an example predicts nothing; replicated, on the model's
-        device.
+        device. K is as many positions as any of the examples needs.
     """
     show = show_progress and (not dist.is_initialized() or dist.get_rank() == 0)
     total, done, started = sum(map(len, batches)), 0, time.monotonic()

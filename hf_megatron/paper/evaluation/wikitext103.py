@@ -68,26 +68,15 @@ def detokenize_wikitext(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Wikitext103Result:
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        perplexity: Normalised by the original tokens.
-        loss: Mean over the predictions, in nats.
-        tokens: T, predictions.
-        original_tokens: T_o, pieces of the stripped file between single spaces.
-        examples: Windows.
-        window: Their length.
-        stride: How far they advance.
-        seconds: How long it took.
-    """
-
-    perplexity: float
-    loss: float
-    tokens: int
-    original_tokens: int
-    examples: int
-    window: int
-    stride: int
+    perplexity: float  # normalised by the original tokens
+    loss: float  # mean over the predictions, in nats
+    tokens: int  # T, predictions
+    original_tokens: int  # T_o, pieces of the stripped file between single spaces
+    examples: int  # windows
+    window: int  # tokens of a window
+    stride: int  # tokens from one window to the next
     seconds: float
 
 

@@ -24,15 +24,5 @@ class Wikitext103(evaluate.Measurement):
         )
 
     def _compute(self, data: Sequence[str], model: Any, tokenizer: Any, **options: Any) -> dict[str, Any]:
-        """Evaluate a model.
-
-        Args:
-            data: The content of a wiki.*.tokens file, as one string or as its lines, in order.
-            model: A causal language model that transformers has loaded.
-            tokenizer: Its tokenizer.
-            **options: As for hf_megatron.paper.evaluation.evaluate_wikitext103.
-
-        Returns:
-            perplexity, loss, tokens, original_tokens, examples, window, stride, seconds.
-        """
+        """Call ``evaluate_wikitext103(model, tokenizer, data, **options)``; data is a file's text, or its lines."""
         return vars(evaluate_wikitext103(model, tokenizer, "".join(data), **options))

@@ -20,14 +20,6 @@ class Accuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        """Compute the accuracy.
-
-        Args:
-            predictions: Predicted classes.
-            references: The right ones.
-
-        Returns:
-            accuracy: in [0, 1].
-        """
+        """The ``accuracy``, in [0, 1], of the classes ``predictions`` against the right ones, ``references``."""
         num_right = sum(predicted == right for predicted, right in zip(predictions, references, strict=True))
         return {"accuracy": num_right / len(references)}

@@ -21,14 +21,11 @@ class Race(evaluate.Metric):
         )
 
     def _compute(self, predictions: Sequence[int], references: Sequence[dict[str, object]]) -> dict[str, float]:
-        """Compute the accuracies.
+        """The ``accuracy``, and ``accuracy_middle`` and ``accuracy_high`` of the levels that occur, in [0, 1].
 
         Args:
             predictions: Chosen options.
             references: ``{"option": the right option, "level": "middle" or "high"}`` for each.
-
-        Returns:
-            accuracy, and accuracy_middle and accuracy_high of the levels that occur; in [0, 1].
         """
         is_right: dict[str, list[bool]] = {"accuracy": []}
         for predicted, reference in zip(predictions, references, strict=True):

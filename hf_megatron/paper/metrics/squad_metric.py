@@ -24,15 +24,11 @@ class Squad(evaluate.Metric):
         )
 
     def _compute(self, predictions: Sequence[dict[str, Any]], references: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Compute the scores. A question without a prediction counts as wrong, as in the official script.
+        """``exact_match`` and ``f1``, in percent; a question without a prediction counts as wrong, as officially.
 
         Args:
             predictions: ``{"id": the question's id, "prediction_text": the answer}``.
-            references: ``{"id": the question's id, "answers": {"text": [...], "answer_start": [...]}}``, in the same
-                order.
-
-        Returns:
-            exact_match and f1, in percent.
+            references: ``{"id": ..., "answers": {"text": [...], "answer_start": [...]}}``, in the same order.
         """
         answers = {prediction["id"]: prediction["prediction_text"] for prediction in predictions}
         exact = f1 = 0.0

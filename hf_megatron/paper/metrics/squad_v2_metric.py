@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import evaluate
@@ -36,18 +37,18 @@ class SquadV2(evaluate.Metric):
         references: Sequence[dict[str, Any]],
         no_answer_threshold: float = 1.0,
     ) -> dict[str, float]:
-        """Compute the scores. Questions without a prediction are left out, as in the official script.
+        """The scores, in percent; questions without a prediction are left out, as in the official script.
 
         Args:
             predictions: ``{"id": the question's id, "prediction_text": the answer, "" for none,
                 "no_answer_probability": any measure that grows with it, 0.0 if there is none}``.
-            references: ``{"id": the question's id, "answers": {"text": [...], "answer_start": [...]}}``, in the same
-                order; the lists are empty if there is no answer.
+            references: ``{"id": ..., "answers": {"text": [...], "answer_start": [...]}}``, in the same order; the lists
+                are empty if there is no answer.
             no_answer_threshold: A question with a higher probability counts as predicted to have no answer.
 
         Returns:
             exact, f1 and total; the same with HasAns_ of the answerable questions and with NoAns_ of the others;
-            best_exact, best_exact_thresh, best_f1 and best_f1_thresh at the best thresholds. Scores are in percent.
+            best_exact, best_exact_thresh, best_f1 and best_f1_thresh at the best thresholds.
         """
         answers = {prediction["id"]: prediction["prediction_text"] for prediction in predictions}
         probabilities = {prediction["id"]: prediction["no_answer_probability"] for prediction in predictions}
@@ -78,24 +79,15 @@ def best_threshold(
     no_answer_probabilities: Mapping[str, float],
     is_answerable: Mapping[str, bool],
 ) -> tuple[float, float]:
-    """The no-answer threshold with the highest mean score; all mappings are by question id.
+    """The highest mean score over no-answer thresholds, and that threshold; all mappings are by question id.
 
-    Questions with equal probabilities are taken one at a time, in the order of the mapping, as in the official script,
-    so that no threshold may give the score if probabilities repeat.
-
-    Returns:
-        The mean score, and the threshold above which a question counts as predicted to have no answer; 0 if the best is
-        to answer nothing.
+    The threshold is 0 if the best is to answer nothing. Questions with equal probabilities are taken one at a time, in
+    the order of the mapping, as in the official script, so that no threshold may give the score if they repeat.
     """
-    current = best = float(sum(not is_answerable[question] for question in scores))  # all predicted to have no answer
-    threshold = 0.0
-    for question in sorted(no_answer_probabilities, key=lambda question: no_answer_probabilities[question]):
-        if question not in scores:
-            continue
-        if is_answerable[question]:
-            current += scores[question]
-        elif predictions[question]:
-            current -= 1
-        if current > best:
-            best, threshold = current, no_answer_probabilities[question]
-    return best / len(scores), threshold
+    order = [question for question in no_answer_probabilities if question in scores]
+    order.sort(key=lambda question: no_answer_probabilities[question])
+    none_answered = float(sum(not is_answerable[question] for question in scores))
+    gains = (scores[question] if is_answerable[question] else -bool(predictions[question]) for question in order)
+    totals = list(accumulate(gains, initial=none_answered))
+    num_answered = max(range(len(totals)), key=totals.__getitem__)
+    return totals[num_answered] / len(scores), no_answer_probabilities[order[num_answered - 1]] if num_answered else 0.0
