@@ -40,8 +40,8 @@ def predictions(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Run a model on batches of B examples, with teacher forcing.
 
-    With ``show_progress`` a bar on stderr counts the examples, called ``unit``, on rank 0 alone, and after a few batches
-    the expected time is logged.
+    With ``show_progress`` rank 0 shows a bar on stderr that counts the examples, called ``unit``, and logs the expected
+    time after a few batches.
 
     Yields:
         Logits [B, K, V] and labels [B, K], ``IGNORED`` where an example predicts nothing; replicated, on the model's
