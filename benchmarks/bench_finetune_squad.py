@@ -25,7 +25,7 @@ from benchmarks.command_line import add_fields, fields_of, make_parser, parse
 from benchmarks.records import environment, read, write
 from benchmarks.runs import flags, run_example
 from hf_megatron.paper.data import Question, read_squad
-from hf_megatron.paper.metrics.answers import best_over_references, token_f1
+from hf_megatron.paper.metrics.answer_match import best_over_references, token_f1
 
 DEGREES = (1, 2)
 

@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.command_line import make_parser, parse
 from benchmarks.records import environment, write
 from hf_megatron.paper.evaluation import evaluate_wikitext103
-from hf_megatron.paper.evaluation.perplexity import windows
+from hf_megatron.paper.evaluation.wikitext103 import windows
 
 TEST_SET_TOKENS = 270_330
 

@@ -233,9 +233,7 @@ PRIVATE_INTERFACES: tuple[PrivateInterface, ...] = (
     ),
     PrivateInterface("torch", "_assert_async", "refusing token ids and labels out of range on a GPU"),
     PrivateInterface("torch.Tensor", "_use_count", "waiting until gloo has let go of a tensor"),
-    PrivateInterface("torch.UntypedStorage", "_cdata", "reusing the memory of the head's gradient"),
-    PrivateInterface("torch", "_C", "reusing the memory of the head's gradient"),
-    PrivateInterface("torch._C", "_storage_Use_Count", "reusing the memory of the head's gradient"),
+    PrivateInterface("torch", "_C", "telling whether a graph is kept for another backward pass"),
     PrivateInterface("torch", "_utils", "writing Megatron-LM's files"),
     PrivateInterface("torch._utils", "_rebuild_tensor_v2", "writing Megatron-LM's files"),
     # Python, numpy

@@ -1,1 +1,4 @@
-"""The command ``hf-megatron``. Each command imports what it needs when it runs, so that ``--help`` is quick."""
+"""The command ``hf-megatron``: ``cli`` runs it, and each subcommand is the module of its name.
+
+What a subcommand needs is imported when it runs, so that ``--help`` is quick.
+"""

@@ -7,38 +7,37 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
     TaskID,
-    TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object to stdout.")]
+
 _MAX_LISTED = 20
-_LOGGERS = ("hf_megatron", "hf_megatron_conversion")
 
 
 class ProgressBar:
-    """One bar on stderr for each task, with speed and remaining time."""
+    """A bar on stderr for each task, with speed and remaining time."""
 
     def __init__(self, bars: Progress) -> None:
-        """Show tasks in ``bars``."""
         self._bars = bars
         self._task: TaskID | None = None
 
     def begin(self, task: str, total_bytes: int) -> None:
-        """Start a task."""
         self._task = self._bars.add_task(task, total=total_bytes)
 
     def advance(self, num_bytes: int) -> None:
-        """Move the bar of the current task."""
         assert self._task is not None, "begin comes before advance"
         self._bars.advance(self._task, num_bytes)
 
@@ -47,21 +46,15 @@ class ProgressBar:
 def progress_bar() -> Iterator[ProgressBar]:
     """Bars that live until the context is left; none where stderr is not a terminal."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("{task.description}", *columns, console=console, disable=not console.is_terminal) as bars:
         yield ProgressBar(bars)
 
 
 def messages_to_stderr() -> None:
     """Show what the library logs, from INFO upwards."""
     handler = logging.StreamHandler(sys.stderr)
-    for name in _LOGGERS:
+    for name in ("hf_megatron", "hf_megatron_conversion"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         logger.addHandler(handler)
@@ -84,11 +77,26 @@ def print_error(message: str, kind: str, *, as_json: bool) -> None:
         print_json({"error": message, "error_type": kind})
 
 
-def print_table(title: str, rows: Mapping[str, object]) -> None:
-    """Print names and values to stdout."""
+def report(
+    title: str,
+    result: Mapping[str, object],
+    as_json: bool,
+    *,
+    shown: Mapping[str, object] | None = None,
+    ok: bool = True,
+) -> int:
+    """Print a result to stdout, as JSON or as a table of ``shown``, and return the exit code: 1 if it is not ``ok``."""
+    if as_json:
+        print_json(result)
+    else:
+        _print_table(title, result if shown is None else shown)
+    return 0 if ok else 1
+
+
+def _print_table(title: str, rows: Mapping[str, object]) -> None:
     table = Table("", "", show_header=False)
     for name, value in rows.items():
-        table.add_row(name.replace("_", " "), Text(_shown(value)))
+        table.add_row(name.replace("_", " "), Text(_cell(value)))
     console = Console()
     # Not as the table's title, which is broken where the table ends.
     console.print(Text(title, style="bold"), soft_wrap=True)
@@ -103,7 +111,7 @@ def human_bytes(num_bytes: int) -> str:
     return f"{num_bytes:,}"
 
 
-def _shown(value: object) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool):

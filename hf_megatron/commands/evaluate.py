@@ -1,6 +1,6 @@
 """``hf-megatron evaluate``: load a model on one rank or several, and run one of the paper's evaluations.
 
-For several ranks it starts itself under torchrun, or is started so, on several nodes say:
+For several ranks it starts this module under torchrun, or is itself started so, on several nodes say:
 
     torchrun --nproc-per-node 8 -m hf_megatron evaluate wikitext103 MODEL --data FILE
 """
@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from hf_megatron.architectures import GPT2, TABLES
-from hf_megatron.checkpoint import read_json
-from hf_megatron.commands.console import messages_to_stderr
+import typer
+
+from hf_megatron.commands.console import JsonOption, messages_to_stderr, report
+from hf_megatron.commands.torchrun import run_ranks
 from hf_megatron.errors import DataError, HfMegatronError, UnsupportedError
 from hf_megatron_conversion.formats import format_of
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.tokenizer_files import has_tokenizer
 
-Task = Literal["wikitext103", "lambada"]
-
-# Per what each number is, or of what.
-UNITS: Mapping[str, Mapping[str, str]] = {
+# What each number is of, or per what.
+_UNITS: Mapping[str, Mapping[str, str]] = {
     "wikitext103": {
         "perplexity": "per word of the original text (original_tokens)",
         "loss": "nats per predicted token",
@@ -48,67 +46,54 @@ UNITS: Mapping[str, Mapping[str, str]] = {
 _EMPTY: Mapping[str, Any] = {"perplexity": None, "accuracy": None, "tokens": None, "original_tokens": None}
 
 
-def evaluate(
-    task: Task,
-    model: str,
-    *,
-    data: Path,
-    tp_size: int = 1,
-    tokenizer: Path | None = None,
-    dtype: str | None = None,
-    batch_size: int | None = None,
-    stride: int | None = None,
-) -> dict[str, Any] | None:
-    """Evaluate a checkpoint.
-
-    Args:
-        task: Which evaluation.
-        model: A ``hub`` or ``tp`` directory, or a repository on the Hub, of a causal language model.
-        data: The file to evaluate on.
-        tp_size: Number of ranks to cut the model over; under torchrun it is cut over all there are.
-        tokenizer: Directory of the tokenizer, if the model's has none.
-        dtype: To compute in; the checkpoint's by default.
-        batch_size: Sequences at a time.
-        stride: How far the windows of ``wikitext103`` advance.
-
-    Returns:
-        ``task``, ``model``, ``tp_size``, ``perplexity``, ``accuracy``, ``tokens``, ``original_tokens``, ``examples``,
-        ``seconds``, what else the evaluation has, and ``units``, which says per what each number is; None on all ranks
-        but the first.
-
-    Raises:
-        UnsupportedError: A model that cannot be evaluated.
-        DataError: No tokenizer, or a file that cannot be evaluated on.
-        PartitionError: The model cannot be cut to this degree.
-    """
+def command(
+    task: Annotated[Literal["wikitext103", "lambada"], typer.Argument(metavar="TASK", help="wikitext103 or lambada.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A hub or tp directory, or a repository, of a causal language model.")
+    ],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="wiki.test.tokens, or lambada_test.jsonl.")],
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree.")] = 1,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="The tokenizer, if MODEL has none.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="How far windows advance: 32; more is quicker.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences at a time.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"] | None,
+        typer.Option(help="What to compute in; the checkpoint's by default."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Measure WikiText-103 perplexity or LAMBADA accuracy by the protocol of Megatron-LM's paper."""
     if task == "lambada" and stride is not None:
         raise UnsupportedError("stride is for wikitext103; LAMBADA has no windows.")
     if not data.is_file():
         raise DataError(f"{data} is no file; --data names the file to evaluate on.")
     directory = source_directory(model)
-    _check_model(directory, tp_size)
+    _check_model(directory, tp)
     tokenizer = tokenizer or directory
     if not has_tokenizer(tokenizer):
         raise DataError(f"{tokenizer} has no tokenizer; name the directory of one with --tokenizer.")
     options = {name: value for name, value in (("batch_size", batch_size), ("stride", stride)) if value is not None}
-    job = {
+    paths = {"directory": directory, "data": data, "tokenizer": tokenizer}
+    job = {name: str(path.resolve()) for name, path in paths.items()} | {
         "task": task,
-        "directory": str(directory.resolve()),
-        "data": str(data.resolve()),
-        "tokenizer": str(tokenizer.resolve()),
         "dtype": dtype,
         "options": options,
     }
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    found = _on_ranks(job, tp_size) if tp_size > 1 and world_size == 1 else _run(job, world_size)
+    found = _start_ranks(job, tp) if tp > 1 and world_size == 1 else _run(job, world_size)
     if int(os.environ.get("RANK", "0")):
-        return None
-    head = {"task": task, "model": model, "tp_size": max(tp_size, world_size)}
-    return {**head, **_EMPTY, **found, "units": dict(UNITS[task])}
+        return 0  # the first rank prints
+    units = _UNITS[task]
+    numbers = {"task": task, "model": model, "tp_size": max(tp, world_size), **_EMPTY, **found}
+    shown = {name: f"{value} {units.get(name, '')}".rstrip() for name, value in numbers.items() if value is not None}
+    return report(f"{task} of {model}", {**numbers, "units": dict(units)}, as_json, shown=shown)
 
 
 def _check_model(directory: Path, tp_size: int) -> None:
     """Refuse what can be refused without weights."""
+    from hf_megatron.architectures import GPT2, TABLES
+    from hf_megatron.checkpoint import read_json
+
     found = format_of(directory)
     if not found.has_config:
         raise UnsupportedError(
@@ -122,16 +107,13 @@ def _check_model(directory: Path, tp_size: int) -> None:
         raise UnsupportedError(f"{directory} is a BERT, which sees the words that it would have to predict.")
 
 
-def _on_ranks(job: Mapping[str, Any], tp_size: int) -> dict[str, Any]:
+def _start_ranks(job: Mapping[str, Any], tp_size: int) -> dict[str, Any]:
     """Run the job under torchrun, on ranks of this machine."""
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp_size}"]
-        command += ["-m", "hf_megatron.commands.evaluate", json.dumps(job), str(result)]
+        arguments = [json.dumps(job), str(result)]
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // tp_size))
-        # stdout is kept for the result.
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
-        status = subprocess.run(command, env=environment, stdout=sys.stderr.fileno(), check=False).returncode
+        status = run_ranks("hf_megatron.commands.evaluate", arguments, tp_size, OMP_NUM_THREADS=threads)
         if not result.is_file():
             raise HfMegatronError(f"the ranks ended with exit code {status}; what they printed stands above.")
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
@@ -140,30 +122,39 @@ def _on_ranks(job: Mapping[str, Any], tp_size: int) -> dict[str, Any]:
     return found
 
 
+def _rank_main(job: str, result: str) -> None:
+    """What every rank runs; the first one writes the result."""
+    is_first = os.environ["RANK"] == "0"
+    if is_first:
+        messages_to_stderr()
+    try:
+        found = _run(json.loads(job), int(os.environ["WORLD_SIZE"]))
+    except HfMegatronError as error:
+        found = {"error": str(error)}  # the same on every rank
+    if is_first:
+        Path(result).write_text(json.dumps(found), encoding="utf-8")
+
+
 def _run(job: Mapping[str, Any], tp_size: int) -> dict[str, Any]:
-    """Run the job on this rank; with several ranks, join them and leave them again."""
+    """Run the job on this rank; with several ranks, loading the model joins them, and this leaves them again."""
     import torch.distributed as dist
 
+    from hf_megatron.paper.evaluation import evaluate_lambada, evaluate_wikitext103, read_passages
+
     try:
-        return _evaluate(job, tp_size)
+        model, tokenizer = _load(Path(job["directory"]), Path(job["tokenizer"]), job["dtype"], tp_size)
+        data = Path(job["data"])
+        if job["task"] == "lambada":
+            passages = read_passages(data)
+            return vars(evaluate_lambada(model, tokenizer, passages, show_progress=True, **job["options"]))
+        try:
+            text = data.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{data} is not UTF-8 text: {error}.") from error
+        return vars(evaluate_wikitext103(model, tokenizer, text, show_progress=True, **job["options"]))
     finally:
         if tp_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _evaluate(job: Mapping[str, Any], tp_size: int) -> dict[str, Any]:
-    from hf_megatron.paper.evaluation import evaluate_lambada, evaluate_wikitext103, read_passages
-
-    model, tokenizer = _load(Path(job["directory"]), Path(job["tokenizer"]), job["dtype"], tp_size)
-    data = Path(job["data"])
-    if job["task"] == "lambada":
-        passages = read_passages(data)
-        return vars(evaluate_lambada(model, tokenizer, passages, show_progress=True, **job["options"]))
-    try:
-        text = data.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{data} is not UTF-8 text: {error}.") from error
-    return vars(evaluate_wikitext103(model, tokenizer, text, show_progress=True, **job["options"]))
 
 
 def _load(directory: Path, tokenizer_directory: Path, dtype: str | None, tp_size: int) -> tuple[Any, Any]:
@@ -173,6 +164,8 @@ def _load(directory: Path, tokenizer_directory: Path, dtype: str | None, tp_size
     from transformers.distributed import DistributedConfig
 
     from hf_megatron import MegatronGPT2LMHeadModel
+    from hf_megatron.architectures import GPT2
+    from hf_megatron.checkpoint import read_json
 
     arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if tp_size > 1:
@@ -196,19 +189,6 @@ def _load(directory: Path, tokenizer_directory: Path, dtype: str | None, tp_size
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; it is not this model's."
         )
     return model, tokenizer
-
-
-def _rank_main(job: str, result: str) -> None:
-    """What every rank runs; the first one writes the result."""
-    is_first = os.environ["RANK"] == "0"
-    if is_first:
-        messages_to_stderr()
-    try:
-        found = _run(json.loads(job), int(os.environ["WORLD_SIZE"]))
-    except HfMegatronError as error:
-        found = {"error": str(error)}  # the same on every rank
-    if is_first:
-        Path(result).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,86 +1,120 @@
-"""``hf-megatron plan``: what a model needs and how fast it trains, as numbers for scripts and as lines for people."""
+"""``hf-megatron plan``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from hf_megatron.architectures.presets import PRESETS, preset_named
-from hf_megatron.checkpoint import read_json
+import typer
+
+from hf_megatron.commands.console import JsonOption, report
 from hf_megatron.errors import UnsupportedError
-from hf_megatron.planning import PRECISIONS, ModelShape, Plan, Run, layouts, machine_named, plan
-from hf_megatron.planning.chart import draw_memory
-from hf_megatron_conversion.formats import format_of, read_model
-from hf_megatron_conversion.formats.base import Given
-from hf_megatron_conversion.source import source_directory
 
-_GIGA = 1e9
+if TYPE_CHECKING:
+    from hf_megatron.planning import Plan, Run
+
 _NUM_SHOWN = 12  # layouts, on a screen
 
 
-def plan_run(
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A size of the paper such as gpt2-8.3b, a config.json, a directory, or a repository."
+        ),
+    ],
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree: 1; with --gpus any.")] = None,
+    dp: Annotated[int | None, typer.Option(help="Data-parallel degree: 1.")] = None,
+    pp: Annotated[int, typer.Option(help="Pipeline stages: 1, as these models have none.")] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Find the best way to use so many.")] = None,
+    global_batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a step, with --gpus.")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="Tell the hours for so many tokens.")] = None,
+    micro_batch: Annotated[int, typer.Option(help="Sequences a rank computes at a time.")] = 1,
+    seq: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's longest by default.")] = None,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches per optimizer step.")] = 1,
+    device: Annotated[
+        str, typer.Option(help="v100-32gb, a100-80gb, h100, h200, or a JSON file that describes one.")
+    ] = "a100-80gb",
+    precision: Annotated[
+        Literal["fp32", "amp", "bf16", "master"],
+        typer.Option(help="amp: float32 weights, 16-bit autocast; master: 16-bit, float32 copies."),
+    ] = "amp",
+    recompute: Annotated[
+        Literal["none", "selective", "full"] | None,
+        typer.Option(help="What the backward pass computes again: none; with --gpus any."),
+    ] = None,
+    attention: Annotated[Literal["sdpa", "eager"], typer.Option(help="Fused, or written out.")] = "sdpa",
+    sequence_parallel: Annotated[bool | None, typer.Option(help="Split along the sequence what TP replicates.")] = None,
+    fsdp: Annotated[bool | None, typer.Option(help="Data-parallel ranks share weights and optimizer.")] = None,
+    dropout: Annotated[bool, typer.Option("--dropout/--no-dropout", help="The configuration's dropout.")] = True,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw memory by kind over TP degrees.")] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Say what training needs per rank, whether it fits, and how long a step takes, before anything is rented.
+
+    Exits with 1 if it does not fit.
+    """
+    if pp != 1:
+        raise UnsupportedError(f"pp_size={pp}: these models have no pipeline stages; use tp_size and dp_size.")
+    asked = {"tp_size": tp, "dp_size": dp, "fsdp": fsdp, "sequence_parallel": sequence_parallel, "recompute": recompute}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    given |= {"micro_batch": micro_batch, "accumulation": accumulation, "attention": attention, "dropout": dropout}
+    ways = _plans(model, device, precision, given, seq=seq, gpus=gpus, global_batch=global_batch)
+    best = ways[0]
+    if plot is not None:
+        from hf_megatron.planning.chart import draw_memory
+
+        draw_memory(f"{model}, micro-batch {best.run.micro_batch}", best.shape, best.run, best.machine, plot)
+    result, shown = {"model": model, **_numbers(best)}, _lines(best)
+    if tokens is not None:
+        result["hours"] = hours = tokens / best.tokens_per_second / 3600
+        shown[f"hours for {tokens:,.0f} tokens"] = round(hours, 1)
+    if gpus is not None:
+        result["layouts"] = [_layout(way) for way in ways]
+        shown["layouts, best first"] = _layout_lines(ways)
+    return report(model, result, as_json, shown=shown, ok=best.fits)
+
+
+def _plans(
     model: str,
-    *,
     device: str,
     precision: str,
-    sequence_length: int | None,
-    pp_size: int = 1,
-    num_gpus: int | None = None,
-    global_batch: int | None = None,
-    num_tokens: float | None = None,
-    plot: Path | None = None,
-    **run: Any,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Plan a run, and the ways to divide a number of GPUs for it.
+    given: dict[str, Any],
+    *,
+    seq: int | None,
+    gpus: int | None,
+    global_batch: int | None,
+) -> list[Plan]:
+    """The plan of one run, or of each way to divide the GPUs, the best first.
 
-    Args:
-        model: A preset, a config.json, a checkpoint directory, or a repository on the Hub.
-        device: A machine's name, or the JSON file of one.
-        precision: See ``hf_megatron.planning.PRECISIONS``.
-        sequence_length: Of the training examples; the model's longest if None.
-        pp_size: Pipeline stages, which these models have one of.
-        num_gpus: If given, the best layout for so many is looked for, see ``hf_megatron.planning.layouts``.
-        global_batch: Sequences of a step, with ``num_gpus``.
-        num_tokens: How many tokens to tell the hours for.
-        plot: File to draw the memory over tensor-parallel degrees to.
-        **run: As for ``hf_megatron.planning.Run``; what is None was not asked for, and is chosen with ``num_gpus``.
-
-    Returns:
-        The result for scripts, and what is shown of it to people.
-
-    Raises:
-        UnsupportedError: No such model, machine or feature.
-        PartitionError: The layout does not fit the model.
+    ``given`` holds further arguments of ``Run``; with ``gpus`` the others are chosen.
     """
-    if pp_size != 1:
-        raise UnsupportedError(f"pp_size={pp_size}: these models have no pipeline stages; use tp_size and dp_size.")
-    machine, shape = machine_named(device), ModelShape.from_config(config_of(model))
-    given = {name: value for name, value in run.items() if value is not None}
-    wanted = Run(sequence_length=sequence_length or shape.num_positions, precision=PRECISIONS[precision], **given)
-    ways = []
-    if num_gpus is not None:
-        if "dp_size" in given:
-            raise UnsupportedError("dp_size follows from the number of GPUs and tp_size; leave --dp or --gpus out.")
-        ways = layouts(shape, wanted, machine, num_gpus, global_batch=global_batch, kept=given.keys())
-        if not ways:
-            degree = f" at tp_size={wanted.tp_size}" if "tp_size" in given else ""
-            raise UnsupportedError(f"{model} cannot be divided over {num_gpus} GPUs{degree}.")
-    elif global_batch is not None:
-        raise UnsupportedError("a global batch is for --gpus; without, give --dp and --accumulation.")
-    best = ways[0] if ways else plan(shape, wanted, machine)
-    if plot is not None:
-        draw_memory(f"{model}, micro-batch {best.run.micro_batch}", shape, best.run, machine, plot)
-    result = _result(model, best)
-    if num_tokens is not None:
-        result["hours"] = num_tokens / best.tokens_per_second / 3600
-    if ways:
-        result["layouts"] = [_layout(way) for way in ways]
-    return result, _shown(best, ways, num_tokens)
+    from hf_megatron.planning import PRECISIONS, ModelShape, Run, layouts, machine_named, plan
+
+    machine, shape = machine_named(device), ModelShape.from_config(_config_of(model))
+    run = Run(sequence_length=seq or shape.num_positions, precision=PRECISIONS[precision], **given)
+    if gpus is None:
+        if global_batch is not None:
+            raise UnsupportedError("a global batch is for --gpus; without, give --dp and --accumulation.")
+        return [plan(shape, run, machine)]
+    if "dp_size" in given:
+        raise UnsupportedError("dp_size follows from the number of GPUs and tp_size; leave --dp or --gpus out.")
+    ways = layouts(shape, run, machine, gpus, global_batch=global_batch, kept=given.keys())
+    if not ways:
+        degree = f" at tp_size={run.tp_size}" if "tp_size" in given else ""
+        raise UnsupportedError(f"{model} cannot be divided over {gpus} GPUs{degree}.")
+    return ways
 
 
-def config_of(model: str) -> Mapping[str, Any]:
+def _config_of(model: str) -> Mapping[str, Any]:
     """The config.json of a preset, of a file, of a checkpoint directory in any format, or of a Hub repository."""
+    from hf_megatron.architectures.presets import PRESETS, preset_named
+    from hf_megatron.checkpoint import read_json
+    from hf_megatron_conversion.formats import format_of, read_model
+    from hf_megatron_conversion.formats.base import Given
+    from hf_megatron_conversion.source import source_directory
+
     if model.lower() in PRESETS:
         return preset_named(model).config
     if model.endswith(".json"):
@@ -94,11 +128,10 @@ def config_of(model: str) -> Mapping[str, Any]:
     return read_model(directory, Given(is_only_described=True)).config
 
 
-def _result(model: str, planned: Plan) -> dict[str, Any]:
-    """What scripts get."""
+def _numbers(planned: Plan) -> dict[str, Any]:
+    """A plan for scripts."""
     run, time = planned.run, planned.time
     return {
-        "model": model,
         "num_parameters": planned.num_parameters,
         "device": planned.machine.name,
         "run": {**vars(run), "precision": run.precision.name},
@@ -120,14 +153,10 @@ def _result(model: str, planned: Plan) -> dict[str, Any]:
 
 
 def _layout(planned: Plan) -> dict[str, Any]:
-    """One way to divide the GPUs."""
+    """One way to divide the GPUs, for scripts."""
+    chosen = ("tp_size", "dp_size", "accumulation", "fsdp", "sequence_parallel", "recompute")
     return {
-        "tp_size": planned.run.tp_size,
-        "dp_size": planned.run.dp_size,
-        "accumulation": planned.run.accumulation,
-        "fsdp": planned.run.fsdp,
-        "sequence_parallel": planned.run.sequence_parallel,
-        "recompute": planned.run.recompute,
+        **{name: getattr(planned.run, name) for name in chosen},
         "fits": planned.fits,
         "peak_bytes": planned.memory.peak,
         "step_seconds": planned.time.total,
@@ -135,13 +164,13 @@ def _layout(planned: Plan) -> dict[str, Any]:
     }
 
 
-def _shown(planned: Plan, ways: list[Plan], num_tokens: float | None) -> dict[str, Any]:
-    """What people get."""
-    run, time, machine = planned.run, planned.time, planned.machine
-    memory = vars(planned.memory)
+def _lines(planned: Plan) -> dict[str, Any]:
+    """A plan for people."""
+    run, machine, memory = planned.run, planned.machine, vars(planned.memory)
+    seconds = {**vars(planned.time), "total": planned.time.total}
     width = max(len(kind) for kind in memory)
     verdict = "fits" if planned.fits else "does not fit"
-    shown = {
+    return {
         "layout": f"{_name(run)} on {machine.name}",
         "assumed": [
             f"global batch {planned.global_batch:,} of {run.sequence_length:,} tokens each: micro-batch "
@@ -150,31 +179,28 @@ def _shown(planned: Plan, ways: list[Plan], num_tokens: float | None) -> dict[st
             f"recomputation {run.recompute}, attention {run.attention}, dropout {'on' if run.dropout else 'off'}",
         ],
         "parameters": planned.num_parameters,
-        "GB per rank": [f"{kind.replace('_', ' '):{width}} {size / _GIGA:8.2f}" for kind, size in memory.items()],
-        "memory": f"{verdict}: {memory['peak'] / _GIGA:.1f} of {machine.usable_bytes / _GIGA:.1f} GB",
+        "GB per rank": [f"{kind.replace('_', ' '):{width}} {size / 1e9:8.2f}" for kind, size in memory.items()],
+        "memory": f"{verdict}: {memory['peak'] / 1e9:.1f} of {machine.usable_bytes / 1e9:.1f} GB",
         "FLOPs per step": f"{planned.model_flops:.3g} over all ranks",
         "collectives per step": [
             f"{c.count} x {c.operation} over {c.group} of {c.bytes / 1e6:,.2f} MB: {c.purpose}"
             for c in planned.collectives
         ],
-        "seconds per step": [f"{part.replace('_', ' '):15} {value:8.3f}" for part, value in vars(time).items()]
-        + [f"{'total':15} {time.total:8.3f}"],
+        "seconds per step": [f"{part.replace('_', ' '):15} {value:8.3f}" for part, value in seconds.items()],
         "tokens per second": round(planned.tokens_per_second),
         "share of peak FLOP/s": planned.flops_utilisation,
         "scaling efficiency": f"{planned.scaling_efficiency:.1%} of one GPU that had the memory for its micro-batches",
         "figures from": machine.source or "-",
     }
-    if num_tokens is not None:
-        shown[f"hours for {num_tokens:,.0f} tokens"] = round(num_tokens / planned.tokens_per_second / 3600, 1)
-    if ways:
-        lines = [
-            f"{_name(way.run)}: {'' if way.fits else 'does not fit, '}{way.memory.peak / _GIGA:.1f} GB, "
-            f"{way.time.total:.3f} s, {way.tokens_per_second:,.0f} tokens/s"
-            for way in ways
-        ]
-        more = [f"and {len(lines) - _NUM_SHOWN} more: --json has all"] if len(lines) > _NUM_SHOWN else []
-        shown["layouts, best first"] = lines[:_NUM_SHOWN] + more
-    return shown
+
+
+def _layout_lines(ways: list[Plan]) -> list[str]:
+    lines = [
+        f"{_name(way.run)}: {'' if way.fits else 'does not fit, '}{way.memory.peak / 1e9:.1f} GB, "
+        f"{way.time.total:.3f} s, {way.tokens_per_second:,.0f} tokens/s"
+        for way in ways[:_NUM_SHOWN]
+    ]
+    return lines + ([f"and {len(ways) - _NUM_SHOWN} more: --json has all"] if len(ways) > _NUM_SHOWN else [])
 
 
 def _name(run: Run) -> str:

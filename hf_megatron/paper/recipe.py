@@ -4,12 +4,12 @@
     arguments = recipe.arguments("output", data_parallel_size=64, micro_batch=8, fp16=True)
 
 All of them: AdamW, weight decay on matrices only (Trainer's way: no biases, no norms), clipping at 1.0, activation
-checkpointing after every layer, a linear warm-up. Mixed precision depends on the machine and is left to the caller:
-``fp16=True`` scales the loss dynamically, as in the paper; ``bf16=True`` needs no scaling.
+checkpointing after every layer, a linear warm-up. The caller chooses the precision: ``fp16=True`` scales the loss
+dynamically, as in the paper; ``bf16=True`` needs no scaling.
 
-Source: Shoeybi et al. 2019, arXiv:1909.08053, sections 4.2 and 5 and table 6. What the paper leaves open, the moments
-of Adam, has Megatron-LM's defaults; for fine-tuning it follows Liu et al. 2019, arXiv:1907.11692, whose table 10 gives
-weight decay and warm-up.
+Source: Shoeybi et al. 2019, arXiv:1909.08053, sections 4.2 and 5 and table 6. What the paper leaves open: Adam's
+moments are Megatron-LM's defaults, fine-tuning's weight decay and warm-up those of Liu et al. 2019, arXiv:1907.11692,
+table 10.
 """
 
 from __future__ import annotations
@@ -38,15 +38,10 @@ _COMMON: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one of the paper's models is trained.
+    """How one of the paper's models is trained."""
 
-    Attributes:
-        batch: Sequences of a step, all ranks together.
-        settings: The ``TrainingArguments`` that the recipe gives a value to.
-    """
-
-    batch: int
-    settings: Mapping[str, Any]
+    batch: int  # sequences of a step, all ranks together
+    settings: Mapping[str, Any]  # the TrainingArguments that the recipe gives a value to
 
     def arguments(
         self,
@@ -61,11 +56,10 @@ class Recipe:
 
         Args:
             output_dir: Where checkpoints go.
-            batch: Sequences of a step in place of the recipe's.
-            data_parallel_size: Number of processes over the tensor-parallel degree.
-            micro_batch: Sequences that a tensor-parallel group computes at a time; as many as there are if None.
-            **changes: ``TrainingArguments`` to set or to change. The warm-up is a share of the steps, so that it stays
-                in proportion when these change.
+            batch: Sequences of a step; the recipe's if None.
+            data_parallel_size: Number of processes divided by the tensor-parallel degree.
+            micro_batch: Sequences a tensor-parallel group computes at a time; its whole share of the batch if None.
+            **changes: ``TrainingArguments`` to set or to change. The warm-up is a share of the steps.
 
         Raises:
             PartitionError: The batch does not divide into micro-batches.
@@ -89,8 +83,8 @@ class Recipe:
         return TrainingArguments(str(output_dir), **settings)
 
 
-# Section 4.2: 1024 tokens each, 300,000 iterations of which 3,000 are warm-up. As in Megatron-LM the cosine goes down
-# to the minimum; the paper's words would also allow one that goes to zero and is stopped there.
+# Section 4.2: 1024 tokens each, 3,000 iterations of warm-up. As in Megatron-LM the cosine goes down to the minimum; the
+# paper's words would also allow one that goes to zero and is stopped there.
 GPT2_PRETRAINING = Recipe(
     batch=512,
     settings={
@@ -105,12 +99,7 @@ GPT2_PRETRAINING = Recipe(
 # Section 4.2: 2 million iterations, 10,000 of them warm-up (the 3.9B model: 1.5 million).
 BERT_PRETRAINING = Recipe(
     batch=1024,
-    settings={
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 0.005,
-        "max_steps": 2_000_000,
-    },
+    settings={"learning_rate": 1e-4, "lr_scheduler_type": "linear", "warmup_steps": 0.005, "max_steps": 2_000_000},
 )
 
 # Table 6: for each task, by model size, (batch size, learning rate), and the epochs; 3.9B is called 3.8B there.
@@ -126,11 +115,7 @@ FINETUNING_TASKS = tuple(_TABLE_6)
 
 
 def finetuning_recipe(task: str, size: str = "336m") -> Recipe:
-    """Table 6's row for a task, with the rest of the recipe.
-
-    Args:
-        task: One of ``FINETUNING_TASKS``.
-        size: The paper's model that is nearest: ``336m``, ``1.3b`` or ``3.9b``.
+    """Table 6's row for one of ``FINETUNING_TASKS`` and the size ``336m``, ``1.3b`` or ``3.9b``.
 
     Raises:
         UnsupportedError: The paper has no such task or size.
@@ -159,11 +144,8 @@ _BERT_RESIDUAL_OUTPUT = re.compile(r"encoder\.layer\.\d+\.(attention\.)?output\.
 def scale_residual_outputs(model: PreTrainedModel) -> None:
     """Scale the fresh weights of a BERT's residual outputs by 1/sqrt(2 x layers), in place, as the paper draws them.
 
-    These are the last matrices of attention and MLP in each layer. GPT-2 draws them so already and is left as it is;
-    BERT draws all matrices alike, as the stock classes do.
-
-    Args:
-        model: A model fresh from ``from_config``, at any layout: each rank scales its shards. Call it once.
+    These are the last matrices of attention and MLP in each layer, which stock BERT draws like all others. GPT-2 draws
+    them so already and is left as it is. Call it once, on a model fresh from ``from_config``, at any layout.
     """
     for name, parameter in model.named_parameters():
         if _BERT_RESIDUAL_OUTPUT.search(name):

@@ -192,16 +192,6 @@ def test_defects_are_not_dressed_up(tied: Path, command: Commands, monkeypatch: 
         cli.run(["inspect", str(tied)])
 
 
-def test_command_leaves_the_environment_alone(tied: Path, command: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches child processes (torchrun of the quickstart) that inherit the switch and find no models registered."""
-    before = dict(os.environ)
-    command.run("inspect", tied)
-    assert dict(os.environ) == before
-    monkeypatch.setenv("HF_MEGATRON_REGISTER", "1")
-    command.run("inspect", tied)
-    assert os.environ["HF_MEGATRON_REGISTER"] == "1"
-
-
 @pytest.mark.parametrize("arguments", [["inspect", "{tied}"], ["plan", "gpt2-8.3b", "--tp", "8", "--gpus", "64"]])
 def test_a_look_needs_neither_torch_nor_transformers(arguments: list[str], tied: Path) -> None:
     """Catches an import that makes a look at a header, or a plan, wait for seconds."""

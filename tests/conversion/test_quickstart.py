@@ -22,7 +22,7 @@ _KEYS |= {"sample", "continuation"}
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hf_megatron_conversion", "quickstart", *arguments]
+    command = [sys.executable, "-m", "hf_megatron", "quickstart", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=290, check=False, env=environment())
 
 

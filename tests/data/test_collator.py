@@ -112,7 +112,7 @@ def test_workers_do_not_repeat_each_other(
     """Catches DataLoader workers that all mask alike because each has a copy of the seed."""
     batches = []
     for worker in (None, SimpleNamespace(id=0), SimpleNamespace(id=1)):
-        monkeypatch.setattr("hf_megatron.paper.data.collator.get_worker_info", lambda worker=worker: worker)
+        monkeypatch.setattr("hf_megatron.paper.data.masking.get_worker_info", lambda worker=worker: worker)
         batches.append(Collator(tokenizer, seed=8)(examples[:8]))
     assert _is_equal(batches[0], batches[1])
     assert not _is_equal(batches[1], batches[2])

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_megatron.errors import DataError
 from hf_megatron.paper.data import Question, QuestionWindows, find_answers, read_squad
-from hf_megatron.paper.data.question_answers import Answer
+from hf_megatron.paper.data.squad import Answer
 
 _TEXT = (
     "The import statement finds a module. Then it binds a name in the local scope, which is what the assert statement "

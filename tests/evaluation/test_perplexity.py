@@ -13,8 +13,8 @@ import torch
 from hf_megatron import MegatronGPT2LMHeadModel
 from hf_megatron.errors import DataError
 from hf_megatron.paper.evaluation import detokenize_wikitext, evaluate_wikitext103
-from hf_megatron.paper.evaluation.perplexity import Window, windows
 from hf_megatron.paper.evaluation.scoring import encode, logits_at
+from hf_megatron.paper.evaluation.wikitext103 import Window, windows
 from tests.evaluation.models import TEXT, WINDOW, load, slow_losses
 from tests.models.reference import Pool, layout, run_at
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hf_megatron.errors import DataError
 from hf_megatron.paper.metrics import METRICS, metric_path
-from hf_megatron.paper.metrics.answers import exact_match, normalise, token_f1, token_f1_v2
+from hf_megatron.paper.metrics.answer_match import exact_match, normalise, token_f1, token_f1_v2
 
 # ---------------------------------------------------------------- the definitions again, as loops
 

@@ -1,4 +1,4 @@
-"""The whole journey on one CPU, without a download: text, tokenizer, training at TP=N, evaluation, conversion, check.
+"""``hf-megatron quickstart``: text, tokenizer, training at TP=N, evaluation, conversion and check on one CPU, offline.
 
 Each stage runs the way a user would run it: the ranks under torchrun, the conversion through the public function, and
 the stock model in a process of its own that cannot import this package.
@@ -14,13 +14,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from hf_megatron.checkpoint import AtomicDirectory
+import typer
+
+import hf_megatron_conversion
+from hf_megatron.commands.console import JsonOption, print_message, report
 from hf_megatron.commands.quickstart.text import read_corpus, train_tokenizer
+from hf_megatron.commands.torchrun import run_ranks
 from hf_megatron.errors import DestinationError, HfMegatronError, PartitionError, UnsupportedError
 
-__all__ = ["DEFAULT_OUTPUT", "DEFAULT_STEPS", "quickstart"]
+__all__ = ["DEFAULT_OUTPUT", "DEFAULT_STEPS", "command", "quickstart"]
 
 DEFAULT_OUTPUT = Path("hf-megatron-quickstart")
 DEFAULT_STEPS = 160
@@ -32,6 +36,20 @@ _TRAINING = "hf_megatron.commands.quickstart.train"
 # On an AMD EPYC: starting five processes, one after another, and what one rank takes to train and to evaluate.
 _SECONDS_TO_START = 25
 _SECONDS_PER_RANK = 25
+
+
+def command(
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree.")] = 2,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to leave the model.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = DEFAULT_STEPS,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the directory of an earlier quickstart.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Train a small GPT-2 at TP=N on the CPU, convert it, and check that stock transformers writes the same."""
+    result = quickstart(tp_size=tp, output=output, steps=steps, overwrite=overwrite, say=print_message)
+    return report("Quickstart", result, as_json, ok=not result["problems"])
 
 
 def quickstart(
@@ -52,10 +70,9 @@ def quickstart(
         say: Receives a line per stage.
 
     Returns:
-        ``tp_size``, ``steps``, ``loss_first`` and ``loss_last`` (mean of the last ten steps), ``perplexity`` of the
-        held-out text, ``hub_dir``, ``tp_dir``, ``max_logit_diff_stock``, ``sample``, ``seconds``, and ``problems``:
-        what does not hold of a loss that fell by a tenth, logits equal to those of stock transformers, and a greedy
-        continuation that all ranks and stock transformers write alike.
+        Of the training ``tp_size``, ``steps``, ``loss_first``, ``loss_last`` (mean of the last ten steps),
+        ``perplexity`` of the held-out text and ``sample``; ``hub_dir``, ``tp_dir``, ``max_logit_diff_stock``,
+        ``continuation``, ``seconds``; and ``problems``, the checks that failed, in words.
 
     Raises:
         DestinationError: The output exists.
@@ -67,10 +84,14 @@ def quickstart(
         raise UnsupportedError(f"steps={steps}: train for at least one step.")
     if not 1 <= tp_size <= MAX_TP:
         raise PartitionError(f"tp_size={tp_size}: the quickstart runs 1 to {MAX_TP} ranks on this machine.")
+    from hf_megatron.checkpoint import AtomicDirectory
+
     directory = AtomicDirectory(destination, replace=overwrite)
     if destination.exists() and not (destination / _REPORT).is_file():
         raise DestinationError(f"{destination} was not written by a quickstart, and will not be replaced.")
-    say(f"This takes about {_expected_seconds(tp_size, steps):.0f} seconds, if {_cores()} cores are idle.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    expected = _SECONDS_TO_START + _SECONDS_PER_RANK * steps / DEFAULT_STEPS * tp_size / min(tp_size, cores)
+    say(f"This takes about {expected:.0f} seconds, if {cores} cores are idle.")
     with directory:
         result = _run_stages(directory.path, tp_size, steps, say)
         result |= {"tp_dir": str(destination / "tp"), "hub_dir": str(destination / "hub")}
@@ -82,7 +103,8 @@ def quickstart(
 
 def _run_stages(work: Path, tp_size: int, steps: int, say: Callable[[str], None]) -> dict[str, Any]:
     corpus = read_corpus()
-    say(f"1/5  Text: {corpus.num_characters:,} characters of Python's own help topics; training a tokenizer on it")
+    num_characters = sum(map(len, [*corpus.train, *corpus.held_out]))
+    say(f"1/5  Text: {num_characters:,} characters of Python's own help topics; training a tokenizer on it")
     tokenizer = train_tokenizer(corpus, work / "tokenizer")
     say(f"2/5  Training a small GPT-2 from scratch on {tp_size} ranks ({len(tokenizer):,} tokens in its vocabulary)")
     _train(work, tp_size, steps)
@@ -91,7 +113,7 @@ def _run_stages(work: Path, tp_size: int, steps: int, say: Callable[[str], None]
         f"3/5  Loss {result['loss_first']:.2f} -> {result['loss_last']:.2f}; "
         f"held-out perplexity {result['perplexity']:.1f}. Saved by the ranks; converting it to the Hub's format"
     )
-    _convert(work)
+    hf_megatron_conversion.convert(work / "tp", work / "hub", to="hub", verify=True)
     say("4/5  Loading it in another process, with stock transformers only")
     check = _check_in_stock(work)
     result["max_logit_diff_stock"] = check["max_logit_diff"]
@@ -124,40 +146,23 @@ def _problems(result: dict[str, Any], check: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _expected_seconds(tp_size: int, steps: int) -> float:
-    training = tp_size * _SECONDS_PER_RANK * steps / DEFAULT_STEPS
-    return _SECONDS_TO_START + training / min(tp_size, _cores())
-
-
 def _train(work: Path, tp_size: int, steps: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp_size}"]
-    command += ["-m", _TRAINING, str(work), str(steps)]
-    # One thread per rank, which is what torchrun sets as well, after a warning. stdout is kept for the result.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    status = subprocess.run(command, env=environment, stdout=sys.stderr.fileno(), check=False).returncode
+    # One thread per rank, which is what torchrun sets as well, after a warning.
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    status = run_ranks(_TRAINING, [str(work), str(steps)], tp_size, **environment)
     if status:
         raise HfMegatronError(f"training failed with exit code {status}; what the ranks printed stands above.")
 
 
-def _convert(work: Path) -> None:
-    from hf_megatron_conversion import convert
-
-    convert(str(work / "tp"), work / "hub", to="hub", verify=True)
-
-
 def _check_in_stock(work: Path) -> dict[str, Any]:
     # -I: neither the current directory nor PYTHONPATH can bring this package in.
-    command = [sys.executable, "-I", str(Path(__file__).with_name("stock_check.py"))]
-    command += [str(work / "hub"), str(work / "expected.pt")]
+    script = Path(__file__).with_name("stock_check.py")
+    command = [sys.executable, "-I", *map(str, (script, work / "hub", work / "expected.pt"))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise HfMegatronError(
             f"stock transformers did not load {work / 'hub'} (exit code {done.returncode}); its error stands above."
         )
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return report
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

@@ -25,11 +25,6 @@ class Corpus:
     train: list[str]
     held_out: list[str]
 
-    @property
-    def num_characters(self) -> int:
-        """Characters in all documents together."""
-        return sum(map(len, self.train)) + sum(map(len, self.held_out))
-
 
 def read_corpus() -> Corpus:
     """The help topics of the Python language reference, the text behind ``help("with")``.
@@ -45,16 +40,12 @@ def read_corpus() -> Corpus:
             "library (python.org, or your distribution's python3 package rather than its minimal one)."
         ) from error
     documents = [topics[name] for name in sorted(topics)]
-    held_out = documents[::HELD_OUT_EVERY]
-    return Corpus([text for i, text in enumerate(documents) if i % HELD_OUT_EVERY], held_out)
+    train = [text for i, text in enumerate(documents) if i % HELD_OUT_EVERY]
+    return Corpus(train, held_out=documents[::HELD_OUT_EVERY])
 
 
 def train_tokenizer(corpus: Corpus, directory: Path) -> Any:
-    """Train a byte-level BPE like GPT-2's on the training documents, and save it in the Hub's format.
-
-    Returns:
-        The tokenizer, as ``AutoTokenizer.from_pretrained(directory)`` gives it.
-    """
+    """Train a byte-level BPE like GPT-2's on the training documents, save it in the Hub's format and return it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2TokenizerFast
 
@@ -76,11 +67,7 @@ def train_tokenizer(corpus: Corpus, directory: Path) -> Any:
 
 
 def pack(tokenizer: Any, documents: list[str], length: int) -> torch.Tensor:
-    """Documents as full sequences: joined by the end-of-text token, cut every ``length`` tokens.
-
-    Returns:
-        [number of sequences, length] token ids; what is left over at the end is dropped.
-    """
+    """[N, length] token ids: documents joined by the end-of-text token, and cut; a shorter rest is dropped."""
     import torch
 
     ids = [token for text in documents for token in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]

@@ -35,10 +35,10 @@ SEED = 1909
 
 
 def configuration(tokenizer: Any, tp_size: int) -> MegatronGPT2Config:
-    """A GPT-2 of about half a million parameters whose heads divide by the degree.
+    """A GPT-2 of about half a million parameters whose number of heads the degree divides.
 
-    It sees its text about once, so that it needs no dropout; and it is narrow, so that weights as small as GPT-2's own
-    would learn slowly.
+    It sees its text about once and needs no dropout; it is narrow, so that weights as small as GPT-2's would learn
+    slowly.
     """
     num_heads = tp_size * math.ceil(4 / tp_size)
     return MegatronGPT2Config(

@@ -28,19 +28,12 @@ class SentencePair(TypedDict):
 
 @dataclass(frozen=True)
 class PairTask:
-    """Where a task's files and its rows on the Hub have what.
+    """The classes of a task, and the columns of the two sentences and of the class."""
 
-    Attributes:
-        labels: Names of the classes; the numbers are those of the Hub.
-        columns: Columns of the two sentences and of the class in the official files.
-        classes: What a file says for each class.
-        hub_columns: Columns of the two sentences and of the class in the rows of ``nyu-mll/glue``.
-    """
-
-    labels: tuple[str, ...]
-    columns: tuple[str, str, str]
-    classes: tuple[str, ...]
-    hub_columns: tuple[str, str, str]
+    labels: tuple[str, ...]  # names of the classes; their numbers are those of the Hub
+    columns: tuple[str, str, str]  # in the official files
+    classes: tuple[str, ...]  # what a file says for each class
+    hub_columns: tuple[str, str, str]  # in the rows of nyu-mll/glue
 
 
 _MNLI_CLASSES = ("entailment", "neutral", "contradiction")
@@ -64,8 +57,8 @@ _NO_GOLD_LABEL = "-"  # MultiNLI's mark where the annotators did not agree
 def read_sentence_pairs(task: PairTask, file: Path) -> list[SentencePair]:
     """Read an official file: a table with tabs between its columns and a header, or one JSON object a line (.jsonl).
 
-    Left out are pairs of MNLI without a gold label, and rows with too few columns, of which QQP has some; a warning
-    counts the latter.
+    Pairs of MNLI without a gold label are left out, and so are rows with too few columns, of which QQP has some; a
+    warning counts the latter.
 
     Raises:
         DataError: A column is missing, a class is unknown, the file is of another form, or it holds nothing.

@@ -1,34 +1,40 @@
-"""Which tokens a masked language model is asked for, and what it sees in their place.
+"""Which tokens a masked language model predicts, what it sees in their place, and the collator that makes batches.
 
-Whole words are chosen, alone or two or three in a row, a run of n words with a probability proportional to 1/n, until
-15% of the tokens are chosen. Of the chosen tokens 80% become ``[MASK]``, 10% become any other token and 10% stay.
+Whole words are chosen, one to three in a row, n words with a probability proportional to 1/n, until 15% of the tokens
+are chosen.
 
 Shapes: B batch, S sequence.
 
-Source: Shoeybi et al. 2019, arXiv:1909.08053, section 4.2, which takes the whole-word n-grams from Joshi et al. 2019,
-arXiv:1907.10529; the weights 1/n are those of Lan et al. 2019, arXiv:1909.11942; 80/10/10 is BERT's, drawn for each
-token.
+Source: Shoeybi et al. 2019, arXiv:1909.08053, section 4.2; whole-word n-grams: Joshi et al. 2019, arXiv:1907.10529; the
+weights 1/n: Lan et al. 2019, arXiv:1909.11942; 80/10/10, drawn for each token: BERT.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from hf_megatron.errors import DataError
-from hf_megatron.paper.data.special_tokens import special_token_id
+from hf_megatron.paper.data.tokens import special_token_id
 
 _MASKED_SHARE = 0.8
 _RANDOM_SHARE = 0.1
+_ORDER = "sentence_order_label"
+_IGNORED = -100
 
 
 class NgramMasking:
-    """Whole-word n-gram masking for the vocabulary of one tokenizer.
+    """Whole-word n-gram masking.
 
     Args:
-        tokenizer: A fast tokenizer whose model marks the tokens that continue a word, as WordPiece does with ``##``.
+        tokenizer: A fast tokenizer that marks the tokens that continue a word, as WordPiece does with ``##``.
         mlm_probability: Largest share of a sequence's tokens to choose, special tokens not counted.
         max_ngram: Largest number of words in a row that are chosen together.
 
@@ -46,12 +52,11 @@ class NgramMasking:
             )
         prefix = _continuation_prefix(tokenizer)
         vocabulary: dict[str, int] = tokenizer.get_vocab()
-        special = set(tokenizer.all_special_ids)
         self.mlm_probability = mlm_probability
         self.mask_token_id = special_token_id(tokenizer, "mask")
-        self._special = special
-        self._continuations = {i for token, i in vocabulary.items() if token.startswith(prefix)} - special
-        self._ordinary = torch.tensor(sorted(set(vocabulary.values()) - special))
+        self._special = set(tokenizer.all_special_ids)
+        self._continuations = {i for token, i in vocabulary.items() if token.startswith(prefix)} - self._special
+        self._ordinary = torch.tensor(sorted(set(vocabulary.values()) - self._special))
         self._ngram_weights = 1 / torch.arange(1.0, max_ngram + 1)
 
     def words(self, token_ids: Sequence[int]) -> list[range]:
@@ -69,16 +74,10 @@ class NgramMasking:
         return words
 
     def choose(self, token_ids: Sequence[int], generator: torch.Generator | None = None) -> list[range]:
-        """Choose what the model is asked for.
+        """Draw the n-grams of one sequence that the model predicts: their positions, without overlap.
 
-        Args:
-            token_ids: S ids of one sequence, with its special tokens.
-            generator: What to draw from; torch's default generator if None.
-
-        Returns:
-            The positions of each n-gram, in the order they were drawn; they do not overlap. Together they hold at most
-            ``mlm_probability`` of the tokens, and only where no word is short enough for that, the shortest word.
-            Empty if there are only special tokens.
+        Together they hold at most ``mlm_probability`` of the tokens, or one word, the shortest, if all are longer than
+        that. The list is empty if there are only special tokens. torch's default generator is used if None is given.
         """
         words = self.words(token_ids)
         if not words:
@@ -106,15 +105,9 @@ class NgramMasking:
     def replace(
         self, input_ids: torch.Tensor, is_chosen: torch.Tensor, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """What the model sees.
+        """What the model sees of the tokens [B, S], of which some are chosen [B, S, bool]; [B, S].
 
-        Args:
-            input_ids: [B, S] token ids.
-            is_chosen: [B, S] booleans.
-            generator: What to draw from; torch's default generator if None.
-
-        Returns:
-            [B, S]: of the chosen tokens 80% are ``[MASK]``, 10% random ones that are not special, and 10% themselves.
+        Of the chosen tokens 80% become ``[MASK]``, 10% a random token that is not special, 10% stay.
         """
         draw = torch.rand(input_ids.shape, generator=generator)
         other = self._ordinary[torch.randint(len(self._ordinary), input_ids.shape, generator=generator)]
@@ -132,3 +125,95 @@ def _continuation_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
             "be masked; take a fast tokenizer with a WordPiece model, such as BertTokenizerFast."
         )
     return prefix
+
+
+@dataclass
+class DataCollatorForMegatronBertPretraining:
+    """Pads examples to a batch and masks whole words and n-grams of them, anew each time.
+
+    All ranks of a tensor-parallel group must make the same batch. They do if they have the same examples and draw the
+    same numbers: from ``seed``, or from torch's default generator, which building or loading a model with
+    ``distributed_config`` makes equal within a group, and which Trainer saves and restores. DataLoader workers are
+    seeded by their number, so that this holds with workers too.
+
+    Args:
+        tokenizer: A fast BERT tokenizer, of any vocabulary.
+        mlm_probability: Largest share of each sequence's tokens to predict.
+        max_ngram: Largest number of words in a row that are masked together.
+        pad_to_multiple_of: Pad to a multiple of this length; to the longest example if None.
+        seed: Seed of the collator's own random stream; torch's default generator is used if None.
+
+    Raises:
+        DataError: The tokenizer lacks what masking needs, or a number is out of its range.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    mlm_probability: float = 0.15
+    max_ngram: int = 3
+    pad_to_multiple_of: int | None = None
+    seed: int | None = None
+    _masking: NgramMasking = field(init=False, repr=False)
+    _generator: torch.Generator | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._masking = NgramMasking(self.tokenizer, mlm_probability=self.mlm_probability, max_ngram=self.max_ngram)
+        special_token_id(self.tokenizer, "pad")
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch.
+
+        Args:
+            examples: B mappings as :func:`sentence_order_pairs` or the tokenizer gives them: ``input_ids`` with special
+                tokens, ``token_type_ids`` (zeros if absent), and ``sentence_order_label`` in all or none of them.
+
+        Returns:
+            On the CPU: ``input_ids``, ``attention_mask``, ``token_type_ids`` and ``labels``, [B, S], with labels of
+            -100 where nothing is predicted; and ``sentence_order_label`` [B], if the examples have it.
+
+        Raises:
+            DataError: An example has nothing but special tokens, or only some have a ``sentence_order_label``.
+        """
+        generator = self._random_stream()
+        sequences = [torch.as_tensor(example["input_ids"], dtype=torch.long) for example in examples]
+        types = [
+            torch.as_tensor(example.get("token_type_ids", [0] * len(ids)), dtype=torch.long)
+            for example, ids in zip(examples, sequences, strict=True)
+        ]
+        chosen = self._pad([self._choose(ids, generator) for ids in sequences], 0)
+        input_ids = self._pad(sequences, special_token_id(self.tokenizer, "pad"))
+        batch = {
+            "input_ids": self._masking.replace(input_ids, chosen, generator),
+            "attention_mask": self._pad([torch.ones_like(ids) for ids in sequences], 0),
+            "token_type_ids": self._pad(types, 0),
+            "labels": input_ids.masked_fill(~chosen, _IGNORED),
+        }
+        orders = [int(example[_ORDER]) for example in examples if _ORDER in example]
+        if orders:
+            if len(orders) < len(examples):
+                raise DataError(f"{len(orders)} of {len(examples)} examples have a {_ORDER}; give it to all or none.")
+            batch[_ORDER] = torch.tensor(orders)
+        return batch
+
+    def _random_stream(self) -> torch.Generator | None:
+        if self.seed is not None and self._generator is None:
+            worker = get_worker_info()  # each worker has a copy of this collator, and must not repeat the others
+            self._generator = torch.Generator().manual_seed(self.seed + (0 if worker is None else worker.id))
+        return self._generator
+
+    def _choose(self, token_ids: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """[S] booleans: what to predict."""
+        ngrams = self._masking.choose(token_ids.tolist(), generator)
+        if not ngrams:
+            raise DataError(
+                f"an example of {len(token_ids)} tokens has nothing but special ones, so that there is nothing to "
+                "predict; leave empty texts out."
+            )
+        is_chosen = torch.zeros(len(token_ids), dtype=torch.bool)
+        for ngram in ngrams:
+            is_chosen[ngram.start : ngram.stop] = True
+        return is_chosen
+
+    def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        """[B, S] from B rows, ``value`` to the right of the shorter ones."""
+        padded = pad_sequence(rows, batch_first=True, padding_value=value)
+        return F.pad(padded, (0, -padded.shape[1] % (self.pad_to_multiple_of or 1)), value=value)

@@ -1,4 +1,4 @@
-"""Documents to full sequences for a language model, as the paper's GPT-2 is trained.
+"""Documents packed into full sequences, as the paper's GPT-2 is trained.
 
 Source: Shoeybi et al. 2019, arXiv:1909.08053, section 4.2, and the data loader of Megatron-LM.
 """
@@ -15,19 +15,18 @@ from hf_megatron.errors import DataError
 
 
 class PackedDocuments(Dataset[dict[str, torch.Tensor]]):
-    """Sequences cut from all documents in a row, each followed by an end-of-document token; none is padded.
+    """Full sequences cut from all documents in a row; the rest at the end is dropped.
 
-    The last token of a sequence is the first of the next, so that every token but the very first is predicted, and
-    once. Attention reaches over the ends of documents, as in Megatron-LM by default. What does not fill a sequence at
-    the end is left out.
+    The last token of a sequence is the first of the next, so that every token but the first is predicted once.
+    Attention crosses the ends of documents, as in Megatron-LM by default.
 
     Args:
-        documents: The token ids of each document, without special tokens; empty ones are left out.
-        length: Tokens of a sequence; the model's longest, to make the most of it.
+        documents: The token ids of each document, without special tokens; empty ones are skipped.
+        length: Tokens per sequence, usually the model's longest.
         end_of_document: The id of the token after each document; GPT-2's ``<|endoftext|>``.
 
     Raises:
-        DataError: There is not even one sequence, or the length is below 2.
+        DataError: There are too few tokens for one sequence, or the length is below 2.
     """
 
     def __init__(self, documents: Iterable[Sequence[int]], *, length: int, end_of_document: int) -> None:

@@ -1,13 +1,14 @@
 """RACE: questions on an article with four options each, as examples for ``MegatronBertForMultipleChoice``.
 
-Source: Lai et al. 2017, arXiv:1704.04683; the order of the segments, the filling of a gap ``_`` in the question by the
-option, and the lengths are those of Megatron-LM's fine-tuning for Shoeybi et al. 2019, arXiv:1909.08053, section 5.3.
+Source: Lai et al. 2017, arXiv:1704.04683; the order of the segments, the option in the place of a gap ``_`` in the
+question, and the lengths are those of Megatron-LM's fine-tuning for Shoeybi et al. 2019, arXiv:1909.08053, section 5.3.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,15 +16,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_megatron.errors import DataError
-from hf_megatron.paper.data.special_tokens import special_token_id
+from hf_megatron.paper.data.tokens import SegmentPairs, tokenize_distinct
 
 LEVELS = ("middle", "high")
-_NUM_SPECIAL = 3  # [CLS] question and option [SEP] article [SEP]
-_LETTERS = "ABCD"
 
 
 class RaceQuestion(TypedDict):
-    """One question, under the names of the columns that RACE has on the Hub."""
+    """One question, with the column names of RACE on the Hub."""
 
     example_id: str  # begins with the level
     article: str
@@ -35,28 +34,21 @@ class RaceQuestion(TypedDict):
 def read_race(directory: Path) -> list[RaceQuestion]:
     """Read a split of the official files: every ``.txt`` in the directory and those below it, such as ``RACE/dev``.
 
-    The rows of ``datasets.load_dataset("ehovy/race", "all")`` are of the same form, and can be used in their place.
+    The rows of ``datasets.load_dataset("ehovy/race", "all")`` have the same form.
 
     Raises:
-        DataError: There are no files, or one of them is not of RACE's format.
+        DataError: There are no files, or one of them is not in RACE's format.
     """
     files = sorted(directory.rglob("*.txt"))
     if not files:
         raise DataError(f"{directory} holds no .txt files; give a split of RACE, such as RACE/dev.")
-    questions = []
+    questions: list[RaceQuestion] = []
     for file in files:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            parts = zip(content["questions"], content["options"], content["answers"], strict=True)
             questions += [
-                RaceQuestion(
-                    example_id=content["id"],
-                    article=content["article"],
-                    question=question,
-                    options=options,
-                    answer=answer,
-                )
-                for question, options, answer in parts
+                RaceQuestion(example_id=content["id"], article=content["article"], question=q, options=o, answer=a)
+                for q, o, a in zip(content["questions"], content["options"], content["answers"], strict=True)
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file} is not in RACE's format ({type(error).__name__}: {error}).") from error
@@ -64,12 +56,12 @@ def read_race(directory: Path) -> list[RaceQuestion]:
 
 
 class RaceQuestions(Dataset[dict[str, Any]]):
-    """A data set for ``transformers.DataCollatorForMultipleChoice``: the options of a question, and the right one.
+    """Examples for ``transformers.DataCollatorForMultipleChoice``: the options of a question, and the right one.
 
     Args:
         questions: Rows as :func:`read_race` gives them, or RACE's rows from the Hub.
         tokenizer: A BERT tokenizer.
-        max_length: Longest example, in tokens; what is too long is cut off the article's end.
+        max_length: Longest example, in tokens; the article is cut at its end to fit.
         max_option_length: Longest question with its option, in tokens.
 
     Attributes:
@@ -87,20 +79,19 @@ class RaceQuestions(Dataset[dict[str, Any]]):
         max_length: int = 512,
         max_option_length: int = 128,
     ) -> None:
-        if max_length <= max_option_length + _NUM_SPECIAL:
+        self._pairs, self._room = SegmentPairs(tokenizer), max_length - SegmentPairs.num_special
+        if self._room <= max_option_length:
             raise DataError(
                 f"max_length={max_length} leaves no room for an article beside options of {max_option_length} tokens; "
-                f"choose at least {max_option_length + _NUM_SPECIAL + 1}."
+                f"choose at least {max_option_length + SegmentPairs.num_special + 1}."
             )
         rows = list(questions)
-        self._cls, self._sep = special_token_id(tokenizer, "cls"), special_token_id(tokenizer, "sep")
-        self._max_length = max_length
         self.references = [_reference(row) for row in rows]
         texts = [[_fill_in(row["question"], option) for option in row["options"]] for row in rows]
-        options = _tokenize(tokenizer, (text for row in texts for text in row))
-        articles = _tokenize(tokenizer, (row["article"] for row in rows))
+        options = tokenize_distinct(tokenizer, chain(*texts))
+        articles = tokenize_distinct(tokenizer, (row["article"] for row in rows))
         self._rows = [
-            (articles[row["article"]], [options[text][:max_option_length] for text in choices])
+            (articles[row["article"]].ids, [options[text].ids[:max_option_length] for text in choices])
             for row, choices in zip(rows, texts, strict=True)
         ]
 
@@ -110,18 +101,18 @@ class RaceQuestions(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """``input_ids``, ``token_type_ids`` and ``attention_mask``, a list for each option, and ``label``."""
         article, options = self._rows[index]
-        example: dict[str, Any] = {"input_ids": [], "token_type_ids": [], "attention_mask": []}
-        for option in options:
-            kept = article[: self._max_length - _NUM_SPECIAL - len(option)]
-            example["input_ids"].append([self._cls, *option, self._sep, *kept, self._sep])
-            example["token_type_ids"].append([0] * (len(option) + 2) + [1] * (len(kept) + 1))
-            example["attention_mask"].append([1] * (len(option) + len(kept) + _NUM_SPECIAL))
-        return {**example, "label": self.references[index]["option"]}
+        pairs = [self._pairs.join(option, article[: self._room - len(option)]) for option in options]
+        return {
+            "input_ids": [pair["input_ids"] for pair in pairs],
+            "token_type_ids": [pair["token_type_ids"] for pair in pairs],
+            "attention_mask": [[1] * len(pair["input_ids"]) for pair in pairs],
+            "label": self.references[index]["option"],
+        }
 
 
 def _reference(row: RaceQuestion) -> dict[str, Any]:
     level = next((level for level in LEVELS if row["example_id"].startswith(level)), None)
-    option = _LETTERS.find(row["answer"]) if row["answer"] else -1
+    option = "ABCD".find(row["answer"]) if row["answer"] else -1
     if level is None or not 0 <= option < len(row["options"]):
         raise DataError(
             f"a question of RACE has an id that begins with {' or '.join(LEVELS)} and an answer that is the letter of "
@@ -132,12 +123,3 @@ def _reference(row: RaceQuestion) -> dict[str, Any]:
 
 def _fill_in(question: str, option: str) -> str:
     return question.replace("_", option) if "_" in question else f"{question} {option}"
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Mapping[str, list[int]]:
-    """The token ids of each different text, without special ones."""
-    distinct = list(dict.fromkeys(texts))
-    if not distinct:
-        return {}
-    encoded = tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"]
-    return dict(zip(distinct, encoded, strict=True))

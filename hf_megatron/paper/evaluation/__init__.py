@@ -3,8 +3,8 @@
     result = evaluate_wikitext103(model, tokenizer, Path("wiki.test.tokens").read_text(encoding="utf-8"))
     result = evaluate_lambada(model, tokenizer, read_passages(Path("lambada_test.jsonl")))
 
-The model is any that transformers loads with a language-modeling head, ours or stock, on one rank or cut over several,
-of which every one makes the call. Both are ``evaluate`` modules as well, which need no network:
+If the model is cut over several ranks, every rank makes the call. Both are ``evaluate`` modules as well, which need no
+network:
 
     evaluate.load(module_path("lambada")).compute(data=passages, model=model, tokenizer=tokenizer)
 
@@ -16,9 +16,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_megatron.errors import DataError
-from hf_megatron.paper.evaluation.detokenizer import detokenize_wikitext
-from hf_megatron.paper.evaluation.last_word import LambadaResult, Passage, evaluate_lambada, read_passages
-from hf_megatron.paper.evaluation.perplexity import Wikitext103Result, evaluate_wikitext103
+from hf_megatron.paper.evaluation.lambada import LambadaResult, Passage, evaluate_lambada, read_passages
+from hf_megatron.paper.evaluation.wikitext103 import Wikitext103Result, detokenize_wikitext, evaluate_wikitext103
 
 __all__ = [
     "MODULES",
@@ -36,14 +35,11 @@ MODULES = ("lambada", "wikitext103")
 
 
 def module_path(name: str) -> str:
-    """The path of an ``evaluate`` module's script, which ``evaluate.load`` takes in place of a name on the Hub.
-
-    Args:
-        name: One of ``MODULES``.
+    """The path of one of ``MODULES``, for ``evaluate.load``.
 
     Raises:
         DataError: There is no such module here.
     """
     if name not in MODULES:
         raise DataError(f"there is no evaluation {name!r} in this package; choose one of {', '.join(MODULES)}.")
-    return str(Path(__file__).with_name("modules") / f"{name}.py")
+    return str(Path(__file__).with_name(f"{name}_measurement.py"))

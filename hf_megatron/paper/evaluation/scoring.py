@@ -1,4 +1,4 @@
-"""What the evaluations ask of a model: logits at chosen positions, and nothing else of the head.
+"""What both evaluations ask of a model: the logits where tokens are predicted, and nothing else of the head.
 
 Shapes: B batch, S sequence, K chosen positions, V vocabulary.
 """
@@ -10,22 +10,68 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+IGNORED = -100
 _logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
-_WARM_UP = 1  # batches that the expected time is not taken from: they allocate and compile
-_SAMPLE = 3  # batches that it is taken from
+_WARM_UP = 1  # batches before the expected time is measured: they allocate and compile
+_SAMPLE = 3  # batches that it is measured on
+
+
+class Example(NamedTuple):
+    """Token ids, of which the last ``num_predicted`` are predicted from those before them."""
+
+    token_ids: torch.Tensor  # [S + 1], on the CPU
+    num_predicted: int
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """The token ids of a text, without special tokens, however long it is."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def predictions(
+    model: Any, batches: Sequence[Sequence[Example]], *, unit: str, show_progress: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Run a model on batches of B examples, with teacher forcing.
+
+    With ``show_progress`` rank 0 shows a bar on stderr that counts the examples, called ``unit``, and logs the expected
+    time after a few batches.
+
+    Yields:
+        Logits [B, K, V] and labels [B, K], ``IGNORED`` where an example predicts nothing; replicated, on the model's
+        device. K is as many positions as any of the examples needs.
+    """
+    show = show_progress and (not dist.is_initialized() or dist.get_rank() == 0)
+    total, done, started = sum(map(len, batches)), 0, time.monotonic()
+    with tqdm(total=total, unit=f" {unit}", file=sys.stderr, disable=not show) as bar:
+        for index, batch in enumerate(batches):
+            if index == _WARM_UP:
+                started, done = time.monotonic(), 0
+            yield _predict(model, batch)
+            done += len(batch)
+            bar.update(len(batch))
+            if show and index + 1 == min(_WARM_UP + _SAMPLE, len(batches)):
+                expected = (time.monotonic() - started) / done * total
+                _logger.info("Expected for all %s %s: %.0f seconds.", f"{total:,}", unit, expected)
+
+
+def _predict(model: Any, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(example.token_ids) for example in batch)
+    first = min(len(example.token_ids) - example.num_predicted for example in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)  # padded at the end, where a causal model does not look
+    labels = torch.full((len(batch), longest), IGNORED)
+    for row, (token_ids, num_predicted) in enumerate(batch):
+        end = len(token_ids)
+        ids[row, :end] = token_ids
+        labels[row, end - num_predicted : end] = ids[row, end - num_predicted : end]
+    logits = logits_at(model, ids[:, :-1], torch.arange(first - 1, longest - 1))
+    return logits, labels[:, first:].to(logits.device)
 
 
 def logits_at(model: Any, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -48,28 +94,3 @@ def logits_at(model: Any, input_ids: torch.Tensor, positions: torch.Tensor) -> t
     logits: torch.Tensor = model(input_ids=input_ids.to(model.device), **arguments).logits
     logits = logits if keeps else logits[:, positions]
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def with_progress(batches: Sequence[_T], sizes: Sequence[int], *, unit: str, show: bool) -> Iterator[_T]:
-    """Go through batches with a bar on stderr that shows the remaining time, on rank 0 alone.
-
-    After a few batches the time that is expected for all of them is logged.
-
-    Args:
-        batches: What to go through.
-        sizes: How much work each is, in ``unit``.
-        unit: Of the work.
-        show: Whether to show anything.
-    """
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    total, done, started = sum(sizes), 0, time.monotonic()
-    with tqdm(total=total, unit=f" {unit}", file=sys.stderr, disable=not (show and is_first)) as bar:
-        for index, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
-            if index == _WARM_UP:
-                started, done = time.monotonic(), 0
-            yield batch
-            done += size
-            bar.update(size)
-            if show and is_first and index + 1 == min(_WARM_UP + _SAMPLE, len(batches)):
-                expected = (time.monotonic() - started) / done * total
-                _logger.info("Expected for all %s %s: %.0f seconds.", f"{total:,}", unit, expected)

@@ -1,8 +1,6 @@
 """The metrics of the paper's fine-tuning tasks, as ``evaluate`` modules that need no network.
 
-    metric = evaluate.load(metric_path("squad"))
-
-Each file of this package but ``answers.py`` is such a module.
+metric = evaluate.load(metric_path("squad"))
 """
 
 from __future__ import annotations
@@ -17,14 +15,11 @@ METRICS = ("accuracy", "race", "squad", "squad_v2")
 
 
 def metric_path(name: str) -> str:
-    """The path of a metric's script, which ``evaluate.load`` takes in place of a name on the Hub.
-
-    Args:
-        name: One of ``METRICS``.
+    """The path of one of ``METRICS``, for ``evaluate.load``.
 
     Raises:
         DataError: There is no such metric here.
     """
     if name not in METRICS:
         raise DataError(f"there is no metric {name!r} in this package; choose one of {', '.join(METRICS)}.")
-    return str(Path(__file__).with_name(f"{name}.py"))
+    return str(Path(__file__).with_name(f"{name}_metric.py"))
