@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from transformers import BertConfig, GPT2Config, MegatronBertConfig
 from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, PartitionTable, table_for
 from hf_megatron.errors import PartitionError, UnsupportedError
 from hf_megatron.partition import FusedSplit, Replicated, Split, VocabSplit
-from tests.repository import environment
 
 _STOCK_CONFIG: dict[str, Any] = {"gpt2": GPT2Config, "bert": BertConfig, "megatron-bert": MegatronBertConfig}
 _TABLES = {"gpt2": GPT2, "bert-pre": BERT_PRE, "bert-post": BERT_POST}
@@ -198,14 +195,3 @@ def test_classes_are_found_under_both_names(table: PartitionTable) -> None:
     for model_class in table.classes:
         assert table.model_class(model_class.stock) is table.model_class(model_class.ours) is model_class
     assert table.model_class(None) is table.classes[0]
-
-
-def test_the_table_needs_neither_torch_nor_transformers() -> None:
-    """Catches an import that makes every command, and every message about a wrong degree, wait for seconds."""
-    program = (
-        "import sys; from hf_megatron.partition import GPT2; GPT2.check_degree({}, 4); "
-        "print(*{name.partition('.')[0] for name in sys.modules})"
-    )
-    command, variables = [sys.executable, "-c", program], environment(HF_MEGATRON_REGISTER="0")
-    imported = subprocess.check_output(command, env=variables, text=True).split()
-    assert not {"numpy", "safetensors", "torch", "transformers"} & set(imported)
