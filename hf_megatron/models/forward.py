@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_megatron.models.arguments import check_arguments, rename_cache
+from hf_megatron.models.forward_arguments import check_arguments, rename_cache
 from hf_megatron.tensor_parallel import SequenceParallelRegion, gather_from_tensor_parallel_region
 
 

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
 import re
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+from transformers.distributed.checkpoint import _save_model_checkpoint_distributed
+from transformers.utils import logging
 
 from hf_megatron.architectures import PartitionTable
+from hf_megatron.checkpoint import AtomicDirectory
 from hf_megatron.checkpoint.sharded import is_shard
+from hf_megatron.errors import DestinationError, UnsupportedError
+from hf_megatron.models.processes import barrier, is_first_rank, one_process_allowed, share_failure
+from hf_megatron.models.uploading import HubMixin, Upload
 
-_logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 # A model's weights in one piece or several; an optimizer's state and adapters have names of their own.
 _WHOLE_WEIGHTS = re.compile(
@@ -34,7 +45,7 @@ def rewrite_config(directory: Path, table: PartitionTable, class_name: str, *, s
     config = table.config_of(json.loads(path.read_text(encoding="utf-8")), table.model_class(class_name), stock=stock)
     mismatch = table.stock_mismatch(config) if stock else None
     if mismatch is not None:
-        _logger.warning(mismatch)
+        logger.warning(mismatch)
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     temporary.replace(path)
@@ -57,3 +68,98 @@ def reasons(error: CheckpointException) -> str:
     """What went wrong on which ranks; the exception itself is a nested traceback, and a BaseException."""
     found = {f"{type(cause).__name__}: {cause}": rank for rank, (cause, _) in reversed(error.failures.items())}
     return "; ".join(f"rank {rank}: {reason}" for reason, rank in found.items())
+
+
+class SavingMixin(HubMixin):
+    """Saving of ``MegatronModelMixin``."""
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, stock: bool = False, **kwargs: Any
+    ) -> None:
+        """Save as stock ``save_pretrained`` does; every rank of a distributed model must call it.
+
+        Args:
+            save_directory: Where to save.
+            *args: As for the stock method.
+            stock: Write the stock ``model_type`` and class into ``config.json``, so that the directory loads in
+                transformers without this package. The tensors are the same either way.
+            **kwargs: As for the stock method; ``distributed_checkpoint=True`` writes a ``tp`` directory, in which each
+                rank saves its own shards.
+
+        Raises:
+            UnsupportedError: ``stock`` together with ``distributed_checkpoint``, which no stock GPT-2 can load.
+            ParallelStateError: Rank 0 could not upload.
+        """
+        distributed = bool(kwargs.get("distributed_checkpoint"))
+        if distributed and stock:
+            raise UnsupportedError(
+                "stock=True with distributed_checkpoint=True: stock models cannot load a sharded directory of this "
+                "architecture. Save without distributed_checkpoint, or convert with `hf-megatron convert --to hub`."
+            )
+        # A model that lies whole in each process may be saved by one rank alone, as Trainer does under DDP.
+        is_collective = distributed or self.is_distributed_loading_by_transformers  # type: ignore[attr-defined]
+        directory = Path(save_directory).absolute()
+        if distributed and directory.resolve() == Path.cwd():
+            raise DestinationError(
+                f"a distributed checkpoint takes its directory's place as a whole, which the current directory "
+                f"({directory}) cannot be replaced with; save into a directory of its own."
+            )
+        is_writer = is_first_rank() and kwargs.get("is_main_process", True)
+        # The stock method would upload too early: the directory has neither its name nor the config it is to have.
+        upload = None
+        if kwargs.get("push_to_hub"):
+            upload = Upload(self, directory, kwargs, is_collective=is_collective, is_writer=is_writer)
+        if distributed:
+            fresh = AtomicDirectory(directory, keep=is_not_weights, is_first=is_first_rank(), meet=share_failure)
+            with fresh:
+                self._save_files(fresh.path, *args, is_writer=is_writer, stock=stock, **kwargs)
+                fresh.publish()
+        else:
+            if is_collective:
+                barrier()
+            self._save_files(directory, *args, is_writer=is_writer, stock=stock, **kwargs)
+            if is_writer:
+                remove_shards(directory)
+            if is_collective:
+                barrier()
+        if upload is not None:
+            upload.run()
+
+    def _save_files(self: Any, directory: Path, *args: Any, is_writer: bool, stock: bool, **kwargs: Any) -> None:
+        super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
+        if is_writer and (directory / "config.json").is_file():
+            rewrite_config(directory, self.partition_table, self._partition_class().ours, stock=stock)
+
+    def save_distributed_checkpoint(
+        self, model_to_save: nn.Module, save_directory: str | os.PathLike[str], **kwargs: Any
+    ) -> None:
+        """Save this rank's shards; a model that lies whole in one process is saved as the one shard it is."""
+        try:
+            if any(isinstance(parameter, DTensor) for parameter in model_to_save.parameters()):
+                super().save_distributed_checkpoint(model_to_save, save_directory, **kwargs)  # type: ignore[misc]
+                return
+            with one_process_allowed():
+                _save_model_checkpoint_distributed(model_to_save, save_directory)
+        except CheckpointException as error:
+            raise DestinationError(f"{save_directory} could not be written: {reasons(error)}") from error
+
+    def gather_sharded_state_dict_for_save(
+        self,
+        model_to_save: nn.Module,
+        state_dict: dict[str, Any],
+        distributed_config: DistributedConfig | None,
+        *,
+        save_on_this_rank: bool = True,
+    ) -> dict[str, Any]:
+        """Gather one tensor at a time, and keep it only where it is written."""
+        if distributed_config is None or distributed_config.dp_size > 1 or distributed_config.tp_size == 1:
+            gathered: dict[str, Any] = super().gather_sharded_state_dict_for_save(  # type: ignore[misc]
+                model_to_save, state_dict, distributed_config, save_on_this_rank=save_on_this_rank
+            )
+            return gathered
+        gathered = {}
+        for name, value in state_dict.items():
+            full = value.full_tensor() if isinstance(value, DTensor) else value
+            if save_on_this_rank:
+                gathered[name] = full.detach().cpu().contiguous() if isinstance(full, torch.Tensor) else full
+        return gathered

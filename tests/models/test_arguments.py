@@ -9,7 +9,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_megatron.errors import UnexpectedArgumentError
-from hf_megatron.models.arguments import CACHE
+from hf_megatron.models.forward_arguments import CACHE
 from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, LAYERS, Architecture, StockDir, token_ids
 from tests.models.reference import assert_agrees
 

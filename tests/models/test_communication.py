@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_megatron.models.arguments import CACHE
+from hf_megatron.models.forward_arguments import CACHE
 from tests.models.architectures import ARCHITECTURES, GPT2, LAYERS, Architecture, B, H, S, StockDir, V, token_ids
 from tests.models.collectives import Collective, Recorder
 from tests.models.reference import Pool, run_at

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_megatron.models.arguments import CACHE
+from hf_megatron.models.forward_arguments import CACHE
 from tests.models.architectures import ARCHITECTURES, GPT2, Architecture, StockDir, positions, token_ids
 from tests.models.reference import (
     Pool,

@@ -13,7 +13,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from hf_megatron.errors import HfMegatronError, UnsupportedError
-from hf_megatron.models.arguments import CACHE
+from hf_megatron.models.forward_arguments import CACHE
 from tests.models.architectures import GPT2, StockDir, make_batch, token_ids
 from tests.models.reference import Pool, rank, run_at
 from tests.tiers import quick

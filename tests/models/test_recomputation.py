@@ -14,8 +14,8 @@ from transformers import DynamicCache, TrainingArguments
 
 from hf_megatron import MegatronTrainer
 from hf_megatron.errors import UnsupportedError
-from hf_megatron.models.arguments import CACHE
 from hf_megatron.models.attention import ParallelAttention
+from hf_megatron.models.forward_arguments import CACHE
 from hf_megatron.tensor_parallel import RowParallelLinear
 from tests.models.architectures import ARCHITECTURES, GPT2, Architecture
 

@@ -39,7 +39,7 @@ from hf_megatron import (
     MegatronGPT2Model,
 )
 from hf_megatron.checkpoint.sharded import SHARDING_INFO, is_shard
-from hf_megatron.models.arguments import CACHE
+from hf_megatron.models.forward_arguments import CACHE
 from hf_megatron.models.parallel_style import STYLE_NAME
 from tests.models.architectures import GPT2, StockDir
 

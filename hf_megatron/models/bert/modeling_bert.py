@@ -33,10 +33,10 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 from hf_megatron.architectures import PartitionTable
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.activations import activation
-from hf_megatron.models.arguments import refuse_arguments
 from hf_megatron.models.attention import ParallelAttention
 from hf_megatron.models.bert.configuration_bert import MegatronBertConfig, table_of_placement
 from hf_megatron.models.forward import base_forward
+from hf_megatron.models.forward_arguments import refuse_arguments
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.tensor_parallel import (
     ColumnParallelLinear,

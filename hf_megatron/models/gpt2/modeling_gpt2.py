@@ -25,9 +25,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hf_megatron.architectures import GPT2, PartitionTable
 from hf_megatron.models.activations import activation
-from hf_megatron.models.arguments import CACHE, refuse_arguments
 from hf_megatron.models.attention import ParallelAttention
 from hf_megatron.models.forward import base_forward
+from hf_megatron.models.forward_arguments import CACHE, refuse_arguments
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.tensor_parallel import (

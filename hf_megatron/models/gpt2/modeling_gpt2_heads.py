@@ -23,8 +23,8 @@ from transformers.models.gpt2.modeling_gpt2 import (
 from transformers.utils import can_return_tuple
 
 from hf_megatron.architectures import GPT2
-from hf_megatron.models.arguments import CACHE
 from hf_megatron.models.forward import region_of_call
+from hf_megatron.models.forward_arguments import CACHE
 from hf_megatron.models.generation import ParallelGenerationMixin
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
 from hf_megatron.models.gpt2.modeling_gpt2 import MegatronGPT2Model, MegatronGPT2PreTrainedModel
