@@ -43,35 +43,35 @@ _ROLES: Mapping[str, str] = {
 
 def card(preset: Preset) -> str:
     """The card of a preset."""
-    is_gpt2 = preset.table.architecture == "gpt2"
     return card_text(
         preset.config,
         title=preset.name,
         summary=(
             f"One of the models of {_PAPER}: {_ROLES[preset.name]}. There are no weights here; this card tells how to "
             "build the model, what it needs, and how it is trained and measured.\n\n"
-            f"```python\nconfig = {'MegatronGPT2Config' if is_gpt2 else 'MegatronBertConfig'}"
+            f"```python\nconfig = {preset.table.config_class}"
             f'.from_preset("{preset.name}")\n```'
         ),
-        training=_training(preset, is_gpt2=is_gpt2),
+        training=_training(preset),
         results=_results(preset),
         metadata=("language: en", "license: apache-2.0"),
     )
 
 
-def _training(preset: Preset, *, is_gpt2: bool) -> str:
-    recipe = GPT2_PRETRAINING if is_gpt2 else BERT_PRETRAINING
+def _training(preset: Preset) -> str:
+    is_causal = preset.table.is_causal
+    recipe = GPT2_PRETRAINING if is_causal else BERT_PRETRAINING
     steps = 1_500_000 if preset.name == "bert-3.9b" else int(recipe.settings["max_steps"])
-    warm_up = 3_000 if is_gpt2 else 10_000
-    schedule = "a cosine down to 1e-5" if is_gpt2 else "a linear descent to zero"
-    corpora = "Wikipedia, CC-Stories, RealNews and OpenWebText" + ("" if is_gpt2 else " and BooksCorpus")
+    warm_up = 3_000 if is_causal else 10_000
+    schedule = "a cosine down to 1e-5" if is_causal else "a linear descent to zero"
+    corpora = "Wikipedia, CC-Stories, RealNews and OpenWebText" + ("" if is_causal else " and BooksCorpus")
     task = (
         "predicting the next token of sequences of 1,024"
-        if is_gpt2
+        if is_causal
         else "predicting masked words (whole-word n-grams) and the order of two sentences"
     )
     return (
-        f"The paper's recipe (`hf_megatron.paper.recipe.{'GPT2' if is_gpt2 else 'BERT'}_PRETRAINING`): {task}; "
+        f"The paper's recipe (`hf_megatron.paper.recipe.{'GPT2' if is_causal else 'BERT'}_PRETRAINING`): {task}; "
         f"batches of {recipe.batch} sequences, {steps:,} steps; Adam, weight decay 0.01, learning rate "
         f"{recipe.settings['learning_rate']:g} after {warm_up:,} steps of warm-up, then {schedule}; gradients clipped "
         "at 1.0; dropout 0.1; mixed precision with a dynamic loss scale; weights from N(0, 0.02), those before a "

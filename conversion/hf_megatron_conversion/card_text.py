@@ -54,7 +54,6 @@ def card_text(
         metadata: Further lines of the YAML header.
     """
     table = table_for(config)
-    is_gpt2 = table.architecture == "gpt2"
     model_class = table.model_class((config.get("architectures") or [None])[0])
     pipeline = next(tag for suffix, tag in _PIPELINES.items() if model_class.stock.endswith(suffix))
     try:
@@ -62,15 +61,15 @@ def card_text(
     except UnsupportedError:  # an activation that the planner does not know
         shape = None
     return TEMPLATE.read_text(encoding="utf-8").format(
-        metadata="\n".join((*metadata, *_metadata(pipeline, table.architecture))),
+        metadata="\n".join((*metadata, *_metadata(pipeline, table.name))),
         title=title,
         summary=summary,
         architecture=_rows_of_two(_architecture(config)),
         memory="Not planned for this activation function." if shape is None else _memory(shape),
         training=training,
-        evaluation=f"{results}\n\n{_protocol(is_gpt2)}",
-        intended_use=_intended_use(is_gpt2),
-        limits=_limits(config, is_gpt2),
+        evaluation=f"{results}\n\n{_protocol(table.is_causal)}",
+        intended_use=_intended_use(table.is_causal),
+        limits=_limits(config),
     )
 
 
@@ -86,7 +85,6 @@ def _architecture(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     model_class = table.model_class((config.get("architectures") or [None])[0])
     sizes = table.sizes(config)
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    is_gpt2 = table.architecture == "gpt2"
     number = sum(prod(tensor.shape) for tensor in table.tensors(config, model_class).values())
     yield "class", f"`{model_class.stock}` of transformers, `{model_class.ours}` of hf_megatron"
     yield "parameters", f"{number:,}"
@@ -94,11 +92,10 @@ def _architecture(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "hidden size", f"{hidden:,}"
     yield "attention heads", f"{heads} of {hidden // heads}"
     yield "inner size of the MLP", f"{sizes['intermediate_size']:,}"
-    yield "activation", str(config.get(*(("activation_function", "gelu_new") if is_gpt2 else ("hidden_act", "gelu"))))
+    yield "activation", str(table.activation.read(config))
     yield "vocabulary", f"{sizes['vocab_size']:,}"
-    yield "positions", f"{sizes['num_positions' if is_gpt2 else 'max_position_embeddings']:,}"
-    placement = table.own_config.get("layernorm_placement", "pre")
-    yield "LayerNorms", {"pre": "before attention and MLP", "post": "after attention and MLP"}[str(placement)]
+    yield "positions", f"{sizes['num_positions']:,}"
+    yield "LayerNorms", {"pre": "before attention and MLP", "post": "after attention and MLP"}[table.norms]
     yield "head", "tied to the embedding" if config.get("tie_word_embeddings", True) else "of its own"
 
 
@@ -125,8 +122,8 @@ def _memory(shape: ModelShape) -> str:
     return f"{_table(header, rows)}\n\n{explanation}"
 
 
-def _protocol(is_gpt2: bool) -> str:
-    if is_gpt2:
+def _protocol(is_causal: bool) -> str:
+    if is_causal:
         return (
             f"The protocols of Shoeybi et al. 2019: WikiText-103 ({_WIKITEXT}), detokenised, windows of 1,024 tokens "
             "that advance by 32 with the loss on the last 32, perplexity normalised by the 245,566 original tokens of "
@@ -139,9 +136,9 @@ def _protocol(is_gpt2: bool) -> str:
     )
 
 
-def _intended_use(is_gpt2: bool) -> str:
+def _intended_use(is_causal: bool) -> str:
     task = (
-        "Generating and scoring text" if is_gpt2 else "Fine-tuning on classification, question answering and the like"
+        "Generating and scoring text" if is_causal else "Fine-tuning on classification, question answering and the like"
     )
     return (
         f"{task}, and research on training large models: with stock transformers on one device, or cut over several "
@@ -149,9 +146,9 @@ def _intended_use(is_gpt2: bool) -> str:
     )
 
 
-def _limits(config: Mapping[str, Any], is_gpt2: bool) -> str:
+def _limits(config: Mapping[str, Any]) -> str:
     sizes = table_for(config).sizes(config)
-    positions = sizes["num_positions" if is_gpt2 else "max_position_embeddings"]
+    positions = sizes["num_positions"]
     degrees = [d for d in range(1, sizes["num_attention_heads"] + 1) if sizes["num_attention_heads"] % d == 0]
     return (
         f"No more than {positions:,} tokens at a time; tensor-parallel degrees that divide the heads "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_megatron.architectures import TANH_GELUS
 from hf_megatron.checkpoint import DTYPES, itemsize
 from hf_megatron.partition import Box
 from hf_megatron_conversion.formats import format_of, read_model
@@ -18,18 +19,6 @@ from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
 
 if TYPE_CHECKING:
     import torch
-
-
-# Entries of config.json that change what the model computes and that the tensors' names and shapes do not show.
-_FUNCTIONAL = (
-    "activation_function",
-    "hidden_act",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "reorder_and_upcast_attn",
-    "scale_attn_by_inverse_layer_idx",
-    "scale_attn_weights",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +166,10 @@ def _config_differences(a: Model, b: Model) -> dict[str, str]:
     heads = "num_attention_heads"
     entries[heads] = (a.table.sizes(a.config)[heads], b.table.sizes(b.config)[heads])
     # An entry that only one of them spells out is its default, which the other leaves unsaid.
-    entries |= {name: (a.config[name], b.config[name]) for name in _FUNCTIONAL if name in a.config and name in b.config}
-    head = "prediction_head_act"
-    entries[head] = (a.config.get(head), b.config.get(head))
+    functional = (a.table.activation.name, a.table.epsilon.name, *a.table.functional)
+    entries |= {name: (a.config[name], b.config[name]) for name in functional if name in a.config and name in b.config}
+    if (head := a.table.head_activation) is not None:
+        entries[head] = (a.config.get(head), b.config.get(head))
     return {
         f"config.json: {name}": f"{values[0]!r} is not {values[1]!r}"
         for name, values in sorted(entries.items())
@@ -189,7 +179,7 @@ def _config_differences(a: Model, b: Model) -> dict[str, str]:
 
 def _is_one_gelu(names: tuple[object, object]) -> bool:
     """Whether both are names of the tanh form, which differ by 3e-7."""
-    return all(name in ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate") for name in names)
+    return all(name in TANH_GELUS for name in names)
 
 
 def finite(value: float | None) -> float | None:

@@ -113,7 +113,7 @@ def outputs(
         module = _module(model, model.tensors if tensors is None else tensors, is_stock=is_stock)
         if "MultipleChoice" in model.model_class.stock:
             ids, token_types = ids.unsqueeze(1), token_types.unsqueeze(1)  # [B, number of choices, S]
-        has_types = module.config.to_dict().get("type_vocab_size", 1) > 1 and model.table.architecture == "bert"
+        has_types = model.table.sizes(model.config).get("num_token_types", 0) > 1
         result = module(input_ids=ids, **({"token_type_ids": token_types} if has_types else {}))
     return [tensor for tensor in result.to_tuple() if isinstance(tensor, torch.Tensor)]
 
@@ -133,11 +133,11 @@ def _largest_difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) ->
 
 def _loss(model: Model, results: Sequence[torch.Tensor], ids: torch.Tensor) -> float | None:
     """Mean cross entropy of a language model's first output."""
-    name, logits = model.model_class.stock, results[0]
-    if name.endswith("LMHeadModel"):
-        logits, ids = logits[:, :-1], ids[:, 1:]
-    elif not name.endswith(("ForPreTraining", "ForMaskedLM")):
+    if not model.model_class.is_language_model:
         return None
+    logits = results[0]
+    if model.table.is_causal:
+        logits, ids = logits[:, :-1], ids[:, 1:]
     return F.cross_entropy(logits.flatten(0, 1), ids.flatten()).item()
 
 

@@ -50,19 +50,18 @@ class _Forward:
         config, arguments = opened.config, opened.arguments
         self._opened = opened
         self._dtype = dtype
-        self._is_bert = opened.table.architecture == "bert"
+        self._table = opened.table
         self._sizes = opened.table.sizes(config)
         self._head_dim = self._sizes["hidden_size"] // self._sizes["num_attention_heads"]
         if arguments is None:
             # Nothing but the configuration says it.
-            eps = config["layer_norm_eps" if self._is_bert else "layer_norm_epsilon"]
-            mlp = str(config["hidden_act" if self._is_bert else "activation_function"])
-            self._mlp_gelu, self._head_gelu = _named_gelu(mlp), _named_gelu(str(config.get("prediction_head_act", mlp)))
+            eps = self._table.epsilon.read(config)
+            self._mlp_gelu, self._head_gelu = map(_named_gelu, self._table.activations(config))
         else:
             eps = arguments.get("layernorm_epsilon", arguments.get("norm_epsilon", 1e-5))
             self._mlp_gelu, self._head_gelu = _gelus(arguments, is_core=opened.is_core)
         self._eps = float(eps)
-        self._is_post = opened.table.own_config.get("layernorm_placement") == "post"
+        self._is_post = self._table.norms == "post"
 
     def outputs(self, ids: torch.Tensor, token_types: torch.Tensor) -> list[torch.Tensor]:
         """As :func:`megatron_outputs`."""
@@ -74,11 +73,11 @@ class _Forward:
         x = self._norm(x, "final_layernorm")
         is_tied = self._opened.config["tie_word_embeddings"]
         head = "word_embeddings.weight" if is_tied else "output_layer.weight"
-        if not self._is_bert:
+        if "lm_head.dense.weight" not in self._opened.shards:
             return [self._words(x, head, None)]
         transformed = self._norm(self._head_gelu(self._linear(x, "lm_head.dense")), "lm_head.layernorm")
         outputs = [self._words(transformed, head, "lm_head.bias")]
-        if self._opened.model_class.stock.endswith("ForPreTraining"):
+        if self._opened.model_class.has_megatron("binary_head.weight"):
             outputs.append(self._linear(torch.tanh(self._linear(x[:, 0], "pooler.dense")), "binary_head"))
         return outputs
 
@@ -143,7 +142,7 @@ class _Forward:
             query, key, value = mixed.view(*batch, length, 3, heads, size).unbind(-3)
         query, key, value = (part.transpose(-2, -3) for part in (query, key, value))  # [B, n, S, d]
         scores = query @ key.transpose(-1, -2) / math.sqrt(size)
-        if not self._is_bert:
+        if self._table.is_causal:
             is_future = torch.ones(length, length, dtype=torch.bool).triu(1)
             scores = scores.masked_fill(is_future, -10000.0)
         return (scores.softmax(dim=-1) @ value).transpose(-2, -3).reshape(*batch, length, heads * size)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hf_megatron.architectures import BERT_PRE, GPT2, ModelClass, PartitionTable
+from hf_megatron.architectures import BERT_PRE, GPT2, Architecture, ModelClass
 from hf_megatron.errors import UnsupportedError
 
 
@@ -27,7 +27,7 @@ class Preset:
     """
 
     name: str
-    table: PartitionTable
+    table: Architecture
     sizes: Mapping[str, object]
 
     @property
@@ -41,42 +41,31 @@ class Preset:
         return self.table.config_of(self.sizes, self.model_class, stock=False)
 
 
-def _gpt2(name: str, *, layers: int, hidden: int, heads: int) -> Preset:
+def _preset(
+    name: str, table: Architecture, layers: int, hidden: int, heads: int, positions: int, **special: object
+) -> Preset:
     sizes = {
-        "vocab_size": 50257,
-        "n_positions": 1024,
-        "n_embd": hidden,
-        "n_layer": layers,
-        "n_head": heads,
-        "activation_function": "gelu_new",
-        "embd_pdrop": 0.1,
-        "attn_pdrop": 0.1,
-        "resid_pdrop": 0.1,
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "bos_token_id": 50256,
-        "eos_token_id": 50256,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_positions": positions,
     }
-    return Preset(name, GPT2, sizes)
+    if table.size_fields["intermediate_size"].default is not None:
+        sizes["intermediate_size"] = 4 * hidden
+    named = {table.size_fields[size].name: value for size, value in sizes.items()}
+    dropouts = {where.name: 0.1 for where in table.dropouts}
+    numerics = {table.activation.name: table.activation.default, table.epsilon.name: 1e-5, "initializer_range": 0.02}
+    return Preset(name, table, {**named, **dropouts, **numerics, **special})
+
+
+def _gpt2(name: str, *, layers: int, hidden: int, heads: int) -> Preset:
+    special = {"vocab_size": 50257, "bos_token_id": 50256, "eos_token_id": 50256}
+    return _preset(name, GPT2, layers, hidden, heads, 1024, **special)
 
 
 def _bert(name: str, *, layers: int, hidden: int, heads: int) -> Preset:
-    sizes = {
-        "vocab_size": 30522,
-        "max_position_embeddings": 512,
-        "type_vocab_size": 2,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
-        "attention_probs_dropout_prob": 0.1,
-        "layer_norm_eps": 1e-5,
-        "initializer_range": 0.02,
-        "pad_token_id": 0,
-    }
-    return Preset(name, BERT_PRE, sizes)
+    special = {"vocab_size": 30522, "type_vocab_size": 2, "pad_token_id": 0}
+    return _preset(name, BERT_PRE, layers, hidden, heads, 512, **special)
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -105,7 +94,7 @@ def preset_named(name: str, *, architecture: str | None = None) -> Preset:
     Raises:
         UnsupportedError: There is none of this name; the message lists those there are.
     """
-    known = {n: p for n, p in PRESETS.items() if architecture in (None, p.table.architecture)}
+    known = {n: p for n, p in PRESETS.items() if architecture in (None, p.table.name)}
     if name.lower() not in known:
         raise UnsupportedError(f"There is no preset {name!r}; choose one of {', '.join(known)}.")
     return known[name.lower()]

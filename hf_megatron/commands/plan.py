@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_megatron.architectures.presets import PRESETS, preset_named
 from hf_megatron.errors import UnsupportedError
-from hf_megatron.planning import PRECISIONS, ModelShape, Plan, Run, layouts, machine_named, plan
+from hf_megatron.planning import PRECISIONS, ModelShape, Run, TrainingPlan, layouts, machine_named, plan
 from hf_megatron.planning.chart import draw_memory
 from hf_megatron_conversion.formats import format_of, read_model
 from hf_megatron_conversion.formats.base import Given, load_config
@@ -31,7 +31,7 @@ def plan_run(
     plot: Path | None = None,
     **run: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Plan a run, and the ways to divide a number of GPUs for it.
+    """TrainingPlan a run, and the ways to divide a number of GPUs for it.
 
     Args:
         model: A preset, a config.json, a checkpoint directory, or a repository on the Hub.
@@ -93,7 +93,7 @@ def config_of(model: str) -> Mapping[str, Any]:
     return read_model(directory, Given(is_only_described=True)).config
 
 
-def _result(model: str, planned: Plan) -> dict[str, Any]:
+def _result(model: str, planned: TrainingPlan) -> dict[str, Any]:
     """What scripts get."""
     run, time = planned.run, planned.time
     return {
@@ -118,7 +118,7 @@ def _result(model: str, planned: Plan) -> dict[str, Any]:
     }
 
 
-def _layout(planned: Plan) -> dict[str, Any]:
+def _layout(planned: TrainingPlan) -> dict[str, Any]:
     """One way to divide the GPUs."""
     return {
         "tp_size": planned.run.tp_size,
@@ -134,7 +134,7 @@ def _layout(planned: Plan) -> dict[str, Any]:
     }
 
 
-def _shown(planned: Plan, ways: list[Plan], num_tokens: float | None) -> dict[str, Any]:
+def _shown(planned: TrainingPlan, ways: list[TrainingPlan], num_tokens: float | None) -> dict[str, Any]:
     """What people get."""
     run, time, machine = planned.run, planned.time, planned.machine
     memory = vars(planned.memory)

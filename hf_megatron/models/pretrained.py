@@ -22,7 +22,7 @@ from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from hf_megatron.architectures import ModelClass, PartitionTable
+from hf_megatron.architectures import Architecture, ModelClass
 from hf_megatron.checkpoint import LazyTensor, canonicalise, open_checkpoint, open_files
 from hf_megatron.errors import (
     CheckpointFormatError,
@@ -69,12 +69,12 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
     _initialization_seed: int | None = None
 
     @classmethod
-    def partition_table_of(cls, config: PreTrainedConfig) -> PartitionTable:
+    def partition_table_of(cls, config: PreTrainedConfig) -> Architecture:
         """How the tensors of a model of this configuration are cut."""
         raise NotImplementedError
 
     @property
-    def partition_table(self) -> PartitionTable:
+    def partition_table(self) -> Architecture:
         """How this model's tensors are cut."""
         return self.partition_table_of(self.config)  # type: ignore[attr-defined]
 

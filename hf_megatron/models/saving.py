@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hf_megatron.architectures import PartitionTable
+from hf_megatron.architectures import Architecture
 from hf_megatron.checkpoint.sharded import is_shard
 
 _logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _WHOLE_WEIGHTS = re.compile(
 )
 
 
-def rewrite_config(directory: Path, table: PartitionTable, class_name: str, *, stock: bool) -> None:
+def rewrite_config(directory: Path, table: Architecture, class_name: str, *, stock: bool) -> None:
     """Make ``config.json`` name the stock classes, or ours; everything else in it stays.
 
     Args:

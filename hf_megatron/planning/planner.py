@@ -43,7 +43,7 @@ class StepTime:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainingPlan:
     """What a run needs and how long its steps take.
 
     Attributes:
@@ -95,8 +95,8 @@ class Plan:
         return self.model_flops / self.time.total / (self.run.num_ranks * peak)
 
 
-def plan(shape: ModelShape, run: Run, machine: Machine) -> Plan:
-    """Plan one training step.
+def plan(shape: ModelShape, run: Run, machine: Machine) -> TrainingPlan:
+    """TrainingPlan one training step.
 
     Raises:
         PartitionError: The degree or another size does not fit the model.
@@ -105,7 +105,7 @@ def plan(shape: ModelShape, run: Run, machine: Machine) -> Plan:
     run.check(shape)
     memory, time = plan_memory(shape, run), _step_time(shape, run, machine)
     alone = _step_time(shape, replace(run, tp_size=1, dp_size=1, fsdp=False, sequence_parallel=False), machine)
-    return Plan(
+    return TrainingPlan(
         shape=shape,
         run=run,
         machine=machine,
@@ -135,7 +135,7 @@ def layouts(
     *,
     global_batch: int | None = None,
     kept: Collection[str] = (),
-) -> list[Plan]:
+) -> list[TrainingPlan]:
     """Every way to train on ``num_ranks`` GPUs at one global batch, the best first.
 
     Tried are the tensor- and data-parallel degrees, FSDP, sequence parallelism and recomputation; the micro-batches per

@@ -77,7 +77,7 @@ def head_operations(shape: ModelShape, run: Run) -> Iterator[Operation]:
     yield _elementwise("embedding and final norm", residual, run.precision.residual, 6, 6)
     if predicted := run.predicted(shape):
         vocabulary = ceil(shape.vocab_size / run.tp_size)
-        if not shape.is_causal:
+        if shape.head_has("hidden_size", "hidden_size"):
             yield _product("transform", predicted, shape.hidden_size, shape.hidden_size, compute)
         yield _product("logits", predicted, shape.hidden_size, vocabulary, compute)
         # Maximum, difference, exponential, sums, casts.
@@ -99,7 +99,7 @@ def _attention(shape: ModelShape, run: Run) -> Iterator[Operation]:
     operands = 4 * heads * length * head_dim * compute  # Q, K, V and the context
     if not run.keeps_probabilities(shape):
         # The kernel recomputes the scores in its backward pass, and skips what a causal mask hides.
-        flops = flops // 2 if shape.is_causal else flops
+        flops = flops // 2 if shape.table.is_causal else flops
         yield Operation("fused attention", flops, operands, 5 * operands // 2, compute)
         return
     scores = heads * length**2

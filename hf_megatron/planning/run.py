@@ -111,9 +111,9 @@ class Run:
 
     def predicted(self, shape: ModelShape) -> int:
         """Number of positions whose logits a micro-batch takes: GPT-2's but the last ones, BERT's labelled ones."""
-        if not shape.has_vocabulary_head:
+        if not shape.model_class.is_language_model:
             return 0
-        return self.tokens - self.micro_batch if shape.is_causal else round(self.labelled * self.tokens)
+        return self.tokens - self.micro_batch if shape.table.is_causal else round(self.labelled * self.tokens)
 
     def check(self, shape: ModelShape) -> None:
         """Refuse what the models refuse.

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 from typing import Literal
 
-from hf_megatron.planning.activations import chunk_tokens
+from hf_megatron.partition import Replicated
+from hf_megatron.planning.activation_memory import chunk_tokens
 from hf_megatron.planning.machine import Machine
 from hf_megatron.planning.memory import gathered_parts
 from hf_megatron.planning.run import Run
@@ -63,10 +64,11 @@ def _tensor_parallel(shape: ModelShape, run: Run) -> Iterator[Collective]:
 
 def _replicated_layers(shape: ModelShape, run: Run, passes: int) -> Iterator[Collective]:
     precision, layers = run.precision, shape.num_layers
-    activation, bias = run.tokens * shape.hidden_size, 3 * shape.hidden_size
+    activation = run.tokens * shape.hidden_size
+    fused_bias = sum(prod(t.shape) for t in shape.layer if isinstance(t.spec, Replicated) and t.spec.used)
     yield _collective("layer outputs, forward", "all-reduce", 2 * layers * passes, activation * precision.compute)
-    if shape.is_causal:  # with the gradient of its fused bias
-        size = (activation + bias) * precision.compute
+    if fused_bias:  # whose gradient travels along
+        size = (activation + fused_bias) * precision.compute
         yield _collective("attention input, backward", "all-reduce", layers, size, is_overlapped=run.overlap)
     else:  # of three products at once, whose common input autocast has not cast yet
         yield _collective("attention input, backward", "all-reduce", layers, activation * precision.residual)
@@ -83,7 +85,7 @@ def _sequence_parallel_layers(shape: ModelShape, run: Run, passes: int) -> Itera
     yield _collective("layer inputs, backward", "all-gather", 2 * layers, size, is_overlapped=run.overlap)
     gradients = "gradients of layer inputs, backward"
     yield _collective(gradients, "reduce-scatter", 2 * layers, size, is_overlapped=run.overlap)
-    held_whole = (9 if shape.is_causal else 6) * shape.hidden_size
+    held_whole = sum(prod(tensor.shape) for tensor in shape.layer if isinstance(tensor.spec, Replicated))
     yield _collective("norms and biases, backward", "all-reduce", layers, held_whole * run.precision.gradient)
 
 
@@ -91,14 +93,14 @@ def _ends(shape: ModelShape, run: Run) -> Iterator[Collective]:
     """Embedding, final norm, head and loss."""
     precision, predicted = run.precision, run.predicted(shape)
     yield _collective("embedding, forward", "all-reduce", 1, run.tokens * shape.hidden_size * precision.residual)
-    is_split = run.sequence_parallel and shape.is_causal and predicted > 0  # GPT-2's head gathers by itself
+    is_split = run.sequence_parallel and shape.table.is_causal and predicted > 0  # GPT-2's head gathers by itself
     if run.sequence_parallel:
         size = _padded(shape, run) * precision.residual
         yield _collective("hidden states behind the layers, forward", "all-gather", 1, size)
         yield _collective("gradient of the embeddings, backward", "all-gather", 1, size)
         if is_split:
             yield _collective("gradient of the hidden states, backward", "reduce-scatter", 1, size)
-        if not shape.is_post:
+        if shape.table.norms == "pre":
             yield _collective("final norm, backward", "all-reduce", 1, 2 * shape.hidden_size * precision.gradient)
     if predicted:
         chunks = ceil(predicted / chunk_tokens(shape, run))

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import BertConfig, MegatronBertConfig
 
-from hf_megatron.architectures import BERT_POST, BERT_PRE, PartitionTable, table_for
+from hf_megatron.architectures import BERT_POST, BERT_PRE, Architecture, table_for
 from hf_megatron.errors import PartitionError, UnsupportedError
 from hf_megatron.partition import Replicated, Split, VocabSplit
 
@@ -17,7 +17,7 @@ STOCK_CONFIG: dict[str, Any] = {"bert": BertConfig, "megatron-bert": MegatronBer
 PLACEMENTS = [pytest.param(BERT_PRE, id="pre"), pytest.param(BERT_POST, id="post")]
 
 
-def _stock_shapes(table: PartitionTable, stock_class: str, config: Any) -> dict[str, tuple[int, ...]]:
+def _stock_shapes(table: Architecture, stock_class: str, config: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what the stock model saves, what is tied left out; nothing is allocated."""
     with torch.device("meta"):
         model = getattr(transformers, stock_class)(config)
@@ -25,7 +25,7 @@ def _stock_shapes(table: PartitionTable, stock_class: str, config: Any) -> dict[
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def _table_shapes(table: PartitionTable, stock_class: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _table_shapes(table: Architecture, stock_class: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     tensors = table.tensors(config, table.model_class(stock_class))
     for name, tensor in tensors.items():
         assert table.spec_of(name) == tensor.spec
@@ -34,7 +34,7 @@ def _table_shapes(table: PartitionTable, stock_class: str, config: dict[str, Any
 
 
 @pytest.mark.parametrize("table", PLACEMENTS)
-def test_defaults_are_the_stock_ones(table: PartitionTable) -> None:
+def test_defaults_are_the_stock_ones(table: Architecture) -> None:
     """Catches a config.json that leaves out a size and is read as another model than transformers reads."""
     stock_class, stock_config = table.classes[0].stock, STOCK_CONFIG[table.stock_model_type]()
     assert _table_shapes(table, stock_class, {}) == _stock_shapes(table, stock_class, stock_config)
@@ -43,7 +43,7 @@ def test_defaults_are_the_stock_ones(table: PartitionTable) -> None:
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("index", range(len(BERT_PRE.classes)), ids=[c.ours for c in BERT_PRE.classes])
 @pytest.mark.parametrize("table", PLACEMENTS)
-def test_tensors_of_every_class(table: PartitionTable, index: int, is_tied: bool) -> None:
+def test_tensors_of_every_class(table: Architecture, index: int, is_tied: bool) -> None:
     """Catches a head, a pooler or a prefix that differs from the stock class, and tied tensors listed twice."""
     stock_class = table.classes[index].stock
     config = STOCK_CONFIG[table.stock_model_type](
@@ -59,7 +59,7 @@ def test_tensors_of_every_class(table: PartitionTable, index: int, is_tied: bool
 
 
 @pytest.mark.parametrize("table", PLACEMENTS)
-def test_cuts_are_the_papers(table: PartitionTable) -> None:
+def test_cuts_are_the_papers(table: Architecture) -> None:
     """Catches a cut along the wrong dimension of BERT's [out, in] weights, and a bias that is not cut like its rows."""
     cut = {rule.name: rule.spec for rule in table.rules if rule.spec != Replicated()}
     columns = ["attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense"]
@@ -96,7 +96,7 @@ def test_the_table_is_found_by_type_and_placement() -> None:
     ],
 )
 def test_configurations_that_cannot_be_honoured_are_refused(
-    table: PartitionTable, config: dict[str, object], message: str
+    table: Architecture, config: dict[str, object], message: str
 ) -> None:
     """Catches a model that is built, and computes something else than the configuration says."""
     with pytest.raises(UnsupportedError, match=message):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from hf_megatron.architectures import ModelClass, PartitionTable, table_for
+from hf_megatron.architectures import Architecture, ModelClass, table_for
 from hf_megatron.checkpoint import model_class_of, open_checkpoint, read_header, require_complete, stored_model
 from hf_megatron.errors import CheckpointFormatError, UnsupportedError
 from hf_megatron_conversion.files import OutputFile
@@ -69,7 +69,7 @@ class Model:
     directory: Path
     format: FormatName
     config: Mapping[str, Any]
-    table: PartitionTable
+    table: Architecture
     model_class: ModelClass
     tensors: Mapping[str, Readable]
     tp_size: int

@@ -7,18 +7,14 @@ have it. Sources: ``megatron/arguments.py`` and ``megatron/model/transformer.py`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_megatron.architectures import TABLES, Architecture
 from hf_megatron.checkpoint.unpickle import Call, Global
 
 Arguments = Mapping[str, Any]
-
-TANH = ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate")
-"""The stock library's names for the tanh form of gelu; they differ by 3e-7 at most."""
-ERF = ("gelu", "gelu_python")
-"""And for the exact one."""
 
 _SWITCHES = (
     "swiglu",
@@ -60,16 +56,16 @@ class Activations:
     head: str
 
 
-def activations(arguments: Arguments | None, *, is_core: bool, is_bert: bool) -> Activations:
+def activations(arguments: Arguments | None, table: Architecture, *, is_core: bool) -> Activations:
     """Which of the gelus the model was trained with.
 
     Args:
-        arguments: None in files from before v1.0, whose GPT-2 had the tanh form and whose BERT the exact one.
+        arguments: None in files from before v1.0, whose models had the stock ones' activations.
+        table: Of the architecture.
         is_core: Whether the names are Megatron-core's, which knows fewer of the switches.
-        is_bert: Whether the model is a BERT.
     """
     if arguments is None:
-        return Activations("gelu", "gelu") if is_bert else Activations("gelu_new", "gelu_new")
+        return Activations(table.activation.default, table.activation.default)
     is_fused = bool(arguments.get("bias_gelu_fusion"))
     if is_core:
         return Activations("gelu_fast" if is_fused else "gelu", "gelu")
@@ -83,8 +79,27 @@ def activations(arguments: Arguments | None, *, is_core: bool, is_bert: bool) ->
     return Activations(head, head)
 
 
-def unsupported(arguments: Arguments, *, is_bert: bool) -> Iterator[str]:
-    """A line for each thing that the arguments ask for and that the stock GPT-2 and BERT do not have."""
+def architecture_of(stored: Iterable[str], arguments: Arguments, problems: list[str]) -> Architecture:
+    """The table of a checkpoint, by what the names of its tensors begin with and by where its norms stand.
+
+    Args:
+        stored: The names.
+        arguments: Megatron-LM's.
+        problems: Extended if no model is like that.
+    """
+    known = [(table, table.megatron.only) for table in TABLES if table.megatron is not None]
+    named = [table for table, only in known if any(name.startswith(only) for name in stored)]
+    named = named or [table for table, only in known if not only]
+    name = "apply_residual_connection_post_layernorm"
+    norms = "post" if arguments.get(name) else "pre"
+    placed = [table for table in named if table.norms == norms]
+    if not placed:
+        problems.append(f"{name} is not supported for {named[0].name}")
+    return (placed or named)[0]
+
+
+def unsupported(arguments: Arguments) -> Iterator[str]:
+    """A line for each thing that the arguments ask for and that no stock model here has."""
     for name in _SWITCHES:
         if arguments.get(name):
             yield f"{name}={value_of(arguments[name])} is not supported"
@@ -97,8 +112,6 @@ def unsupported(arguments: Arguments, *, is_bert: bool) -> Iterator[str]:
     hidden, channels = arguments.get("hidden_size"), arguments.get("kv_channels")
     if isinstance(heads, int) and isinstance(hidden, int) and isinstance(channels, int) and channels * heads != hidden:
         yield f"kv_channels={channels} times num_attention_heads={heads} is not hidden_size={hidden}"
-    if not is_bert and arguments.get("apply_residual_connection_post_layernorm"):
-        yield "apply_residual_connection_post_layernorm is not supported for GPT (for BERT it is)"
     style = arguments.get("param_sharing_style")
     if _unique_layers(arguments) is not None and style not in ("grouped", "spaced"):
         yield f"param_sharing_style={value_of(style)} is not known (grouped, spaced)"

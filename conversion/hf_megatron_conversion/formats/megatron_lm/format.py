@@ -55,7 +55,7 @@ class MegatronLmFormat:
 
 def _generation_config(opened: Opened) -> dict[str, Any] | None:
     """For a model that can generate: the token at which it stops, null if nobody knows it."""
-    if opened.table.architecture != "gpt2":
+    if not opened.table.is_causal:
         return None
     return {name: opened.config[name] for name in ("bos_token_id", "eos_token_id")}
 

@@ -15,7 +15,7 @@ from hf_megatron.errors import PartitionError, UnsupportedError
 from hf_megatron_conversion.files import OutputFile, TextFile
 from hf_megatron_conversion.formats.base import Target
 from hf_megatron_conversion.formats.megatron_lm.arguments import padded_vocab_size
-from hf_megatron_conversion.formats.megatron_lm.export import arguments_of
+from hf_megatron_conversion.formats.megatron_lm.export import arguments_of, megatron_model
 from hf_megatron_conversion.formats.megatron_lm.names import COLUMN, ROW, VOCABULARY, megatron_names, split_layer
 from hf_megatron_conversion.formats.megatron_lm.views import Filled, Memo, Padded, Stacked, Transposed, narrowed
 from hf_megatron_conversion.tensors import Readable
@@ -57,6 +57,7 @@ class _Layout:
 
     def __init__(self, target: Target) -> None:
         model = target.model
+        megatron_model(model)
         self._table = model.table
         self._tensors = target.tensors
         self._tp_size = target.tp_size
@@ -72,9 +73,9 @@ class _Layout:
         self._stock: dict[str, list[str]] = {}
         for stock, name in megatron_names(model.table, target.tensors, self._sizes["num_hidden_layers"]).items():
             self._stock.setdefault(name, []).append(stock)
-        is_masked_lm = model.table.architecture == "bert" and "binary_head.weight" not in self._stock
-        self._is_without_token_types = is_masked_lm and self._has_no_token_types()
-        self._has_empty_head = is_masked_lm and not self._is_without_token_types
+        lacks_second_head = _TOKEN_TYPES in self._stock and "binary_head.weight" not in self._stock
+        self._is_without_token_types = lacks_second_head and self._has_no_token_types()
+        self._has_empty_head = lacks_second_head and not self._is_without_token_types
         if self._has_empty_head:
             _logger.warning(
                 "The model has token types and no second head, which Megatron-LM's BERT has only both or neither; a "
@@ -145,7 +146,7 @@ class _Layout:
     def _outwards(self, stock: str) -> Readable:
         """A stock tensor in Megatron's orientation, matrices [out, in]."""
         tensor = self._tensors[stock]
-        if self._table.architecture != "gpt2" or len(tensor.shape) != 2 or ".h." not in f".{stock}":
+        if not self._table.rule_of(stock).is_transposed:
             return tensor
         return tensor.tensor if isinstance(tensor, Transposed) else Transposed(tensor, self._memo)
 
