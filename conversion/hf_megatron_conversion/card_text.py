@@ -94,7 +94,7 @@ def _architecture(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "inner size of the MLP", f"{sizes['intermediate_size']:,}"
     yield "activation", str(table.activation.read(config))
     yield "vocabulary", f"{sizes['vocab_size']:,}"
-    yield "positions", f"{sizes['num_positions']:,}"
+    yield "positions", f"{sizes['max_length']:,}"
     yield "LayerNorms", {"pre": "before attention and MLP", "post": "after attention and MLP"}[table.norms]
     yield "head", "tied to the embedding" if config.get("tie_word_embeddings", True) else "of its own"
 
@@ -148,7 +148,7 @@ def _intended_use(is_causal: bool) -> str:
 
 def _limits(config: Mapping[str, Any]) -> str:
     sizes = table_for(config).sizes(config)
-    positions = sizes["num_positions"]
+    positions = sizes["max_length"]
     degrees = [d for d in range(1, sizes["num_attention_heads"] + 1) if sizes["num_attention_heads"] % d == 0]
     return (
         f"No more than {positions:,} tokens at a time; tensor-parallel degrees that divide the heads "

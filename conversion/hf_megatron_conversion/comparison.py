@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_megatron.architectures import TANH_GELUS
+from hf_megatron.architectures.table import TANH_GELUS
 from hf_megatron.checkpoint import DTYPES, itemsize
 from hf_megatron.partition import Box
 from hf_megatron_conversion.formats import format_of, read_model

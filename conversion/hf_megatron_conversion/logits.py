@@ -66,7 +66,7 @@ def agreement(
     """
     configs = [_stock_config(model) for model in (a, b)]
     vocab_size = min(config.vocab_size for config in configs)
-    length = min(_MAX_TOKENS, *(config.max_position_embeddings for config in configs))
+    length = min(_MAX_TOKENS, *(model.table.sizes(model.config)["max_length"] for model in (a, b)))
     directories = [path for path in (tokenizer, a.directory, b.directory) if path is not None]
     ids = sample_ids(directories, vocab_size, length)
     outputs_a, outputs_b = outputs(a, ids, tensors=tensors, dtype=dtype), outputs(b, ids)
@@ -121,7 +121,7 @@ def outputs(
 def stock_gap(model: Model, tokenizer: Path | None = None) -> float:
     """How far the stock class's outputs are from the model's own, of a model that the stock class cannot express."""
     config = _stock_config(model)
-    length = min(_MAX_TOKENS, config.max_position_embeddings)
+    length = min(_MAX_TOKENS, model.table.sizes(model.config)["max_length"])
     directories = [model.directory] if tokenizer is None else [tokenizer, model.directory]
     ids = sample_ids(directories, config.vocab_size, length)
     return _largest_difference(outputs(model, ids), outputs(model, ids, is_stock=True))

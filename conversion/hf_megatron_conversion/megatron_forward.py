@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from hf_megatron.checkpoint import torch_dtype
 from hf_megatron_conversion.formats.megatron_lm import Opened
+from hf_megatron_conversion.formats.megatron_lm.names import has_second_head
 
 Gelu = Callable[[torch.Tensor], torch.Tensor]
 
@@ -77,7 +78,7 @@ class _Forward:
             return [self._words(x, head, None)]
         transformed = self._norm(self._head_gelu(self._linear(x, "lm_head.dense")), "lm_head.layernorm")
         outputs = [self._words(transformed, head, "lm_head.bias")]
-        if self._opened.model_class.has_megatron("binary_head.weight"):
+        if has_second_head(self._opened.model_class):
             outputs.append(self._linear(torch.tanh(self._linear(x[:, 0], "pooler.dense")), "binary_head"))
         return outputs
 

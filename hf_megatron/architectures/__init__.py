@@ -5,43 +5,20 @@ Pure: importing this package touches neither torch nor transformers, opens no fi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from hf_megatron.architectures.bert import BERT_POST, BERT_PRE
 from hf_megatron.architectures.gpt2 import GPT2
-from hf_megatron.architectures.table import (
-    ERF_GELUS,
-    TANH_GELUS,
-    Architecture,
-    Config,
-    Field,
-    MegatronLM,
-    ModelClass,
-    Tensor,
-    TensorRule,
-    is_same_function,
-)
+from hf_megatron.architectures.table import Architecture, Field, ModelClass, Tensor
 from hf_megatron.errors import UnsupportedError
 
-__all__ = [
-    "BERT_POST",
-    "BERT_PRE",
-    "ERF_GELUS",
-    "GPT2",
-    "TABLES",
-    "TANH_GELUS",
-    "Architecture",
-    "Field",
-    "MegatronLM",
-    "ModelClass",
-    "Tensor",
-    "TensorRule",
-    "is_same_function",
-    "table_for",
-]
+__all__ = ["BERT_POST", "BERT_PRE", "GPT2", "TABLES", "Architecture", "Field", "ModelClass", "Tensor", "table_for"]
 
 TABLES: tuple[Architecture, ...] = (GPT2, BERT_PRE, BERT_POST)
 
 
-def table_for(config: Config) -> Architecture:
+def table_for(config: Mapping[str, Any]) -> Architecture:
     """The table for a config.json, by its ``model_type``, ours or the stock one, and what it says beyond.
 
     Raises:

@@ -43,43 +43,30 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class TensorRule:
-    """One parameter, of every layer where the name has a ``*``.
+    """One parameter, of every layer where the name has a ``*``."""
 
-    Attributes:
-        name: Relative to the base model (``h.*.attn.c_attn.weight``); a head's relative to the model with the head.
-        sizes: The dimensions: numbers, or names in :meth:`Architecture.sizes`.
-        spec: How it is cut.
-        megatron: Megatron-LM's name for it, as its versions of 2021 to 2023 have it; ``+`` is the layer after this one,
-            behind the last layer the final norm. None if Megatron-LM has no such parameter.
-        qkv: Which third of Megatron-LM's fused queries (0), keys (1) and values (2) it is; None if all or none of it.
-        is_transposed: Whether it is a matrix stored [in, out]; Megatron-LM's are [out, in].
-    """
-
-    name: str
-    sizes: tuple[str | int, ...]
-    spec: Spec
+    name: str  # relative to the base model (h.*.attn.c_attn.weight); a head's to the model with the head
+    sizes: tuple[str | int, ...]  # the dimensions: numbers, or names in Architecture.sizes
+    spec: Spec  # how it is cut
+    # Megatron-LM's name for it, as its versions of 2021 to 2023 have it, or None if it has no such parameter. A "+" is
+    # the layer after this one, behind the last layer the final norm.
     megatron: str | None = None
-    qkv: int | None = None
-    is_transposed: bool = False
+    qkv: int | None = None  # which third of Megatron-LM's fused queries (0), keys (1) and values (2) it is
+    is_transposed: bool = False  # whether it is a matrix stored [in, out]; Megatron-LM's are [out, in]
 
     @property
     def module(self) -> str:
-        """The module the parameter belongs to: everything before the last dot."""
+        """The module the parameter belongs to."""
         return self.name.rpartition(".")[0]
-
-    @property
-    def parameter(self) -> str:
-        """The parameter's own name: everything after the last dot."""
-        return self.name.rpartition(".")[2]
 
 
 def weight_and_bias(
     module: str,
+    megatron: str | None,
     sizes: tuple[str | int, ...],
     weight: Spec,
     bias: Spec | None = Replicated(),  # noqa: B008 (immutable)
     *,
-    megatron: str | None = None,
     qkv: int | None = None,
     is_transposed: bool = False,
 ) -> tuple[TensorRule, ...]:
@@ -102,105 +89,62 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ModelClass:
-    """A model class with its head.
+    """A model class with its head."""
 
-    Attributes:
-        stock: Its name in transformers.
-        ours: Its name in this package.
-        head: The head's parameters; empty for the base model.
-        has_prefix: Whether the base model's parameters carry the base prefix.
-        tied: Head parameters that are another tensor when ``tie_word_embeddings`` is set, with that tensor's name
-            (the base model's without prefix).
-        without: Parameters of the base model that this class does not have (a pooler).
-    """
-
-    stock: str
-    ours: str
+    stock: str  # name in transformers
+    ours: str  # name in this package
     head: tuple[TensorRule, ...] = ()
-    has_prefix: bool = True
+    has_prefix: bool = True  # whether the base model's parameters carry the base prefix
+    # Of a language model: parameters of the head that are another one, the base model's without prefix, when
+    # tie_word_embeddings is set.
     tied: Mapping[str, str] = field(default_factory=dict)
-    without: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()  # parameters of the base model that this class does not have (a pooler)
 
     @property
     def is_language_model(self) -> bool:
         """Whether it projects onto the vocabulary."""
         return bool(self.tied)
 
-    def has_megatron(self, name: str) -> bool:
-        """Whether the head has a parameter of this name in Megatron-LM."""
-        return any(rule.megatron == name for rule in self.head)
-
 
 @dataclass(frozen=True, slots=True)
 class MegatronLM:
-    """What Megatron-LM's model of an architecture is, beyond its parameters.
+    """What Megatron-LM's model of an architecture is, beyond its parameters."""
 
-    Attributes:
-        only: How the names begin which tell its checkpoints from those of Megatron-LM's other models.
-        tokenizer: The usual ``tokenizer_type``.
-        required: Fields of config.json with the only value that Megatron-LM's model can have.
-        ties_head: Whether the head is the word embedding whatever else is stored, except in Megatron-core.
-        unchosen_epsilon: An epsilon in config.json that nobody has chosen, and that loses against the checkpoint's own.
-    """
-
-    only: tuple[str, ...]
-    tokenizer: str
-    required: Config
-    ties_head: bool = False
+    only: tuple[str, ...]  # how the names begin that tell its checkpoints from those of Megatron-LM's other models
+    tokenizer: str  # the usual tokenizer_type
+    required: Config  # fields of config.json with the only value that Megatron-LM's model can have
+    ties_head: bool = False  # whether the head is the word embedding whatever is stored, except in Megatron-core
+    # An epsilon that transformers writes into config.json unasked, and that loses against the checkpoint's own.
     unchosen_epsilon: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Everything that is particular to one architecture.
+    """Everything that is particular to one architecture."""
 
-    Attributes:
-        name: Short name (``gpt2``), the same for both placements of BERT's norms.
-        model_type: Our ``model_type`` in config.json.
-        stock_model_type: transformers' ``model_type``.
-        own_config: Fields that our configuration has beyond the stock one, with the values this table is for.
-        config_class: Our configuration class.
-        base_prefix: Prefix of the base model's parameters in a model with a head, without the dot.
-        is_causal: Whether a position sees earlier ones only. If not, the language model predicts masked words.
-        norms: Whether LayerNorms stand before attention and MLP (``pre``) or after them (``post``).
-        size_fields: Where config.json has each size: ``vocab_size``, ``num_positions``, ``hidden_size``,
-            ``num_hidden_layers``, ``num_attention_heads``, ``intermediate_size`` (by default four times the hidden
-            size if the default is None), and ``num_token_types`` where the model has them.
-        activation: Field of the activation in the layers.
-        head_activation: Name of our field for the one in the masked-LM head, where that may be another.
-        epsilon: Field of the norms' epsilon.
-        dropouts: Fields of the dropout of the embeddings, of the attention, and of what is added to the residual stream.
-        functional: Further fields of config.json that change what is computed and that no tensor shows.
-        required: Fields of config.json with the only value that is supported, and why.
-        body: Parameters of the base model.
-        classes: The model classes; the first one is assumed where config.json names none.
-        word_embedding: Name of the word embedding in ``body``.
-        obsolete: Patterns of tensors that old checkpoints carry and the models do not have any more.
-        megatron: Megatron-LM's model; None if it has none.
-    """
-
-    name: str
-    model_type: str
+    name: str  # the same for both placements of BERT's norms
+    model_type: str  # ours, in config.json
     stock_model_type: str
-    own_config: Config = field(default_factory=dict)
-    config_class: str
-    base_prefix: str
-    is_causal: bool
-    norms: Literal["pre", "post"]
+    own_config: Config = field(default_factory=dict)  # fields that only ours has, with the values this table is for
+    config_class: str  # ours
+    base_prefix: str  # of the base model's parameters in a model with a head, without the dot
+    is_causal: bool  # whether a position sees earlier ones only; if not, the language model predicts masked words
+    norms: Literal["pre", "post"]  # whether LayerNorms stand before attention and MLP or after them
+    # Where config.json has vocab_size, num_positions, hidden_size, num_hidden_layers, num_attention_heads,
+    # intermediate_size (a default of None is four times the hidden size) and, where there are any, num_token_types.
     size_fields: Mapping[str, Field]
-    activation: Field
-    head_activation: str | None = None
-    epsilon: Field
-    dropouts: tuple[Field, Field, Field]
-    functional: tuple[str, ...] = ()
-    required: Mapping[str, tuple[object, str]]
-    body: tuple[TensorRule, ...]
-    classes: tuple[ModelClass, ...]
-    word_embedding: str
-    obsolete: tuple[str, ...]
-    megatron: MegatronLM | None
-
-    # ------------------------------------------------------------------ configurations
+    unused_positions: int = 0  # rows of the position embedding that no token gets
+    activation: Field  # in the layers
+    head_activation: str | None = None  # our field for the one in the masked-LM head, where that may be another
+    epsilon: Field  # of the norms
+    dropouts: tuple[Field, Field, Field]  # of the embeddings, of the attention, of what is added to the residual
+    functional: tuple[str, ...] = ()  # further fields that change what is computed and that no tensor shows
+    required: Mapping[str, tuple[object, str]]  # fields with the only value that is supported, and why
+    body: tuple[TensorRule, ...]  # the base model's parameters
+    classes: tuple[ModelClass, ...]  # the first one is assumed where config.json names none
+    word_embedding: str  # its name in body
+    obsolete: tuple[str, ...]  # patterns of tensors that old checkpoints carry and the models have no more
+    megatron: MegatronLM | None  # None if Megatron-LM has no such model
 
     def is_for(self, config: Config) -> bool:
         """Whether this is the table of a config.json, ours or the stock one."""
@@ -231,21 +175,21 @@ class Architecture:
                 value = 4 * sizes["hidden_size"]
             if not isinstance(value, int) or value < 1:
                 raise UnsupportedError(f"{where.name}={value!r} in the configuration is not a positive integer.")
-            if value > (largest := _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE):
-                raise UnsupportedError(
-                    f"{where.name}={value} in the configuration is more than {largest}, a damaged number?"
-                )
+            largest = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+            if value > largest:
+                message = f"{where.name}={value} in the configuration is more than {largest}, a damaged number?"
+                raise UnsupportedError(message)
             sizes[name] = value
         hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
         if hidden % heads:
-            raise UnsupportedError(
-                f"hidden_size={hidden} is not divisible by num_attention_heads={heads}; every head must have the same "
-                "size."
-            )
+            message = f"hidden_size={hidden} is not divisible by num_attention_heads={heads}"
+            raise UnsupportedError(f"{message}; every head must have the same size.")
         for name, (only, reason) in self.required.items():
             if (value := config.get(name) or only) != only:
                 raise UnsupportedError(f"{name}={value!r} is not supported: {reason}.")
-        return {**sizes, "query_key_value": 3 * hidden, "num_labels": _number_of_labels(config)}
+        max_length = sizes["num_positions"] - self.unused_positions
+        labels = _number_of_labels(config)
+        return {**sizes, "query_key_value": 3 * hidden, "max_length": max_length, "num_labels": labels}
 
     def activations(self, config: Config) -> tuple[Any, Any]:
         """Names of the activation in the layers and of the one in the masked-LM head."""
@@ -257,13 +201,11 @@ class Architecture:
         in_layers, in_head = self.activations(config)
         if is_same_function(in_layers, in_head):
             return None
-        size = " (up to 4.7e-4 in each activation, about 1e-3 in the logits)" if "gelu" in f"{in_layers}" else ""
+        size = " (up to 4.7e-4 in each activation, about 1e-3 in the logits)" if "gelu" in str(in_layers) else ""
         return (
-            f"The stock class has one activation, {self.activation.name}={in_layers!r}, and applies it in the masked-LM "
-            f"head too, where this model has {in_head!r}{size}."
+            f"The stock class has one activation, {self.activation.name}={in_layers!r}, and applies it in the "
+            f"masked-LM head too, where this model has {in_head!r}{size}."
         )
-
-    # ------------------------------------------------------------------ classes and tensors
 
     def model_class(self, name: str | None) -> ModelClass:
         """The class of this name, stock or ours; the first class if ``name`` is None.
@@ -288,21 +230,14 @@ class Architecture:
         rules += [(rule.name, rule) for rule in model_class.head if rule.name not in tied]
         return {tensor.name: tensor for name, rule in rules for tensor in _instances(name, rule, sizes)}
 
-    def has_pooler(self, model_class: ModelClass) -> bool:
-        """Whether a class has a pooler on the first token."""
-        return any("pooler" in rule.module and rule.name not in model_class.without for rule in self.body)
-
     def check_degree(self, config: Config, tp_size: int) -> None:
-        """Raise PartitionError if a model of this configuration cannot be cut over ``tp_size`` ranks.
-
-        Needs the configuration only, so that it can be called before any weight is read.
-        """
+        """Raise PartitionError if a model of this configuration cannot be cut over ``tp_size`` ranks."""
         if tp_size < 1:
             raise PartitionError(f"tp_size={tp_size} is not a degree; choose 1 or more.")
         heads = self.sizes(config)["num_attention_heads"]
         if heads % tp_size:
-            limit = min(heads, _MAX_LISTED_DEGREE)
-            choices = _listed([degree for degree in range(1, limit + 1) if heads % degree == 0])
+            fitting = [str(degree) for degree in range(1, min(heads, _MAX_LISTED_DEGREE) + 1) if heads % degree == 0]
+            choices = " or ".join(filter(None, (", ".join(fitting[:-1]), fitting[-1])))
             raise PartitionError(
                 f"num_attention_heads={heads} is not divisible by tp_size={tp_size}; choose {choices}."
             )
@@ -317,7 +252,7 @@ class Architecture:
 
     def module_specs(self, module: str) -> dict[str, Spec]:
         """Cuts of one module's parameters: ``module_specs("h.*.attn.c_attn") -> {"weight": ..., "bias": ...}``."""
-        specs = {rule.parameter: rule.spec for rule in self.rules if rule.module == module}
+        specs = {rule.name.rpartition(".")[2]: rule.spec for rule in self.rules if rule.module == module}
         assert specs, f"{module} is not in the {self.name} table"
         return specs
 
@@ -328,11 +263,10 @@ class Architecture:
             PartitionError: The name is not in the table.
         """
         pattern = re.sub(r"\.\d+\.", ".*.", name)
-        names = (pattern, pattern.removeprefix(f"{self.base_prefix}."))
-        rule = next((rule for rule in self.rules if rule.name in names), None)
-        if rule is None:
-            raise PartitionError(f"{name} is not a parameter of the {self.name} table.")
-        return rule
+        for rule in self.rules:
+            if rule.name in (pattern, pattern.removeprefix(f"{self.base_prefix}.")):
+                return rule
+        raise PartitionError(f"{name} is not a parameter of the {self.name} table.")
 
     def spec_of(self, name: str) -> Spec:
         """The cut of a concrete parameter name, as :meth:`rule_of` finds it."""
@@ -352,9 +286,7 @@ def is_same_function(a: object, b: object) -> bool:
 def _number_of_labels(config: Config) -> int:
     """``num_labels``, which config.json may say in words (``id2label``) or not at all."""
     labels, names = config.get("num_labels"), config.get("id2label")
-    if isinstance(labels, int):
-        return labels
-    return len(names) if isinstance(names, Mapping) else 2
+    return labels if isinstance(labels, int) else len(names) if isinstance(names, Mapping) else 2
 
 
 def _instances(name: str, rule: TensorRule, sizes: Mapping[str, int]) -> Iterator[Tensor]:
@@ -364,9 +296,3 @@ def _instances(name: str, rule: TensorRule, sizes: Mapping[str, int]) -> Iterato
         return
     for layer in range(sizes["num_hidden_layers"]):
         yield Tensor(name.replace("*", str(layer), 1), shape, rule.spec)
-
-
-def _listed(numbers: list[int]) -> str:
-    """``1, 5 or 25``."""
-    words = [str(number) for number in numbers]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -83,7 +83,7 @@ def kept_by_head(shape: ModelShape, run: Run) -> Iterator[Kept]:
     hidden, compute = shape.hidden_size, run.precision.compute
     if shape.table.norms == "pre":
         yield from _norm("final norm", shape, run)
-    if shape.table.has_pooler(shape.model_class):
+    if any(".pooler." in f".{name}" for name in shape.tensors):
         yield Kept("input of the pooler [B, S, H]", run.tokens * hidden * compute)
         yield Kept("pooled [B, H]", run.micro_batch * hidden * compute)
     if shape.model_class.is_language_model and not shape.table.is_causal:

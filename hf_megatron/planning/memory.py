@@ -1,8 +1,8 @@
 """Bytes on the rank that needs most of them, by kind.
 
-Parameters, gradients and optimizer follow from the partition table, to the byte. Activations are summed up from
-``activation_memory``. The peak is the larger of two moments: the loss, when all activations are there and no gradient is, and
-the end of the backward pass, when it is the other way around. In between, each layer trades one for the other.
+Parameters, gradients and optimizer follow from the table, to the byte; activations are summed up from
+``activation_memory``. The peak is the larger of two moments: the loss, when all activations are there and no gradient
+is, and the end of the backward pass, when it is the other way around. In between, each layer trades one for the other.
 """
 
 from __future__ import annotations

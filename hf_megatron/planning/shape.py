@@ -105,7 +105,7 @@ class ModelShape:
             num_heads=sizes["num_attention_heads"],
             intermediate_size=sizes["intermediate_size"],
             vocab_size=sizes["vocab_size"],
-            num_positions=sizes["num_positions"],
+            num_positions=sizes["max_length"],
             keeps_activation_input=_KEEPS_INPUT[activation],
             embedding_dropout=embedding,
             attention_dropout=attention,

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_megatron.architectures import Architecture, is_same_function, table_for
+from hf_megatron.architectures import Architecture, table_for
+from hf_megatron.architectures.table import is_same_function
 from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.formats.megatron_lm.arguments import (
     Arguments,
@@ -16,6 +17,7 @@ from hf_megatron_conversion.formats.megatron_lm.arguments import (
     value_of,
     vocab_size_of,
 )
+from hf_megatron_conversion.formats.megatron_lm.names import has_second_head
 
 _logger = logging.getLogger(__name__)
 
@@ -139,7 +141,7 @@ def _class_name(found: Found, table: Architecture, given: Mapping[str, Any]) -> 
     fitting = [
         known
         for known in table.classes
-        if known.is_language_model and (found.has_binary_head or not known.has_megatron("binary_head.weight"))
+        if known.is_language_model and (found.has_binary_head or not has_second_head(known))
     ]
     named = (given.get("architectures") or [None])[0]
     return next((known.stock for known in fitting if named in (known.stock, known.ours)), fitting[0].stock)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from hf_megatron.architectures import ERF_GELUS, TANH_GELUS, MegatronLM
+from hf_megatron.architectures.table import ERF_GELUS, TANH_GELUS, MegatronLM
 from hf_megatron.checkpoint import torch_dtype
 from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.formats.base import Model

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from hf_megatron.architectures import Architecture
+from hf_megatron.architectures import Architecture, ModelClass
 from hf_megatron.errors import UnsupportedError
 
 _QKV = "self_attention.query_key_value"
@@ -115,3 +115,8 @@ def megatron_names(table: Architecture, names: Iterable[str], num_layers: int) -
             pattern = f"final_layernorm.{pattern.rpartition('.')[2]}"
         result[name] = pattern.replace("*", str(layer)).replace("+", str(layer + 1))
     return result
+
+
+def has_second_head(model_class: ModelClass) -> bool:
+    """Whether it is a BERT with both of Megatron-LM's heads."""
+    return any(rule.megatron == "binary_head.weight" for rule in model_class.head)
