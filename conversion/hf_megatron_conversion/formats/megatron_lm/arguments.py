@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_megatron.architectures import TABLES, Architecture
+from hf_megatron.architectures.table import MegatronLM
 from hf_megatron.checkpoint.unpickle import Call, Global
+from hf_megatron.errors import UnsupportedError
 
 Arguments = Mapping[str, Any]
 
@@ -45,26 +47,15 @@ _MAX_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class Activations:
-    """Names of the activations, as transformers calls them.
+    """Names of the activations, as transformers calls them."""
 
-    Attributes:
-        mlp: In every layer.
-        head: In BERT's masked-LM head.
-    """
-
-    mlp: str
-    head: str
+    mlp: str  # in every layer
+    head: str  # in BERT's masked-LM head
 
 
 def activations(arguments: Arguments | None, table: Architecture, *, is_core: bool) -> Activations:
-    """Which of the gelus the model was trained with.
-
-    Args:
-        arguments: None in files from before v1.0, whose models had the stock ones' activations.
-        table: Of the architecture.
-        is_core: Whether the names are Megatron-core's, which knows fewer of the switches.
-    """
-    if arguments is None:
+    """Which of the gelus the model was trained with; Megatron-core (``is_core``) knows fewer of the switches."""
+    if arguments is None:  # from before v1.0, whose models had the stock ones' activations
         return Activations(table.activation.default, table.activation.default)
     is_fused = bool(arguments.get("bias_gelu_fusion"))
     if is_core:
@@ -82,10 +73,7 @@ def activations(arguments: Arguments | None, table: Architecture, *, is_core: bo
 def architecture_of(stored: Iterable[str], arguments: Arguments, problems: list[str]) -> Architecture:
     """The table of a checkpoint, by what the names of its tensors begin with and by where its norms stand.
 
-    Args:
-        stored: The names.
-        arguments: Megatron-LM's.
-        problems: Extended if no model is like that.
+    ``problems`` is extended if no model is like that.
     """
     known = [(table, table.megatron.only) for table in TABLES if table.megatron is not None]
     named = [table for table, only in known if any(name.startswith(only) for name in stored)]
@@ -96,6 +84,18 @@ def architecture_of(stored: Iterable[str], arguments: Arguments, problems: list[
     if not placed:
         problems.append(f"{name} is not supported for {named[0].name}")
     return (placed or named)[0]
+
+
+def megatron_of(table: Architecture) -> MegatronLM:
+    """Megatron-LM's model of an architecture.
+
+    Raises:
+        UnsupportedError: It has none.
+    """
+    if table.megatron is None:
+        known = dict.fromkeys(known.name for known in TABLES if known.megatron is not None)
+        raise UnsupportedError(f"Megatron-LM has no {table.name} (only {', '.join(known)}).")
+    return table.megatron
 
 
 def unsupported(arguments: Arguments) -> Iterator[str]:
@@ -123,11 +123,9 @@ def _unique_layers(arguments: Arguments) -> int | None:
 
 
 def stored_layers(arguments: Arguments, num_stored: int) -> list[int]:
-    """For each layer of the model the stored one whose parameters it has: its own, unless layers share parameters.
+    """For each layer the stored one, of ``num_stored``, whose parameters it has: its own, unless layers share them.
 
-    Args:
-        arguments: In 2020 they could ask for sharing.
-        num_stored: How many layers the files hold.
+    In 2020 the arguments could ask for that.
     """
     unique, layers = _unique_layers(arguments), arguments.get("num_layers")
     if unique is None or unique != num_stored or not isinstance(layers, int) or not unique < layers <= _MAX_LAYERS:

@@ -13,6 +13,7 @@ from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.formats.megatron_lm.arguments import (
     Arguments,
     activations,
+    megatron_of,
     padded_vocab_size,
     value_of,
     vocab_size_of,
@@ -35,64 +36,37 @@ _IDENTITY = ("model_type", "architectures", "layernorm_placement", "torch_dtype"
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What the tensors show of the model.
-
-    Attributes:
-        table: Its architecture.
-        is_core: Whether the names are Megatron-core's.
-        sizes: Its sizes, by the architecture's names for them, but for the heads' and the vocabulary's.
-        padded_vocab_size: Rows of the word embedding.
-        tp_size: Tensor-parallel degree.
-        has_binary_head: Whether BERT's second head is there.
-        is_tied: Whether the head is the word embedding.
-        dtype: Of the word embedding, as torch calls it.
-    """
+    """What the tensors show of the model."""
 
     table: Architecture
-    is_core: bool
-    sizes: Mapping[str, int]
-    padded_vocab_size: int
+    is_core: bool  # whether the names are Megatron-core's
+    sizes: Mapping[str, int]  # by the architecture's names for them, without the heads' and the vocabulary's
+    padded_vocab_size: int  # rows of the word embedding
     tp_size: int
-    has_binary_head: bool
-    is_tied: bool
-    dtype: str
+    has_binary_head: bool  # whether BERT's second head is there
+    is_tied: bool  # whether the head is the word embedding
+    dtype: str  # of the word embedding, as torch calls it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outside:
-    """What is known from outside of the ranks' files.
+    """What is known from outside of the ranks' files."""
 
-    Attributes:
-        config: A config.json, from the user or from beside the checkpoint.
-        is_asked_for: Whether the user gave it, so that it may contradict the arguments.
-        vocab_size: The vocabulary without padding, from the user.
-        tokenizer_size: The same from the tokenizer.
-        end_of_text: The tokenizer's token that ends a text.
-        is_only_described: Whether no tensor will be read, for which one has to know the number of heads.
-    """
-
-    config: Mapping[str, Any] | None = None
-    is_asked_for: bool = False
-    vocab_size: int | None = None
-    tokenizer_size: int | None = None
-    end_of_text: int | None = None
-    is_only_described: bool = False
+    config: Mapping[str, Any] | None = None  # from the user, or from beside the checkpoint
+    is_asked_for: bool = False  # whether the user gave it, so that it may contradict the arguments
+    vocab_size: int | None = None  # without padding, from the user
+    tokenizer_size: int | None = None  # the same from the tokenizer
+    end_of_text: int | None = None  # the tokenizer's token that ends a text
+    is_only_described: bool = False  # whether no tensor will be read, for which one has to know the number of heads
 
 
 def config_of(
     found: Found, arguments: Arguments | None, given: Outside, problems: list[str]
 ) -> tuple[dict[str, Any], Architecture, bool]:
-    """The stock config.json of a Megatron-LM checkpoint.
+    """The stock config.json of a Megatron-LM checkpoint, and its table.
 
-    Args:
-        found: What its tensors show.
-        arguments: Its training arguments, if it has any.
-        given: What else is known.
-        problems: Extended by what contradicts itself or is not known.
-
-    Returns:
-        The configuration, its table, and whether the size of the vocabulary is known; if not, padding counts as
-        vocabulary.
+    The last result is whether the size of the vocabulary is known; if not, padding counts as vocabulary. ``problems``
+    is extended by what contradicts itself or is not known.
     """
     table, other = _table(found.table, arguments, given.config, problems)
     vocab_size, is_known = _vocab_size(found, arguments or {}, given, problems)
@@ -198,7 +172,7 @@ def _numerics(
         if name not in given or is_same_function(value, given[name]):
             own[name] = given.get(name, value)
             continue
-        is_unchosen = table.megatron is not None and given[name] == table.megatron.unchosen_epsilon
+        is_unchosen = given[name] == megatron_of(table).unchosen_epsilon
         if is_unchosen:
             message = (
                 "The given config.json has %s=%s, which transformers writes for this model when nobody has chosen; %s "
@@ -233,21 +207,16 @@ def _vocab_size(found: Found, arguments: Arguments, given: Outside, problems: li
     # What nobody has asked for is used if it can be right.
     for size in (*asked.values(), stated, beside):
         if isinstance(size, int) and 0 < size <= rows:
-            _warn_of_other_padding(size, rows, arguments.get("make_vocab_size_divisible_by"), found.tp_size)
+            divisor = arguments.get("make_vocab_size_divisible_by")
+            if isinstance(divisor, int) and divisor > 0:
+                _warn_of_other_padding(size, rows, padded_vocab_size(size, divisor, found.tp_size), found.tp_size)
             return size, True
     return rows, False
 
 
-def _warn_of_other_padding(size: int, rows: int, divisor: object, tp_size: int) -> None:
-    if not isinstance(divisor, int) or divisor < 1:
-        return
-    padded = padded_vocab_size(size, divisor, tp_size)
+def _warn_of_other_padding(size: int, rows: int, padded: int, tp_size: int) -> None:
     if padded != rows:
-        _logger.warning(
-            "A vocabulary of %d would be padded to %d at degree %d, but the word embedding has %d rows; is %d right?",
-            size,
-            padded,
-            tp_size,
-            rows,
-            size,
+        message = (
+            "A vocabulary of %d would be padded to %d at degree %d, but the word embedding has %d rows; is %d right?"
         )
+        _logger.warning(message, size, padded, tp_size, rows, size)

@@ -5,37 +5,36 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from hf_megatron.architectures.table import ERF_GELUS, TANH_GELUS, MegatronLM
+from hf_megatron.architectures.table import ERF_GELUS, TANH_GELUS
 from hf_megatron.checkpoint import torch_dtype
 from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.formats.base import Model
+from hf_megatron_conversion.formats.megatron_lm.arguments import megatron_of
 
 _logger = logging.getLogger(__name__)
 
 
-def megatron_model(model: Model) -> MegatronLM:
-    """Megatron-LM's model that computes what a checkpoint's model computes.
+def require_expressible(model: Model) -> None:
+    """Refuse what Megatron-LM's models cannot compute.
 
     Raises:
-        UnsupportedError: It has none; everything is listed.
+        UnsupportedError: Everything is listed.
     """
     mlp, head = model.table.activations(model.config)
-    found, gelus, problems = model.table.megatron, TANH_GELUS + ERF_GELUS, []
-    if found is None or not model.model_class.is_language_model:
+    required, gelus, problems = megatron_of(model.table).required, TANH_GELUS + ERF_GELUS, []
+    if not model.model_class.is_language_model:
         problems.append(f"a {model.model_class.stock} (only language models)")
     for name, value in (("activation", mlp), ("prediction_head_act", head)):
         if value not in gelus:
             problems.append(f"{name}={value!r} (only {', '.join(gelus)})")
     if mlp in ERF_GELUS and head in TANH_GELUS:
         problems.append(f"{mlp} in the layers with {head} in the head")
-    for name, only in (found.required if found else {}).items():
+    for name, only in required.items():
         value = model.config.get(name, only)
         if (bool(value) if isinstance(only, bool) else value) != only:
             problems.append(f"{name}={value} (only {only})")
     if problems:
         raise UnsupportedError("Megatron-LM has no such model: " + "; ".join(problems) + ".")
-    assert found is not None
-    return found
 
 
 def arguments_of(
@@ -43,13 +42,8 @@ def arguments_of(
 ) -> dict[str, Any]:
     """The arguments under which Megatron-LM computes what the model computes.
 
-    Args:
-        model: The source.
-        dtype: Of what is written, in safetensors' spelling.
-        tp_size: Degree.
-        divisor: The vocabulary is a multiple of this times the degree.
-        padded_vocab_size: Which makes this.
-        has_binary_head: Whether a BERT gets its second head; of a GPT, Megatron-LM's default.
+    ``dtype`` is what is written, in safetensors' spelling; the vocabulary is padded to a multiple of ``divisor`` times
+    the degree. ``has_binary_head`` is whether a BERT gets its second head; of a GPT, Megatron-LM's default.
     """
     config, table, sizes = model.config, model.table, model.table.sizes(model.config)
     mlp, head = table.activations(config)
@@ -75,7 +69,7 @@ def arguments_of(
         "make_vocab_size_divisible_by": divisor,
         "padded_vocab_size": padded_vocab_size,
         "orig_vocab_size": sizes["vocab_size"],
-        "tokenizer_type": megatron_model(model).tokenizer,
+        "tokenizer_type": megatron_of(table).tokenizer,
         "layernorm_epsilon": epsilon,
         "norm_epsilon": epsilon,
         "apply_layernorm_1p": False,
