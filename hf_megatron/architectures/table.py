@@ -17,10 +17,9 @@ from hf_megatron.partition.spec import Replicated, Shape, Spec
 
 Config = Mapping[str, Any]
 
+# The stock library's names for the tanh form of gelu, which differ by 3e-7 at most, and for the exact one.
 TANH_GELUS = ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate")
-"""The stock library's names for the tanh form of gelu; they differ by 3e-7 at most."""
 ERF_GELUS = ("gelu", "gelu_python")
-"""And for the exact one."""
 
 # Beyond any model, so that a damaged configuration does not become a table of a billion rows.
 _MAX_LAYERS = 10_000

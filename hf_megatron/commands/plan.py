@@ -31,7 +31,7 @@ def plan_run(
     plot: Path | None = None,
     **run: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """TrainingPlan a run, and the ways to divide a number of GPUs for it.
+    """Plan a run, and the ways to divide a number of GPUs for it.
 
     Args:
         model: A preset, a config.json, a checkpoint directory, or a repository on the Hub.

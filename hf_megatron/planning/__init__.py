@@ -1,4 +1,4 @@
-"""What a training run needs, and how fast it is, before any machine is rented: from the partition table, without torch.
+"""What a training run needs, and how fast it is, before any machine is rented: from the tables, without torch.
 
     from hf_megatron.planning import MACHINES, ModelShape, Run, plan
 

@@ -28,12 +28,7 @@ _MASK = 1  # bytes of a bool
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A tensor that lives until the backward pass.
-
-    Attributes:
-        name: What it is.
-        bytes: On one rank.
-    """
+    """A tensor that lives until the backward pass, and its bytes on one rank."""
 
     name: str
     bytes: int

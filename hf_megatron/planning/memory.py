@@ -29,27 +29,17 @@ _STEP_COUNTER = 4  # bytes; torch's Adam has one for each parameter
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes on one rank.
-
-    Attributes:
-        parameters: Weights.
-        gradients: Their gradients.
-        optimizer: Adam's state.
-        activations: What autograd holds at the end of the forward pass, without the loss; and what is
-            recomputed, of one layer, while that happens.
-        logits_and_loss: The logits of a chunk of positions with what is computed from them, and the gradients that the
-            loss computes along with them.
-        communication: Buffers of collectives; with FSDP also the parameters that are gathered.
-        peak: The most there is at any moment. Less than the sum, since activations go as gradients come.
-    """
+    """Bytes on one rank."""
 
     parameters: int
     gradients: int
-    optimizer: int
+    optimizer: int  # Adam's state
+    # What autograd holds at the end of the forward pass, without the loss; and what is recomputed, of one layer.
     activations: int
+    # The logits of a chunk of positions with what is computed from them, and the gradients that the loss computes.
     logits_and_loss: int
-    communication: int
-    peak: int
+    communication: int  # buffers of collectives; with FSDP also the parameters that are gathered
+    peak: int  # the most there is at any moment; less than the sum, since activations go as gradients come
 
 
 def plan_memory(shape: ModelShape, run: Run) -> MemoryPlan:
@@ -88,10 +78,7 @@ def plan_memory(shape: ModelShape, run: Run) -> MemoryPlan:
 def local_numel(shape: ModelShape, tp_size: int, shards: int = 1) -> tuple[int, int]:
     """Elements of all parameters on rank 0, and the number of parameters.
 
-    Args:
-        shape: The model.
-        tp_size: Tensor-parallel degree.
-        shards: Over how many ranks FSDP2 cuts dim 0 of each tensor-parallel shard; short ones are padded.
+    FSDP2 cuts dim 0 of each tensor-parallel shard over ``shards`` ranks; short ones are padded.
     """
     shapes = [tensor.spec.shard_shape(tensor.shape, tp_size, 0) for tensor in shape.tensors.values()]
     return sum(ceil(size[0] / shards) * prod(size[1:]) for size in shapes), len(shapes)

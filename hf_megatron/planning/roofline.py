@@ -21,21 +21,13 @@ from hf_megatron.planning.shape import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A kernel, or several of one kind.
-
-    Attributes:
-        name: What it does.
-        flops: Of its forward pass; the backward pass of a product has twice as many.
-        forward_bytes: Read and written by its forward pass.
-        backward_bytes: Read and written by its backward pass.
-        itemsize: Of its numbers, in bytes.
-    """
+    """A kernel, or several of one kind."""
 
     name: str
-    flops: int
-    forward_bytes: int
+    flops: int  # of its forward pass; the backward pass of a product has twice as many
+    forward_bytes: int  # read and written by its forward pass
     backward_bytes: int
-    itemsize: int
+    itemsize: int  # of its numbers
 
     def forward_seconds(self, machine: Machine) -> float:
         """Time of the forward pass."""

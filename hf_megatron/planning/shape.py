@@ -13,48 +13,25 @@ from hf_megatron.errors import CheckpointFormatError, UnsupportedError
 
 # Activation functions that are one kernel in these models, and whether their backward pass needs the input. If it needs
 # the output instead, that is the next product's input, and kept in any case.
-_KEEPS_INPUT = {
-    "gelu": True,
-    "gelu_new": True,
-    "gelu_pytorch_tanh": True,
-    "relu": False,
-    "silu": True,
-    "swish": True,
-    "tanh": False,
-}
+_KEEPS_INPUT = dict.fromkeys(("gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish"), True)
+_KEEPS_INPUT |= dict.fromkeys(("relu", "tanh"), False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A model, as far as memory and time go.
+    """A model, as far as memory and time go."""
 
-    Attributes:
-        config: Its config.json.
-        table: Its architecture.
-        model_class: Its class.
-        num_layers: L.
-        hidden_size: H.
-        num_heads: Attention heads over all ranks.
-        intermediate_size: F, the width of the MLP's inner layer.
-        vocab_size: V.
-        num_positions: Longest sequence.
-        keeps_activation_input: Whether the activation function's backward pass needs its input.
-        embedding_dropout: Probability.
-        attention_dropout: Probability.
-        residual_dropout: Probability.
-    """
-
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # its config.json
     table: Architecture
     model_class: ModelClass
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    intermediate_size: int
-    vocab_size: int
-    num_positions: int
-    keeps_activation_input: bool
-    embedding_dropout: float
+    num_layers: int  # L
+    hidden_size: int  # H
+    num_heads: int  # over all ranks
+    intermediate_size: int  # F, the width of the MLP's inner layer
+    vocab_size: int  # V
+    num_positions: int  # of the longest sequence
+    keeps_activation_input: bool  # whether the activation function's backward pass needs its input
+    embedding_dropout: float  # probability, as the next two
     attention_dropout: float
     residual_dropout: float
 

@@ -87,11 +87,7 @@ def architecture_of(stored: Iterable[str], arguments: Arguments, problems: list[
 
 
 def megatron_of(table: Architecture) -> MegatronLM:
-    """Megatron-LM's model of an architecture.
-
-    Raises:
-        UnsupportedError: It has none.
-    """
+    """Megatron-LM's model of an architecture; UnsupportedError if it has none."""
     if table.megatron is None:
         known = dict.fromkeys(known.name for known in TABLES if known.megatron is not None)
         raise UnsupportedError(f"Megatron-LM has no {table.name} (only {', '.join(known)}).")

@@ -15,11 +15,7 @@ _logger = logging.getLogger(__name__)
 
 
 def require_expressible(model: Model) -> None:
-    """Refuse what Megatron-LM's models cannot compute.
-
-    Raises:
-        UnsupportedError: Everything is listed.
-    """
+    """Raise UnsupportedError with everything of a model that Megatron-LM's models cannot compute."""
     mlp, head = model.table.activations(model.config)
     required, gelus, problems = megatron_of(model.table).required, TANH_GELUS + ERF_GELUS, []
     if not model.model_class.is_language_model:

@@ -87,11 +87,6 @@ def own_name(stored: str) -> str | None:
     return name.replace("layer_norm", "layernorm") if _HEAD.fullmatch(name) else None
 
 
-def is_ignored(stored: str) -> bool:
-    """Whether this is transformer-engine's own bookkeeping, which holds no weights."""
-    return stored.endswith("._extra_state")
-
-
 def split_layer(name: str) -> tuple[int | None, str]:
     """Layer and name in the layer: ``layers.3.mlp.x`` -> (3, ``mlp.x``); (None, name) outside of the layers."""
     found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)

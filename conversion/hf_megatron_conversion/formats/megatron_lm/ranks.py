@@ -12,7 +12,7 @@ from hf_megatron.checkpoint import LazyTensor, listed
 from hf_megatron.checkpoint.torch_file import TENSOR_NAMES, StoredArray, open_torch_file
 from hf_megatron.checkpoint.unpickle import Call
 from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError
-from hf_megatron_conversion.formats.megatron_lm.names import is_ignored, own_name
+from hf_megatron_conversion.formats.megatron_lm.names import own_name
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")
@@ -82,8 +82,7 @@ def iteration_directory(directory: Path) -> Path:
     """The directory with the ranks' directories: the latest iteration, or the given directory itself.
 
     Raises:
-        CheckpointIncompleteError: It is not there, or nothing says which iteration is meant.
-        CheckpointFormatError: A distributed checkpoint of Megatron-core.
+        CheckpointError: It is not there, nothing says which iteration is meant, or Megatron-core's distributed format.
     """
     if _rank_directories(directory):
         return directory
@@ -231,7 +230,7 @@ def _own_tensors(path: Path, model: Any) -> tuple[dict[str, LazyTensor], Sequenc
         name = own_name(stored)
         if name is not None and isinstance(value, StoredArray) and name not in tensors:
             tensors[name] = value.lazy(name)
-        elif not is_ignored(stored) and value != {}:
+        elif not stored.endswith("._extra_state") and value != {}:  # transformer-engine's, without weights
             unknown.append(stored)
     return tensors, unknown
 

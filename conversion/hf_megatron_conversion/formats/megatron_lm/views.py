@@ -19,10 +19,7 @@ _MIN_RUN_BYTES = 4096
 
 
 class Memo:
-    """The last tensor that had to be made as a whole, so that its slices are not each made from the whole again.
-
-    One is shared by all views of a model, so that at most one such tensor is in memory.
-    """
+    """The last tensor that had to be made as a whole, kept for its other slices. All views of a model share one."""
 
     def __init__(self) -> None:
         self._key: Hashable = None
