@@ -2,7 +2,7 @@
 
 Each file holds its rank's part of every tensor as one box, and says in its metadata where the boxes start. How large
 the full tensors are is stored nowhere, so a deleted file looks like a smaller model and a file left over from another
-save like one more piece. Both are found here, by asking the partition table how large each tensor has to be.
+save like one more piece. Both are found here, by asking the table how large each tensor has to be.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def tp_plan_of(table: Architecture, modules: tuple[str, ...] = ()) -> dict[str, 
     """The plan transformers wants for the base model: every module that holds parameters, and those named here.
 
     Args:
-        table: The partition table.
+        table: The architecture.
         modules: Further modules that have no parameters of their own and need the group, such as the attention.
     """
     with_parameters = dict.fromkeys(rule.module for rule in table.body)

@@ -31,7 +31,7 @@ def rewrite_config(directory: Path, table: Architecture, class_name: str, *, sto
 
     Args:
         directory: Where ``config.json`` lies.
-        table: The architecture's partition table, which knows both names.
+        table: The architecture, which knows both names.
         class_name: The saved model's class, stock's name or ours.
         stock: Whether to write transformers' ``model_type`` and class, so that the directory loads without this
             package.

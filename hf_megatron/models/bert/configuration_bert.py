@@ -19,7 +19,7 @@ _STOCK = {BERT_PRE.stock_model_type: ("pre", StockMegatronBertConfig), BERT_POST
 
 
 def table_of_placement(placement: str) -> Architecture:
-    """The partition table of a BERT whose LayerNorms stand ``pre`` or ``post``.
+    """The table of a BERT whose LayerNorms stand ``pre`` or ``post``.
 
     Raises:
         UnsupportedError: Another word.

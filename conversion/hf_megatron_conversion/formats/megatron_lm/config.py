@@ -31,7 +31,7 @@ _SIZE_ARGUMENTS = {
     "num_positions": "max_position_embeddings",
     "intermediate_size": "ffn_hidden_size",
 }
-_IDENTITY = ("model_type", "architectures", "layernorm_placement", "torch_dtype", "vocab_size", "tie_word_embeddings")
+_IDENTITY = ("model_type", "architectures", "torch_dtype", "vocab_size", "tie_word_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def config_of(
         config |= {"bos_token_id": end, "eos_token_id": end}
     else:
         config["pad_token_id"] = 0
-    known = {*config, *_IDENTITY, *(where.alias for where in table.size_fields.values())}
+    known = {*config, *_IDENTITY, *table.own_config, *(where.alias for where in table.size_fields.values())}
     rest = {name: value for name, value in other.items() if name not in known or name.endswith("_token_id")}
     return {**config, **rest}, table, is_known
 
