@@ -184,7 +184,7 @@ class Architecture:
             message = f"hidden_size={hidden} is not divisible by num_attention_heads={heads}"
             raise UnsupportedError(f"{message}; every head must have the same size.")
         for name, (only, reason) in self.required.items():
-            if (value := config.get(name) or only) != only:
+            if (value := config.get(name)) not in (None, only):
                 raise UnsupportedError(f"{name}={value!r} is not supported: {reason}.")
         max_length = sizes["num_positions"] - self.unused_positions
         labels = _number_of_labels(config)
