@@ -24,7 +24,7 @@ class HfMegatronError(Exception):
 
 
 class PartitionError(HfMegatronError, ValueError):
-    """A size does not divide, a degree leaves a rank without rows, or a tensor is not in the partition table."""
+    """A size does not divide, a degree leaves a rank without rows, or a tensor is not in the table."""
 
 
 class UnsupportedError(HfMegatronError, ValueError):

@@ -52,11 +52,11 @@ _ROLES: Mapping[str, str] = {
 
 def card(preset: Preset) -> str:
     """The card of a preset."""
-    is_gpt2 = preset.table.architecture == "gpt2"
+    is_causal = preset.table.is_causal
     summary = (
         f"One of the models of {_PAPER}: {_ROLES[preset.name]}. There are no weights here; this card tells how to "
         "build the model, what it needs, and how it is trained and measured.\n\n"
-        f"```python\nconfig = {'MegatronGPT2Config' if is_gpt2 else 'MegatronBertConfig'}"
+        f"```python\nconfig = {preset.table.config_class}"
         f'.from_preset("{preset.name}")\n```'
     )
     return (
@@ -68,10 +68,10 @@ def card(preset: Preset) -> str:
             summary=summary,
             architecture=architecture_table(preset.config),
             memory=_memory(ModelShape.from_config(preset.config)),
-            training=_training(preset, is_gpt2=is_gpt2),
-            evaluation=f"{_results(preset)}\n\n{_protocol(is_gpt2)}",
-            intended_use=_intended_use(is_gpt2),
-            limits=_limits(preset.config, is_gpt2),
+            training=_training(preset),
+            evaluation=f"{_results(preset)}\n\n{_protocol(is_causal)}",
+            intended_use=_intended_use(is_causal),
+            limits=_limits(preset.config),
         )
     )
 
@@ -99,8 +99,8 @@ def _memory(shape: ModelShape) -> str:
     return f"{table(header, rows)}\n\n{explanation}"
 
 
-def _protocol(is_gpt2: bool) -> str:
-    if is_gpt2:
+def _protocol(is_causal: bool) -> str:
+    if is_causal:
         return (
             f"The protocols of Shoeybi et al. 2019: WikiText-103 ({_WIKITEXT}), detokenised, windows of 1,024 tokens "
             "that advance by 32 with the loss on the last 32, perplexity normalised by the 245,566 original tokens of "
@@ -113,9 +113,9 @@ def _protocol(is_gpt2: bool) -> str:
     )
 
 
-def _intended_use(is_gpt2: bool) -> str:
+def _intended_use(is_causal: bool) -> str:
     task = (
-        "Generating and scoring text" if is_gpt2 else "Fine-tuning on classification, question answering and the like"
+        "Generating and scoring text" if is_causal else "Fine-tuning on classification, question answering and the like"
     )
     return (
         f"{task}, and research on training large models: with stock transformers on one device, or cut over several "
@@ -123,9 +123,9 @@ def _intended_use(is_gpt2: bool) -> str:
     )
 
 
-def _limits(config: Mapping[str, Any], is_gpt2: bool) -> str:
+def _limits(config: Mapping[str, Any]) -> str:
     sizes = table_for(config).sizes(config)
-    positions = sizes["num_positions" if is_gpt2 else "max_position_embeddings"]
+    positions = sizes["max_length"]
     degrees = [d for d in range(1, sizes["num_attention_heads"] + 1) if sizes["num_attention_heads"] % d == 0]
     return (
         f"No more than {positions:,} tokens at a time; tensor-parallel degrees that divide the heads "
@@ -134,19 +134,20 @@ def _limits(config: Mapping[str, Any], is_gpt2: bool) -> str:
     )
 
 
-def _training(preset: Preset, *, is_gpt2: bool) -> str:
-    recipe = GPT2_PRETRAINING if is_gpt2 else BERT_PRETRAINING
+def _training(preset: Preset) -> str:
+    is_causal = preset.table.is_causal
+    recipe = GPT2_PRETRAINING if is_causal else BERT_PRETRAINING
     steps = 1_500_000 if preset.name == "bert-3.9b" else int(recipe.settings["max_steps"])
-    warm_up = 3_000 if is_gpt2 else 10_000
-    schedule = "a cosine down to 1e-5" if is_gpt2 else "a linear descent to zero"
-    corpora = "Wikipedia, CC-Stories, RealNews and OpenWebText" + ("" if is_gpt2 else " and BooksCorpus")
+    warm_up = 3_000 if is_causal else 10_000
+    schedule = "a cosine down to 1e-5" if is_causal else "a linear descent to zero"
+    corpora = "Wikipedia, CC-Stories, RealNews and OpenWebText" + ("" if is_causal else " and BooksCorpus")
     task = (
         "predicting the next token of sequences of 1,024"
-        if is_gpt2
+        if is_causal
         else "predicting masked words (whole-word n-grams) and the order of two sentences"
     )
     return (
-        f"The paper's recipe (`hf_megatron.paper.recipe.{'GPT2' if is_gpt2 else 'BERT'}_PRETRAINING`): {task}; "
+        f"The paper's recipe (`hf_megatron.paper.recipe.{'GPT2' if is_causal else 'BERT'}_PRETRAINING`): {task}; "
         f"batches of {recipe.batch} sequences, {steps:,} steps; Adam, weight decay 0.01, learning rate "
         f"{recipe.settings['learning_rate']:g} after {warm_up:,} steps of warm-up, then {schedule}; gradients clipped "
         "at 1.0; dropout 0.1; mixed precision with a dynamic loss scale; weights from N(0, 0.02), those before a "

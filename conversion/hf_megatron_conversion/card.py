@@ -78,7 +78,7 @@ def metadata(config: Mapping[str, Any]) -> str:
     architecture = table_for(config)
     stock = architecture.model_class((config.get("architectures") or [None])[0]).stock
     pipeline = next(tag for suffix, tag in _PIPELINES.items() if stock.endswith(suffix))
-    tags = "\n".join(f"- {tag}" for tag in (architecture.architecture, "megatron-lm", "tensor-parallelism"))
+    tags = "\n".join(f"- {tag}" for tag in (architecture.name, "megatron-lm", "tensor-parallelism"))
     return f"library_name: transformers\npipeline_tag: {pipeline}\ntags:\n{tags}"
 
 
@@ -86,9 +86,8 @@ def architecture_table(config: Mapping[str, Any]) -> str:
     """What config.json says of the model's class and sizes."""
     architecture = table_for(config)
     model_class = architecture.model_class((config.get("architectures") or [None])[0])
-    sizes, is_gpt2 = architecture.sizes(config), architecture.architecture == "gpt2"
+    sizes = architecture.sizes(config)
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    placement = architecture.own_config.get("layernorm_placement", "pre")
     parameters = sum(prod(tensor.shape) for tensor in architecture.tensors(config, model_class).values())
     rows = {
         "class": f"`{model_class.stock}` of transformers, `{model_class.ours}` of hf_megatron",
@@ -97,10 +96,10 @@ def architecture_table(config: Mapping[str, Any]) -> str:
         "hidden size": f"{hidden:,}",
         "attention heads": f"{heads} of {hidden // heads}",
         "inner size of the MLP": f"{sizes['intermediate_size']:,}",
-        "activation": config.get("activation_function", "gelu_new") if is_gpt2 else config.get("hidden_act", "gelu"),
+        "activation": architecture.activation.read(config),
         "vocabulary": f"{sizes['vocab_size']:,}",
-        "positions": f"{sizes['num_positions' if is_gpt2 else 'max_position_embeddings']:,}",
-        "LayerNorms": f"{'before' if placement == 'pre' else 'after'} attention and MLP",
+        "positions": f"{sizes['max_length']:,}",
+        "LayerNorms": f"{'before' if architecture.norms == 'pre' else 'after'} attention and MLP",
         "head": "tied to the embedding" if config.get("tie_word_embeddings", True) else "of its own",
     }
     return table(("", ""), rows.items())

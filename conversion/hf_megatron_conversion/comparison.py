@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_megatron.architectures.table import TANH_GELUS
 from hf_megatron.checkpoint import DTYPES
 from hf_megatron.partition import Box
 from hf_megatron_conversion.formats import format_of, read_model
@@ -18,19 +19,6 @@ from hf_megatron_conversion.tensors import Readable, bounded, num_bytes, raw_byt
 
 if TYPE_CHECKING:
     import torch
-
-
-# Entries of config.json that change what the model computes and that the tensors' names and shapes do not show.
-_FUNCTIONAL = (
-    "activation_function",
-    "hidden_act",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "reorder_and_upcast_attn",
-    "scale_attn_by_inverse_layer_idx",
-    "scale_attn_weights",
-)
-_TANH_GELUS = {"gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate"}  # which differ by 3e-7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,18 +158,20 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float]:
 
 def _config_differences(a: Model, b: Model) -> dict[str, str]:
     """Entries of config.json that make two models of the same tensors different functions."""
-    heads, act = "num_attention_heads", "prediction_head_act"
+    heads = "num_attention_heads"
     entries: dict[str, tuple[object, object]] = {
         "architectures": (a.model_class.stock, b.model_class.stock),
         heads: (a.table.sizes(a.config)[heads], b.table.sizes(b.config)[heads]),
-        act: (a.config.get(act), b.config.get(act)),
     }
     # An entry that only one of them spells out is its default, which the other leaves unsaid.
-    entries |= {name: (a.config[name], b.config[name]) for name in _FUNCTIONAL if name in a.config and name in b.config}
+    functional = (a.table.activation.name, a.table.epsilon.name, *a.table.functional)
+    entries |= {name: (a.config[name], b.config[name]) for name in functional if name in a.config and name in b.config}
+    if (head := a.table.head_activation) is not None:
+        entries[head] = (a.config.get(head), b.config.get(head))
     return {
         f"config.json: {name}": f"{values[0]!r} is not {values[1]!r}"
         for name, values in sorted(entries.items())
-        if values[0] != values[1] and not _TANH_GELUS.issuperset(values)
+        if values[0] != values[1] and not all(value in TANH_GELUS for value in values)
     }
 
 

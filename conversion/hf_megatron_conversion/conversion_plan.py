@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_megatron.architectures import PartitionTable
+from hf_megatron.architectures import Architecture
 from hf_megatron.checkpoint import DTYPES
 from hf_megatron.errors import CheckpointFormatError, PartitionError
 from hf_megatron_conversion.card import model_card
@@ -58,7 +58,7 @@ class ConversionPlan:
         return sum(file.nbytes for file in self.files)
 
 
-def check_options(options: Options, config: Mapping[str, Any], table: PartitionTable) -> None:
+def check_options(options: Options, config: Mapping[str, Any], table: Architecture) -> None:
     """Refuse what the configuration alone shows to be impossible, before a weight file is opened.
 
     Raises:

@@ -60,11 +60,10 @@ def inspect(path: str | Path) -> Inspection:
     tensors = model.tensors.values()
     return Inspection(
         format=model.format,
-        architecture=model.table.architecture,
+        architecture=model.table.name,
         model_class=model.model_class.stock,
         model_type=str(model.config["model_type"]),
-        # GPT-2 knows one placement only.
-        layernorm_placement=str(model.table.own_config.get("layernorm_placement", "pre")),
+        layernorm_placement=model.table.norms,
         tp_size=model.tp_size,
         num_parameters=sum(prod(tensor.shape) for tensor in tensors),
         num_tensors=len(tensors),

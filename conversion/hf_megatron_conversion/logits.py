@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+import hf_megatron
 from hf_megatron.errors import CheckpointFormatError, HfMegatronError
 from hf_megatron_conversion.formats.base import Model
 from hf_megatron_conversion.formats.megatron_lm import Opened
@@ -32,19 +33,13 @@ _TOLERANCE = 1e-7
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the outputs of two models compare.
+    """How the outputs of two models compare."""
 
-    Attributes:
-        max_logit_diff: Their largest difference; None if they cannot be compared.
-        losses: Of both on the same ids, for language models: predicting the next word, or for BERT every word.
-        argmax_agreement: Share of the positions at which both find the same word the most likely.
-        difference: In words what is wrong, or None.
-    """
-
-    max_logit_diff: float | None
+    max_logit_diff: float | None  # None if they cannot be compared
+    # Of both on the same ids, for language models: predicting the next word, or for BERT every word.
     losses: tuple[float | None, float | None]
-    argmax_agreement: float | None
-    difference: str | None
+    argmax_agreement: float | None  # share of the positions at which both find the same word the most likely
+    difference: str | None  # in words what is wrong
 
 
 def agreement(
@@ -55,20 +50,11 @@ def agreement(
     dtype: str | None = None,
     tokenizer: Path | None = None,
 ) -> Agreement:
-    """Run two models on the same token ids.
+    """Run two models on the same token ids, of a tokenizer in ``tokenizer`` or in the directories of the two.
 
-    Args:
-        a: One.
-        b: The other.
-        tensors: Used instead of the first one's, of a checkpoint that is not Megatron-LM's.
-        dtype: The first one's weights are rounded to this dtype (safetensors' spelling) first, if it is Megatron-LM's.
-        tokenizer: Where to look for a tokenizer, beside the directories of the two.
+    ``tensors`` and ``dtype`` are for the first one, as for :func:`outputs`.
     """
-    configs = [_stock_config(model) for model in (a, b)]
-    vocab_size = min(config.vocab_size for config in configs)
-    length = min(_MAX_TOKENS, *(config.max_position_embeddings for config in configs))
-    directories = [path for path in (tokenizer, a.directory, b.directory) if path is not None]
-    ids = sample_ids(directories, vocab_size, length)
+    ids = _sample((a, b), tokenizer)
     outputs_a, outputs_b = outputs(a, ids, tensors=tensors, dtype=dtype), outputs(b, ids)
     shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (outputs_a, outputs_b)]
     losses = (_loss(a, outputs_a, ids), _loss(b, outputs_b, ids))
@@ -77,10 +63,8 @@ def agreement(
     difference = _largest_difference(outputs_a, outputs_b)
     same = (outputs_a[0].argmax(dim=-1) == outputs_b[0].argmax(dim=-1)).double().mean().item()
     scale = max(1.0, *(tensor.abs().max().item() for tensor in outputs_a))
-    words = None
-    if not difference <= _TOLERANCE * scale:
-        words = f"the outputs, at most {scale:g}, differ by up to {difference:g}"
-    return Agreement(difference, losses, same, words)
+    words = f"the outputs, at most {scale:g}, differ by up to {difference:g}"
+    return Agreement(difference, losses, same, None if difference <= _TOLERANCE * scale else words)
 
 
 def outputs(
@@ -91,21 +75,17 @@ def outputs(
     dtype: str | None = None,
     is_stock: bool = False,
 ) -> list[torch.Tensor]:
-    """The outputs of a checkpoint in float64.
+    """The outputs of a checkpoint in float64, in the class's own order; for a language model the logits [B, S, V].
 
     Args:
         model: The checkpoint.
-        ids: [B, S], token ids.
+        ids: [B, S].
         tensors: Used instead of the checkpoint's own, where it is not Megatron-LM's.
-        dtype: Round a Megatron-LM checkpoint's weights first.
+        dtype: Round a Megatron-LM checkpoint's weights to this dtype (safetensors' spelling) first.
         is_stock: Run it as the stock class in any case.
-
-    Returns:
-        The class's outputs in its own order, for a language model its logits [B, S, V].
     """
-    half = ids.shape[1] // 2
     token_types = torch.zeros_like(ids)
-    token_types[:, half:] = 1
+    token_types[:, ids.shape[1] // 2 :] = 1
     if isinstance(model.opened, Opened) and not is_stock:
         with torch.inference_mode():
             return megatron_outputs(model.opened, ids, token_types, dtype)
@@ -113,18 +93,23 @@ def outputs(
         module = _module(model, model.tensors if tensors is None else tensors, is_stock=is_stock)
         if "MultipleChoice" in model.model_class.stock:
             ids, token_types = ids.unsqueeze(1), token_types.unsqueeze(1)  # [B, number of choices, S]
-        has_types = module.config.to_dict().get("type_vocab_size", 1) > 1 and model.table.architecture == "bert"
+        has_types = model.table.sizes(model.config).get("num_token_types", 0) > 1
         result = module(input_ids=ids, **({"token_type_ids": token_types} if has_types else {}))
     return [tensor for tensor in result.to_tuple() if isinstance(tensor, torch.Tensor)]
 
 
 def stock_gap(model: Model, tokenizer: Path | None = None) -> float:
     """How far the stock class's outputs are from the model's own, of a model that the stock class cannot express."""
-    config = _stock_config(model)
-    length = min(_MAX_TOKENS, config.max_position_embeddings)
-    directories = [model.directory] if tokenizer is None else [tokenizer, model.directory]
-    ids = sample_ids(directories, config.vocab_size, length)
+    ids = _sample((model,), tokenizer)
     return _largest_difference(outputs(model, ids), outputs(model, ids, is_stock=True))
+
+
+def _sample(models: Sequence[Model], tokenizer: Path | None) -> torch.Tensor:
+    """Token ids [1, S] that all of the models take."""
+    sizes = [model.table.sizes(model.config) for model in models]
+    length = min(_MAX_TOKENS, *(size["max_length"] for size in sizes))
+    directories = [path for path in (tokenizer, *(model.directory for model in models)) if path is not None]
+    return sample_ids(directories, min(size["vocab_size"] for size in sizes), length)
 
 
 def _largest_difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
@@ -133,25 +118,21 @@ def _largest_difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) ->
 
 def _loss(model: Model, results: Sequence[torch.Tensor], ids: torch.Tensor) -> float | None:
     """Mean cross entropy of a language model's first output."""
-    name, logits = model.model_class.stock, results[0]
-    if name.endswith("LMHeadModel"):
-        logits, ids = logits[:, :-1], ids[:, 1:]
-    elif not name.endswith(("ForPreTraining", "ForMaskedLM")):
+    if not model.model_class.is_language_model:
         return None
+    logits = results[0]
+    if model.table.is_causal:
+        logits, ids = logits[:, :-1], ids[:, 1:]
     return F.cross_entropy(logits.flatten(0, 1), ids.flatten()).item()
 
 
 def _module(model: Model, tensors: Mapping[str, Readable], *, is_stock: bool) -> Any:
+    is_stock = is_stock or model.table.stock_mismatch(model.config) is None
+    name = model.model_class.stock if is_stock else model.model_class.ours
+    model_class: Any = getattr(transformers if is_stock else hf_megatron, name)
+    entries = model.table.config_of(model.config, model.model_class, stock=is_stock)
+    config = model_class.config_class.from_dict({**entries, "use_cache": False})
     state_dict = {name: tensor.read().double() for name, tensor in tensors.items()}
-    if is_stock or model.table.stock_mismatch(model.config) is None:
-        model_class: Any = getattr(transformers, model.model_class.stock)
-        config = _stock_config(model)
-    else:
-        import hf_megatron
-
-        model_class = getattr(hf_megatron, model.model_class.ours)
-        entries = model.table.config_of(model.config, model.model_class, stock=False)
-        config = model_class.config_class.from_dict(entries)
     has_bar = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -161,21 +142,9 @@ def _module(model: Model, tensors: Mapping[str, Readable], *, is_stock: bool) ->
             transformers.utils.logging.enable_progress_bar()
 
 
-def _stock_config(model: Model) -> Any:
-    """The stock library's configuration object for a checkpoint."""
-    model_class: Any = getattr(transformers, model.model_class.stock)
-    entries = model.table.config_of(model.config, model.model_class, stock=True)
-    with _refusing(model):
-        return model_class.config_class.from_dict({**entries, "use_cache": False})
-
-
 @contextmanager
 def _refusing(model: Model) -> Iterator[None]:
-    """Turn whatever transformers raises over entries of a config.json that conversion has no use for into a refusal.
-
-    Raises:
-        CheckpointFormatError: The checkpoint can be converted and not be run.
-    """
+    """Refuse a checkpoint that can be converted, and not be run for entries that conversion has no use for."""
     try:
         yield
     except HfMegatronError:

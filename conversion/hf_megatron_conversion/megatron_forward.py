@@ -20,8 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hf_megatron.architectures.table import ERF_GELUS
 from hf_megatron.checkpoint import torch_dtype
 from hf_megatron_conversion.formats.megatron_lm import Opened
+from hf_megatron_conversion.formats.megatron_lm.names import has_second_head
 
 Gelu = Callable[[torch.Tensor], torch.Tensor]
 
@@ -31,38 +33,28 @@ _TANH_SCALE = 0.79788456  # as Megatron-LM's kernel has it
 def megatron_outputs(
     opened: Opened, ids: torch.Tensor, token_types: torch.Tensor, dtype: str | None = None
 ) -> list[torch.Tensor]:
-    """What Megatron-LM's GPT or BERT computes, without its padded words.
+    """What Megatron-LM's GPT or BERT computes for ids [B, S] without padding, and for BERT their token types [B, S].
 
-    Args:
-        opened: The checkpoint.
-        ids: [B, S], token ids; none of them is padding.
-        token_types: [B, S], for BERT.
-        dtype: Round the weights to this dtype first, in safetensors' spelling.
-
-    Returns:
-        Logits [B, S, V]; for a BERT with both heads also [B, 2].
+    The weights are rounded to ``dtype`` first, in safetensors' spelling. Returned are the logits [B, S, V], without
+    Megatron-LM's padded words, and for a BERT with both heads also [B, 2].
     """
     return _Forward(opened, dtype).outputs(ids, token_types)
 
 
 class _Forward:
     def __init__(self, opened: Opened, dtype: str | None) -> None:
-        config, arguments = opened.config, opened.arguments
-        self._opened = opened
-        self._dtype = dtype
-        self._is_bert = opened.table.architecture == "bert"
-        self._sizes = opened.table.sizes(config)
+        config, arguments, table = opened.config, opened.arguments, opened.table
+        self._opened, self._dtype, self._table, self._sizes = opened, dtype, table, table.sizes(config)
         self._head_dim = self._sizes["hidden_size"] // self._sizes["num_attention_heads"]
         if arguments is None:
-            # Nothing but the configuration says it.
-            eps = config["layer_norm_eps" if self._is_bert else "layer_norm_epsilon"]
-            mlp = str(config["hidden_act" if self._is_bert else "activation_function"])
-            self._mlp_gelu, self._head_gelu = _named_gelu(mlp), _named_gelu(str(config.get("prediction_head_act", mlp)))
+            eps = table.epsilon.read(config)  # nothing but the configuration says it
+            gelus: list[Gelu] = [_erf_gelu if name in ERF_GELUS else _gelu for name in table.activations(config)]
+            self._mlp_gelu, self._head_gelu = gelus
         else:
             eps = arguments.get("layernorm_epsilon", arguments.get("norm_epsilon", 1e-5))
             self._mlp_gelu, self._head_gelu = _gelus(arguments, is_core=opened.is_core)
         self._eps = float(eps)
-        self._is_post = opened.table.own_config.get("layernorm_placement") == "post"
+        self._is_post = table.norms == "post"
 
     def outputs(self, ids: torch.Tensor, token_types: torch.Tensor) -> list[torch.Tensor]:
         """As :func:`megatron_outputs`."""
@@ -74,11 +66,11 @@ class _Forward:
         x = self._norm(x, "final_layernorm")
         is_tied = self._opened.config["tie_word_embeddings"]
         head = "word_embeddings.weight" if is_tied else "output_layer.weight"
-        if not self._is_bert:
+        if "lm_head.dense.weight" not in self._opened.shards:
             return [self._words(x, head, None)]
         transformed = self._norm(self._head_gelu(self._linear(x, "lm_head.dense")), "lm_head.layernorm")
         outputs = [self._words(transformed, head, "lm_head.bias")]
-        if self._opened.model_class.stock.endswith("ForPreTraining"):
+        if has_second_head(self._opened.model_class):
             outputs.append(self._linear(torch.tanh(self._linear(x[:, 0], "pooler.dense")), "binary_head"))
         return outputs
 
@@ -143,7 +135,7 @@ class _Forward:
             query, key, value = mixed.view(*batch, length, 3, heads, size).unbind(-3)
         query, key, value = (part.transpose(-2, -3) for part in (query, key, value))  # [B, n, S, d]
         scores = query @ key.transpose(-1, -2) / math.sqrt(size)
-        if not self._is_bert:
+        if self._table.is_causal:
             is_future = torch.ones(length, length, dtype=torch.bool).triu(1)
             scores = scores.masked_fill(is_future, -10000.0)
         return (scores.softmax(dim=-1) @ value).transpose(-2, -3).reshape(*batch, length, heads * size)
@@ -162,17 +154,12 @@ def _erf_gelu(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x)
 
 
-def _named_gelu(name: str) -> Gelu:
-    return _erf_gelu if name in ("gelu", "gelu_python") else _gelu
-
-
 def _gelus(arguments: Mapping[str, Any], *, is_core: bool) -> tuple[Gelu, Gelu]:
     """In the layers, and in BERT's head."""
     if is_core:
         return (_gelu if arguments.get("bias_gelu_fusion") else _erf_gelu), _erf_gelu
     head = _gelu if arguments.get("openai_gelu") else _erf_gelu
-    # Since it knows more activations than gelu, Megatron-LM fuses only where no variant was asked for.
-    is_later = "squared_relu" in arguments
     is_free = not (arguments.get("openai_gelu") or arguments.get("onnx_safe"))
-    is_fused = arguments.get("bias_gelu_fusion") and (is_free or not is_later)
+    # Since it knows more activations than gelu, Megatron-LM fuses only where no variant was asked for.
+    is_fused = arguments.get("bias_gelu_fusion") and (is_free or "squared_relu" not in arguments)
     return (_gelu if is_fused else head), head

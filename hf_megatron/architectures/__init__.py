@@ -1,34 +1,24 @@
-"""What each architecture is made of: one table per architecture, which everything else reads.
+"""What each architecture is: one table per architecture, which everything else reads.
 
-A table lists every tensor with its shape and its cut. Pure: importing this package touches neither torch nor
-transformers, opens no file and knows no process group.
+Pure: importing this package touches neither torch nor transformers, opens no file and knows no process group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from hf_megatron.architectures.bert import BERT_POST, BERT_PRE
 from hf_megatron.architectures.gpt2 import GPT2
-from hf_megatron.architectures.table import ModelClass, PartitionTable, Tensor, TensorRule
+from hf_megatron.architectures.table import Architecture, Field, ModelClass, Tensor
 from hf_megatron.errors import UnsupportedError
 
-__all__ = [
-    "BERT_POST",
-    "BERT_PRE",
-    "GPT2",
-    "TABLES",
-    "ModelClass",
-    "PartitionTable",
-    "Tensor",
-    "TensorRule",
-    "table_for",
-]
+__all__ = ["BERT_POST", "BERT_PRE", "GPT2", "TABLES", "Architecture", "Field", "ModelClass", "Tensor", "table_for"]
 
-TABLES: tuple[PartitionTable, ...] = (GPT2, BERT_PRE, BERT_POST)
+TABLES: tuple[Architecture, ...] = (GPT2, BERT_PRE, BERT_POST)
 
 
-def table_for(config: Mapping[str, object]) -> PartitionTable:
+def table_for(config: Mapping[str, Any]) -> Architecture:
     """The table for a config.json, by its ``model_type``, ours or the stock one, and what it says beyond.
 
     Raises:

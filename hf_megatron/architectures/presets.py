@@ -12,27 +12,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hf_megatron.architectures import BERT_PRE, GPT2, ModelClass, PartitionTable
+from hf_megatron.architectures import BERT_PRE, GPT2, Architecture, ModelClass
+from hf_megatron.architectures.table import Config
 from hf_megatron.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One of the paper's models.
-
-    Attributes:
-        name: What to call it by.
-        table: How its architecture is cut.
-        sizes: What its configuration says beyond the architecture.
-    """
+    """One of the paper's models: its name, its architecture, and what its config.json says beyond that."""
 
     name: str
-    table: PartitionTable
-    sizes: Mapping[str, object]
+    table: Architecture
+    sizes: Config
 
     @property
     def model_class(self) -> ModelClass:
-        """The class it was trained as: with the language-modeling head, BERT with both pretraining heads."""
+        """The class it was trained as: BERT with both pretraining heads."""
         return self.table.classes[0]
 
     @property
@@ -41,71 +36,44 @@ class Preset:
         return self.table.config_of(self.sizes, self.model_class, stock=False)
 
 
-def _gpt2(name: str, *, layers: int, hidden: int, heads: int) -> Preset:
-    sizes = {
-        "vocab_size": 50257,
-        "n_positions": 1024,
-        "n_embd": hidden,
-        "n_layer": layers,
-        "n_head": heads,
-        "activation_function": "gelu_new",
-        "embd_pdrop": 0.1,
-        "attn_pdrop": 0.1,
-        "resid_pdrop": 0.1,
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "bos_token_id": 50256,
-        "eos_token_id": 50256,
-    }
-    return Preset(name, GPT2, sizes)
+# Layers, hidden size, heads.
+_GPT2 = {
+    "gpt2-355m": (24, 1024, 16),
+    "gpt2-1.2b": (40, 1536, 16),
+    "gpt2-2.5b": (54, 1920, 20),
+    "gpt2-4.2b": (64, 2304, 24),
+    "gpt2-8.3b": (72, 3072, 24),
+    "gpt2-8.3b-32heads": (72, 3072, 32),
+}
+_GPT2_GIVEN = {"vocab_size": 50257, "n_positions": 1024, "bos_token_id": 50256, "eos_token_id": 50256}
+_BERT = {"bert-336m": (24, 1024, 16), "bert-1.3b": (24, 2048, 32), "bert-3.9b": (48, 2560, 40)}
+_BERT_GIVEN = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0}
 
 
-def _bert(name: str, *, layers: int, hidden: int, heads: int) -> Preset:
-    sizes = {
-        "vocab_size": 30522,
-        "max_position_embeddings": 512,
-        "type_vocab_size": 2,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
-        "attention_probs_dropout_prob": 0.1,
-        "layer_norm_eps": 1e-5,
-        "initializer_range": 0.02,
-        "pad_token_id": 0,
-    }
-    return Preset(name, BERT_PRE, sizes)
+def _preset(name: str, table: Architecture, given: Config, layers: int, hidden: int, heads: int) -> Preset:
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+    if table.size_fields["intermediate_size"].default is not None:
+        sizes["intermediate_size"] = 4 * hidden
+    named = {table.size_fields[size].name: value for size, value in sizes.items()}
+    dropouts = {where.name: 0.1 for where in table.dropouts}
+    numerics = {table.activation.name: table.activation.default, table.epsilon.name: 1e-5, "initializer_range": 0.02}
+    return Preset(name, table, {**named, **dropouts, **numerics, **given})
 
 
 PRESETS: Mapping[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        _gpt2("gpt2-355m", layers=24, hidden=1024, heads=16),
-        _gpt2("gpt2-1.2b", layers=40, hidden=1536, heads=16),
-        _gpt2("gpt2-2.5b", layers=54, hidden=1920, heads=20),
-        _gpt2("gpt2-4.2b", layers=64, hidden=2304, heads=24),
-        _gpt2("gpt2-8.3b", layers=72, hidden=3072, heads=24),
-        _gpt2("gpt2-8.3b-32heads", layers=72, hidden=3072, heads=32),
-        _bert("bert-336m", layers=24, hidden=1024, heads=16),
-        _bert("bert-1.3b", layers=24, hidden=2048, heads=32),
-        _bert("bert-3.9b", layers=48, hidden=2560, heads=40),
-    )
+    name: _preset(name, table, given, *sizes)
+    for table, given, models in ((GPT2, _GPT2_GIVEN, _GPT2), (BERT_PRE, _BERT_GIVEN, _BERT))
+    for name, sizes in models.items()
 }
 
 
 def preset_named(name: str, *, architecture: str | None = None) -> Preset:
-    """A preset by its name.
-
-    Args:
-        name: ``gpt2-8.3b`` or the like; capital letters do not matter.
-        architecture: ``gpt2`` or ``bert`` if it has to be one of these.
+    """A preset by its name, in small or capital letters, of an architecture if it has to be of one.
 
     Raises:
         UnsupportedError: There is none of this name; the message lists those there are.
     """
-    known = {n: p for n, p in PRESETS.items() if architecture in (None, p.table.architecture)}
+    known = {n: p for n, p in PRESETS.items() if architecture in (None, p.table.name)}
     if name.lower() not in known:
         raise UnsupportedError(f"There is no preset {name!r}; choose one of {', '.join(known)}.")
     return known[name.lower()]

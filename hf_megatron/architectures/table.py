@@ -1,21 +1,25 @@
-"""The partition table: every tensor of an architecture, its shape in terms of the configuration, and its cut.
+"""What a table says of an architecture, and what is read off it.
 
-This is the one place that knows how a model is divided. The layers take their placements from it, the loader and the
-converter their expected names, shapes and boxes, and the planner its sizes.
+``gpt2.py`` and ``bert.py`` are the tables; here is what their fields mean. Pure: no torch, no transformers, no files.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any, Literal
 
 from hf_megatron.errors import PartitionError, UnsupportedError
-from hf_megatron.partition.spec import Shape, Spec
+from hf_megatron.partition.spec import Replicated, Shape, Spec
 
-Config = Mapping[str, object]
+Config = Mapping[str, Any]
+
+# The stock library's names for the tanh form of gelu, which differ by 3e-7 at most, and for the exact one.
+TANH_GELUS = ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate")
+ERF_GELUS = ("gelu", "gelu_python")
 
 # Beyond any model, so that a damaged configuration does not become a table of a billion rows.
 _MAX_LAYERS = 10_000
@@ -24,29 +28,53 @@ _MAX_LISTED_DEGREE = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRule:
-    """One row of the table.
-
-    Attributes:
-        name: Parameter name relative to the base model (``h.*.attn.c_attn.weight``, ``*`` is the layer), or for a
-            head's parameter relative to the model with the head (``lm_head.weight``).
-        sizes: The dimensions, as names that :attr:`PartitionTable.sizes` turns into numbers.
-        spec: How the tensor is cut.
-    """
+class Field:
+    """Where config.json says something, and what holds if it does not: the stock configuration's default."""
 
     name: str
-    sizes: tuple[str, ...]
-    spec: Spec
+    default: Any
+    alias: str = ""
+
+    def read(self, config: Config) -> Any:
+        """The value in a config.json."""
+        return config.get(self.name, config.get(self.alias, self.default))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """One parameter, of every layer where the name has a ``*``."""
+
+    name: str  # relative to the base model (h.*.attn.c_attn.weight); a head's to the model with the head
+    sizes: tuple[str | int, ...]  # the dimensions: numbers, or names in Architecture.sizes
+    spec: Spec  # how it is cut
+    # Megatron-LM's name for it, as its versions of 2021 to 2023 have it, or None if it has no such parameter. A "+" is
+    # the layer after this one, behind the last layer the final norm.
+    megatron: str | None = None
+    qkv: int | None = None  # which third of Megatron-LM's fused queries (0), keys (1) and values (2) it is
+    is_transposed: bool = False  # whether it is a matrix stored [in, out]; Megatron-LM's are [out, in]
 
     @property
     def module(self) -> str:
-        """The module the parameter belongs to: everything before the last dot."""
+        """The module the parameter belongs to."""
         return self.name.rpartition(".")[0]
 
-    @property
-    def parameter(self) -> str:
-        """The parameter's own name: everything after the last dot."""
-        return self.name.rpartition(".")[2]
+
+def weight_and_bias(
+    module: str,
+    megatron: str | None,
+    sizes: tuple[str | int, ...],
+    weight: Spec,
+    bias: Spec | None = Replicated(),  # noqa: B008 (immutable)
+    *,
+    qkv: int | None = None,
+    is_transposed: bool = False,
+) -> tuple[TensorRule, ...]:
+    """A module's weight, of shape ``sizes``, and unless ``bias`` is None its bias, one entry per output."""
+    names = [f"{megatron}.{kind}" if megatron else None for kind in ("weight", "bias")]
+    rule = TensorRule(f"{module}.weight", sizes, weight, names[0], qkv, is_transposed)
+    if bias is None:
+        return (rule,)
+    return rule, TensorRule(f"{module}.bias", sizes[-1:] if is_transposed else sizes[:1], bias, names[1], qkv)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,79 +88,71 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ModelClass:
-    """A model class with its head, under the stock library's name and ours.
+    """A model class with its head."""
 
-    Attributes:
-        stock: Class name in transformers.
-        ours: Class name in this package.
-        head: Rules of the head's parameters; empty for the base model.
-        has_prefix: Whether the base model's parameters carry the base prefix.
-        tied: Head parameters that are another tensor when ``tie_word_embeddings`` is set, with that tensor's name
-            (the base model's without prefix).
-        without: Parameters of the base model that this class does not have (a pooler).
-    """
-
-    stock: str
-    ours: str
+    stock: str  # name in transformers
+    ours: str  # name in this package
     head: tuple[TensorRule, ...] = ()
-    has_prefix: bool = True
+    has_prefix: bool = True  # whether the base model's parameters carry the base prefix
+    # Of a language model: parameters of the head that are another one, the base model's without prefix, when
+    # tie_word_embeddings is set.
     tied: Mapping[str, str] = field(default_factory=dict)
-    without: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()  # parameters of the base model that this class does not have (a pooler)
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it projects onto the vocabulary."""
+        return bool(self.tied)
 
 
-@dataclass(frozen=True)
-class PartitionTable:
-    """All tensors of one architecture.
+@dataclass(frozen=True, slots=True)
+class MegatronLM:
+    """What Megatron-LM's model of an architecture is, beyond its parameters."""
 
-    Attributes:
-        architecture: Short name (``gpt2``).
-        model_type: Our ``model_type`` in config.json.
-        stock_model_type: transformers' ``model_type``.
-        base_prefix: Prefix of the base model's parameters in a model with a head, without the dot.
-        body: Rules of the base model's parameters.
-        classes: The model classes; the first one is assumed where config.json names none.
-        word_embedding: Name of the word embedding in ``body``.
-        obsolete: Patterns of tensors that old checkpoints carry and the models do not have any more.
-        sizes: Turns a config.json into the numbers behind the names in ``TensorRule.sizes``, filling in the stock
-            defaults; raises UnsupportedError for a configuration that the parallel models cannot honour.
-        own_config: Fields that our configuration has beyond the stock one, with the values this table is for.
-        divisors: Names of sizes that the degree must divide (the number of heads).
-        stock_mismatch: Says in a sentence what the stock class computes differently under a configuration, or None.
-    """
+    only: tuple[str, ...]  # how the names begin that tell its checkpoints from those of Megatron-LM's other models
+    tokenizer: str  # the usual tokenizer_type
+    required: Config  # fields of config.json with the only value that Megatron-LM's model can have
+    ties_head: bool = False  # whether the head is the word embedding whatever is stored, except in Megatron-core
+    # An epsilon that transformers writes into config.json unasked, and that loses against the checkpoint's own.
+    unchosen_epsilon: float | None = None
 
-    architecture: str
-    model_type: str
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Everything that is particular to one architecture."""
+
+    name: str  # the same for both placements of BERT's norms
+    model_type: str  # ours, in config.json
     stock_model_type: str
-    base_prefix: str
-    body: tuple[TensorRule, ...]
-    classes: tuple[ModelClass, ...]
-    word_embedding: str
-    obsolete: tuple[str, ...]
-    sizes: Callable[[Config], dict[str, int]]
-    own_config: Mapping[str, object] = field(default_factory=dict)
-    divisors: tuple[str, ...] = ("num_attention_heads",)
-    stock_mismatch: Callable[[Config], str | None] = lambda config: None
-
-    @cached_property
-    def rules(self) -> tuple[TensorRule, ...]:
-        """All rules: the body's, then each head's once."""
-        heads = {rule.name: rule for model_class in self.classes for rule in model_class.head}
-        return self.body + tuple(heads.values())
-
-    def module_specs(self, module: str) -> dict[str, Spec]:
-        """Cuts of one module's parameters: ``module_specs("h.*.attn.c_attn") -> {"weight": ..., "bias": ...}``."""
-        specs = {rule.parameter: rule.spec for rule in self.rules if rule.module == module}
-        assert specs, f"{module} is not in the {self.architecture} table"
-        return specs
+    own_config: Config = field(default_factory=dict)  # fields that only ours has, with the values this table is for
+    config_class: str  # ours
+    base_prefix: str  # of the base model's parameters in a model with a head, without the dot
+    is_causal: bool  # whether a position sees earlier ones only; if not, the language model predicts masked words
+    norms: Literal["pre", "post"]  # whether LayerNorms stand before attention and MLP or after them
+    # Where config.json has vocab_size, num_positions, hidden_size, num_hidden_layers, num_attention_heads,
+    # intermediate_size (a default of None is four times the hidden size) and, where there are any, num_token_types.
+    size_fields: Mapping[str, Field]
+    unused_positions: int = 0  # rows of the position embedding that no token gets
+    activation: Field  # in the layers
+    head_activation: str | None = None  # our field for the one in the masked-LM head, where that may be another
+    epsilon: Field  # of the norms
+    dropouts: tuple[Field, Field, Field]  # of the embeddings, of the attention, of what is added to the residual
+    functional: tuple[str, ...] = ()  # further fields that change what is computed and that no tensor shows
+    required: Mapping[str, tuple[object, str]]  # fields with the only value that is supported, and why
+    body: tuple[TensorRule, ...]  # the base model's parameters
+    classes: tuple[ModelClass, ...]  # the first one is assumed where config.json names none
+    word_embedding: str  # its name in body
+    obsolete: tuple[str, ...]  # patterns of tensors that old checkpoints carry and the models have no more
+    megatron: MegatronLM | None  # None if Megatron-LM has no such model
 
     def is_for(self, config: Config) -> bool:
         """Whether this is the table of a config.json, ours or the stock one."""
         model_type = config.get("model_type")
         if model_type == self.model_type:
             return all(config.get(name) == value for name, value in self.own_config.items())
-        return model_type == self.stock_model_type
+        return bool(model_type == self.stock_model_type)
 
-    def config_of(self, config: Config, model_class: ModelClass, *, stock: bool) -> dict[str, object]:
+    def config_of(self, config: Config, model_class: ModelClass, *, stock: bool) -> dict[str, Any]:
         """A config.json that names the stock classes, or ours; what both have in common stays as it is."""
         result = {name: value for name, value in config.items() if name not in self.own_config}
         if not stock:
@@ -140,6 +160,51 @@ class PartitionTable:
         result["model_type"] = self.stock_model_type if stock else self.model_type
         result["architectures"] = [model_class.stock if stock else model_class.ours]
         return result
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        """The numbers behind the names in ``TensorRule.sizes``: those of ``size_fields`` and some that follow.
+
+        Raises:
+            UnsupportedError: The models of this package cannot honour the configuration.
+        """
+        sizes: dict[str, int] = {}
+        for name, where in self.size_fields.items():
+            value = where.read(config)
+            if value is None and where.default is None:
+                value = 4 * sizes["hidden_size"]
+            if not isinstance(value, int) or value < 1:
+                raise UnsupportedError(f"{where.name}={value!r} in the configuration is not a positive integer.")
+            largest = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+            if value > largest:
+                message = f"{where.name}={value} in the configuration is more than {largest}, a damaged number?"
+                raise UnsupportedError(message)
+            sizes[name] = value
+        hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+        if hidden % heads:
+            message = f"hidden_size={hidden} is not divisible by num_attention_heads={heads}"
+            raise UnsupportedError(f"{message}; every head must have the same size.")
+        for name, (only, reason) in self.required.items():
+            if (value := config.get(name)) not in (None, only):
+                raise UnsupportedError(f"{name}={value!r} is not supported: {reason}.")
+        max_length = sizes["num_positions"] - self.unused_positions
+        labels = _number_of_labels(config)
+        return {**sizes, "query_key_value": 3 * hidden, "max_length": max_length, "num_labels": labels}
+
+    def activations(self, config: Config) -> tuple[Any, Any]:
+        """Names of the activation in the layers and of the one in the masked-LM head."""
+        in_layers = self.activation.read(config)
+        return in_layers, (config.get(self.head_activation) if self.head_activation else None) or in_layers
+
+    def stock_mismatch(self, config: Config) -> str | None:
+        """Say in a sentence what the stock class computes differently under a configuration, or None."""
+        in_layers, in_head = self.activations(config)
+        if is_same_function(in_layers, in_head):
+            return None
+        size = " (up to 4.7e-4 in each activation, about 1e-3 in the logits)" if "gelu" in str(in_layers) else ""
+        return (
+            f"The stock class has one activation, {self.activation.name}={in_layers!r}, and applies it in the "
+            f"masked-LM head too, where this model has {in_head!r}{size}."
+        )
 
     def model_class(self, name: str | None) -> ModelClass:
         """The class of this name, stock or ours; the first class if ``name`` is None.
@@ -153,45 +218,45 @@ class PartitionTable:
             if name in (model_class.stock, model_class.ours):
                 return model_class
         known = ", ".join(model_class.stock for model_class in self.classes)
-        raise UnsupportedError(f"{name} is not one of the {self.architecture} classes offered here: {known}.")
+        raise UnsupportedError(f"{name} is not one of the {self.name} classes offered here: {known}.")
 
     def tensors(self, config: Config, model_class: ModelClass) -> dict[str, Tensor]:
         """Every tensor in the state dict of ``model_class`` under ``config``, by name, rule by rule."""
         sizes = self.sizes(config)
         prefix = f"{self.base_prefix}." if model_class.has_prefix else ""
+        tied = model_class.tied if config.get("tie_word_embeddings", True) else {}
         rules = [(prefix + rule.name, rule) for rule in self.body if rule.name not in model_class.without]
-        rules += [(rule.name, rule) for rule in self._head_rules(config, model_class)]
+        rules += [(rule.name, rule) for rule in model_class.head if rule.name not in tied]
         return {tensor.name: tensor for name, rule in rules for tensor in _instances(name, rule, sizes)}
 
-    def _head_rules(self, config: Config, model_class: ModelClass) -> Iterator[TensorRule]:
-        is_tied = bool(config.get("tie_word_embeddings", True))
-        for rule in model_class.head:
-            if not (is_tied and rule.name in model_class.tied):
-                yield rule
-
     def check_degree(self, config: Config, tp_size: int) -> None:
-        """Raise PartitionError if a model of this configuration cannot be cut over ``tp_size`` ranks.
-
-        Needs the configuration only, so that it can be called before any weight is read.
-        """
+        """Raise PartitionError if a model of this configuration cannot be cut over ``tp_size`` ranks."""
         if tp_size < 1:
             raise PartitionError(f"tp_size={tp_size} is not a degree; choose 1 or more.")
-        sizes = self.sizes(config)
-        for name in self.divisors:
-            if sizes[name] % tp_size:
-                limit = min(sizes[name], _MAX_LISTED_DEGREE)
-                choices = _listed([d for d in range(1, limit + 1) if sizes[name] % d == 0])
-                raise PartitionError(f"{name}={sizes[name]} is not divisible by tp_size={tp_size}; choose {choices}.")
+        heads = self.sizes(config)["num_attention_heads"]
+        if heads % tp_size:
+            fitting = [str(degree) for degree in range(1, min(heads, _MAX_LISTED_DEGREE) + 1) if heads % degree == 0]
+            choices = " or ".join(filter(None, (", ".join(fitting[:-1]), fitting[-1])))
+            raise PartitionError(
+                f"num_attention_heads={heads} is not divisible by tp_size={tp_size}; choose {choices}."
+            )
         for tensor in self.tensors(config, self.classes[0]).values():
             tensor.spec.check(tensor.name, tensor.shape, tp_size)
 
-    def is_obsolete(self, name: str) -> bool:
-        """Whether ``name``, with or without the base prefix, is a buffer that old checkpoints carry for nothing."""
-        relative = name.removeprefix(f"{self.base_prefix}.")
-        return any(fnmatchcase(relative, pattern) for pattern in self.obsolete)
+    @cached_property
+    def rules(self) -> tuple[TensorRule, ...]:
+        """All rules: the body's, then each head's once."""
+        heads = {rule.name: rule for model_class in self.classes for rule in model_class.head}
+        return self.body + tuple(heads.values())
 
-    def spec_of(self, name: str) -> Spec:
-        """The cut of a concrete parameter name, with or without the base prefix.
+    def module_specs(self, module: str) -> dict[str, Spec]:
+        """Cuts of one module's parameters: ``module_specs("h.*.attn.c_attn") -> {"weight": ..., "bias": ...}``."""
+        specs = {rule.name.rpartition(".")[2]: rule.spec for rule in self.rules if rule.module == module}
+        assert specs, f"{module} is not in the {self.name} table"
+        return specs
+
+    def rule_of(self, name: str) -> TensorRule:
+        """The rule of a concrete parameter name, with or without the base prefix.
 
         Raises:
             PartitionError: The name is not in the table.
@@ -199,53 +264,34 @@ class PartitionTable:
         pattern = re.sub(r"\.\d+\.", ".*.", name)
         for rule in self.rules:
             if rule.name in (pattern, pattern.removeprefix(f"{self.base_prefix}.")):
-                return rule.spec
-        raise PartitionError(f"{name} is not a parameter of the {self.architecture} partition table.")
+                return rule
+        raise PartitionError(f"{name} is not a parameter of the {self.name} table.")
+
+    def spec_of(self, name: str) -> Spec:
+        """The cut of a concrete parameter name, as :meth:`rule_of` finds it."""
+        return self.rule_of(name).spec
+
+    def is_obsolete(self, name: str) -> bool:
+        """Whether ``name``, with or without the base prefix, is a buffer that old checkpoints carry for nothing."""
+        relative = name.removeprefix(f"{self.base_prefix}.")
+        return any(fnmatchcase(relative, pattern) for pattern in self.obsolete)
 
 
-def integer_sizes(
-    config: Config, defaults: Mapping[str, int], aliases: Mapping[str, str] | None = None
-) -> dict[str, int]:
-    """Sizes from a config.json, under the names of ``defaults``, whose values stand in for what it leaves out.
-
-    Args:
-        config: The configuration.
-        defaults: Name and default of each size.
-        aliases: Other names under which some of them may be found.
-
-    Raises:
-        UnsupportedError: A size is not a positive integer, or larger than any model's.
-    """
-    sizes = {}
-    for name, default in defaults.items():
-        value = config.get(name, config.get((aliases or {}).get(name, name), default))
-        if not isinstance(value, int) or value < 1:
-            raise UnsupportedError(f"{name}={value!r} in the configuration is not a positive integer.")
-        largest = _MAX_LAYERS if "layer" in name else _MAX_SIZE
-        if value > largest:
-            raise UnsupportedError(f"{name}={value} in the configuration is more than {largest}, a damaged number?")
-        sizes[name] = value
-    return sizes
+def is_same_function(a: object, b: object) -> bool:
+    """Whether two activations are equal but for their names."""
+    return a == b or any(a in family and b in family for family in (TANH_GELUS, ERF_GELUS))
 
 
-def number_of_labels(config: Config) -> int:
+def _number_of_labels(config: Config) -> int:
     """``num_labels``, which config.json may say in words (``id2label``) or not at all."""
     labels, names = config.get("num_labels"), config.get("id2label")
-    if isinstance(labels, int):
-        return labels
-    return len(names) if isinstance(names, Mapping) else 2
+    return labels if isinstance(labels, int) else len(names) if isinstance(names, Mapping) else 2
 
 
 def _instances(name: str, rule: TensorRule, sizes: Mapping[str, int]) -> Iterator[Tensor]:
-    shape = tuple(sizes[size] for size in rule.sizes)
+    shape = tuple(sizes[size] if isinstance(size, str) else size for size in rule.sizes)
     if "*" not in name:
         yield Tensor(name, shape, rule.spec)
         return
     for layer in range(sizes["num_hidden_layers"]):
         yield Tensor(name.replace("*", str(layer), 1), shape, rule.spec)
-
-
-def _listed(numbers: list[int]) -> str:
-    """``1, 5 or 25``."""
-    words = [str(number) for number in numbers]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -1,7 +1,8 @@
 """The pieces of a ``tp`` directory: transformers' distributed checkpoint, one safetensors file per rank.
 
 Each file holds its rank's part of every tensor as one box, and says in its metadata where the boxes start. How large
-the full tensors are is stored nowhere: the partition table says it, and so shows a file that was deleted or left over.
+the full tensors are is stored nowhere, so a deleted file looks like a smaller model and a file left over from another
+save like one more piece. Both are found here, by asking the table how large each tensor has to be.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_megatron.architectures import ModelClass, PartitionTable
+from hf_megatron.architectures import Architecture, ModelClass
 from hf_megatron.checkpoint.lazy import LazyTensor
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, UnsupportedError
 
@@ -40,7 +40,7 @@ class Canonical:
     mismatched: tuple[tuple[str, Shape, Shape], ...]
 
 
-def model_class_of(table: PartitionTable, config: Mapping[str, Any]) -> ModelClass:
+def model_class_of(table: Architecture, config: Mapping[str, Any]) -> ModelClass:
     """The class that a config.json names, or the table's first one where it names none.
 
     Raises:
@@ -61,7 +61,7 @@ def respelled(name: str, known: Mapping[str, object], base_prefix: str) -> str |
 
 
 def canonicalise(
-    tensors: Mapping[str, LazyTensor], table: PartitionTable, config: Mapping[str, Any], model_class: ModelClass
+    tensors: Mapping[str, LazyTensor], table: Architecture, config: Mapping[str, Any], model_class: ModelClass
 ) -> Canonical:
     """Bring stored tensors to the names of ``model_class`` under ``config``.
 
@@ -110,7 +110,7 @@ def canonicalise(
 
 
 def stored_model(
-    tensors: Mapping[str, LazyTensor], table: PartitionTable, config: Mapping[str, Any]
+    tensors: Mapping[str, LazyTensor], table: Architecture, config: Mapping[str, Any]
 ) -> tuple[ModelClass, Canonical]:
     """The class that stored tensors are of, and the tensors under its names.
 

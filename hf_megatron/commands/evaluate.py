@@ -91,7 +91,7 @@ def command(
 
 def _check_model(directory: Path, tp_size: int) -> None:
     """Refuse what can be refused without weights."""
-    from hf_megatron.architectures import GPT2, TABLES
+    from hf_megatron.architectures import TABLES
     from hf_megatron.checkpoint import read_json
 
     found = format_of(directory)
@@ -101,10 +101,12 @@ def _check_model(directory: Path, tp_size: int) -> None:
             "hf-megatron convert SRC DST --to hub."
         )
     config = read_json(directory / "config.json")
-    if GPT2.is_for(config):
-        GPT2.check_degree(config, tp_size)
-    elif any(table.is_for(config) for table in TABLES):
-        raise UnsupportedError(f"{directory} is a BERT, which sees the words that it would have to predict.")
+    table = next((table for table in TABLES if table.is_for(config)), None)
+    if table is not None and not table.is_causal:
+        name = table.name.upper()
+        raise UnsupportedError(f"{directory} is a {name}, which sees the words that it would have to predict.")
+    if table is not None:
+        table.check_degree(config, tp_size)
 
 
 def _start_ranks(job: Mapping[str, Any], tp_size: int) -> dict[str, Any]:
@@ -163,16 +165,17 @@ def _load(directory: Path, tokenizer_directory: Path, dtype: str | None, tp_size
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2TokenizerFast
     from transformers.distributed import DistributedConfig
 
-    from hf_megatron import MegatronGPT2LMHeadModel
-    from hf_megatron.architectures import GPT2
+    import hf_megatron
+    from hf_megatron.architectures import TABLES
     from hf_megatron.checkpoint import read_json
 
     arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if tp_size > 1:
         arguments["distributed_config"] = DistributedConfig(tp_size=tp_size)
     is_cut = tp_size > 1 or format_of(directory).name == "tp"
-    is_ours = is_cut and GPT2.is_for(read_json(directory / "config.json"))
-    model_class: Any = MegatronGPT2LMHeadModel if is_ours else AutoModelForCausalLM
+    config = read_json(directory / "config.json") if is_cut else {}
+    ours = next((table.classes[0].ours for table in TABLES if table.is_for(config)), None)
+    model_class: Any = AutoModelForCausalLM if ours is None else getattr(hf_megatron, ours)
     try:
         model = model_class.from_pretrained(directory, **arguments).eval()
         # A directory of nothing but GPT-2's two files does not say whose they are.

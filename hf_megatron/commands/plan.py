@@ -12,7 +12,7 @@ from hf_megatron.commands.console import JsonOption, report
 from hf_megatron.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from hf_megatron.planning import Plan, Run
+    from hf_megatron.planning import Run, TrainingPlan
 
 _NUM_SHOWN = 12  # layouts, on a screen
 
@@ -85,7 +85,7 @@ def _plans(
     seq: int | None,
     gpus: int | None,
     global_batch: int | None,
-) -> list[Plan]:
+) -> list[TrainingPlan]:
     """The plan of one run, or of each way to divide the GPUs, the best first.
 
     ``given`` holds further arguments of ``Run``; with ``gpus`` the others are chosen.
@@ -128,7 +128,7 @@ def _config_of(model: str) -> Mapping[str, Any]:
     return read_model(directory, Given(is_only_described=True)).config
 
 
-def _numbers(planned: Plan) -> dict[str, Any]:
+def _numbers(planned: TrainingPlan) -> dict[str, Any]:
     """A plan for scripts."""
     run, time = planned.run, planned.time
     return {
@@ -152,7 +152,7 @@ def _numbers(planned: Plan) -> dict[str, Any]:
     }
 
 
-def _layout(planned: Plan) -> dict[str, Any]:
+def _layout(planned: TrainingPlan) -> dict[str, Any]:
     """One way to divide the GPUs, for scripts."""
     chosen = ("tp_size", "dp_size", "accumulation", "fsdp", "sequence_parallel", "recompute")
     return {
@@ -164,7 +164,7 @@ def _layout(planned: Plan) -> dict[str, Any]:
     }
 
 
-def _lines(planned: Plan) -> dict[str, Any]:
+def _lines(planned: TrainingPlan) -> dict[str, Any]:
     """A plan for people."""
     run, machine, memory = planned.run, planned.machine, vars(planned.memory)
     seconds = {**vars(planned.time), "total": planned.time.total}
@@ -194,7 +194,7 @@ def _lines(planned: Plan) -> dict[str, Any]:
     }
 
 
-def _layout_lines(ways: list[Plan]) -> list[str]:
+def _layout_lines(ways: list[TrainingPlan]) -> list[str]:
     lines = [
         f"{_name(way.run)}: {'' if way.fits else 'does not fit, '}{way.memory.peak / 1e9:.1f} GB, "
         f"{way.time.total:.3f} s, {way.tokens_per_second:,.0f} tokens/s"

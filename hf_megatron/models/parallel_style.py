@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 
-from hf_megatron.architectures import PartitionTable
+from hf_megatron.architectures import Architecture
 from hf_megatron.tensor_parallel import ParallelModule, TensorParallelGroup
 from hf_megatron.tensor_parallel.placement import shard_parameter
 
@@ -34,17 +34,17 @@ class MegatronStyle(TensorParallelLayer):
 ALL_PARALLEL_STYLES.register(STYLE_NAME, MegatronStyle())
 
 
-def tp_plan_of(table: PartitionTable, modules: tuple[str, ...] = ()) -> dict[str, str]:
+def tp_plan_of(table: Architecture, modules: tuple[str, ...] = ()) -> dict[str, str]:
     """The plan transformers wants for the base model: every module that holds parameters, and those named here.
 
     Args:
-        table: The partition table.
+        table: The architecture.
         modules: Further modules that have no parameters of their own and need the group, such as the attention.
     """
     with_parameters = dict.fromkeys(rule.module for rule in table.body)
     return dict.fromkeys((*with_parameters, *modules), STYLE_NAME)
 
 
-def head_tp_plan_of(table: PartitionTable, model_class: str) -> dict[str, str]:
+def head_tp_plan_of(table: Architecture, model_class: str) -> dict[str, str]:
     """The plan for the modules of a class's head."""
     return dict.fromkeys((rule.module for rule in table.model_class(model_class).head), STYLE_NAME)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
-from hf_megatron.architectures import ModelClass, PartitionTable
+from hf_megatron.architectures import Architecture, ModelClass
 from hf_megatron.errors import (
     UnsupportedError,
 )
@@ -49,12 +49,12 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
     _initialization_seed: int | None = None
 
     @classmethod
-    def partition_table_of(cls, config: PreTrainedConfig) -> PartitionTable:
+    def partition_table_of(cls, config: PreTrainedConfig) -> Architecture:
         """How the tensors of a model of this configuration are cut."""
         raise NotImplementedError
 
     @property
-    def partition_table(self) -> PartitionTable:
+    def partition_table(self) -> Architecture:
         """How this model's tensors are cut."""
         return self.partition_table_of(self.config)  # type: ignore[attr-defined]
 

@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.checkpoint import _save_model_checkpoint_distributed
 from transformers.utils import logging
 
-from hf_megatron.architectures import PartitionTable
+from hf_megatron.architectures import Architecture
 from hf_megatron.checkpoint import AtomicDirectory
 from hf_megatron.checkpoint.sharded import is_shard
 from hf_megatron.errors import DestinationError, UnsupportedError
@@ -31,12 +31,12 @@ _WHOLE_WEIGHTS = re.compile(
 )
 
 
-def rewrite_config(directory: Path, table: PartitionTable, class_name: str, *, stock: bool) -> None:
+def rewrite_config(directory: Path, table: Architecture, class_name: str, *, stock: bool) -> None:
     """Make ``config.json`` name the stock classes, or ours; everything else in it stays.
 
     Args:
         directory: Where ``config.json`` lies.
-        table: The architecture's partition table, which knows both names.
+        table: The architecture, which knows both names.
         class_name: The saved model's class, stock's name or ours.
         stock: Whether to write transformers' ``model_type`` and class, so that the directory loads without this
             package.

@@ -1,4 +1,4 @@
-"""What a training run needs, and how fast it is, before any machine is rented: from the partition table, without torch.
+"""What a training run needs, and how fast it is, before any machine is rented: from the tables, without torch.
 
     from hf_megatron.planning import MACHINES, ModelShape, Run, plan
 
@@ -11,7 +11,7 @@
 
 from hf_megatron.planning.machine import MACHINES, Machine, machine_named
 from hf_megatron.planning.memory import MemoryPlan, plan_memory
-from hf_megatron.planning.planner import Plan, StepTime, layouts, plan
+from hf_megatron.planning.planner import StepTime, TrainingPlan, layouts, plan
 from hf_megatron.planning.run import PRECISIONS, Precision, Run
 from hf_megatron.planning.shape import ModelShape
 from hf_megatron.planning.traffic import Collective, collectives
@@ -23,10 +23,10 @@ __all__ = [
     "Machine",
     "MemoryPlan",
     "ModelShape",
-    "Plan",
     "Precision",
     "Run",
     "StepTime",
+    "TrainingPlan",
     "collectives",
     "layouts",
     "machine_named",

@@ -32,13 +32,6 @@ def memory_by_degree(shape: ModelShape, run: Run, degrees: Sequence[int]) -> dic
 def draw_memory(title: str, shape: ModelShape, run: Run, machine: Machine, file: Path) -> None:
     """Draw a stacked bar for each degree a node allows, a mark at its peak, and a line at what a GPU has.
 
-    Args:
-        title: What is drawn.
-        shape: The model.
-        run: The run; its tensor-parallel degree is replaced.
-        machine: The machine.
-        file: Where to, in the format that its suffix names.
-
     Raises:
         UnsupportedError: matplotlib is not installed, or does not write such files.
     """

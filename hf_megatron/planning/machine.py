@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from hf_megatron.errors import UnsupportedError
@@ -15,40 +15,24 @@ from hf_megatron.errors import UnsupportedError
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Nodes of equal GPUs. Times follow from these figures and nothing else.
-
-    Attributes:
-        name: What it is called.
-        memory_bytes: Memory of one GPU.
-        reserved_bytes: What is not to be had of it: CUDA's context, NCCL's buffers, fragmentation. An assumption.
-        flops_16bit: Peak of dense matrix products in 16 bits, operations per second.
-        flops_32bit: The same in float32.
-        matmul_efficiency: Share of that peak that large products reach.
-        memory_bandwidth: Bytes per second between the GPU and its memory, by the data sheet.
-        memory_efficiency: Share of it that large copies reach.
-        gpus_per_node: Number of GPUs that the fast links connect.
-        link_bandwidth: Bytes per second that a GPU sends, in a ring inside a node, as NCCL reaches them.
-        node_bandwidth: Bytes per second that a whole node sends to others.
-        latency_seconds: Of a collective, before its first step.
-        step_latency_seconds: Of each step of its ring.
-        source: Where the figures come from.
-    """
+    """Nodes of equal GPUs. Times follow from these figures and nothing else."""
 
     name: str
-    memory_bytes: int
-    reserved_bytes: int = 2 * 10**9
-    flops_16bit: float
+    memory_bytes: int  # of one GPU
+    reserved_bytes: int = 2 * 10**9  # not to be had: CUDA's context, NCCL's buffers, fragmentation; an assumption
+    flops_16bit: float  # peak of dense matrix products, operations per second
     flops_32bit: float
-    matmul_efficiency: float
-    memory_bandwidth: float
-    memory_efficiency: float
-    gpus_per_node: int
-    link_bandwidth: float
-    node_bandwidth: float
-    # NCCL's own model of a ring over NVLink with its "simple" protocol (src/graph/tuning.cc, since v2.8).
+    matmul_efficiency: float  # share of that peak that large products reach
+    memory_bandwidth: float  # bytes per second between the GPU and its memory, by the data sheet
+    memory_efficiency: float  # share of it that large copies reach
+    gpus_per_node: int  # that the fast links connect
+    link_bandwidth: float  # bytes per second that a GPU sends, in a ring inside a node, as NCCL reaches them
+    node_bandwidth: float  # bytes per second that a whole node sends to others
+    # Of a collective before its first step, and of each step of its ring: NCCL's own model of a ring over NVLink with
+    # its "simple" protocol (src/graph/tuning.cc, since v2.8).
     latency_seconds: float = 8.4e-6
     step_latency_seconds: float = 3.4e-6
-    source: str = ""
+    source: str = ""  # of the figures
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -80,6 +64,21 @@ _GIB = 2**30
 _MATMUL = "matrix products: ml-engineering, table of maximum achievable matmul FLOPS (Bekman 2025)"
 _MEMORY = "memory: data sheet, and the 90% that Calculon (Isaev et al. 2023) takes for large transfers"
 
+_H100 = Machine(
+    name="NVIDIA HGX H100 (8 x H100 SXM 80 GB)",
+    memory_bytes=80 * _GIB,
+    flops_16bit=989e12,
+    flops_32bit=67e12,
+    matmul_efficiency=0.803,
+    memory_bandwidth=3350e9,
+    memory_efficiency=0.9,
+    gpus_per_node=8,
+    link_bandwidth=370e9,
+    node_bandwidth=400e9,
+    source=f"peak: data sheet; {_MATMUL}; {_MEMORY}; links: 370 GB/s in a ring (NCCL's maintainers, "
+    "NVIDIA/nccl-tests#212); nodes: 8 x 400 Gbit/s",
+)
+
 MACHINES: Mapping[str, Machine] = {
     "v100-32gb": Machine(
         name="NVIDIA DGX-2 (16 x V100 32 GB)",
@@ -110,44 +109,20 @@ MACHINES: Mapping[str, Machine] = {
         source=f"peak: data sheet; {_MATMUL}; {_MEMORY}; links: 300 GB/s each way less 20%, as for V100; nodes: 8 x "
         "200 Gbit/s",
     ),
-    "h100": Machine(
-        name="NVIDIA HGX H100 (8 x H100 SXM 80 GB)",
-        memory_bytes=80 * _GIB,
-        flops_16bit=989e12,
-        flops_32bit=67e12,
-        matmul_efficiency=0.803,
-        memory_bandwidth=3350e9,
-        memory_efficiency=0.9,
-        gpus_per_node=8,
-        link_bandwidth=370e9,
-        node_bandwidth=400e9,
-        source=f"peak: data sheet; {_MATMUL}; {_MEMORY}; links: 370 GB/s in a ring (NCCL's maintainers, "
-        "NVIDIA/nccl-tests#212); nodes: 8 x 400 Gbit/s",
-    ),
-    "h200": Machine(
+    "h100": _H100,
+    "h200": replace(
+        _H100,
         name="NVIDIA HGX H200 (8 x H200 SXM 141 GB)",
         memory_bytes=141 * 10**9,
-        flops_16bit=989e12,
-        flops_32bit=67e12,
-        matmul_efficiency=0.803,
         memory_bandwidth=4800e9,
-        memory_efficiency=0.9,
-        gpus_per_node=8,
-        link_bandwidth=370e9,
-        node_bandwidth=400e9,
         source="the chip and the links of the H100, whose figures these are, with more and faster memory (data sheet)",
     ),
 }
 
 
 def machine_named(name: str | Path) -> Machine:
-    """A machine by its name, or from a JSON file.
-
-    Raises:
-        UnsupportedError: No such name, no such file, or fields that a machine does not have or lacks.
-    """
-    known = MACHINES.get(str(name).lower())
-    if known is not None:
+    """A machine by its name, or from a JSON file; UnsupportedError if there is none, or with other fields."""
+    if (known := MACHINES.get(str(name).lower())) is not None:
         return known
     path = Path(name)
     if path.suffix != ".json":

@@ -1,17 +1,17 @@
 """Bytes on the rank that needs most of them, by kind.
 
-Parameters, gradients and optimizer follow from the partition table, to the byte. Activations are summed up from
-``activations``. The peak is the larger of two moments: the loss, when all activations are there and no gradient is, and
-the end of the backward pass, when it is the other way around. In between, each layer trades one for the other.
+Parameters, gradients and optimizer follow from the table, to the byte; activations are summed up from
+``activation_memory``. The peak is the larger of two moments: the loss, when all activations are there and no gradient
+is, and the end of the backward pass, when it is the other way around. In between, each layer trades one for the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
-from hf_megatron.planning.activations import (
+from hf_megatron.planning.activation_memory import (
     Kept,
     chunk_tokens,
     kept_by_embedding,
@@ -29,27 +29,17 @@ _STEP_COUNTER = 4  # bytes; torch's Adam has one for each parameter
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes on one rank.
-
-    Attributes:
-        parameters: Weights.
-        gradients: Their gradients.
-        optimizer: Adam's state.
-        activations: What autograd holds at the end of the forward pass, without the loss; and what is
-            recomputed, of one layer, while that happens.
-        logits_and_loss: The logits of a chunk of positions with what is computed from them, and the gradients that the
-            loss computes along with them.
-        communication: Buffers of collectives; with FSDP also the parameters that are gathered.
-        peak: The most there is at any moment. Less than the sum, since activations go as gradients come.
-    """
+    """Bytes on one rank."""
 
     parameters: int
     gradients: int
-    optimizer: int
+    optimizer: int  # Adam's state
+    # What autograd holds at the end of the forward pass, without the loss; and what is recomputed, of one layer.
     activations: int
+    # The logits of a chunk of positions with what is computed from them, and the gradients that the loss computes.
     logits_and_loss: int
-    communication: int
-    peak: int
+    communication: int  # buffers of collectives; with FSDP also the parameters that are gathered
+    peak: int  # the most there is at any moment; less than the sum, since activations go as gradients come
 
 
 def plan_memory(shape: ModelShape, run: Run) -> MemoryPlan:
@@ -65,7 +55,7 @@ def plan_memory(shape: ModelShape, run: Run) -> MemoryPlan:
     if run.recompute == "full":
         per_layer, recomputed = kept_for_recomputation(shape, run).bytes, per_layer
     ends = _total((*kept_by_embedding(shape, run), *kept_by_head(shape, run)))
-    if recomputed and run.attention == "eager" and shape.is_causal:
+    if recomputed and run.attention == "eager" and shape.table.is_causal:
         ends += run.micro_batch * run.sequence_length**2 * precision.residual  # the mask, an input of every layer
     activations = ends + shape.num_layers * per_layer
     logits, loss = _loss_bytes(shape, run)
@@ -88,13 +78,9 @@ def plan_memory(shape: ModelShape, run: Run) -> MemoryPlan:
 def local_numel(shape: ModelShape, tp_size: int, shards: int = 1) -> tuple[int, int]:
     """Elements of all parameters on rank 0, and the number of parameters.
 
-    Args:
-        shape: The model.
-        tp_size: Tensor-parallel degree.
-        shards: Over how many ranks FSDP2 cuts dim 0 of each tensor-parallel shard; short ones are padded.
+    FSDP2 cuts dim 0 of each tensor-parallel shard over ``shards`` ranks; short ones are padded.
     """
-    tensors = shape.table.tensors(shape.config, shape.model_class).values()
-    shapes = [tensor.spec.shard_shape(tensor.shape, tp_size, 0) for tensor in tensors]
+    shapes = [tensor.spec.shard_shape(tensor.shape, tp_size, 0) for tensor in shape.tensors.values()]
     return sum(ceil(size[0] / shards) * prod(size[1:]) for size in shapes), len(shapes)
 
 
@@ -123,29 +109,22 @@ def _communication_bytes(shape: ModelShape, run: Run) -> int:
     if run.tp_size > 1:
         buffers += run.tokens * shape.hidden_size * run.precision.compute  # the sum, beside what is added up
     if run.dp_size > 1:
-        parts = list(gathered_parts(shape, run.tp_size))
-        largest, root = max(parts), parts[0]
+        root, layer = gathered_parts(shape, run.tp_size)
         if run.fsdp:
             # The parts outside of the layers stay gathered; of the layers, one is used while the next one comes.
-            buffers += (root + 2 * parts[1]) * run.precision.compute
-        buffers += largest * run.precision.gradient
+            buffers += (root + 2 * layer) * run.precision.compute
+        buffers += max(root, layer) * run.precision.gradient
     return buffers
 
 
-def gathered_parts(shape: ModelShape, tp_size: int) -> Iterator[int]:
+def gathered_parts(shape: ModelShape, tp_size: int) -> tuple[int, int]:
     """Elements on one tensor-parallel rank that FSDP2 gathers together: outside of the layers, and one layer."""
-    total, _ = local_numel(shape, tp_size)
-    layer = sum(
-        prod(tensor.spec.shard_shape(tensor.shape, tp_size, 0))
-        for name, tensor in shape.table.tensors(shape.config, shape.model_class).items()
-        if ".0." in name
-    )
-    yield total - shape.num_layers * layer
-    yield layer
+    layer = sum(prod(tensor.spec.shard_shape(tensor.shape, tp_size, 0)) for tensor in shape.layer)
+    return local_numel(shape, tp_size)[0] - shape.num_layers * layer, layer
 
 
 def _second_embedding_gradient(shape: ModelShape, run: Run) -> int:
     """On a GPU a tied embedding's gradient comes from the head and from the lookup, and is added up at the end."""
-    is_tied = shape.has_vocabulary_head and bool(shape.config.get("tie_word_embeddings", True))
+    is_tied = shape.model_class.is_language_model and bool(shape.config.get("tie_word_embeddings", True))
     comes_twice = is_tied and run.device == "cuda"
     return vocabulary(shape, run) * shape.hidden_size * run.precision.gradient if comes_twice else 0

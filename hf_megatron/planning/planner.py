@@ -15,26 +15,20 @@ from hf_megatron.planning.run import Run
 from hf_megatron.planning.shape import ModelShape
 from hf_megatron.planning.traffic import Collective, collectives, seconds
 
+_ATTENTION = ("scores and context", "scale and mask", "softmax", "attention dropout")
+_ENTRIES = ("query, key, value", "into the MLP")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one optimizer step on one rank.
-
-    Attributes:
-        forward: Computing the forward pass.
-        backward: Computing the backward pass.
-        recomputation: Computing again what was not kept.
-        tensor_parallel: Collectives of tensor parallelism that no product hides.
-        data_parallel: Collectives of data parallelism that the backward pass does not hide.
-        optimizer: Clipping and Adam.
-    """
+    """Seconds of one optimizer step on one rank."""
 
     forward: float
     backward: float
     recomputation: float
-    tensor_parallel: float
-    data_parallel: float
-    optimizer: float
+    tensor_parallel: float  # collectives that no product hides
+    data_parallel: float  # collectives that the backward pass does not hide
+    optimizer: float  # clipping and Adam
 
     @property
     def total(self) -> float:
@@ -43,32 +37,19 @@ class StepTime:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a run needs and how long its steps take.
-
-    Attributes:
-        shape: The model.
-        run: How it is trained.
-        machine: On what.
-        num_parameters: Of the whole model.
-        memory: Bytes on one rank.
-        fits: Whether the peak is within what a GPU has to offer.
-        model_flops: Floating-point operations of one step over all ranks, without recomputation.
-        collectives: Of one step.
-        time: Of one step.
-        scaling_efficiency: One rank's time for the same micro-batches, if it had the memory, divided by the time of
-            all ranks that share one together.
-    """
+class TrainingPlan:
+    """What a run needs and how long its steps take."""
 
     shape: ModelShape
     run: Run
     machine: Machine
-    num_parameters: int
-    memory: MemoryPlan
-    fits: bool
-    model_flops: int
-    collectives: tuple[Collective, ...]
+    num_parameters: int  # of the whole model
+    memory: MemoryPlan  # on one rank
+    fits: bool  # whether the peak is within what a GPU has to offer
+    model_flops: int  # floating-point operations of one step over all ranks, without recomputation
+    collectives: tuple[Collective, ...]  # of one step
     time: StepTime
+    # One rank's time for the same micro-batches, if it had the memory, over the time of all ranks that share one.
     scaling_efficiency: float
 
     @property
@@ -95,17 +76,12 @@ class Plan:
         return self.model_flops / self.time.total / (self.run.num_ranks * peak)
 
 
-def plan(shape: ModelShape, run: Run, machine: Machine) -> Plan:
-    """Plan one training step.
-
-    Raises:
-        PartitionError: The degree or another size does not fit the model.
-        UnsupportedError: A sequence that is longer than the model allows.
-    """
+def plan(shape: ModelShape, run: Run, machine: Machine) -> TrainingPlan:
+    """Plan one training step; raises what :meth:`Run.check` does."""
     run.check(shape)
     memory, time = plan_memory(shape, run), _step_time(shape, run, machine)
     alone = _step_time(shape, replace(run, tp_size=1, dp_size=1, fsdp=False, sequence_parallel=False), machine)
-    return Plan(
+    return TrainingPlan(
         shape=shape,
         run=run,
         machine=machine,
@@ -135,20 +111,13 @@ def layouts(
     *,
     global_batch: int | None = None,
     kept: Collection[str] = (),
-) -> list[Plan]:
+) -> list[TrainingPlan]:
     """Every way to train on ``num_ranks`` GPUs at one global batch, the best first.
 
     Tried are the tensor- and data-parallel degrees, FSDP, sequence parallelism and recomputation; the micro-batches per
-    step follow from the global batch. Best is what fits and trains most tokens per second, and of equals the plainer
-    one; what does not fit comes last, by its peak. A tensor-parallel group stays inside a node.
-
-    Args:
-        shape: The model.
-        run: Micro-batch, precision and so on.
-        machine: The machine.
-        num_ranks: Number of GPUs.
-        global_batch: Sequences of one optimizer step; by default those of ``run``'s micro-batches on every GPU.
-        kept: Of ``tp_size``, ``fsdp``, ``sequence_parallel`` and ``recompute`` those that stay as they are in ``run``.
+    step follow from the global batch, by default ``run``'s micro-batches on every GPU. What ``kept`` names of the four
+    stays as it is in ``run``. Best is what fits and trains most tokens per second, and of equals the plainer one; what
+    does not fit comes last, by its peak. A tensor-parallel group stays inside a node.
 
     Raises:
         PartitionError: No layout can have this global batch.
@@ -195,10 +164,8 @@ def _choices(run: Run, kept: Collection[str], name: str, values: Iterable[Any]) 
 def _step_time(shape: ModelShape, run: Run, machine: Machine) -> StepTime:
     layer, head = list(layer_operations(shape, run)), list(head_operations(shape, run))
     forward = shape.num_layers * _forward(layer, machine) + _forward(head, machine)
-    backward = sum(
-        times * sum(operation.backward_seconds(machine) for operation in operations)
-        for times, operations in ((shape.num_layers, layer), (1, head))
-    )
+    backward = shape.num_layers * sum(operation.backward_seconds(machine) for operation in layer)
+    backward += sum(operation.backward_seconds(machine) for operation in head)
     again: list[Operation] = []
     if run.recompute == "full":
         again = layer
@@ -220,10 +187,6 @@ def _step_time(shape: ModelShape, run: Run, machine: Machine) -> StepTime:
         data_parallel=max(0.0, travel["dp"] - backward),
         optimizer=optimizer_bytes(shape, run) / machine.bandwidth,
     )
-
-
-_ATTENTION = ("scores and context", "scale and mask", "softmax", "attention dropout")
-_ENTRIES = ("query, key, value", "into the MLP")
 
 
 def _forward(operations: list[Operation], machine: Machine) -> float:

@@ -21,21 +21,13 @@ from hf_megatron.planning.shape import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A kernel, or several of one kind.
-
-    Attributes:
-        name: What it does.
-        flops: Of its forward pass; the backward pass of a product has twice as many.
-        forward_bytes: Read and written by its forward pass.
-        backward_bytes: Read and written by its backward pass.
-        itemsize: Of its numbers, in bytes.
-    """
+    """A kernel, or several of one kind."""
 
     name: str
-    flops: int
-    forward_bytes: int
+    flops: int  # of its forward pass; the backward pass of a product has twice as many
+    forward_bytes: int  # read and written by its forward pass
     backward_bytes: int
-    itemsize: int
+    itemsize: int  # of its numbers
 
     def forward_seconds(self, machine: Machine) -> float:
         """Time of the forward pass."""
@@ -77,7 +69,7 @@ def head_operations(shape: ModelShape, run: Run) -> Iterator[Operation]:
     yield _elementwise("embedding and final norm", residual, run.precision.residual, 6, 6)
     if predicted := run.predicted(shape):
         vocabulary = ceil(shape.vocab_size / run.tp_size)
-        if not shape.is_causal:
+        if shape.head_has("hidden_size", "hidden_size"):
             yield _product("transform", predicted, shape.hidden_size, shape.hidden_size, compute)
         yield _product("logits", predicted, shape.hidden_size, vocabulary, compute)
         # Maximum, difference, exponential, sums, casts.
@@ -99,7 +91,7 @@ def _attention(shape: ModelShape, run: Run) -> Iterator[Operation]:
     operands = 4 * heads * length * head_dim * compute  # Q, K, V and the context
     if not run.keeps_probabilities(shape):
         # The kernel recomputes the scores in its backward pass, and skips what a causal mask hides.
-        flops = flops // 2 if shape.is_causal else flops
+        flops = flops // 2 if shape.table.is_causal else flops
         yield Operation("fused attention", flops, operands, 5 * operands // 2, compute)
         return
     scores = heads * length**2

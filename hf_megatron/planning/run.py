@@ -15,27 +15,16 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """In what formats numbers are kept, in bytes each.
-
-    Attributes:
-        name: What to call it by.
-        meaning: In a few words.
-        parameter: A weight.
-        gradient: Its gradient.
-        optimizer: Adam's two averages, and a copy of the weight in float32 where there is one.
-        compute: Operands and results of matrix products.
-        residual: The residual stream, and what the norms read.
-        casts_weights: Whether the forward pass makes 16-bit copies of the matrices, which live until the backward.
-    """
+    """In what formats numbers are kept, in bytes each."""
 
     name: str
-    meaning: str
+    meaning: str  # in a few words
     parameter: int
     gradient: int
-    optimizer: int
-    compute: int
-    residual: int
-    casts_weights: bool = False
+    optimizer: int  # Adam's two averages, and a copy of the weight in float32 where there is one
+    compute: int  # operands and results of matrix products
+    residual: int  # the residual stream, and what the norms read
+    casts_weights: bool = False  # whether the forward pass makes 16-bit copies of the matrices, for the backward too
 
 
 PRECISIONS: Mapping[str, Precision] = {
@@ -51,41 +40,24 @@ PRECISIONS: Mapping[str, Precision] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run.
+    """One training run."""
 
-    Attributes:
-        micro_batch: B, sequences a rank computes at a time.
-        sequence_length: S.
-        accumulation: Micro-batches per optimizer step.
-        tp_size: Tensor-parallel degree P.
-        dp_size: Data-parallel degree.
-        fsdp: Whether the data-parallel ranks share parameters, gradients and optimizer among them (FSDP2), rather than
-            each holding all of them.
-        sequence_parallel: Whether what tensor parallelism replicates is split along the sequence.
-        recompute: What is computed again in the backward pass rather than kept: nothing, the attention between its
-            projections (``selective``; Korthikanti et al. 2022, arXiv:2205.05198), or whole layers (``full``).
-        attention: ``eager`` keeps the [S, S] probabilities, ``sdpa`` is a fused kernel that does not.
-        precision: See :data:`PRECISIONS`.
-        dropout: Whether the configuration's dropout is on.
-        overlap: Whether the sums of input gradients travel while weight gradients are computed, as in this package.
-        labelled: Share of the positions that BERT predicts.
-        device: ``cuda`` or ``cpu``. On a CPU dropout keeps numbers rather than a mask, and a fused attention kernel
-            without dropout only.
-    """
-
-    micro_batch: int = 1
-    sequence_length: int = 1024
-    accumulation: int = 1
-    tp_size: int = 1
+    micro_batch: int = 1  # B, sequences a rank computes at a time
+    sequence_length: int = 1024  # S
+    accumulation: int = 1  # micro-batches per optimizer step
+    tp_size: int = 1  # P
     dp_size: int = 1
-    fsdp: bool = False
-    sequence_parallel: bool = False
+    fsdp: bool = False  # whether data-parallel ranks share parameters, gradients and optimizer (FSDP2), or each has all
+    sequence_parallel: bool = False  # whether what tensor parallelism replicates is split along the sequence
+    # What is computed again in the backward pass rather than kept: nothing, the attention between its projections
+    # ("selective"; Korthikanti et al. 2022, arXiv:2205.05198), or whole layers.
     recompute: Recompute = "none"
-    attention: Literal["eager", "sdpa"] = "sdpa"
+    attention: Literal["eager", "sdpa"] = "sdpa"  # eager keeps the [S, S] probabilities, sdpa is a fused kernel
     precision: Precision = PRECISIONS["amp"]
-    dropout: bool = True
-    overlap: bool = True
-    labelled: float = 0.15
+    dropout: bool = True  # whether the configuration's dropout is on
+    overlap: bool = True  # whether sums of input gradients travel while weight gradients are computed, as here
+    labelled: float = 0.15  # share of the positions that a masked language model predicts
+    # On a CPU dropout keeps numbers rather than a mask, and attention is a fused kernel without dropout only.
     device: Literal["cuda", "cpu"] = "cuda"
 
     @property
@@ -111,17 +83,12 @@ class Run:
 
     def predicted(self, shape: ModelShape) -> int:
         """Number of positions whose logits a micro-batch takes: GPT-2's but the last ones, BERT's labelled ones."""
-        if not shape.has_vocabulary_head:
+        if not shape.model_class.is_language_model:
             return 0
-        return self.tokens - self.micro_batch if shape.is_causal else round(self.labelled * self.tokens)
+        return self.tokens - self.micro_batch if shape.table.is_causal else round(self.labelled * self.tokens)
 
     def check(self, shape: ModelShape) -> None:
-        """Refuse what the models refuse.
-
-        Raises:
-            PartitionError: A size or degree that does not fit the model.
-            UnsupportedError: A sequence longer than the model has positions.
-        """
+        """Raise PartitionError for a size or degree that does not fit, UnsupportedError for a sequence too long."""
         for name in ("micro_batch", "sequence_length", "accumulation", "tp_size", "dp_size"):
             if getattr(self, name) < 1:
                 raise PartitionError(f"{name}={getattr(self, name)} is not a size; choose 1 or more.")

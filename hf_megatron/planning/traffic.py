@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 from typing import Literal
 
-from hf_megatron.planning.activations import chunk_tokens
+from hf_megatron.partition import Replicated
+from hf_megatron.planning.activation_memory import chunk_tokens
 from hf_megatron.planning.machine import Machine
 from hf_megatron.planning.memory import gathered_parts
 from hf_megatron.planning.run import Run
@@ -19,25 +20,16 @@ from hf_megatron.planning.shape import ModelShape
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind.
+    """Collectives of one kind."""
 
-    Attributes:
-        purpose: What travels, and when.
-        operation: Which.
-        group: Over which ranks.
-        count: How many a training step has.
-        bytes: Size of the whole tensor that each of them sums, gathers or scatters.
-        is_overlapped: Whether a product is computed meanwhile.
-    """
-
-    purpose: str
+    purpose: str  # what travels, and when
     operation: Operation
     group: Literal["tp", "dp"]
-    count: int
-    bytes: int
-    is_overlapped: bool = False
+    count: int  # in a training step
+    bytes: int  # of the whole tensor that each of them sums, gathers or scatters
+    is_overlapped: bool = False  # whether a product is computed meanwhile
 
     def bytes_sent(self, num_ranks: int) -> float:
         """Bytes that each rank sends for one of them, in a ring."""
@@ -63,50 +55,51 @@ def _tensor_parallel(shape: ModelShape, run: Run) -> Iterator[Collective]:
 
 def _replicated_layers(shape: ModelShape, run: Run, passes: int) -> Iterator[Collective]:
     precision, layers = run.precision, shape.num_layers
-    activation, bias = run.tokens * shape.hidden_size, 3 * shape.hidden_size
-    yield _collective("layer outputs, forward", "all-reduce", 2 * layers * passes, activation * precision.compute)
-    if shape.is_causal:  # with the gradient of its fused bias
-        size = (activation + bias) * precision.compute
-        yield _collective("attention input, backward", "all-reduce", layers, size, is_overlapped=run.overlap)
+    activation = run.tokens * shape.hidden_size
+    fused_bias = sum(prod(t.shape) for t in shape.layer if isinstance(t.spec, Replicated) and t.spec.used)
+    yield Collective("layer outputs, forward", "all-reduce", "tp", 2 * layers * passes, activation * precision.compute)
+    if fused_bias:  # whose gradient travels along
+        size = (activation + fused_bias) * precision.compute
+        yield Collective("attention input, backward", "all-reduce", "tp", layers, size, is_overlapped=run.overlap)
     else:  # of three products at once, whose common input autocast has not cast yet
-        yield _collective("attention input, backward", "all-reduce", layers, activation * precision.residual)
+        yield Collective("attention input, backward", "all-reduce", "tp", layers, activation * precision.residual)
     size = activation * precision.compute
-    yield _collective("MLP input, backward", "all-reduce", layers, size, is_overlapped=run.overlap)
+    yield Collective("MLP input, backward", "all-reduce", "tp", layers, size, is_overlapped=run.overlap)
 
 
 def _sequence_parallel_layers(shape: ModelShape, run: Run, passes: int) -> Iterator[Collective]:
     layers, size = shape.num_layers, _padded(shape, run) * run.precision.compute
-    yield _collective("layer inputs, forward", "all-gather", 2 * layers * passes, size)
-    yield _collective("layer outputs, forward", "reduce-scatter", 2 * layers * passes, size)
-    yield _collective("gradients of layer outputs, backward", "all-gather", 2 * layers, size)
+    yield Collective("layer inputs, forward", "all-gather", "tp", 2 * layers * passes, size)
+    yield Collective("layer outputs, forward", "reduce-scatter", "tp", 2 * layers * passes, size)
+    yield Collective("gradients of layer outputs, backward", "all-gather", "tp", 2 * layers, size)
     # The input once more, for the weight's gradient, while that of the input is computed; and the other way around.
-    yield _collective("layer inputs, backward", "all-gather", 2 * layers, size, is_overlapped=run.overlap)
+    yield Collective("layer inputs, backward", "all-gather", "tp", 2 * layers, size, is_overlapped=run.overlap)
     gradients = "gradients of layer inputs, backward"
-    yield _collective(gradients, "reduce-scatter", 2 * layers, size, is_overlapped=run.overlap)
-    held_whole = (9 if shape.is_causal else 6) * shape.hidden_size
-    yield _collective("norms and biases, backward", "all-reduce", layers, held_whole * run.precision.gradient)
+    yield Collective(gradients, "reduce-scatter", "tp", 2 * layers, size, is_overlapped=run.overlap)
+    held_whole = sum(prod(tensor.shape) for tensor in shape.layer if isinstance(tensor.spec, Replicated))
+    yield Collective("norms and biases, backward", "all-reduce", "tp", layers, held_whole * run.precision.gradient)
 
 
 def _ends(shape: ModelShape, run: Run) -> Iterator[Collective]:
     """Embedding, final norm, head and loss."""
     precision, predicted = run.precision, run.predicted(shape)
-    yield _collective("embedding, forward", "all-reduce", 1, run.tokens * shape.hidden_size * precision.residual)
-    is_split = run.sequence_parallel and shape.is_causal and predicted > 0  # GPT-2's head gathers by itself
+    yield Collective("embedding, forward", "all-reduce", "tp", 1, run.tokens * shape.hidden_size * precision.residual)
+    is_split = run.sequence_parallel and shape.table.is_causal and predicted > 0  # GPT-2's head gathers by itself
     if run.sequence_parallel:
         size = _padded(shape, run) * precision.residual
-        yield _collective("hidden states behind the layers, forward", "all-gather", 1, size)
-        yield _collective("gradient of the embeddings, backward", "all-gather", 1, size)
+        yield Collective("hidden states behind the layers, forward", "all-gather", "tp", 1, size)
+        yield Collective("gradient of the embeddings, backward", "all-gather", "tp", 1, size)
         if is_split:
-            yield _collective("gradient of the hidden states, backward", "reduce-scatter", 1, size)
-        if not shape.is_post:
-            yield _collective("final norm, backward", "all-reduce", 1, 2 * shape.hidden_size * precision.gradient)
+            yield Collective("gradient of the hidden states, backward", "reduce-scatter", "tp", 1, size)
+        if shape.table.norms == "pre":
+            yield Collective("final norm, backward", "all-reduce", "tp", 1, 2 * shape.hidden_size * precision.gradient)
     if predicted:
         chunks = ceil(predicted / chunk_tokens(shape, run))
         size = 3 * run.tp_size * predicted * 4 // chunks
-        yield _collective("statistics of the loss, forward", "all-gather", chunks, size)
+        yield Collective("statistics of the loss, forward", "all-gather", "tp", chunks, size)
         if not is_split:
             size = predicted * shape.hidden_size * precision.residual // chunks
-            yield _collective("gradient of the head's input, forward", "all-reduce", chunks, size)
+            yield Collective("gradient of the head's input, forward", "all-reduce", "tp", chunks, size)
 
 
 def _padded(shape: ModelShape, run: Run) -> int:
@@ -114,27 +107,17 @@ def _padded(shape: ModelShape, run: Run) -> int:
     return run.local_tokens * run.tp_size * shape.hidden_size
 
 
-def _collective(
-    purpose: str, operation: Operation, count: int, num_bytes: int, *, is_overlapped: bool = False
-) -> Collective:
-    return Collective(
-        purpose=purpose, operation=operation, group="tp", count=count, bytes=num_bytes, is_overlapped=is_overlapped
-    )
-
-
 def _data_parallel(shape: ModelShape, run: Run) -> Iterator[Collective]:
     root, layer = gathered_parts(shape, run.tp_size)
     for name, count, elements in (("outside of the layers", 1, root), ("of each layer", shape.num_layers, layer)):
         if not run.fsdp:
-            size = elements * run.precision.gradient
-            yield Collective(purpose=f"gradients {name}", operation="all-reduce", group="dp", count=count, bytes=size)
+            yield Collective(f"gradients {name}", "all-reduce", "dp", count, elements * run.precision.gradient)
             continue
         # A layer's parameters are gathered for the forward and again for the backward pass.
         gathers = count * (1 if name.startswith("outside") else 2) * run.accumulation
-        size = elements * run.precision.parameter
-        yield Collective(purpose=f"parameters {name}", operation="all-gather", group="dp", count=gathers, bytes=size)
+        yield Collective(f"parameters {name}", "all-gather", "dp", gathers, elements * run.precision.parameter)
         size, times = elements * run.precision.gradient, count * run.accumulation
-        yield Collective(purpose=f"gradients {name}", operation="reduce-scatter", group="dp", count=times, bytes=size)
+        yield Collective(f"gradients {name}", "reduce-scatter", "dp", times, size)
 
 
 def seconds(collective: Collective, run: Run, machine: Machine) -> float:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronGPT2LMHeadModel
-from hf_megatron.architectures import TABLES, PartitionTable
+from hf_megatron.architectures import TABLES, Architecture
 from hf_megatron_conversion import convert, inspect, verify
 from tests.conversion.checkpoints import (
     directory_bytes,
@@ -104,13 +104,13 @@ def test_shards_are_those_of_save_pretrained(max_shard_size: str, tied: Path, tm
         for model_class in table.classes
     ],
 )
-def test_every_class_converts(table: PartitionTable, stock_name: str, own_name: str, tmp_path: Path) -> None:
+def test_every_class_converts(table: Architecture, stock_name: str, own_name: str, tmp_path: Path) -> None:
     """Catches names that hold for one class only: base models have no prefix, other heads other names and ties."""
     source = save_stock(tmp_path / "stock", model_class=getattr(transformers, stock_name))
     tp, hub = there_and_back(source, tmp_path, 3)
     assert read_config(tp)["architectures"] == [own_name]
     found = inspect(tp)
-    assert (found.architecture, found.tp_size, found.model_class) == (table.architecture, 3, stock_name)
+    assert (found.architecture, found.tp_size, found.model_class) == (table.name, 3, stock_name)
     assert found.layernorm_placement == ("post" if stock_name.startswith("Bert") else "pre")
     assert hub_bytes(hub) == hub_bytes(source)
     assert read_config(hub) == read_config(source)

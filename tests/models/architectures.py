@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from hf_megatron.architectures import BERT_POST, BERT_PRE, PartitionTable
+from hf_megatron.architectures import BERT_POST, BERT_PRE, Architecture
 from hf_megatron.architectures import GPT2 as GPT2_TABLE
 from tests.models.reference import Batch, layout, loss_of, reference_loss
 
@@ -34,7 +34,7 @@ _SHARED_VARIANTS: dict[str, dict[str, Any]] = {"base": {}, "untied": {"tie_word_
 
 
 @dataclass(frozen=True, eq=False)
-class Architecture:
+class ModelCase:
     """A case of the tests; it travels to the ranks by name.
 
     Attributes:
@@ -51,7 +51,7 @@ class Architecture:
     """
 
     name: str
-    table: PartitionTable
+    table: Architecture
     sizes: Mapping[str, Any]
     variants: Mapping[str, dict[str, Any]]
     language_model: str
@@ -265,7 +265,7 @@ _BERT: dict[str, Any] = {
     "dropouts": ("attention_probs_dropout_prob", "hidden_dropout_prob"),
     "embedding_dropout": "embeddings.dropout",
 }
-GPT2 = Architecture(
+GPT2 = ModelCase(
     "gpt2",
     GPT2_TABLE,
     sizes={"bos_token_id": 0, "eos_token_id": V - 1, "pad_token_id": 0, "classifier_dropout": 0.0},
@@ -287,11 +287,11 @@ GPT2 = Architecture(
 )
 ARCHITECTURES = (
     GPT2,
-    Architecture("bert-pre", BERT_PRE, **_BERT),
-    Architecture("bert-post", BERT_POST, ends_with_norm=True, **_BERT),
+    ModelCase("bert-pre", BERT_PRE, **_BERT),
+    ModelCase("bert-post", BERT_POST, ends_with_norm=True, **_BERT),
 )
 BERTS = ARCHITECTURES[1:]
 
 
-def named(name: str) -> Architecture:
+def named(name: str) -> ModelCase:
     return next(case for case in ARCHITECTURES if case.name == name)

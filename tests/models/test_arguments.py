@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_megatron.errors import UnexpectedArgumentError
 from hf_megatron.models.forward_arguments import CACHE
-from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, LAYERS, Architecture, StockDir, token_ids
+from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, LAYERS, ModelCase, StockDir, token_ids
 from tests.models.reference import assert_agrees
 
 IDS = token_ids(2, 5)
@@ -18,7 +18,7 @@ CLASSES = [(case, head) for case in (GPT2, BERTS[1]) for head in case.heads]
 BOTH_NAMES = ["cache", "past_key_values"]
 
 
-def _model(case: Architecture, head: str | None = None, **options: Any) -> Any:
+def _model(case: ModelCase, head: str | None = None, **options: Any) -> Any:
     return case.build(head=head, config=case.config(), seed=0, **options).eval()
 
 
@@ -31,7 +31,7 @@ def _cache(ids: torch.Tensor = IDS) -> Any:
 
 
 @pytest.mark.parametrize(("case", "head"), CLASSES)
-def test_unknown_arguments_are_refused(case: Architecture, head: str) -> None:
+def test_unknown_arguments_are_refused(case: ModelCase, head: str) -> None:
     """Catches a misspelled argument that changes nothing, in training as in evaluation."""
     model = _model(case, head)
     for is_training in (False, True):
@@ -41,7 +41,7 @@ def test_unknown_arguments_are_refused(case: Architecture, head: str) -> None:
 
 @pytest.mark.parametrize(("case", "head"), CLASSES)
 @pytest.mark.parametrize("argument", ["encoder_hidden_states", "encoder_attention_mask"])
-def test_there_is_no_cross_attention(case: Architecture, head: str, argument: str) -> None:
+def test_there_is_no_cross_attention(case: ModelCase, head: str, argument: str) -> None:
     """Catches an encoder's states that are left out of the computation without a word."""
     with pytest.raises(UnexpectedArgumentError, match=f"{argument}: .* leave it out"):
         _model(case, head)(input_ids=_ids(head), **{argument: torch.ones(2, 5)})

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_megatron.models.forward_arguments import CACHE
-from tests.models.architectures import ARCHITECTURES, GPT2, LAYERS, Architecture, B, H, S, StockDir, V, token_ids
+from tests.models.architectures import ARCHITECTURES, GPT2, LAYERS, B, H, ModelCase, S, StockDir, V, token_ids
 from tests.models.collectives import Collective, Recorder
 from tests.models.reference import Pool, run_at
 from tests.tiers import quick
@@ -20,7 +20,7 @@ CLASSIFIER = "ForSequenceClassification"  # a head without a vocabulary
 
 
 def _record_steps(
-    case: Architecture, head: str, directory: Path, tp_size: int, splits: bool = False, recompute: str | None = None
+    case: ModelCase, head: str, directory: Path, tp_size: int, splits: bool = False, recompute: str | None = None
 ) -> Steps:
     model = case.load(directory, tp_size, head, sequence_parallel=splits, attn_implementation="eager").train()
     if recompute is not None:
@@ -58,7 +58,7 @@ def _gather(numbers: int) -> Collective:
     return ("_allgather_base_", numbers * 4)
 
 
-def _expected(case: Architecture, head: str, tp_size: int, splits: bool) -> Steps:
+def _expected(case: ModelCase, head: str, tp_size: int, splits: bool) -> Steps:
     """What is gathered or scattered is filled up to a multiple of the degree."""
     tokens, rows = B * _length(tp_size), B * -(-_length(tp_size) // tp_size)
     gather, scatter = _gather(rows * tp_size * H), ("_reduce_scatter_base_", rows * H * 4)
@@ -104,7 +104,7 @@ def _expected(case: Architecture, head: str, tp_size: int, splits: bool) -> Step
     ),
 )
 def test_collectives_of_a_training_step(
-    pool: Pool, stock_dir: StockDir, case: Architecture, head: str, tp_size: int, splits: bool
+    pool: Pool, stock_dir: StockDir, case: ModelCase, head: str, tp_size: int, splits: bool
 ) -> None:
     """Catches a collective too many (for each of Q, K and V, or per parameter), or of the vocabulary's width."""
     directory = stock_dir(case, head, "untied" if tp_size == 4 else "base")
@@ -115,7 +115,7 @@ def test_collectives_of_a_training_step(
 @pytest.mark.parametrize("splits", [False, True])
 @pytest.mark.parametrize("case", ARCHITECTURES)
 def test_recomputation_repeats_only_what_it_must(
-    pool: Pool, stock_dir: StockDir, case: Architecture, splits: bool
+    pool: Pool, stock_dir: StockDir, case: ModelCase, splits: bool
 ) -> None:
     """Catches recomputation that sends more than a layer without its last output, and selective one that sends.
 
@@ -131,7 +131,7 @@ def test_recomputation_repeats_only_what_it_must(
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_one_process_communicates_with_nobody(stock_dir: StockDir, case: Architecture) -> None:
+def test_one_process_communicates_with_nobody(stock_dir: StockDir, case: ModelCase) -> None:
     """Catches a collective issued for a group of one."""
     seen = _record_steps(case, case.heads[0], stock_dir(case), 1)
     assert seen == {"forward": [], "backward": [], "optimizer": [], "evaluation": []}

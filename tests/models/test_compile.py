@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.architectures import ARCHITECTURES, GPT2, Architecture
+from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase
 from tests.models.reference import Pool, assert_agrees, gradients, run_at
 from tests.tiers import quick
 
 BERT = ARCHITECTURES[1]
 
 
-def _compare(case: Architecture, tp_size: int, backend: str, recompute: str | None, splits: bool) -> None:
+def _compare(case: ModelCase, tp_size: int, backend: str, recompute: str | None, splits: bool) -> None:
     torch.compiler.reset()
     config = case.config(hidden_size=24, **case.dropout(0.1, 0.1))
     split = {"tp_size": tp_size, "enable_sequence_parallel": splits} if tp_size > 1 else None
@@ -59,7 +59,7 @@ def _compare(case: Architecture, tp_size: int, backend: str, recompute: str | No
     ),
 )
 def test_a_model_is_one_graph_that_equals_eager(
-    pool: Pool, case: Architecture, tp_size: int, backend: str, recompute: str | None, splits: bool
+    pool: Pool, case: ModelCase, tp_size: int, backend: str, recompute: str | None, splits: bool
 ) -> None:
     """Catches a graph break anywhere in a model, and a compiled step with other masks, loss, gradients or logits.
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hf_megatron.tensor_parallel import SINGLE, vocab_parallel_linear_cross_entropy
-from tests.models.architectures import ARCHITECTURES, GPT2, Architecture, StockDir, V
+from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase, StockDir, V
 from tests.models.reference import assert_agrees, assert_all_agree, gradients
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -20,7 +20,7 @@ LABELS = torch.where(IDS % 3 == 0, IDS, -100)
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_a_step_equals_stock(stock_dir: StockDir, case: Architecture, device: str) -> None:
+def test_a_step_equals_stock(stock_dir: StockDir, case: ModelCase, device: str) -> None:
     """Catches a kernel that is used on one kind of device and computes something else."""
     head = case.language_model
     stock = case.load_stock(stock_dir(case, head), head, dtype=torch.float64, attention="sdpa").to(device)

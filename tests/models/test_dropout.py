@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models.architectures import ARCHITECTURES, GPT2, LAYERS, Architecture, B, S, StockDir, positions
+from tests.models.architectures import ARCHITECTURES, GPT2, LAYERS, B, ModelCase, S, StockDir, positions
 from tests.models.reference import (
     Pool,
     Tensors,
@@ -37,7 +37,7 @@ def dropout_dir(tmp_path_factory: pytest.TempPathFactory) -> StockDir:
     """A function from an architecture to a stock model with dropout everywhere."""
 
     @cache
-    def directory(case: Architecture) -> Path:
+    def directory(case: ModelCase) -> Path:
         return case.save_stock(tmp_path_factory.mktemp(case.name), **case.dropout(P_ATTENTION, P_HIDDEN))
 
     return directory
@@ -53,7 +53,7 @@ class _Steps:
 
 
 def _train(
-    case: Architecture,
+    case: ModelCase,
     directory: Path,
     attention: str,
     tp_size: int,
@@ -101,7 +101,7 @@ def _watch(model: nn.Module) -> None:
     ),
 )
 def test_masks_are_those_of_one_process(
-    pool: Pool, dropout_dir: StockDir, case: Architecture, attention: str, tp_size: int, splits: bool
+    pool: Pool, dropout_dir: StockDir, case: ModelCase, attention: str, tp_size: int, splits: bool
 ) -> None:
     """Catches masks that depend on the rank, the kernel or the split, and replicated activations that drop apart."""
     expected = _train(case, dropout_dir(case), "eager", 1)
@@ -125,7 +125,7 @@ def test_masks_are_those_of_one_process(
     ),
 )
 def test_checkpointing_changes_nothing(
-    pool: Pool, dropout_dir: StockDir, case: Architecture, attention: str, tp_size: int, splits: bool
+    pool: Pool, dropout_dir: StockDir, case: ModelCase, attention: str, tp_size: int, splits: bool
 ) -> None:
     """Catches a recomputation that drops other elements than the forward pass did: silently wrong gradients."""
     job = (case, dropout_dir(case), attention, tp_size, splits)
@@ -141,7 +141,7 @@ def test_checkpointing_changes_nothing(
             assert torch.equal(steps.random_state, expected.random_state)
 
 
-def _probabilities(case: Architecture, directory: Path, tp_size: int, attention_dropout: float) -> torch.Tensor:
+def _probabilities(case: ModelCase, directory: Path, tp_size: int, attention_dropout: float) -> torch.Tensor:
     """Those of attention in all layers [L, B, N, S, S] in training, after dropout."""
     options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
     dropout = case.dropout(attention_dropout, P_HIDDEN)
@@ -151,7 +151,7 @@ def _probabilities(case: Architecture, directory: Path, tp_size: int, attention_
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_every_head_has_a_mask_of_its_own(pool: Pool, dropout_dir: StockDir, case: Architecture) -> None:
+def test_every_head_has_a_mask_of_its_own(pool: Pool, dropout_dir: StockDir, case: ModelCase) -> None:
     """Catches heads masked alike, as in the paper's runs, another probability, and a mean that dropout shifts."""
     dropped = _probabilities(case, dropout_dir(case), 1, P_ATTENTION)
     for probabilities in run_at(pool, 2, _probabilities, case, dropout_dir(case), 2, P_ATTENTION):
@@ -164,7 +164,7 @@ def test_every_head_has_a_mask_of_its_own(pool: Pool, dropout_dir: StockDir, cas
     torch.testing.assert_close(dropped[0], torch.where(dropped[0] == 0, 0.0, whole / (1 - P_ATTENTION)))
 
 
-def _drop_everything(case: Architecture, head: str, directory: Path, tp_size: int) -> None:
+def _drop_everything(case: ModelCase, head: str, directory: Path, tp_size: int) -> None:
     """A probability of one leaves nothing to chance: what is left is what the stock class leaves."""
     stock = case.load_stock(directory, head, dtype=torch.float64)
     ours = case.load(directory, tp_size, head, dtype=torch.float64, attn_implementation="eager").train()
@@ -186,13 +186,13 @@ _HEADS = [
 
 
 @pytest.mark.parametrize(("case", "head"), quick(_HEADS, [x for x in _HEADS if x[1] == "Model" or x[0] is POST]))
-def test_dropout_stands_where_stock_has_it(pool: Pool, tmp_path: Path, case: Architecture, head: str) -> None:
+def test_dropout_stands_where_stock_has_it(pool: Pool, tmp_path: Path, case: ModelCase, head: str) -> None:
     """Catches dropout that is missing, applied twice, or on the wrong side of a residual or a norm."""
     dropout = {"classifier_dropout": 1.0, **case.dropout(0.0, 1.0)}
     run_at(pool, 2, _drop_everything, case, head, case.save_stock(tmp_path, head, **dropout), 2)
 
 
-def _evaluate(case: Architecture, directory: Path, tp_size: int) -> None:
+def _evaluate(case: ModelCase, directory: Path, tp_size: int) -> None:
     model = case.load(directory, tp_size)
     first, second = (model(**case.batch()).loss for _ in range(2))
     assert torch.equal(first, second)
@@ -200,6 +200,6 @@ def _evaluate(case: Architecture, directory: Path, tp_size: int) -> None:
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_evaluation_drops_nothing(pool: Pool, dropout_dir: StockDir, case: Architecture, tp_size: int) -> None:
+def test_evaluation_drops_nothing(pool: Pool, dropout_dir: StockDir, case: ModelCase, tp_size: int) -> None:
     """Catches dropout that does not ask whether the model is being trained."""
     run_at(pool, tp_size, _evaluate, case, dropout_dir(case), tp_size)

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_megatron.models.forward_arguments import CACHE
-from tests.models.architectures import ARCHITECTURES, GPT2, Architecture, StockDir, positions, token_ids
+from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase, StockDir, positions, token_ids
 from tests.models.reference import (
     Pool,
     assert_agrees,
@@ -53,7 +53,7 @@ def _options(at: Layout, kernel: Kernel) -> dict[str, Any]:
 
 
 def _compare(
-    case: Architecture,
+    case: ModelCase,
     head: str,
     directory: Path,
     at: Layout,
@@ -84,9 +84,7 @@ def _compare(
         assert_replicas_equal(ours)
 
 
-def _compare_step(
-    case: Architecture, head: str, stock: Any, ours: Any, padding: str, length: int, context: str
-) -> None:
+def _compare_step(case: ModelCase, head: str, stock: Any, ours: Any, padding: str, length: int, context: str) -> None:
     config = ours.config
     batch = case.batch(head, padding, length, vocab_size=config.vocab_size, pad_token_id=config.pad_token_id)
     valid = positions(batch)
@@ -134,7 +132,7 @@ _QUICK_HEADS = [
 @pytest.mark.parametrize(
     ("case", "head", "at"), quick(((*head, at) for head in _HEADS for at in LAYOUTS), _QUICK_HEADS)
 )
-def test_heads_equal_stock(pool: Pool, stock_dir: StockDir, case: Architecture, head: str, at: Layout) -> None:
+def test_heads_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, head: str, at: Layout) -> None:
     """Catches a wrong cut, a reduction missing or done twice, a misplaced norm, and outputs of one rank's part only."""
     kernels = KERNELS if at.tp_size < 4 else KERNELS[:2]
     lengths = LENGTHS if at.splits and head == case.heads[0] else (9,)
@@ -160,7 +158,7 @@ _VARIANTS = [(case, variant) for case in ARCHITECTURES for variant in case.varia
         ],
     ),
 )
-def test_variants_equal_stock(pool: Pool, stock_dir: StockDir, case: Architecture, variant: str, at: Layout) -> None:
+def test_variants_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, variant: str, at: Layout) -> None:
     """Catches an entry of the configuration that is ignored, and cuts that only work for sizes that divide."""
     kernels = KERNELS[1:]
     if variant == "upcast":  # concerns eager attention alone, where stock raises for float64
@@ -172,7 +170,7 @@ def test_variants_equal_stock(pool: Pool, stock_dir: StockDir, case: Architectur
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [Layout(2), Layout(3, True), Layout(4), Layout(4, True)])
 @pytest.mark.parametrize(("case", "head"), _HEADS)
-def test_everything_equals_stock(pool: Pool, stock_dir: StockDir, case: Architecture, head: str, at: Layout) -> None:
+def test_everything_equals_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, head: str, at: Layout) -> None:
     """Catches what only one combination of head, dtype, kernel, padding and length gets wrong."""
     every_remainder = (9, 8, 7, 6)  # at every degree
     for kernel in [*KERNELS, (torch.float32, "eager")]:
@@ -191,7 +189,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-def _compare_losses(case: Architecture, directory: Path, tp_size: int, padding: str) -> None:
+def _compare_losses(case: ModelCase, directory: Path, tp_size: int, padding: str) -> None:
     head = case.language_model
     stock = case.load_stock(directory, head, dtype=torch.float64, attention="sdpa")
     ours = case.load(directory, tp_size, head, dtype=torch.float64)
@@ -224,19 +222,19 @@ def _compare_losses(case: Architecture, directory: Path, tp_size: int, padding: 
         [*zip(ARCHITECTURES, (4, 2, 1), ("left", "right", "none"), strict=True), (GPT2, 2, "none")],
     ),
 )
-def test_losses_equal_stock(pool: Pool, stock_dir: StockDir, case: Architecture, tp_size: int, padding: str) -> None:
+def test_losses_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, tp_size: int, padding: str) -> None:
     """Catches an option dropped on the way, ignored labels that count, and a mean over the wrong number of tokens."""
     run_at(pool, tp_size, _compare_losses, case, stock_dir(case, case.language_model), tp_size, padding)
 
 
-def _loss_dtypes(case: Architecture, directory: Path, tp_size: int) -> list[torch.dtype]:
+def _loss_dtypes(case: ModelCase, directory: Path, tp_size: int) -> list[torch.dtype]:
     dtypes = (torch.bfloat16, torch.float32, torch.float64)
     return [case.load(directory, tp_size, dtype=dtype).train()(**case.batch()).loss.dtype for dtype in dtypes]
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_loss_is_float32_or_better(pool: Pool, stock_dir: StockDir, case: Architecture, tp_size: int) -> None:
+def test_loss_is_float32_or_better(pool: Pool, stock_dir: StockDir, case: ModelCase, tp_size: int) -> None:
     """Catches a loss computed in bfloat16, and float64 that is cut down to float32 on the way."""
     expected = [torch.float32, torch.float32, torch.float64]
     assert run_at(pool, tp_size, _loss_dtypes, case, stock_dir(case), tp_size) == [expected] * tp_size
@@ -245,7 +243,7 @@ def test_loss_is_float32_or_better(pool: Pool, stock_dir: StockDir, case: Archit
 # ---------------------------------------------------------------------- other inputs
 
 
-def _compare_inputs(case: Architecture, directory: Path, at: Layout) -> None:
+def _compare_inputs(case: ModelCase, directory: Path, at: Layout) -> None:
     head = case.language_model
     stock = case.load_stock(directory, head, dtype=torch.float64)
     ours = case.load(directory, head=head, **_options(at, KERNELS[0]))
@@ -274,12 +272,12 @@ def _compare_inputs(case: Architecture, directory: Path, at: Layout) -> None:
         [*itertools.product(ARCHITECTURES, LAYOUTS[1:4:2]), (GPT2, Layout(1))],
     ),
 )
-def test_inputs_equal_stock(pool: Pool, stock_dir: StockDir, case: Architecture, at: Layout) -> None:
+def test_inputs_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, at: Layout) -> None:
     """Catches arguments that are dropped on the way, and token types or positions that are made up wrongly."""
     run_at(pool, at.tp_size, _compare_inputs, case, stock_dir(case, case.language_model), at)
 
 
-def _compare_calls(case: Architecture, head: str, directory: Path, tp_size: int) -> None:
+def _compare_calls(case: ModelCase, head: str, directory: Path, tp_size: int) -> None:
     stock = case.load_stock(directory, head, dtype=torch.float64).eval()
     ours = case.load(directory, head=head, **_options(Layout(tp_size), KERNELS[0]))
     inputs, labels = case.inputs(head), case.labels(head)
@@ -296,7 +294,7 @@ def _compare_calls(case: Architecture, head: str, directory: Path, tp_size: int)
 
 
 @pytest.mark.parametrize(("case", "head"), _HEADS)
-def test_calls_are_understood_as_by_stock(pool: Pool, stock_dir: StockDir, case: Architecture, head: str) -> None:
+def test_calls_are_understood_as_by_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, head: str) -> None:
     """Catches `model(ids, mask, types)` understood in another order, and a tuple with another order or more in it."""
     for tp_size in (1, 2):
         run_at(pool, tp_size, _compare_calls, case, head, stock_dir(case, head), tp_size)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers.distributed import DistributedConfig
 
-from tests.models.architectures import ARCHITECTURES, GPT2, Architecture, StockDir
+from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase, StockDir
 from tests.models.reference import (
     Batch,
     Pool,
@@ -33,7 +33,7 @@ LAYOUTS = {
 }
 
 
-def _batch(case: Architecture, step: int) -> Batch:
+def _batch(case: ModelCase, step: int) -> Batch:
     """Four sequences; the first and second two have as many labels, so that the mean of their losses is the whole."""
     batch = case.batch(None, "none")
     batch = {name: torch.cat([value[:1], value], dim=0).roll(step, 0) for name, value in batch.items()}
@@ -43,7 +43,7 @@ def _batch(case: Architecture, step: int) -> Batch:
     return batch
 
 
-def _train_and_save(case: Architecture, stock_directory: Path, directory: Path, sizes: dict[str, int]) -> None:
+def _train_and_save(case: ModelCase, stock_directory: Path, directory: Path, sizes: dict[str, int]) -> None:
     """Two AdamW steps beside the stock model, then both kinds of save."""
     stock = case.load_stock(stock_directory, dtype=torch.float64)
     ours = case.ours().from_pretrained(
@@ -90,7 +90,7 @@ def _train_and_save(case: Architecture, stock_directory: Path, directory: Path, 
     ),
 )
 def test_training_equals_one_process(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, variant: str, layout: str
+    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, layout: str
 ) -> None:
     """Catches two FSDP parameters for what is tied, and gradients that a mesh dimension misses or counts twice.
 

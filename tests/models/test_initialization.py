@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from hf_megatron.models import initialization
-from tests.models.architectures import ARCHITECTURES, GPT2, Architecture
+from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase
 from tests.models.reference import Pool, Tensors, assert_all_equal, assert_replicas_equal, full_weights, rank, run_at
 from tests.tiers import quick
 
 PRE, POST = ARCHITECTURES[1:]
 
 
-def _build(case: Architecture, head: str, seed: int | None, tp_size: int, fsdp_size: int = 1) -> Tensors:
+def _build(case: ModelCase, head: str, seed: int | None, tp_size: int, fsdp_size: int = 1) -> Tensors:
     """Full weights of a model built on ranks that were seeded differently."""
     torch.manual_seed(50 + rank())
     labels = {} if head == "ForQuestionAnswering" else {"num_labels": 3}
@@ -42,7 +42,7 @@ def _build(case: Architecture, head: str, seed: int | None, tp_size: int, fsdp_s
     ),
 )
 def test_weights_do_not_depend_on_the_layout(
-    pool: Pool, case: Architecture, tp_size: int, fsdp_size: int, seed: int | None
+    pool: Pool, case: ModelCase, tp_size: int, fsdp_size: int, seed: int | None
 ) -> None:
     """Catches shards drawn rank by rank, from a stream that depends on what was drawn before, or filled once cut."""
     expected = _build(case, case.heads[0], seed, 1)
@@ -51,7 +51,7 @@ def test_weights_do_not_depend_on_the_layout(
 
 
 @pytest.mark.parametrize(("case", "head"), [(case, head) for case in (GPT2, POST) for head in case.heads[1:]])
-def test_heads_do_not_depend_on_the_layout(pool: Pool, case: Architecture, head: str) -> None:
+def test_heads_do_not_depend_on_the_layout(pool: Pool, case: ModelCase, head: str) -> None:
     """Catches a head's parameters drawn from another stream than the body's, or not at all."""
     expected = _build(case, head, 3, 1)
     for weights in pool(2).run(_build, case, head, 3, 2):
@@ -60,7 +60,7 @@ def test_heads_do_not_depend_on_the_layout(pool: Pool, case: Architecture, head:
 
 @pytest.mark.parametrize("head", ["main", "ForTokenClassification"])
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_distribution_is_that_of_stock(case: Architecture, head: str) -> None:
+def test_distribution_is_that_of_stock(case: ModelCase, head: str) -> None:
     """Catches another standard deviation, also of the residual projections, and norms that do not begin as ones."""
     name_of_head = case.heads[0] if head == "main" else head
     changes: dict[str, Any] = {"hidden_size": 96, "num_hidden_layers": 4, "initializer_range": 0.05, "num_labels": 50}
@@ -79,7 +79,7 @@ def test_distribution_is_that_of_stock(case: Architecture, head: str) -> None:
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_every_parameter_has_a_stream_of_its_own(case: Architecture) -> None:
+def test_every_parameter_has_a_stream_of_its_own(case: ModelCase) -> None:
     """Catches layers, or tensors of one shape, that begin as copies of each other, and weights left as memory was."""
     weights = full_weights(case.build(config=case.config(tie_word_embeddings=False), seed=0))
     drawn = [tuple(value[1, :4].tolist()) for value in weights.values() if value.dim() == 2]
@@ -101,7 +101,7 @@ def test_seeds() -> None:
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_the_body_is_the_same_under_every_head(case: Architecture) -> None:
+def test_the_body_is_the_same_under_every_head(case: ModelCase) -> None:
     """Catches parameter names, and so streams, that depend on the class the body is part of."""
     body = full_weights(case.build(head="Model", config=case.config(), seed=1))
     for head in case.heads:
@@ -130,7 +130,7 @@ def test_slices_come_out_of_the_blocks_they_lie_in() -> None:
     assert weight.unique().numel() == weight.numel()
 
 
-def _auto_from_config(case: Architecture, tp_size: int) -> Tensors:
+def _auto_from_config(case: ModelCase, tp_size: int) -> Tensors:
     torch.manual_seed(60 + rank())
     auto = case.auto(case.language_model)
     options = {"distributed_config": {"tp_size": tp_size} if tp_size > 1 else None, "dtype": torch.float64}
@@ -142,14 +142,14 @@ def _auto_from_config(case: Architecture, tp_size: int) -> Tensors:
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_auto_classes_build_the_same(pool: Pool, case: Architecture) -> None:
+def test_auto_classes_build_the_same(pool: Pool, case: ModelCase) -> None:
     """Catches an Auto class that builds something else, or refuses a layout as it does for stock models."""
     expected = _auto_from_config(case, 1)
     for weights in pool(2).run(_auto_from_config, case, 2):
         assert_all_equal(weights, expected)
 
 
-def _train_from_scratch(case: Architecture, head: str, tp_size: int) -> list[float]:
+def _train_from_scratch(case: ModelCase, head: str, tp_size: int) -> list[float]:
     torch.manual_seed(4)
     config = case.config(**case.dropout(0.1, 0.1))
     model = case.build(tp_size, head=head, config=config, dtype=torch.float64, seed=5)
@@ -168,7 +168,7 @@ def _train_from_scratch(case: Architecture, head: str, tp_size: int) -> list[flo
     ("case", "tp_size"),
     quick(((case, tp_size) for case in ARCHITECTURES for tp_size in (2, 4)), [(GPT2, 2), (POST, 2)]),
 )
-def test_training_from_scratch_is_the_same_at_every_degree(pool: Pool, case: Architecture, tp_size: int) -> None:
+def test_training_from_scratch_is_the_same_at_every_degree(pool: Pool, case: ModelCase, tp_size: int) -> None:
     """Catches parameters that the forward does not use, and building that draws from the stream of dropout."""
     for head in dict.fromkeys((case.heads[0], case.language_model)):
         expected = _train_from_scratch(case, head, 1)

@@ -18,7 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from hf_megatron.checkpoint import LazyTensor
 from hf_megatron.partition import Box, Replicated
-from tests.models.architectures import ARCHITECTURES, GPT2, Architecture, H, StockDir
+from tests.models.architectures import ARCHITECTURES, GPT2, H, ModelCase, StockDir
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, rank
 from tests.tiers import quick
 
@@ -41,7 +41,7 @@ def _recorded_reads() -> Iterator[Reads]:
         yield reads
 
 
-def _check_reads(case: Architecture, directory: Path, tp_size: int) -> Tensors:
+def _check_reads(case: ModelCase, directory: Path, tp_size: int) -> Tensors:
     """The weights that were loaded, once it is certain that no rank read or holds more than its part."""
     with _recorded_reads() as reads:
         model = case.load(directory, tp_size, dtype=torch.float64)
@@ -70,13 +70,13 @@ def _check_reads(case: Architecture, directory: Path, tp_size: int) -> Tensors:
     ),
 )
 def test_a_rank_reads_and_holds_its_slices_only(
-    pool: Pool, stock_dir: StockDir, case: Architecture, variant: str, tp_size: int
+    pool: Pool, stock_dir: StockDir, case: ModelCase, variant: str, tp_size: int
 ) -> None:
     """Catches a rank that reads a tensor whole to keep a part, holds a view of it, or reads anything twice."""
     pool(tp_size).run(_check_reads, case, stock_dir(case, None, variant), tp_size)
 
 
-def _check_reads_under_fsdp(case: Architecture, directory: Path) -> None:
+def _check_reads_under_fsdp(case: ModelCase, directory: Path) -> None:
     with _recorded_reads() as reads:
         model = case.load(directory, 2, fsdp_size=2)
     for name, parameter in model.named_parameters():
@@ -86,14 +86,14 @@ def _check_reads_under_fsdp(case: Architecture, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("case", [GPT2, POST])
-def test_under_fsdp_a_rank_reads_its_block_only(pool: Pool, stock_dir: StockDir, case: Architecture) -> None:
+def test_under_fsdp_a_rank_reads_its_block_only(pool: Pool, stock_dir: StockDir, case: ModelCase) -> None:
     """Catches reading along one dimension of the mesh only: every rank of a TP x FSDP mesh has a block of its own."""
     pool(4).run(_check_reads_under_fsdp, case, stock_dir(case))
 
 
 @pytest.mark.parametrize("case", [GPT2, POST])
 def test_a_tp_directory_is_read_by_slices_at_another_degree(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture
+    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase
 ) -> None:
     """Catches resharding that gathers: four ranks read their boxes out of what two ranks saved."""
     pool(2).run(case.save_distributed, stock_dir(case), tmp_path / "tp2", 2)
@@ -105,7 +105,7 @@ def test_a_tp_directory_is_read_by_slices_at_another_degree(
 # ---------------------------------------------------------------------- another head, and what is said
 
 
-def _load_another_head(case: Architecture, head: str, directory: Path, tp_size: int) -> tuple[Tensors, dict[str, Any]]:
+def _load_another_head(case: ModelCase, head: str, directory: Path, tp_size: int) -> tuple[Tensors, dict[str, Any]]:
     torch.manual_seed(7 if rank() == 0 else 8)
     model, info = case.load(directory, tp_size, head, output_loading_info=True)
     return full_weights(model), info
@@ -125,7 +125,7 @@ _OTHER_HEADS = [(case, head) for case in ARCHITECTURES for head in case.heads if
         ],
     ),
 )
-def test_another_head_is_put_on_the_stored_body(pool: Pool, stock_dir: StockDir, case: Architecture, head: str) -> None:
+def test_another_head_is_put_on_the_stored_body(pool: Pool, stock_dir: StockDir, case: ModelCase, head: str) -> None:
     """Catches a fresh head or pooler that every rank draws for itself, and a body that is not loaded under it."""
     directory = stock_dir(case, case.language_model)
     expected, info = _load_another_head(case, head, directory, 1)
@@ -169,7 +169,7 @@ class _Keeper(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def _messages(case: Architecture, directories: dict[str, Path]) -> list[str]:
+def _messages(case: ModelCase, directories: dict[str, Path]) -> list[str]:
     """What is logged on this rank while each head is loaded from its own directory."""
     keeper = _Keeper()
     loggers = [logging.getLogger(name) for name in ("transformers", "hf_megatron")]
@@ -183,6 +183,6 @@ def _messages(case: Architecture, directories: dict[str, Path]) -> list[str]:
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_a_whole_checkpoint_loads_without_a_word(pool: Pool, stock_dir: StockDir, case: Architecture) -> None:
+def test_a_whole_checkpoint_loads_without_a_word(pool: Pool, stock_dir: StockDir, case: ModelCase) -> None:
     """Catches warnings that mean nothing, such as of a plan for the pooler in a model that has none."""
     assert pool(2).run(_messages, case, {head: stock_dir(case, head) for head in case.heads}) == [[], []]

@@ -10,7 +10,7 @@ import accelerate
 import pytest
 import torch
 
-from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, Architecture, H, StockDir, token_ids
+from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, H, ModelCase, StockDir, token_ids
 from tests.models.reference import outputs_of
 
 _MODELS = [*((case, case.language_model) for case in ARCHITECTURES), (GPT2, "ForSequenceClassification")]
@@ -48,7 +48,7 @@ GPU_WAYS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _compare(case: Architecture, head: str, directory: Path, folder: Path, way: Callable[..., Any]) -> None:
+def _compare(case: ModelCase, head: str, directory: Path, folder: Path, way: Callable[..., Any]) -> None:
     stock = case.load_stock(directory, head)
     batch = case.batch(head)
     expected, loss = case.stock_step(stock, batch)
@@ -68,7 +68,7 @@ def _compare(case: Architecture, head: str, directory: Path, folder: Path, way: 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("case", "head"), _MODELS)
 def test_weights_that_wait_elsewhere_give_stocks_numbers(
-    stock_dir: StockDir, tmp_path: Path, case: Architecture, head: str, way: str, variant: str
+    stock_dir: StockDir, tmp_path: Path, case: ModelCase, head: str, way: str, variant: str
 ) -> None:
     """Catches weights that are read where no hook has brought them: NaN, or numbers of empty memory."""
     _compare(case, head, stock_dir(case, head, variant), tmp_path, WAYS[way])
@@ -79,7 +79,7 @@ def test_weights_that_wait_elsewhere_give_stocks_numbers(
 @pytest.mark.parametrize("way", GPU_WAYS)
 @pytest.mark.parametrize(("case", "head"), _MODELS)
 def test_weights_on_a_gpu_or_two(
-    stock_dir: StockDir, tmp_path: Path, case: Architecture, head: str, way: str, variant: str
+    stock_dir: StockDir, tmp_path: Path, case: ModelCase, head: str, way: str, variant: str
 ) -> None:
     """Catches a head that copies the embedding from another GPU, or meets its hidden states on the wrong one."""
     if way == "half a GPU" and torch.cuda.device_count() < 2:

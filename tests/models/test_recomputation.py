@@ -17,14 +17,14 @@ from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.attention import ParallelAttention
 from hf_megatron.models.forward_arguments import CACHE
 from hf_megatron.tensor_parallel import RowParallelLinear
-from tests.models.architectures import ARCHITECTURES, GPT2, Architecture
+from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase
 
 LAYERS = 4
 IDS = torch.arange(2 * 16).view(2, 16)
 SELECTIVE = {"recompute": "selective"}
 
 
-def _model(case: Architecture = GPT2, attention: str = "eager") -> Any:
+def _model(case: ModelCase = GPT2, attention: str = "eager") -> Any:
     config = case.config(hidden_size=24, num_hidden_layers=LAYERS)
     return case.build(head=case.language_model, config=config, seed=0, attn_implementation=attention)
 
@@ -50,7 +50,7 @@ def _computed(model: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_what_is_computed_again(case: Architecture) -> None:
+def test_what_is_computed_again(case: ModelCase) -> None:
     """Catches the option not reaching a layer's attention, whole layers recomputed with it, and one that stays on."""
     model = _model(case)
     once = {"attention": LAYERS, "product": 2 * LAYERS}
@@ -77,7 +77,7 @@ def test_the_old_name() -> None:
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_a_fused_kernel_is_left_to_itself(case: Architecture) -> None:
+def test_a_fused_kernel_is_left_to_itself(case: ModelCase) -> None:
     """Catches a kernel that keeps no scores run twice, for nothing."""
     model = _model(case, "sdpa")
     model.activation_checkpointing_enable(SELECTIVE)

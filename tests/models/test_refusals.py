@@ -21,17 +21,17 @@ from hf_megatron.errors import (
     PartitionError,
     UnsupportedError,
 )
-from tests.models.architectures import ARCHITECTURES, GPT2, Architecture, StockDir, token_ids
+from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase, StockDir, token_ids
 from tests.models.reference import Pool, layout, run_at
 
 Result = tuple[str, str]  # name of the exception's class and its text
 
 
-def _load(directory: Path, distributed_config: DistributedConfig | None, case: Architecture = GPT2) -> Result:
+def _load(directory: Path, distributed_config: DistributedConfig | None, case: ModelCase = GPT2) -> Result:
     return _attempt(lambda: case.ours().from_pretrained(directory, distributed_config=distributed_config))
 
 
-def _build(config: Any, distributed_config: DistributedConfig | None, case: Architecture = GPT2) -> Result:
+def _build(config: Any, distributed_config: DistributedConfig | None, case: ModelCase = GPT2) -> Result:
     return _attempt(lambda: case.ours().from_config(config, distributed_config=distributed_config))
 
 
@@ -50,7 +50,7 @@ def _assert_refused(results: list[Result], error: type[Exception], *phrases: str
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_heads_that_do_not_divide(pool: Pool, tmp_path: Path, case: Architecture) -> None:
+def test_heads_that_do_not_divide(pool: Pool, tmp_path: Path, case: ModelCase) -> None:
     """Catches heads cut in two, and a refusal that comes after gigabytes were read: the weights are no file at all."""
     sizes: dict[str, Any] = {"num_attention_heads": 15, "hidden_size": 60}
     case.save_stock(tmp_path, **sizes)
@@ -61,7 +61,7 @@ def test_heads_that_do_not_divide(pool: Pool, tmp_path: Path, case: Architecture
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_a_vocabulary_that_leaves_a_rank_without_rows(pool: Pool, case: Architecture) -> None:
+def test_a_vocabulary_that_leaves_a_rank_without_rows(pool: Pool, case: ModelCase) -> None:
     """Catches an empty shard: cut as torch.chunk cuts them, 5 rows over 4 ranks are 2, 2, 1 and 0."""
     results = run_at(pool, 4, _build, case.config(vocab_size=5), layout(4), case)
     _assert_refused(results, PartitionError, case.table.word_embedding, "5", "tp_size=4")
@@ -102,7 +102,7 @@ def test_cross_attention(tmp_path: Path) -> None:
     _assert_refused([_load(tmp_path, None)], UnsupportedError, "add_cross_attention=True")
 
 
-def _expect_refused_ids(case: Architecture, directory: Path) -> None:
+def _expect_refused_ids(case: ModelCase, directory: Path) -> None:
     model = case.load(directory, 2, case.language_model).train()
     ids = token_ids()
     with pytest.raises(PartitionError, match=r"target 131 .*vocab_size=131"):
@@ -112,7 +112,7 @@ def _expect_refused_ids(case: Architecture, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_labels_outside_of_the_vocabulary(pool: Pool, stock_dir: StockDir, case: Architecture) -> None:
+def test_labels_outside_of_the_vocabulary(pool: Pool, stock_dir: StockDir, case: ModelCase) -> None:
     """Catches a target that lies in no rank's shard and counts as a loss of its own."""
     pool(2).run(_expect_refused_ids, case, stock_dir(case, case.language_model))
 
@@ -184,7 +184,7 @@ def test_two_models_in_one_directory(
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_quantization(stock_dir: StockDir, case: Architecture) -> None:
+def test_quantization(stock_dir: StockDir, case: ModelCase) -> None:
     """Catches a model that is left whole without a word, as transformers finds no nn.Linear in it to replace."""
     for given in ({"quant_method": "fp8"}, BitsAndBytesConfig(load_in_8bit=True)):
         with pytest.raises(UnsupportedError, match=r"quantization_config: .* stock=True"):

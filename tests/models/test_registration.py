@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoTokenizer, BertTokenizerFast, GPT2Token
 from transformers.distributed import DistributedConfig
 
 from hf_megatron.models.registration import register
-from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, Architecture, StockDir
+from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, ModelCase, StockDir
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, run_at
 from tests.repository import ROOT
 
 
 @pytest.mark.parametrize(("case", "head"), [(case, head) for case in ARCHITECTURES for head in case.heads])
-def test_auto_classes(stock_dir: StockDir, tmp_path: Path, case: Architecture, head: str) -> None:
+def test_auto_classes(stock_dir: StockDir, tmp_path: Path, case: ModelCase, head: str) -> None:
     """Catches a head that is not registered, a directory that comes back as another class, and stock taken over."""
     register()  # a second time changes nothing
     auto, stock = case.auto(head), stock_dir(case, head)
@@ -65,7 +65,7 @@ def test_only_configurations_of_ours_are_registered() -> None:
         *((case, f"AutoModelFor{head}") for case in BERTS for head in ("CausalLM", "NextSentencePrediction")),
     ],
 )
-def test_heads_that_are_not_offered_raise(stock_dir: StockDir, tmp_path: Path, case: Architecture, auto: str) -> None:
+def test_heads_that_are_not_offered_raise(stock_dir: StockDir, tmp_path: Path, case: ModelCase, auto: str) -> None:
     """Catches a stock model built quietly: stock has these heads, under the name of our configuration's export."""
     auto_class, config = getattr(transformers, auto), case.ours().config_class.from_pretrained(stock_dir(case))
     config.save_pretrained(tmp_path)
@@ -78,7 +78,7 @@ def test_heads_that_are_not_offered_raise(stock_dir: StockDir, tmp_path: Path, c
             make()
 
 
-def _auto_load(case: Architecture, stock: Path, directory: Path, tp_size: int) -> list[Tensors]:
+def _auto_load(case: ModelCase, stock: Path, directory: Path, tp_size: int) -> list[Tensors]:
     """A stock directory with our config, and one of ours without, each on this many ranks."""
     layouts: tuple[object, ...] = (None,)
     if tp_size > 1:
@@ -102,7 +102,7 @@ def _auto_load(case: Architecture, stock: Path, directory: Path, tp_size: int) -
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("case", [GPT2, BERTS[1]])
 def test_auto_classes_load_on_ranks(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, tp_size: int
+    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, tp_size: int
 ) -> None:
     """Catches the Auto class going its own way with ``config=`` or ``distributed_config=``."""
     pool(2).run(case.save_distributed, stock_dir(case), tmp_path, 2)

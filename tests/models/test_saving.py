@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from hf_megatron.errors import DestinationError, UnsupportedError
 from hf_megatron_conversion import convert
-from tests.models.architectures import ARCHITECTURES, GPT2, Architecture, StockDir
+from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase, StockDir
 from tests.models.reference import Pool, Tensors, assert_agrees, assert_all_equal, full_weights, rank, run_at
 from tests.tiers import quick
 
@@ -25,7 +25,7 @@ PRE, POST = ARCHITECTURES[1:]
 
 
 def _save(
-    case: Architecture,
+    case: ModelCase,
     source: Path,
     directory: Path,
     tp_size: int,
@@ -59,7 +59,7 @@ _SAVED = [
     quick(_SAVED, [saved for saved in _SAVED if saved[0] is not PRE or saved[2] == "untied"]),
 )
 def test_stock_loads_what_is_saved(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, head: str, variant: str, tp_size: int
+    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, head: str, variant: str, tp_size: int
 ) -> None:
     """Catches a second copy of what is tied, a name of ours, and parts gathered in the wrong order."""
     stock = stock_dir(case, head, variant)
@@ -73,7 +73,7 @@ def test_stock_loads_what_is_saved(
 
 @pytest.mark.parametrize(("case", "head"), [(case, head) for case in ARCHITECTURES for head in case.heads[:2]])
 def test_config_says_what_was_asked(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, head: str
+    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, head: str
 ) -> None:
     """Catches a layout, or anything else of ours, that leaks into a stock config.json; and a placement that is lost."""
     stock = stock_dir(case, head)
@@ -116,7 +116,7 @@ torch.save(outputs, f"{root}/outputs.pt")
 """
 
 
-def _save_to_leave(case: Architecture, root: Path) -> None:
+def _save_to_leave(case: ModelCase, root: Path) -> None:
     for head in case.heads:
         _save(case, root / "stock" / head, root / "left" / head, 2, head=head, stock=True)
     _save(case, root / "stock" / case.heads[0], root / "tp", 2, distributed_checkpoint=True)
@@ -124,7 +124,7 @@ def _save_to_leave(case: Architecture, root: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_it_loads_without_this_package(pool: Pool, tmp_path: Path, case: Architecture) -> None:
+def test_it_loads_without_this_package(pool: Pool, tmp_path: Path, case: ModelCase) -> None:
     """Catches a user who cannot leave: `save_pretrained(stock=True)` and `--to hub` need this package to be loaded."""
     for head in case.heads:
         case.save_stock(tmp_path / "stock" / head, head)
@@ -149,7 +149,7 @@ def test_it_loads_without_this_package(pool: Pool, tmp_path: Path, case: Archite
 # ---------------------------------------------------------------------- tp directories
 
 
-def _load_weights(case: Architecture, directory: Path, tp_size: int, fsdp_size: int = 1) -> Tensors:
+def _load_weights(case: ModelCase, directory: Path, tp_size: int, fsdp_size: int = 1) -> Tensors:
     split = {"tp_size": tp_size, "fsdp_size": fsdp_size} if tp_size * fsdp_size > 1 else None
     model = case.auto(case.heads[0]).from_pretrained(directory, distributed_config=split)
     assert type(model).__name__.endswith(case.ours().__name__)  # FSDP puts its name in front
@@ -164,7 +164,7 @@ def _load_weights(case: Architecture, directory: Path, tp_size: int, fsdp_size: 
     ),
 )
 def test_a_tp_directory_loads_at_any_layout(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, variant: str, saved_at: tuple[int, int]
+    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, saved_at: tuple[int, int]
 ) -> None:
     """Catches boxes put together in the wrong order or along one dimension only, also in one plain process."""
     stock = stock_dir(case, None, variant)
@@ -179,7 +179,7 @@ def test_a_tp_directory_loads_at_any_layout(
 @pytest.mark.parametrize("variant", ["base", "untied"])
 @pytest.mark.parametrize("case", ARCHITECTURES)
 def test_conversion_over_several_degrees_is_exact(
-    stock_dir: StockDir, tmp_path: Path, case: Architecture, variant: str
+    stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str
 ) -> None:
     """Catches a tensor cut or joined at the wrong place: the file that comes out is the one that went in."""
     stock = stock_dir(case, None, variant)

@@ -11,7 +11,18 @@ from transformers.distributed import DistributedConfig
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel import HiddenDropout, ReplicatedLayerNorm, local
-from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, LAYERS, Architecture, B, H, S, StockDir, token_ids
+from tests.models.architectures import (
+    ARCHITECTURES,
+    BERTS,
+    GPT2,
+    LAYERS,
+    B,
+    H,
+    ModelCase,
+    S,
+    StockDir,
+    token_ids,
+)
 from tests.models.collectives import Recorder
 from tests.models.reference import (
     Pool,
@@ -129,14 +140,14 @@ def test_what_lies_between_the_layers_is_kept_once(pool: Pool, stock_dir: StockD
     assert whole == 2 * split
 
 
-def _save(case: Architecture, directory: Path, destination: Path) -> None:
+def _save(case: ModelCase, directory: Path, destination: Path) -> None:
     model = case.load(directory, 2, sequence_parallel=True)
     assert model.sequence_parallel
     model.save_pretrained(destination)
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_what_is_saved_does_not_know(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture) -> None:
+def test_what_is_saved_does_not_know(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase) -> None:
     """Catches a switch of this run that travels with the weights."""
     pool(2).run(_save, case, stock_dir(case), tmp_path)
     assert "sequence_parallel" not in (tmp_path / "config.json").read_text()
@@ -146,7 +157,7 @@ def test_what_is_saved_does_not_know(pool: Pool, stock_dir: StockDir, tmp_path: 
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_one_process_does_not_split(stock_dir: StockDir, case: Architecture) -> None:
+def test_one_process_does_not_split(stock_dir: StockDir, case: ModelCase) -> None:
     """Catches the switch asking for collectives, which need a process group, in a plain process."""
     config = DistributedConfig(enable_sequence_parallel=True)
     case.ours().from_pretrained(stock_dir(case), distributed_config=config).train()(**case.batch()).loss.backward()

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from hf_megatron.errors import CheckpointFormatError
-from tests.models.architectures import ARCHITECTURES, GPT2, Architecture, StockDir
+from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase, StockDir
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, run_at
 from tests.tiers import quick
 
-Spelling = Callable[[Architecture, Tensors], Tensors]
+Spelling = Callable[[ModelCase, Tensors], Tensors]
 
 PRE, POST = ARCHITECTURES[1:]
 BUFFERS = {
@@ -58,27 +58,27 @@ def _several(stem: str, suffix: str) -> Callable[[Path, Tensors], None]:
     return write
 
 
-def _as_it_is(case: Architecture, tensors: Tensors) -> Tensors:
+def _as_it_is(case: ModelCase, tensors: Tensors) -> Tensors:
     return tensors
 
 
-def _without_prefix(case: Architecture, tensors: Tensors) -> Tensors:
+def _without_prefix(case: ModelCase, tensors: Tensors) -> Tensors:
     return {name.removeprefix(f"{case.table.base_prefix}."): value for name, value in tensors.items()}
 
 
-def _obsolete_buffers(case: Architecture, tensors: Tensors) -> Tensors:
+def _obsolete_buffers(case: ModelCase, tensors: Tensors) -> Tensors:
     """With what models had once; that of layers in each of the two."""
     buffers = {
         f"{case.table.base_prefix}.{pattern.replace('*', str(i))}": value.clone()
         for pattern in case.table.obsolete
         for i in range(2)
-        for name, value in BUFFERS[case.table.architecture].items()
+        for name, value in BUFFERS[case.table.name].items()
         if pattern.endswith(name)
     }
     return {**tensors, **buffers}
 
 
-def _gamma_and_beta(case: Architecture, tensors: Tensors) -> Tensors:
+def _gamma_and_beta(case: ModelCase, tensors: Tensors) -> Tensors:
     norms = {name.removesuffix(".weight") for name, value in tensors.items() if value.dim() == 1 and ".weight" in name}
 
     def old(name: str) -> str:
@@ -88,20 +88,20 @@ def _gamma_and_beta(case: Architecture, tensors: Tensors) -> Tensors:
     return {old(name): value for name, value in tensors.items()}
 
 
-def _copies_of_what_is_tied(case: Architecture, tensors: Tensors) -> Tensors:
+def _copies_of_what_is_tied(case: ModelCase, tensors: Tensors) -> Tensors:
     return {**tensors, **{name: tensors[original].clone() for name, original in case.tied.items()}}
 
 
-def _shared_copies_of_what_is_tied(case: Architecture, tensors: Tensors) -> Tensors:
+def _shared_copies_of_what_is_tied(case: ModelCase, tensors: Tensors) -> Tensors:
     return {**tensors, **{name: tensors[original] for name, original in case.tied.items()}}
 
 
-def _copies_in_place_of_the_originals(case: Architecture, tensors: Tensors) -> Tensors:
+def _copies_in_place_of_the_originals(case: ModelCase, tensors: Tensors) -> Tensors:
     kept = {name: value for name, value in tensors.items() if name not in case.tied.values()}
     return {**kept, **{name: tensors[original] for name, original in case.tied.items()}}
 
 
-def _everything_at_once(case: Architecture, tensors: Tensors) -> Tensors:
+def _everything_at_once(case: ModelCase, tensors: Tensors) -> Tensors:
     for spelling in (_copies_of_what_is_tied, _obsolete_buffers, _gamma_and_beta, _without_prefix):
         tensors = spelling(case, tensors)
     return tensors
@@ -123,7 +123,7 @@ SPELLINGS: list[tuple[Spelling, Callable[[Path, Tensors], None]]] = [
 
 
 def _spell(
-    case: Architecture,
+    case: ModelCase,
     stock: Path,
     directory: Path,
     spelling: Spelling,
@@ -134,7 +134,7 @@ def _spell(
     write(directory, spelling(case, load_file(stock / "model.safetensors")))
 
 
-def _load(case: Architecture, directories: list[Path], tp_size: int, stock: Path) -> None:
+def _load(case: ModelCase, directories: list[Path], tp_size: int, stock: Path) -> None:
     expected = load_file(stock / "model.safetensors")
     for directory in directories:
         model, info = case.load(directory, tp_size, output_loading_info=True)
@@ -148,7 +148,7 @@ def _load(case: Architecture, directories: list[Path], tp_size: int, stock: Path
 @pytest.mark.parametrize(
     ("case", "tp_size"), quick(itertools.product(ARCHITECTURES, (1, 2)), [(GPT2, 1), (GPT2, 2), (PRE, 1), (POST, 2)])
 )
-def test_spellings_load(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, tp_size: int) -> None:
+def test_spellings_load(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, tp_size: int) -> None:
     """Catches parameters that are drawn at random because their names in the file are others."""
     directories = [tmp_path / f"{i}{spelling.__name__}" for i, (spelling, _) in enumerate(SPELLINGS)]
     for directory, spelling in zip(directories, SPELLINGS, strict=True):
@@ -158,7 +158,7 @@ def test_spellings_load(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: A
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
 def test_what_is_dropped_is_named(
-    stock_dir: StockDir, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: Architecture
+    stock_dir: StockDir, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: ModelCase
 ) -> None:
     """Catches tensors that vanish without a word."""
     _spell(case, stock_dir(case), tmp_path, _obsolete_buffers)
@@ -174,7 +174,7 @@ def test_what_is_dropped_is_named(
 @pytest.mark.parametrize("spelling", [_as_it_is, _without_prefix])
 @pytest.mark.parametrize("case", ARCHITECTURES)
 def test_the_base_model_loads_from_any_head(
-    stock_dir: StockDir, tmp_path: Path, case: Architecture, spelling: Spelling
+    stock_dir: StockDir, tmp_path: Path, case: ModelCase, spelling: Spelling
 ) -> None:
     """Catches the base model's parameters looked for under the prefix they have in a model with a head."""
     _spell(case, stock_dir(case), tmp_path, spelling)
@@ -183,7 +183,7 @@ def test_the_base_model_loads_from_any_head(
     assert_all_equal(full_weights(model), full_weights(case.load(stock_dir(case)).base_model))
 
 
-def _refusal(case: Architecture, directory: Path, tp_size: int) -> str:
+def _refusal(case: ModelCase, directory: Path, tp_size: int) -> str:
     with pytest.raises(CheckpointFormatError) as caught:
         case.load(directory, tp_size)
     return str(caught.value)
@@ -192,11 +192,11 @@ def _refusal(case: Architecture, directory: Path, tp_size: int) -> str:
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize(("case", "name"), [(case, name) for case in (GPT2, POST) for name in case.tied])
 def test_another_head_than_the_tied_one_is_refused(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: Architecture, name: str, tp_size: int
+    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, name: str, tp_size: int
 ) -> None:
     """Catches a trained head, or its bias alone, thrown away because the config says it is tied; a bit is enough."""
 
-    def spelling(case: Architecture, tensors: Tensors) -> Tensors:
+    def spelling(case: ModelCase, tensors: Tensors) -> Tensors:
         tensors = _copies_of_what_is_tied(case, tensors)
         tensors[name].view(-1)[-1] += 1e-6
         return tensors

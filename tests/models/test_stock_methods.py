@@ -8,13 +8,13 @@ import weakref
 import pytest
 import torch
 
-from tests.models.architectures import ARCHITECTURES, Architecture
+from tests.models.architectures import ARCHITECTURES, ModelCase
 
 _MODELS = [(case, head) for case in ARCHITECTURES for head in case.heads]
 
 
 @pytest.mark.parametrize(("case", "head"), _MODELS)
-def test_attention_can_be_switched(case: Architecture, head: str) -> None:
+def test_attention_can_be_switched(case: ModelCase, head: str) -> None:
     """Catches a model that keeps its attention kernel, because transformers looks for ours where stock has it."""
     model = case.ours(head)(case.config())
     for implementation in ("eager", "sdpa"):
@@ -23,7 +23,7 @@ def test_attention_can_be_switched(case: Architecture, head: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "head"), _MODELS)
-def test_a_deleted_model_is_freed_at_once(case: Architecture, head: str) -> None:
+def test_a_deleted_model_is_freed_at_once(case: ModelCase, head: str) -> None:
     """Catches references in a circle, with which weights stay in memory until Python looks for garbage."""
     model = case.ours(head)(case.config())
     references = [weakref.ref(parameter) for parameter in model.parameters()]
@@ -37,7 +37,7 @@ def test_a_deleted_model_is_freed_at_once(case: Architecture, head: str) -> None
 
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_a_graph_that_is_retained_gives_the_same_gradients_again(case: Architecture, is_tied: bool) -> None:
+def test_a_graph_that_is_retained_gives_the_same_gradients_again(case: ModelCase, is_tied: bool) -> None:
     """Catches a backward pass that changes what it has saved, or hands it out: the fused loss, the tied weight."""
     torch.manual_seed(0)
     model = case.ours()(case.config(tie_word_embeddings=is_tied)).train()

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import chunk_range
 from hf_megatron_conversion import convert, verify
-from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, Architecture, StockDir, V
+from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, ModelCase, StockDir, V
 from tests.models.reference import (
     Pool,
     Tensors,
@@ -31,13 +31,13 @@ from tests.tiers import quick
 PRE, POST = BERTS
 
 
-def _vocabulary(case: Architecture, weights: Tensors) -> list[str]:
+def _vocabulary(case: ModelCase, weights: Tensors) -> list[str]:
     """Every tensor with a row for each token."""
     names = {case.embedding, *case.tied, *case.tied.values()}
     return [name for name in weights if name in names]
 
 
-def _take_a_step(case: Architecture, stock_directory: Path, directory: Path, tp_size: int) -> None:
+def _take_a_step(case: ModelCase, stock_directory: Path, directory: Path, tp_size: int) -> None:
     """One AdamW step beside the stock model, then both kinds of save."""
     stock = case.load_stock(stock_directory, dtype=torch.float64)
     ours = case.load(stock_directory, tp_size, dtype=torch.float64, attn_implementation="eager").train()
@@ -61,14 +61,14 @@ def _take_a_step(case: Architecture, stock_directory: Path, directory: Path, tp_
     ours.save_pretrained(directory / "tp", distributed_checkpoint=True)
 
 
-def _load(case: Architecture, directory: Path, tp_size: int) -> Tensors:
+def _load(case: ModelCase, directory: Path, tp_size: int) -> Tensors:
     model, info = case.load(directory, tp_size, output_loading_info=True)
     assert not any(info.values()), info
     return full_weights(model)
 
 
 @pytest.mark.parametrize(("case", "vocab_size"), [(GPT2, 50257), (POST, 30522), (PRE, 28996)])
-def test_published_sizes_survive_everything(pool: Pool, tmp_path: Path, case: Architecture, vocab_size: int) -> None:
+def test_published_sizes_survive_everything(pool: Pool, tmp_path: Path, case: ModelCase, vocab_size: int) -> None:
     """Catches a padded or shortened vocabulary, or a bias cut otherwise than its decoder, on any of the ways.
 
     A step of the optimizer, both kinds of save, loading at another degree, and conversion there and back.
@@ -152,7 +152,7 @@ def test_the_padding_row_begins_as_zeros(pool: Pool, padding: int | None, tp_siz
 @pytest.mark.parametrize("variant", ["base", "untied"])
 @pytest.mark.parametrize("case", ARCHITECTURES)
 def test_resizing_in_one_process(
-    stock_dir: StockDir, tmp_path: Path, case: Architecture, variant: str, options: dict[str, int]
+    stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, options: dict[str, int]
 ) -> None:
     """Catches a head, a decoder or a bias that keeps the old size, and new rows that are not those of stock."""
     for head in dict.fromkeys((case.heads[0], case.language_model)):
@@ -177,7 +177,7 @@ def test_resizing_in_one_process(
 
 @pytest.mark.parametrize("variant", ["base", "untied"])
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_resizing_without_the_mean(stock_dir: StockDir, case: Architecture, variant: str) -> None:
+def test_resizing_without_the_mean(stock_dir: StockDir, case: ModelCase, variant: str) -> None:
     """Catches new rows that are left as memory was, and a bias for them where there should be none."""
     model = case.load(stock_dir(case, None, variant))
     before = full_weights(model)
@@ -193,7 +193,7 @@ def test_resizing_without_the_mean(stock_dir: StockDir, case: Architecture, vari
             assert new.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def _expect_refused_resizing(case: Architecture, directory: Path) -> None:
+def _expect_refused_resizing(case: ModelCase, directory: Path) -> None:
     model = case.load(directory, 2)
     before = full_weights(model)
     with pytest.raises(UnsupportedError, match=r"resize_token_embeddings .* 2 ranks. Load in one process"):
@@ -203,6 +203,6 @@ def _expect_refused_resizing(case: Architecture, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_resizing_over_several_ranks(pool: Pool, stock_dir: StockDir, case: Architecture) -> None:
+def test_resizing_over_several_ranks(pool: Pool, stock_dir: StockDir, case: ModelCase) -> None:
     """Catches rows added to one rank's shard, or a bias resized before the embedding is refused."""
     pool(2).run(_expect_refused_resizing, case, stock_dir(case))

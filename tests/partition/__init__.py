@@ -1,1 +1,1 @@
-"""Tests of the partition table."""
+"""Tests of the tables and of the cuts."""

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import BertConfig, GPT2Config, MegatronBertConfig
 
-from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, PartitionTable, table_for
+from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, Architecture, table_for
 from hf_megatron.errors import PartitionError, UnsupportedError
 from hf_megatron.partition import FusedSplit, Replicated, Split, VocabSplit
 
@@ -19,7 +19,7 @@ _TABLES = {"gpt2": GPT2, "bert-pre": BERT_PRE, "bert-post": BERT_POST}
 _SMALL: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "vocab_size": 131}
 _GPT2_XL = {"n_embd": 1600, "n_layer": 48, "n_head": 25}
 # The published sizes of GPT-2; defaults; GPT-2's sizes under their general names.
-_CONFIGS: list[tuple[PartitionTable, str, dict[str, Any]]] = [
+_CONFIGS: list[tuple[Architecture, str, dict[str, Any]]] = [
     *((table, table.classes[0].stock, {}) for table in _TABLES.values()),
     (GPT2, "GPT2LMHeadModel", {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
     (GPT2, "GPT2LMHeadModel", {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
@@ -28,7 +28,7 @@ _CONFIGS: list[tuple[PartitionTable, str, dict[str, Any]]] = [
 ]
 
 
-def _stock_shapes(table: PartitionTable, stock_class: str, config: Any) -> dict[str, tuple[int, ...]]:
+def _stock_shapes(table: Architecture, stock_class: str, config: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what the stock model saves, what is tied left out; nothing is allocated."""
     with torch.device("meta"):
         model = getattr(transformers, stock_class)(config)
@@ -36,7 +36,7 @@ def _stock_shapes(table: PartitionTable, stock_class: str, config: Any) -> dict[
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def _table_shapes(table: PartitionTable, stock_class: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _table_shapes(table: Architecture, stock_class: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The same by the table; under every name that a tensor has, its spec is found."""
     tensors = table.tensors(config, table.model_class(stock_class))
     for name, tensor in tensors.items():
@@ -47,7 +47,7 @@ def _table_shapes(table: PartitionTable, stock_class: str, config: dict[str, Any
 
 
 @pytest.mark.parametrize(("table", "stock_class", "config"), _CONFIGS)
-def test_tensors_of_the_published_sizes(table: PartitionTable, stock_class: str, config: dict[str, Any]) -> None:
+def test_tensors_of_the_published_sizes(table: Architecture, stock_class: str, config: dict[str, Any]) -> None:
     """Catches a config.json that leaves out a size, or has its general name, read as another model; layers lost."""
     stock = _stock_shapes(table, stock_class, _STOCK_CONFIG[table.stock_model_type](**config))
     assert _table_shapes(table, stock_class, config) == stock
@@ -82,7 +82,7 @@ def test_gpt2_is_cut_as_in_the_paper() -> None:
 
 
 @pytest.mark.parametrize("table", [BERT_PRE, BERT_POST], ids=["pre", "post"])
-def test_bert_is_cut_as_in_the_paper(table: PartitionTable) -> None:
+def test_bert_is_cut_as_in_the_paper(table: Architecture) -> None:
     """Catches a cut along the wrong dimension of BERT's [out, in] weights, and a bias that is not cut like its rows."""
     columns = ["attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense"]
     decoder = "cls.predictions"
@@ -120,7 +120,7 @@ _NARROW = {"n_embd": 8, "n_head": 4, "n_layer": 1}
     ],
 )
 def test_degrees_that_do_not_fit_are_refused(
-    table: PartitionTable, config: dict[str, Any], tp_size: int, message: str
+    table: Architecture, config: dict[str, Any], tp_size: int, message: str
 ) -> None:
     """Catches a check of heads, of vocabulary or of one model alone, a division by zero, a refusal without advice."""
     with pytest.raises(PartitionError, match=re.escape(message)):
@@ -131,7 +131,7 @@ def test_degrees_that_do_not_fit_are_refused(
     ("table", "config", "degrees"),
     [(GPT2, _GPT2_XL, (1, 5, 25)), (GPT2, {**_NARROW, "vocab_size": 7}, (4,)), (BERT_PRE, {}, (8,))],
 )
-def test_degrees_that_fit_are_not(table: PartitionTable, config: dict[str, Any], degrees: tuple[int, ...]) -> None:
+def test_degrees_that_fit_are_not(table: Architecture, config: dict[str, Any], degrees: tuple[int, ...]) -> None:
     """Catches a refusal of what the message of another refusal advises."""
     for tp_size in degrees:
         table.check_degree(config, tp_size)
@@ -156,7 +156,7 @@ _REFUSED_OF_BERT: list[tuple[dict[str, Any], str]] = [
     ],
 )
 def test_configurations_that_cannot_be_honoured_are_refused(
-    table: PartitionTable, config: dict[str, Any], message: str
+    table: Architecture, config: dict[str, Any], message: str
 ) -> None:
     """Catches a model that is built, and computes something else than the configuration says."""
     with pytest.raises(UnsupportedError, match=message):
@@ -174,7 +174,7 @@ def test_configurations_that_cannot_be_honoured_are_refused(
         ({"model_type": "megatron_bert", "layernorm_placement": "pre"}, BERT_PRE),
     ],
 )
-def test_the_table_is_found_by_type_and_placement(config: dict[str, str], table: PartitionTable) -> None:
+def test_the_table_is_found_by_type_and_placement(config: dict[str, str], table: Architecture) -> None:
     """Catches a spelling that is not known, and one placement taken for the other, whose function differs."""
     assert table_for(config) is table
 
@@ -190,7 +190,7 @@ def test_what_has_no_table_is_refused() -> None:
 
 
 @pytest.mark.parametrize("table", _TABLES.values(), ids=_TABLES)
-def test_classes_are_found_under_both_names(table: PartitionTable) -> None:
+def test_classes_are_found_under_both_names(table: Architecture) -> None:
     """Catches a class that is offered under one name only."""
     for model_class in table.classes:
         assert table.model_class(model_class.stock) is table.model_class(model_class.ours) is model_class

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from hf_megatron.peft import get_peft_model
-from tests.models.architectures import Architecture
+from tests.models.architectures import ModelCase
 from tests.models.reference import Tensors, full
 
 GPT2_TARGETS = ("c_attn", "c_proj", "c_fc")
@@ -37,7 +37,7 @@ class Case:
     """
 
     directory: Path
-    architecture: Architecture
+    architecture: ModelCase
     head: str
     layout: dict[str, int] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)

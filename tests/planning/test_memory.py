@@ -9,8 +9,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from hf_megatron.planning import PRECISIONS, activations, plan_memory
-from hf_megatron.planning.activations import kept_by_layer, kept_by_loss
+from hf_megatron.planning import PRECISIONS, activation_memory, plan_memory
+from hf_megatron.planning.activation_memory import kept_by_layer, kept_by_loss
 from hf_megatron.planning.run import Recompute
 from hf_megatron.tensor_parallel import linear_cross_entropy
 from tests.models.reference import Pool, run_at
@@ -173,4 +173,4 @@ def test_peak_is_less_than_the_sum_and_more_than_what_is_always_there() -> None:
 
 def test_chunks_are_those_of_the_loss() -> None:
     """Catches a chunk size that was changed in one of its two places."""
-    assert activations.LOGITS_PER_CHUNK == linear_cross_entropy._LOGITS_PER_CHUNK
+    assert activation_memory.LOGITS_PER_CHUNK == linear_cross_entropy._LOGITS_PER_CHUNK

@@ -12,7 +12,17 @@ import pytest
 
 from hf_megatron.architectures.presets import PRESETS
 from hf_megatron.errors import CheckpointFormatError, PartitionError, UnsupportedError
-from hf_megatron.planning import MACHINES, PRECISIONS, Machine, ModelShape, Plan, Run, layouts, machine_named, plan
+from hf_megatron.planning import (
+    MACHINES,
+    PRECISIONS,
+    Machine,
+    ModelShape,
+    Run,
+    TrainingPlan,
+    layouts,
+    machine_named,
+    plan,
+)
 from hf_megatron.planning.chart import draw_memory, memory_by_degree
 
 _DGX2 = MACHINES["v100-32gb"]
@@ -22,7 +32,7 @@ def _shape(name: str, **changes: Any) -> ModelShape:
     return ModelShape.from_config({**PRESETS[name].config, **changes})
 
 
-def _paper(name: str, tp_size: int, dp_size: int = 1, **config: Any) -> Plan:
+def _paper(name: str, tp_size: int, dp_size: int = 1, **config: Any) -> TrainingPlan:
     """A run of the paper's scaling study: batch 8, every layer recomputed, 16 bits with float32 copies, no fused
     attention, nothing hidden behind products; the vocabulary padded to 51,200."""
     options: dict[str, Any] = {"recompute": "full", "attention": "eager", "precision": PRECISIONS["master"]}
@@ -30,7 +40,7 @@ def _paper(name: str, tp_size: int, dp_size: int = 1, **config: Any) -> Plan:
     return plan(_shape(name, vocab_size=51200, **config), run, _DGX2)
 
 
-def _efficiency(planned: Plan) -> float:
+def _efficiency(planned: TrainingPlan) -> float:
     """FLOP/s of each GPU, as a percentage of the paper's baseline: 1.2B on one."""
     baseline = _paper("gpt2-1.2b", 1)
     per_gpu = planned.model_flops / planned.run.num_ranks / planned.time.total

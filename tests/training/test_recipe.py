@@ -23,7 +23,7 @@ from hf_megatron.paper.recipe import (
     finetuning_recipe,
     scale_residual_outputs,
 )
-from tests.models.architectures import BERTS, GPT2, Architecture
+from tests.models.architectures import BERTS, GPT2, ModelCase
 from tests.models.reference import Pool, assert_all_equal, full_weights, layout, run_at
 
 GPT2_MODEL = GPT2.config()
@@ -47,7 +47,7 @@ def _learning_rates(trainer: MegatronTrainer, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize(("case", "recipe"), [(GPT2, GPT2_PRETRAINING), (BERTS[0], BERT_PRETRAINING)])
-def test_weight_decay_on_matrices_only(tmp_path: Path, case: Architecture, recipe: Recipe) -> None:
+def test_weight_decay_on_matrices_only(tmp_path: Path, case: ModelCase, recipe: Recipe) -> None:
     """Catches decayed biases and norms, and matrices or embeddings that are not decayed; other numbers of AdamW."""
     model = case.build(config=case.config())
     arguments = recipe.arguments(tmp_path, use_cpu=True)

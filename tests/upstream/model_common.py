@@ -20,20 +20,20 @@ from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 import hf_megatron
-from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, PartitionTable
+from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, Architecture
 
 # Only a sample of transformers' models takes these tests by default, to save time.
 tensor_parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
 _reference_grad_shard = tensor_parallel._reference_grad_shard
 
 
-def _stock(table: PartitionTable) -> tuple[Any, ...]:
+def _stock(table: Architecture) -> tuple[Any, ...]:
     """The stock classes, the base model first: some of the tests look at the first class only."""
     pairs = sorted(table.classes, key=lambda pair: pair.has_prefix)
     return tuple(getattr(transformers, pair.stock) for pair in pairs)
 
 
-def _ours(table: PartitionTable) -> tuple[Any, ...]:
+def _ours(table: Architecture) -> tuple[Any, ...]:
     """Our classes in the same order. The tests look a class up by its name to know which labels it takes."""
     names = {pair.stock: pair.ours for pair in table.classes}
     for label, mapping in vars(modeling_auto).items():

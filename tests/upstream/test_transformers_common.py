@@ -22,7 +22,7 @@ from transformers.models.bert import modeling_bert
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.megatron_bert import modeling_megatron_bert
 
-from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, PartitionTable
+from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, Architecture
 from tests.repository import ROOT
 
 _HERE = Path(__file__).resolve().parent
@@ -57,7 +57,7 @@ _NOT_COMPARED = {
         (modeling_megatron_bert, BERT_PRE, "MegatronBert"),
     ],
 )
-def test_every_stock_class_is_compared(module: ModuleType, table: PartitionTable, prefix: str) -> None:
+def test_every_stock_class_is_compared(module: ModuleType, table: Architecture, prefix: str) -> None:
     """Catches a class that a later transformers adds and that would be left out without anybody deciding so."""
     offered = {pair.stock for pair in table.classes}
     left_out = {name.removeprefix(prefix) for name in module.__all__ if name not in offered}

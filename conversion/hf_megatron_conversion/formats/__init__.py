@@ -36,10 +36,6 @@ def format_named(name: FormatName) -> Format:
 def read_model(directory: Path, given: Given | None = None) -> Model:
     """Open a checkpoint of any format; headers only, no weights.
 
-    Args:
-        directory: Where it lies.
-        given: What is known of it otherwise.
-
     Raises:
         CheckpointError: The directory is no checkpoint, or not a complete one.
         UnsupportedError: A model that is not offered here.

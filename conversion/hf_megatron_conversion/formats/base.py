@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from hf_megatron.architectures import ModelClass, PartitionTable, table_for
+from hf_megatron.architectures import Architecture, ModelClass, table_for
 from hf_megatron.checkpoint import model_class_of, open_checkpoint, read_header, require_complete, stored_model
 from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.files import OutputFile
@@ -26,76 +26,46 @@ ModelType = Literal["stock", "megatron"]
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What is known of a checkpoint from outside of its directory.
+    """What is known of a checkpoint from outside of its directory."""
 
-    Attributes:
-        config: A config.json that the user gave, which takes the place of the directory's.
-        hint: The config.json of a checkpoint that should be the same model; it fills in what is not known otherwise.
-        vocab_size: Size of the vocabulary without padding.
-        tokenizer: Directory of the tokenizer.
-        is_only_described: Whether no tensor will be read, so that what only matters for that may be unknown.
-    """
-
-    config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] | None = None  # a config.json from the user, which takes the place of the directory's
+    # The config.json of a checkpoint that should be the same model; it fills in what is not known otherwise.
     hint: Mapping[str, Any] | None = None
-    vocab_size: int | None = None
-    tokenizer: Path | None = None
-    is_only_described: bool = False
+    vocab_size: int | None = None  # without padding
+    tokenizer: Path | None = None  # its directory
+    is_only_described: bool = False  # whether no tensor will be read: what only matters for that may be unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A checkpoint, opened: what model it is, and its tensors, none of which has been read.
-
-    Attributes:
-        directory: Where it lies.
-        format: Its format.
-        config: Its config.json.
-        table: How its architecture is cut.
-        model_class: Its class.
-        tensors: Exactly the tensors of the class, under their canonical names.
-        tp_size: Number of pieces its word embedding is cut into.
-        files: Its weight files.
-        dropped: Names of stored tensors that the model does not need.
-        is_canonical: Whether the weight files hold exactly ``tensors`` under these names, as this package would write
-            them, so that they may be taken over as they are.
-        checkpoint_version: Of formats that have one.
-        has_known_vocab_size: False if nothing says whether the last rows of the vocabulary are padding; they are kept.
-        generation_config: What to generate with, where the directory has no file that says so.
-        opened: What the format's reader found, of formats whose models can be run without being converted.
-    """
+    """A checkpoint, opened: what model it is, and its tensors, none of which has been read."""
 
     directory: Path
     format: FormatName
-    config: Mapping[str, Any]
-    table: PartitionTable
+    config: Mapping[str, Any]  # its config.json
+    table: Architecture
     model_class: ModelClass
-    tensors: Mapping[str, Readable]
-    tp_size: int
-    files: Sequence[Path]
-    dropped: Sequence[str] = ()
+    tensors: Mapping[str, Readable]  # exactly those of the class, under their canonical names
+    tp_size: int  # number of pieces its word embedding is cut into
+    files: Sequence[Path]  # its weight files
+    dropped: Sequence[str] = ()  # names of stored tensors that the model does not need
+    # Whether the weight files hold exactly `tensors` under these names, as this package would write them, so that they
+    # may be taken over as they are.
     is_canonical: bool = False
-    checkpoint_version: float | None = None
-    has_known_vocab_size: bool = True
-    generation_config: Mapping[str, Any] | None = None
-    opened: object | None = None
+    checkpoint_version: float | None = None  # of formats that have one
+    has_known_vocab_size: bool = True  # False if the last rows of the vocabulary may be padding; they are kept
+    generation_config: Mapping[str, Any] | None = None  # where the directory has no file that says so
+    opened: object | None = None  # what the reader found, of formats whose models are run without being converted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is to be written.
+    """What is to be written."""
 
-    Attributes:
-        model: The source.
-        tensors: The tensors to be written, cast if need be.
-        tp_size: The degree, which fits the model; 1 for a format that is not cut.
-        max_shard_size: Largest size of a weight file that was asked for (``"5GB"``, or bytes), or None.
-    """
-
-    model: Model
-    tensors: Mapping[str, Readable]
-    tp_size: int
-    max_shard_size: str | int | None = None
+    model: Model  # the source
+    tensors: Mapping[str, Readable]  # cast if need be
+    tp_size: int  # which fits the model; 1 for a format that is not cut
+    max_shard_size: str | int | None = None  # largest size of a weight file ("5GB", or bytes)
 
     @property
     def is_cast(self) -> bool:
@@ -104,19 +74,12 @@ class Target:
 
 
 class Format(Protocol):
-    """A checkpoint format.
+    """A checkpoint format."""
 
-    Attributes:
-        name: On the command line.
-        default_model_type: Whose ``model_type`` a directory of this format carries unless asked otherwise.
-        is_cut: Whether it is written for a tensor-parallel degree.
-        has_config: Whether a config.json in its directories says what model they hold. If not, it is worked out.
-    """
-
-    name: FormatName
-    default_model_type: ModelType
-    is_cut: bool
-    has_config: bool
+    name: FormatName  # on the command line
+    default_model_type: ModelType  # whose model_type a directory of this format carries unless asked otherwise
+    is_cut: bool  # whether it is written for a tensor-parallel degree
+    has_config: bool  # whether a config.json in its directories says what model they hold; if not, it is worked out
 
     def recognises(self, directory: Path) -> bool:
         """Whether the directory is of this format, by the names of its files."""
@@ -139,11 +102,7 @@ def warn_of_padding(model: Model) -> None:
 
 
 def read_transformers_directory(directory: Path, given: Given) -> Model:
-    """Open a directory in one of the two formats that are transformers' own.
-
-    Raises:
-        UnsupportedError: The vocabulary is said to have another size than the tensors have, which hold no padding.
-    """
+    """Open a directory in one of the two formats that are transformers' own, which hold no padding."""
     checkpoint = open_checkpoint(directory, given.config)
     table = table_for(checkpoint.config)
     vocab_size = table.sizes(checkpoint.config)["vocab_size"]

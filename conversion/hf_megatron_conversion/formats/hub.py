@@ -30,11 +30,9 @@ class HubFormat:
     has_config = True
 
     def recognises(self, directory: Path) -> bool:
-        """Always: what is no other format is read as this one, whose reader says what is wrong."""
-        return True
+        return True  # what is no other format is read as this one, whose reader says what is wrong
 
     def read(self, directory: Path, given: Given) -> Model:
-        """Open the directory, whichever of the many spellings it is in."""
         return read_transformers_directory(directory, given)
 
     def weight_files(self, target: Target) -> Sequence[OutputFile]:

@@ -27,19 +27,13 @@ class TpFormat:
     has_config = True
 
     def recognises(self, directory: Path) -> bool:
-        """Whether there is a rank's file."""
         return directory.is_dir() and any(is_shard(path) for path in directory.iterdir())
 
     def read(self, directory: Path, given: Given) -> Model:
-        """Open the directory, written at any degree, also together with FSDP."""
         return read_transformers_directory(directory, given)
 
     def weight_files(self, target: Target) -> Sequence[OutputFile]:
-        """One file per rank. A tensor that is not cut lies in the first one only, as a distributed save keeps one copy.
-
-        Raises:
-            UnsupportedError: A size per file was asked for.
-        """
+        """One file per rank; what is not cut lies in the first one only, as a distributed save keeps one copy."""
         if target.max_shard_size is not None:
             raise UnsupportedError("max_shard_size is for hub directories; a tp directory has one file per rank.")
         model = target.model

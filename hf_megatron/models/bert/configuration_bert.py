@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from transformers import BertConfig
 from transformers import MegatronBertConfig as StockMegatronBertConfig
 
-from hf_megatron.architectures import BERT_POST, BERT_PRE, PartitionTable
+from hf_megatron.architectures import BERT_POST, BERT_PRE, Architecture
 from hf_megatron.architectures.presets import preset_named
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.parallel_style import tp_plan_of
@@ -18,8 +18,8 @@ _TABLES = {"pre": BERT_PRE, "post": BERT_POST}
 _STOCK = {BERT_PRE.stock_model_type: ("pre", StockMegatronBertConfig), BERT_POST.stock_model_type: ("post", BertConfig)}
 
 
-def table_of_placement(placement: str) -> PartitionTable:
-    """The partition table of a BERT whose LayerNorms stand ``pre`` or ``post``.
+def table_of_placement(placement: str) -> Architecture:
+    """The table of a BERT whose LayerNorms stand ``pre`` or ``post``.
 
     Raises:
         UnsupportedError: Another word.
@@ -80,7 +80,7 @@ class ParallelBertConfig(BertConfig):
         Raises:
             UnsupportedError: There is no BERT of this name; the message lists those there are.
         """
-        return cls(**{**preset_named(name, architecture=BERT_PRE.architecture).sizes, **changes})
+        return cls(**{**preset_named(name, architecture=BERT_PRE.name).sizes, **changes})
 
     @classmethod
     def get_config_dict(

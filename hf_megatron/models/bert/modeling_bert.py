@@ -30,7 +30,7 @@ from transformers.models.bert.modeling_bert import (
 )
 from transformers.pytorch_utils import apply_chunking_to_forward
 
-from hf_megatron.architectures import PartitionTable
+from hf_megatron.architectures import Architecture
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.activations import activation
 from hf_megatron.models.attention import ParallelAttention
@@ -54,7 +54,7 @@ from hf_megatron.tensor_parallel import (
 _LAYER = "encoder.layer.*"
 
 
-def _table(config: MegatronBertConfig) -> PartitionTable:
+def _table(config: MegatronBertConfig) -> Architecture:
     return table_of_placement(config.layernorm_placement)
 
 
@@ -309,7 +309,7 @@ class MegatronBertPreTrainedModel(MegatronModelMixin, BertPreTrainedModel):
     }
 
     @classmethod
-    def partition_table_of(cls, config: MegatronBertConfig) -> PartitionTable:
+    def partition_table_of(cls, config: MegatronBertConfig) -> Architecture:
         return _table(config)
 
     def _init_pretrained(self, config: MegatronBertConfig) -> None:

@@ -46,7 +46,7 @@ class MegatronGPT2Config(GPT2Config):
         Raises:
             UnsupportedError: There is no GPT-2 of this name; the message lists those there are.
         """
-        return cls(**{**preset_named(name, architecture=GPT2.architecture).sizes, **changes})
+        return cls(**{**preset_named(name, architecture=GPT2.name).sizes, **changes})
 
     @classmethod
     def get_config_dict(

@@ -23,7 +23,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2Model, GPT2Pre
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hf_megatron.architectures import GPT2, PartitionTable
+from hf_megatron.architectures import GPT2, Architecture
 from hf_megatron.models.activations import activation
 from hf_megatron.models.attention import ParallelAttention
 from hf_megatron.models.forward import base_forward
@@ -171,7 +171,7 @@ class MegatronGPT2PreTrainedModel(MegatronModelMixin, GPT2PreTrainedModel):
     }
 
     @classmethod
-    def partition_table_of(cls, config: MegatronGPT2Config) -> PartitionTable:
+    def partition_table_of(cls, config: MegatronGPT2Config) -> Architecture:
         return GPT2
 
     def _initial_std(self, name: str) -> float:

@@ -13,7 +13,7 @@ from transformers import MegatronBertConfig as StockMegatronBertConfig
 import hf_megatron
 from hf_megatron import MegatronBertConfig
 from hf_megatron.errors import UnsupportedError
-from tests.models.architectures import BERTS, Architecture
+from tests.models.architectures import BERTS, ModelCase
 
 # What either kind may say beyond its sizes.
 OTHER = {
@@ -42,7 +42,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 )
 @pytest.mark.parametrize("case", BERTS)
 def test_a_stock_configuration_is_taken_and_given_back(
-    tmp_path: Path, case: Architecture, changes: dict[str, Any]
+    tmp_path: Path, case: ModelCase, changes: dict[str, Any]
 ) -> None:
     """Catches an entry that is lost, or that is written only where it differs from this package's default."""
     stock, placement = case.stock().config_class(**changes), case.table.own_config["layernorm_placement"]
@@ -67,7 +67,7 @@ def test_a_stock_configuration_is_taken_and_given_back(
 
 
 @pytest.mark.parametrize(("case", "other"), [(BERTS[0], BertConfig()), (BERTS[1], StockMegatronBertConfig())])
-def test_sizes_that_are_the_other_kinds_defaults_are_written(tmp_path: Path, case: Architecture, other: Any) -> None:
+def test_sizes_that_are_the_other_kinds_defaults_are_written(tmp_path: Path, case: ModelCase, other: Any) -> None:
     """Catches sizes left out of config.json because some class has them by default, and read as another's."""
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     sizes = {name: getattr(other, name) for name in names}
@@ -79,7 +79,7 @@ def test_sizes_that_are_the_other_kinds_defaults_are_written(tmp_path: Path, cas
 
 @pytest.mark.parametrize("message", REFUSED)
 @pytest.mark.parametrize("case", BERTS)
-def test_what_cannot_be_honoured_is_refused_when_it_is_read(tmp_path: Path, case: Architecture, message: str) -> None:
+def test_what_cannot_be_honoured_is_refused_when_it_is_read(tmp_path: Path, case: ModelCase, message: str) -> None:
     """Catches a model that is built and computes something else; the weights are not even looked at."""
     with pytest.raises(UnsupportedError, match=message):
         case.config(**REFUSED[message])

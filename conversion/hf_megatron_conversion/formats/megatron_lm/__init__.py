@@ -9,7 +9,53 @@ Read: ``ranks`` opens the files, ``stages`` puts them together, ``arguments`` an
 
 from __future__ import annotations
 
-from hf_megatron_conversion.formats.megatron_lm.format import MegatronLmFormat
-from hf_megatron_conversion.formats.megatron_lm.reader import Opened
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_megatron.checkpoint import read_json
+from hf_megatron_conversion.files import OutputFile
+from hf_megatron_conversion.formats import FormatName
+from hf_megatron_conversion.formats.base import Given, Model, ModelType, Target
+from hf_megatron_conversion.formats.megatron_lm.config import Outside
+from hf_megatron_conversion.formats.megatron_lm.ranks import is_megatron_lm
+from hf_megatron_conversion.formats.megatron_lm.reader import Opened, open_megatron_lm
+from hf_megatron_conversion.tokenizer_files import tokenizer_facts
 
 __all__ = ["MegatronLmFormat", "Opened"]
+
+
+class MegatronLmFormat:
+    """One pickle per rank, with Megatron-LM's names, order of queries, keys and values, and padded vocabulary."""
+
+    name: FormatName = "megatron-lm"
+    default_model_type: ModelType = "stock"
+    is_cut = True
+    has_config = False
+
+    def recognises(self, directory: Path) -> bool:
+        return is_megatron_lm(directory)
+
+    def read(self, directory: Path, given: Given) -> Model:
+        return open_megatron_lm(directory, _outside(directory, given))
+
+    def weight_files(self, target: Target) -> Sequence[OutputFile]:
+        from hf_megatron_conversion.formats.megatron_lm.writer import megatron_lm_files
+
+        return megatron_lm_files(target)
+
+
+def _outside(directory: Path, given: Given) -> Outside:
+    """What is known from outside of the ranks' files: from the user, or from files beside them."""
+    beside = directory / "config.json"
+    config = given.config
+    if config is None:
+        config = read_json(beside) if beside.is_file() else given.hint
+    facts = tokenizer_facts(given.tokenizer or directory)
+    return Outside(
+        config=config,
+        is_asked_for=given.config is not None,
+        vocab_size=given.vocab_size,
+        tokenizer_size=None if facts is None else facts.vocab_size,
+        end_of_text=None if facts is None else facts.end_of_text,
+        is_only_described=given.is_only_described,
+    )

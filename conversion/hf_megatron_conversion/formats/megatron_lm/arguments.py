@@ -7,18 +7,16 @@ have it. Sources: ``megatron/arguments.py`` and ``megatron/model/transformer.py`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_megatron.architectures import TABLES, Architecture
+from hf_megatron.architectures.table import MegatronLM
 from hf_megatron.checkpoint.unpickle import Call, Global
+from hf_megatron.errors import UnsupportedError
 
 Arguments = Mapping[str, Any]
-
-TANH = ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate")
-"""The stock library's names for the tanh form of gelu; they differ by 3e-7 at most."""
-ERF = ("gelu", "gelu_python")
-"""And for the exact one."""
 
 _SWITCHES = (
     "swiglu",
@@ -49,27 +47,16 @@ _MAX_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class Activations:
-    """Names of the activations, as transformers calls them.
+    """Names of the activations, as transformers calls them."""
 
-    Attributes:
-        mlp: In every layer.
-        head: In BERT's masked-LM head.
-    """
-
-    mlp: str
-    head: str
+    mlp: str  # in every layer
+    head: str  # in BERT's masked-LM head
 
 
-def activations(arguments: Arguments | None, *, is_core: bool, is_bert: bool) -> Activations:
-    """Which of the gelus the model was trained with.
-
-    Args:
-        arguments: None in files from before v1.0, whose GPT-2 had the tanh form and whose BERT the exact one.
-        is_core: Whether the names are Megatron-core's, which knows fewer of the switches.
-        is_bert: Whether the model is a BERT.
-    """
-    if arguments is None:
-        return Activations("gelu", "gelu") if is_bert else Activations("gelu_new", "gelu_new")
+def activations(arguments: Arguments | None, table: Architecture, *, is_core: bool) -> Activations:
+    """Which of the gelus the model was trained with; Megatron-core (``is_core``) knows fewer of the switches."""
+    if arguments is None:  # from before v1.0, whose models had the stock ones' activations
+        return Activations(table.activation.default, table.activation.default)
     is_fused = bool(arguments.get("bias_gelu_fusion"))
     if is_core:
         return Activations("gelu_fast" if is_fused else "gelu", "gelu")
@@ -83,8 +70,32 @@ def activations(arguments: Arguments | None, *, is_core: bool, is_bert: bool) ->
     return Activations(head, head)
 
 
-def unsupported(arguments: Arguments, *, is_bert: bool) -> Iterator[str]:
-    """A line for each thing that the arguments ask for and that the stock GPT-2 and BERT do not have."""
+def architecture_of(stored: Iterable[str], arguments: Arguments, problems: list[str]) -> Architecture:
+    """The table of a checkpoint, by what the names of its tensors begin with and by where its norms stand.
+
+    ``problems`` is extended if no model is like that.
+    """
+    known = [(table, table.megatron.only) for table in TABLES if table.megatron is not None]
+    named = [table for table, only in known if any(name.startswith(only) for name in stored)]
+    named = named or [table for table, only in known if not only]
+    name = "apply_residual_connection_post_layernorm"
+    norms = "post" if arguments.get(name) else "pre"
+    placed = [table for table in named if table.norms == norms]
+    if not placed:
+        problems.append(f"{name} is not supported for {named[0].name}")
+    return (placed or named)[0]
+
+
+def megatron_of(table: Architecture) -> MegatronLM:
+    """Megatron-LM's model of an architecture; UnsupportedError if it has none."""
+    if table.megatron is None:
+        known = dict.fromkeys(known.name for known in TABLES if known.megatron is not None)
+        raise UnsupportedError(f"Megatron-LM has no {table.name} (only {', '.join(known)}).")
+    return table.megatron
+
+
+def unsupported(arguments: Arguments) -> Iterator[str]:
+    """A line for each thing that the arguments ask for and that no stock model here has."""
     for name in _SWITCHES:
         if arguments.get(name):
             yield f"{name}={value_of(arguments[name])} is not supported"
@@ -97,8 +108,6 @@ def unsupported(arguments: Arguments, *, is_bert: bool) -> Iterator[str]:
     hidden, channels = arguments.get("hidden_size"), arguments.get("kv_channels")
     if isinstance(heads, int) and isinstance(hidden, int) and isinstance(channels, int) and channels * heads != hidden:
         yield f"kv_channels={channels} times num_attention_heads={heads} is not hidden_size={hidden}"
-    if not is_bert and arguments.get("apply_residual_connection_post_layernorm"):
-        yield "apply_residual_connection_post_layernorm is not supported for GPT (for BERT it is)"
     style = arguments.get("param_sharing_style")
     if _unique_layers(arguments) is not None and style not in ("grouped", "spaced"):
         yield f"param_sharing_style={value_of(style)} is not known (grouped, spaced)"
@@ -110,11 +119,9 @@ def _unique_layers(arguments: Arguments) -> int | None:
 
 
 def stored_layers(arguments: Arguments, num_stored: int) -> list[int]:
-    """For each layer of the model the stored one whose parameters it has: its own, unless layers share parameters.
+    """For each layer the stored one, of ``num_stored``, whose parameters it has: its own, unless layers share them.
 
-    Args:
-        arguments: In 2020 they could ask for sharing.
-        num_stored: How many layers the files hold.
+    In 2020 the arguments could ask for that.
     """
     unique, layers = _unique_layers(arguments), arguments.get("num_layers")
     if unique is None or unique != num_stored or not isinstance(layers, int) or not unique < layers <= _MAX_LAYERS:

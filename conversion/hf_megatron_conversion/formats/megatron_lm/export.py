@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hf_megatron.architectures.table import ERF_GELUS, TANH_GELUS
 from hf_megatron.checkpoint import torch_dtype
 from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.formats.base import Model
-from hf_megatron_conversion.formats.megatron_lm.arguments import ERF, TANH
+from hf_megatron_conversion.formats.megatron_lm.arguments import megatron_of
 
 _logger = logging.getLogger(__name__)
 
-# The stock configurations' own defaults, for what config.json leaves out.
-_GPT2 = {"eps": 1e-5, "act": "gelu_new"}
-_BERT = {"eps": 1e-12, "act": "gelu"}
-_CLASSES = ("GPT2LMHeadModel", "ForPreTraining", "ForMaskedLM")
+
+def require_expressible(model: Model) -> None:
+    """Raise UnsupportedError with everything of a model that Megatron-LM's models cannot compute."""
+    mlp, head = model.table.activations(model.config)
+    required, gelus, problems = megatron_of(model.table).required, TANH_GELUS + ERF_GELUS, []
+    if not model.model_class.is_language_model:
+        problems.append(f"a {model.model_class.stock} (only language models)")
+    for name, value in (("activation", mlp), ("prediction_head_act", head)):
+        if value not in gelus:
+            problems.append(f"{name}={value!r} (only {', '.join(gelus)})")
+    if mlp in ERF_GELUS and head in TANH_GELUS:
+        problems.append(f"{mlp} in the layers with {head} in the head")
+    for name, only in required.items():
+        value = model.config.get(name, only)
+        if (bool(value) if isinstance(only, bool) else value) != only:
+            problems.append(f"{name}={value} (only {only})")
+    if problems:
+        raise UnsupportedError("Megatron-LM has no such model: " + "; ".join(problems) + ".")
 
 
 def arguments_of(
@@ -24,31 +38,19 @@ def arguments_of(
 ) -> dict[str, Any]:
     """The arguments under which Megatron-LM computes what the model computes.
 
-    Args:
-        model: The source.
-        dtype: Of what is written, in safetensors' spelling.
-        tp_size: Degree.
-        divisor: The vocabulary is a multiple of this times the degree.
-        padded_vocab_size: Which makes this.
-        has_binary_head: Whether a BERT gets its second head; of a GPT, Megatron-LM's default.
-
-    Raises:
-        UnsupportedError: Megatron-LM's models cannot compute it; everything is listed.
+    ``dtype`` is what is written, in safetensors' spelling; the vocabulary is padded to a multiple of ``divisor`` times
+    the degree. ``has_binary_head`` is whether a BERT gets its second head; of a GPT, Megatron-LM's default.
     """
-    config, sizes = model.config, model.table.sizes(model.config)
-    is_bert = model.table.architecture == "bert"
-    defaults = _BERT if is_bert else _GPT2
-    mlp = config.get("hidden_act" if is_bert else "activation_function", defaults["act"])
-    head = (config.get("prediction_head_act") or mlp) if is_bert else mlp
-    if problems := [*_unsupported(model, mlp, head)]:
-        raise UnsupportedError("Megatron-LM has no such model: " + "; ".join(problems) + ".")
+    config, table, sizes = model.config, model.table, model.table.sizes(model.config)
+    mlp, head = table.activations(config)
     # The fused kernel has the tanh form in the layers and leaves BERT's head the exact one; openai_gelu is both.
-    is_fused = mlp in TANH and (head in ERF if is_bert else mlp == "gelu_fast")
-    hidden_dropout, attention_dropout = _dropout(config, is_bert)
-    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    positions = sizes["max_position_embeddings" if is_bert else "num_positions"]
-    epsilon = config.get("layer_norm_eps" if is_bert else "layer_norm_epsilon", defaults["eps"])
-    is_post = model.table.own_config.get("layernorm_placement") == "post"
+    is_fused = mlp in TANH_GELUS and (head in ERF_GELUS if table.head_activation else mlp == "gelu_fast")
+    embedding_dropout, attention_dropout, hidden_dropout = (where.read(config) for where in table.dropouts)
+    if embedding_dropout != hidden_dropout:
+        names = table.dropouts[0].name, embedding_dropout, table.dropouts[2].name, hidden_dropout
+        _logger.warning("Megatron-LM has one rate for %s=%s and %s=%s; the latter is used.", *names)
+    hidden, heads, positions = (sizes[size] for size in ("hidden_size", "num_attention_heads", "num_positions"))
+    epsilon = table.epsilon.read(config)
     return {
         "num_layers": sizes["num_hidden_layers"],
         "hidden_size": hidden,
@@ -63,14 +65,14 @@ def arguments_of(
         "make_vocab_size_divisible_by": divisor,
         "padded_vocab_size": padded_vocab_size,
         "orig_vocab_size": sizes["vocab_size"],
-        "tokenizer_type": "BertWordPieceLowerCase" if is_bert else "GPT2BPETokenizer",
+        "tokenizer_type": megatron_of(table).tokenizer,
         "layernorm_epsilon": epsilon,
         "norm_epsilon": epsilon,
         "apply_layernorm_1p": False,
-        "apply_residual_connection_post_layernorm": is_post,
+        "apply_residual_connection_post_layernorm": table.norms == "post",
         "apply_query_key_layer_scaling": False,
         "attention_softmax_in_fp32": True,
-        "openai_gelu": mlp in TANH and not is_fused,
+        "openai_gelu": mlp in TANH_GELUS and not is_fused,
         "onnx_safe": None,
         "bias_gelu_fusion": is_fused,
         "squared_relu": False,
@@ -92,36 +94,3 @@ def arguments_of(
         "data_parallel_random_init": False,
         "iteration": 0,
     }
-
-
-def _unsupported(model: Model, mlp: object, head: object) -> Iterator[str]:
-    config = model.config
-    if not model.model_class.stock.endswith(_CLASSES):
-        yield f"a {model.model_class.stock} (only language models)"
-    for name, value in (("activation", mlp), ("prediction_head_act", head)):
-        if value not in TANH + ERF:
-            yield f"{name}={value!r} (only {', '.join(TANH + ERF)})"
-    if mlp in ERF and head in TANH:
-        yield f"{mlp} in the layers with {head} in the head"
-    if model.table.architecture == "bert":
-        if not config.get("tie_word_embeddings", True):
-            yield "a BERT whose head is not its word embedding"
-        if (types := config.get("type_vocab_size", 2)) != 2:
-            yield f"type_vocab_size={types} (only 2)"
-        return
-    if not config.get("scale_attn_weights", True):
-        yield "scale_attn_weights=False"
-    if config.get("scale_attn_by_inverse_layer_idx"):
-        yield "scale_attn_by_inverse_layer_idx=True"
-
-
-def _dropout(config: Mapping[str, Any], is_bert: bool) -> tuple[float, float]:
-    """Of the hidden states and of the attention."""
-    if is_bert:
-        return config.get("hidden_dropout_prob", 0.1), config.get("attention_probs_dropout_prob", 0.1)
-    residual, embedding = config.get("resid_pdrop", 0.1), config.get("embd_pdrop", 0.1)
-    if residual != embedding:
-        _logger.warning(
-            "Megatron-LM has one rate for embd_pdrop=%s and resid_pdrop=%s; the latter is used.", embedding, residual
-        )
-    return residual, config.get("attn_pdrop", 0.1)

@@ -12,33 +12,24 @@ from hf_megatron.partition import Box
 
 def joined(shards: Sequence[LazyTensor], dim: int, limit: int | None = None) -> LazyTensor:
     """The shards one after the other along ``dim``, of which the first ``limit`` entries are kept."""
-    first = shards[0]
     pieces: list[Piece] = []
     position = 0
     for shard in shards:
         size = shard.shape[dim] if limit is None else min(shard.shape[dim], limit - position)
         if size <= 0:
             break
-        offset = [0] * len(shard.shape)
-        offset[dim] = position
-        shape = list(shard.shape)
-        shape[dim] = size
-        pieces.append(_moved(shard, 0, tuple(shape), 1, tuple(offset)))
+        box = Box.whole(shard.shape).narrowed(dim, position, position + size)
+        pieces.append(_moved(shard, 0, box.shape, 1, box.offset))
         position += size
-    full = list(first.shape)
-    full[dim] = position
-    return LazyTensor(first.name, first.dtype, tuple(full), tuple(pieces))
+    full = Box.whole(shards[0].shape).narrowed(dim, 0, position).shape
+    return LazyTensor(shards[0].name, shards[0].dtype, full, tuple(pieces))
 
 
 def one_of_qkv(shards: Sequence[LazyTensor], which: int, head_dim: int, version: float) -> LazyTensor:
     """The queries (0), keys (1) or values (2) of all heads: [h, h] or [h] out of fused shards [3h/t, h] or [3h/t].
 
-    Args:
-        shards: By rank.
-        which: Of the three.
-        head_dim: Rows of one head's queries.
-        version: ``checkpoint_version``, which tells the order of a shard's rows: until 1.0 all queries, all keys, all
-            values; at 1.0 the three alternate row by row; since then they alternate head by head.
+    ``version`` is ``checkpoint_version``, which tells the order of a shard's rows: until 1.0 all queries, all keys, all
+    values; at 1.0 the three alternate row by row; since then they alternate head by head, ``head_dim`` rows each.
     """
     pieces = [
         piece for rank, shard in enumerate(shards) for piece in _qkv_pieces(shard, rank, which, head_dim, version)

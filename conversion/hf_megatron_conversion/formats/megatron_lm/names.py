@@ -8,9 +8,10 @@ all pipeline stages are counted through.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 
-from hf_megatron.architectures import PartitionTable
+from hf_megatron.architectures import Architecture, ModelClass
+from hf_megatron.errors import UnsupportedError
 
 _QKV = "self_attention.query_key_value"
 _DENSE = "self_attention.dense"
@@ -59,49 +60,6 @@ _FUSED_MODULES = {
     ("layernorm_mlp", "fc2"): _FC2,
 }
 
-# Stock module -> Megatron's. Of BERT's three projections each is a part of the fused one.
-_GPT2 = {
-    "wte": "word_embeddings",
-    "wpe": "position_embeddings",
-    "h.*.ln_1": f"layers.*.{_FIRST_NORM}",
-    "h.*.attn.c_attn": f"layers.*.{_QKV}",
-    "h.*.attn.c_proj": f"layers.*.{_DENSE}",
-    "h.*.ln_2": f"layers.*.{_SECOND_NORM}",
-    "h.*.mlp.c_fc": f"layers.*.{_FC1}",
-    "h.*.mlp.c_proj": f"layers.*.{_FC2}",
-    "ln_f": "final_layernorm",
-    "lm_head": "output_layer",
-}
-_BERT = {
-    "embeddings.word_embeddings": "word_embeddings",
-    "embeddings.position_embeddings": "position_embeddings",
-    "embeddings.token_type_embeddings": "tokentype_embeddings",
-    "encoder.layer.*.attention.self.query": f"layers.*.{_QKV}",
-    "encoder.layer.*.attention.self.key": f"layers.*.{_QKV}",
-    "encoder.layer.*.attention.self.value": f"layers.*.{_QKV}",
-    "encoder.layer.*.attention.output.dense": f"layers.*.{_DENSE}",
-    "encoder.layer.*.intermediate.dense": f"layers.*.{_FC1}",
-    "encoder.layer.*.output.dense": f"layers.*.{_FC2}",
-    "pooler.dense": "pooler.dense",
-    "cls.predictions.transform.dense": "lm_head.dense",
-    "cls.predictions.transform.LayerNorm": "lm_head.layernorm",
-    "cls.predictions": "lm_head",
-    "cls.predictions.decoder": "output_layer",
-    "cls.seq_relationship": "binary_head",
-}
-_BERT_PRE = {
-    "encoder.layer.*.attention.ln": f"layers.*.{_FIRST_NORM}",
-    "encoder.layer.*.ln": f"layers.*.{_SECOND_NORM}",
-    "encoder.ln": "final_layernorm",
-}
-# With the residual taken behind the norm, every norm is where the original BERT has one, a slot later: the first one
-# follows the embeddings, and the one before the next layer's attention follows this layer's MLP.
-_BERT_POST = {
-    "embeddings.LayerNorm": f"layers.0.{_FIRST_NORM}",
-    "encoder.layer.*.attention.output.LayerNorm": f"layers.*.{_SECOND_NORM}",
-    "encoder.layer.*.output.LayerNorm": f"layers.+.{_FIRST_NORM}",
-}
-
 
 def own_name(stored: str) -> str | None:
     """The name a tensor goes by here, layers counted from 0 in its stage; None if the name is not known.
@@ -129,31 +87,31 @@ def own_name(stored: str) -> str | None:
     return name.replace("layer_norm", "layernorm") if _HEAD.fullmatch(name) else None
 
 
-def is_ignored(stored: str) -> bool:
-    """Whether this is transformer-engine's own bookkeeping, which holds no weights."""
-    return stored.endswith("._extra_state")
-
-
 def split_layer(name: str) -> tuple[int | None, str]:
     """Layer and name in the layer: ``layers.3.mlp.x`` -> (3, ``mlp.x``); (None, name) outside of the layers."""
     found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
     return (None, name) if found is None else (int(found[1]), found[2])
 
 
-def megatron_names(table: PartitionTable, names: Mapping[str, object], num_layers: int) -> dict[str, str]:
-    """Megatron's name for each of the stock names."""
-    prefix = f"{table.base_prefix}."
-    modules = _GPT2
-    if table.architecture == "bert":
-        modules = _BERT | (_BERT_PRE if table.own_config["layernorm_placement"] == "pre" else _BERT_POST)
+def megatron_names(table: Architecture, names: Iterable[str], num_layers: int) -> dict[str, str]:
+    """Megatron's name for each of the stock names.
+
+    Raises:
+        UnsupportedError: Megatron-LM has no such parameter.
+    """
     result = {}
     for name in names:
-        module, _, parameter = name.removeprefix(prefix).rpartition(".")
-        number = re.search(r"\.(\d+)\.", module)
+        pattern = table.rule_of(name).megatron
+        if pattern is None:
+            raise UnsupportedError(f"Megatron-LM has no parameter for {name}.")
+        number = re.search(r"\.(\d+)\.", name)
         layer = int(number[1]) if number else 0
-        found = modules[re.sub(r"\.\d+\.", ".*.", module)].replace("*", str(layer))
-        if "+" in found:
-            found = found.replace("+", str(layer + 1)) if layer + 1 < num_layers else "final_layernorm"
-        found = f"{found}.{parameter}"
-        result[name] = "lm_head.bias" if found == "output_layer.bias" else found
+        if "+" in pattern and layer + 1 == num_layers:
+            pattern = f"final_layernorm.{pattern.rpartition('.')[2]}"
+        result[name] = pattern.replace("*", str(layer)).replace("+", str(layer + 1))
     return result
+
+
+def has_second_head(model_class: ModelClass) -> bool:
+    """Whether it is a BERT with both of Megatron-LM's heads."""
+    return any(rule.megatron == "binary_head.weight" for rule in model_class.head)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from hf_megatron.checkpoint import LazyTensor, listed
 from hf_megatron.checkpoint.torch_file import TENSOR_NAMES, StoredArray, open_torch_file
 from hf_megatron.checkpoint.unpickle import Call
 from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError
-from hf_megatron_conversion.formats.megatron_lm.names import is_ignored, own_name
+from hf_megatron_conversion.formats.megatron_lm.names import own_name
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")
@@ -55,29 +55,17 @@ _ALLOWED_PATTERNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """One file.
-
-    Attributes:
-        path: Where it lies.
-        tp: Tensor-parallel rank.
-        pp: Pipeline stage.
-        arguments: Megatron's command line arguments, or None in files that have none.
-        version: ``checkpoint_version`` as stored; None if absent.
-        iteration: As stored.
-        chunks: The tensors by name, of each chunk of the stage (only interleaved pipelines have several).
-        unmapped: Names of what is stored and not known here.
-        is_core: Whether the names are Megatron-core's.
-    """
+    """One file."""
 
     path: Path
-    tp: int
-    pp: int
-    arguments: dict[str, Any] | None
-    version: object
-    iteration: object
-    chunks: tuple[dict[str, LazyTensor], ...]
-    unmapped: tuple[str, ...]
-    is_core: bool
+    tp: int  # tensor-parallel rank
+    pp: int  # pipeline stage
+    arguments: dict[str, Any] | None  # Megatron's command line arguments, None in files that have none
+    version: object  # checkpoint_version as stored; None if absent
+    iteration: object  # as stored
+    chunks: tuple[dict[str, LazyTensor], ...]  # tensors by name; only interleaved pipelines have several in a stage
+    unmapped: tuple[str, ...]  # names of what is stored and not known here
+    is_core: bool  # whether the names are Megatron-core's
 
 
 def is_megatron_lm(directory: Path) -> bool:
@@ -94,8 +82,7 @@ def iteration_directory(directory: Path) -> Path:
     """The directory with the ranks' directories: the latest iteration, or the given directory itself.
 
     Raises:
-        CheckpointIncompleteError: It is not there, or nothing says which iteration is meant.
-        CheckpointFormatError: A distributed checkpoint of Megatron-core.
+        CheckpointError: It is not there, nothing says which iteration is meant, or Megatron-core's distributed format.
     """
     if _rank_directories(directory):
         return directory
@@ -130,9 +117,7 @@ def iteration_directory(directory: Path) -> Path:
 def open_ranks(directory: Path, problems: list[str]) -> dict[tuple[int, int], Rank]:
     """Open every rank's file, by (tensor rank, pipeline stage).
 
-    Args:
-        directory: With the ranks' directories.
-        problems: Extended by a line for each thing that is wrong with the set of files, or with one of them.
+    ``problems`` is extended by a line for each thing that is wrong with the set of files, or with one of them.
     """
     ranks: dict[tuple[int, int], Rank] = {}
     found = _rank_directories(directory)
@@ -152,13 +137,9 @@ def open_ranks(directory: Path, problems: list[str]) -> dict[tuple[int, int], Ra
             problems.append(f"{path.parent.name} is the part of an expert-parallel rank; experts are not supported")
             continue
         pp = 0 if len(numbers) == 1 or (is_data_parallel and len(numbers) == 2) else numbers[1]
-        ranks[numbers[0], pp] = Rank(**{**_fields(rank), "pp": pp})
+        ranks[numbers[0], pp] = replace(rank, pp=pp)
     problems += _missing(ranks, directory)
     return ranks
-
-
-def _fields(rank: Rank) -> dict[str, Any]:
-    return {name: getattr(rank, name) for name in rank.__dataclass_fields__}
 
 
 def _is_rank(directory: Path) -> bool:
@@ -198,13 +179,9 @@ def _named(place: tuple[int, int], num_stages: int) -> str:
 
 
 def _first_size(arguments: dict[str, Any], names: Sequence[str]) -> int | None:
-    return next((size for name in names if (size := _size(arguments, name)) is not None), None)
-
-
-def _size(arguments: dict[str, Any], name: str) -> int | None:
-    value = arguments.get(name)
+    values = (arguments.get(name) for name in names)
     # What is not a number of ranks is nothing to enumerate.
-    return value if isinstance(value, int) and 0 < value <= 1024 else None
+    return next((value for value in values if isinstance(value, int) and 0 < value <= 1024), None)
 
 
 def _open_rank(path: Path, tp: int, pp: int) -> Rank:
@@ -253,7 +230,7 @@ def _own_tensors(path: Path, model: Any) -> tuple[dict[str, LazyTensor], Sequenc
         name = own_name(stored)
         if name is not None and isinstance(value, StoredArray) and name not in tensors:
             tensors[name] = value.lazy(name)
-        elif not is_ignored(stored) and value != {}:
+        elif not stored.endswith("._extra_state") and value != {}:  # transformer-engine's, without weights
             unknown.append(stored)
     return tensors, unknown
 

@@ -7,11 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_megatron.architectures import ModelClass, PartitionTable, Tensor
+from hf_megatron.architectures import Architecture, ModelClass, Tensor
 from hf_megatron.checkpoint import DTYPES, LazyTensor, listed
-from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError
 from hf_megatron.partition import Box
-from hf_megatron_conversion.formats.megatron_lm.arguments import Arguments, stored_layers, unsupported
+from hf_megatron_conversion.formats.base import Model
+from hf_megatron_conversion.formats.megatron_lm.arguments import (
+    Arguments,
+    architecture_of,
+    megatron_of,
+    stored_layers,
+    unsupported,
+)
 from hf_megatron_conversion.formats.megatron_lm.config import Found, Outside, config_of
 from hf_megatron_conversion.formats.megatron_lm.merge import fused_qkv, joined, one_of_qkv
 from hf_megatron_conversion.formats.megatron_lm.names import COLUMN, ROW, VOCABULARY, megatron_names, split_layer
@@ -23,49 +30,24 @@ from hf_megatron_conversion.tensors import Readable, bounded
 _WORDS, _POSITIONS, _TOKEN_TYPES = (f"{kind}_embeddings.weight" for kind in ("word", "position", "tokentype"))
 _HEAD, _HEAD_COPY = "output_layer.weight", "word_embeddings_for_head.weight"
 _FIRST_QKV, _FIRST_UP = (f"layers.0.{name}" for name in COLUMN if name.endswith(".weight"))
-_BERT_ONLY = ("lm_head.", "binary_head.", "pooler.", "tokentype_")
 _SECOND_HEAD = ("pooler.dense.weight", "pooler.dense.bias", "binary_head.weight", "binary_head.bias")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Opened:
-    """A Megatron-LM checkpoint as a stock model.
+    """A Megatron-LM checkpoint as it is stored."""
 
-    Attributes:
-        config: A config.json of the stock library.
-        table: Its partition table.
-        model_class: Its class.
-        tensors: Its tensors by their stock names.
-        tp_size: Tensor-parallel degree of the files.
-        version: ``checkpoint_version``, 0 if absent.
-        files: The files.
-        dropped: Stored tensors that the model does not need.
-        has_known_vocab_size: Whether the vocabulary is without padding; if not, nobody could tell.
-        shards: Megatron's tensors as they are stored, layers counted through all stages.
-        arguments: Megatron's training arguments, if any.
-        is_core: Whether Megatron-core saved it.
-    """
-
-    config: dict[str, Any]
-    table: PartitionTable
+    config: dict[str, Any]  # a config.json of the stock library
+    table: Architecture
     model_class: ModelClass
-    tensors: Mapping[str, Readable]
-    tp_size: int
-    version: float
-    files: Sequence[Path]
-    dropped: Sequence[str]
-    has_known_vocab_size: bool
-    shards: Shards
-    arguments: Arguments | None
-    is_core: bool
+    version: float  # checkpoint_version, 0 if absent
+    shards: Shards  # Megatron's tensors, layers counted through all stages
+    arguments: Arguments | None  # Megatron's training arguments
+    is_core: bool  # whether Megatron-core saved it
 
 
-def open_megatron_lm(directory: Path, given: Outside) -> Opened:
-    """Open a checkpoint; nothing but the pickles in its files is read.
-
-    Args:
-        directory: The checkpoint, or one iteration of it.
-        given: What is known from outside.
+def open_megatron_lm(directory: Path, given: Outside) -> Model:
+    """Open a checkpoint as a stock model; nothing but the pickles in its files is read.
 
     Raises:
         CheckpointError: It is incomplete, damaged, of an unknown version, unsafe, or of a model that the stock classes
@@ -78,9 +60,8 @@ def open_megatron_lm(directory: Path, given: Outside) -> Opened:
         raise _refusal(iteration, problems)
     version, arguments = common(list(ranks.values()), problems)
     stored = merged_stages(ranks, problems)
-    is_bert = any(name.startswith(_BERT_ONLY) for name in stored)
-    problems += unsupported(arguments or {}, is_bert=is_bert)
-    found = _found(stored, ranks, arguments or {}, problems, is_bert)
+    problems += unsupported(arguments or {})
+    found = _found(stored, ranks, arguments or {}, problems)
     if problems or found is None:
         raise _refusal(iteration, problems)
     config, table, has_known_vocab_size = config_of(found, arguments, given, problems)
@@ -90,39 +71,38 @@ def open_megatron_lm(directory: Path, given: Outside) -> Opened:
     shards = _each_layer(stored, arguments or {})
     assembly = _Assembly(shards, config, table, version, problems)
     tensors = assembly.tensors(table.tensors(config, model_class))
-    dropped = _left_over(shards, assembly.used, config["vocab_size"], problems, is_bert=is_bert)
+    dropped = _left_over(shards, assembly.used, config["vocab_size"], problems, table)
     if problems:
         raise _refusal(iteration, problems)
-    return Opened(
+    return Model(
+        directory=directory,
+        format="megatron-lm",
         config=config,
         table=table,
         model_class=model_class,
         tensors=tensors,
         tp_size=found.tp_size,
-        version=version,
         files=[rank.path for rank in ranks.values()],
         dropped=dropped,
+        checkpoint_version=version,
         has_known_vocab_size=has_known_vocab_size,
-        shards=shards,
-        arguments=arguments,
-        is_core=found.is_core,
+        # Where generation stops, null if nobody knows it.
+        generation_config={n: config[n] for n in ("bos_token_id", "eos_token_id")} if table.is_causal else None,
+        opened=Opened(config, table, model_class, version, shards, arguments, found.is_core),
     )
 
 
-def _refusal(directory: Path, problems: Sequence[str]) -> CheckpointFormatError | CheckpointIncompleteError:
+def _refusal(directory: Path, problems: Sequence[str]) -> CheckpointError:
     kind = CheckpointIncompleteError if any("missing" in problem for problem in problems) else CheckpointFormatError
     lines = "\n  ".join(dict.fromkeys(problems))
     return kind(f"{directory} cannot be read as a Megatron-LM checkpoint:\n  {lines}")
 
 
 def _found(
-    stored: Shards,
-    ranks: Mapping[tuple[int, int], Rank],
-    arguments: Arguments,
-    problems: list[str],
-    is_bert: bool,
+    stored: Shards, ranks: Mapping[tuple[int, int], Rank], arguments: Arguments, problems: list[str]
 ) -> Found | None:
     """What the tensors show; None if those that show it are not there."""
+    table = architecture_of(stored, arguments, problems)
     needed = (_WORDS, _POSITIONS, _FIRST_QKV, _FIRST_UP)
     if missing := [name for name in needed if name not in stored or len(stored[name][0].shape) != 2]:
         problems.append(f"missing: {listed(missing)}")
@@ -136,21 +116,22 @@ def _found(
         )
     is_core = any(rank.is_core for rank in ranks.values())
     count = 1 + max(layer for layer, _ in map(split_layer, stored) if layer is not None)
+    sizes = {
+        "hidden_size": hidden,
+        "num_hidden_layers": len(stored_layers(arguments, count)),
+        "num_positions": positions[0],
+        "intermediate_size": up[0] * tp_size,
+    }
+    if _TOKEN_TYPES in stored:
+        sizes["num_token_types"] = stored[_TOKEN_TYPES][0].shape[0]
     return Found(
-        is_bert=is_bert,
+        table=table,
         is_core=is_core,
-        sizes={
-            "hidden_size": hidden,
-            "num_layers": len(stored_layers(arguments, count)),
-            "max_position_embeddings": positions[0],
-            "ffn_hidden_size": up[0] * tp_size,
-        },
+        sizes=sizes,
         padded_vocab_size=words[0] * tp_size,
         tp_size=tp_size,
-        num_token_types=stored[_TOKEN_TYPES][0].shape[0] if _TOKEN_TYPES in stored else None,
         has_binary_head="binary_head.weight" in stored,
-        # The head of a BERT that is not Megatron-core's uses the embedding, whatever else is stored.
-        is_tied=(is_bert and not is_core) or _is_tied(stored, arguments),
+        is_tied=(megatron_of(table).ties_head and not is_core) or _is_tied(stored, arguments),
         dtype=DTYPES[stored[_WORDS][0].dtype][1],
     )
 
@@ -174,12 +155,16 @@ def _each_layer(stored: Shards, arguments: Arguments) -> Shards:
     return shards
 
 
-def _left_over(shards: Shards, used: set[str], vocab_size: int, problems: list[str], *, is_bert: bool) -> list[str]:
+def _left_over(shards: Shards, used: set[str], vocab_size: int, problems: list[str], table: Architecture) -> list[str]:
     """Names of what the model does not need; anything but copies of the embedding and a second head is a problem."""
     dropped, surplus = [], []
     for name in sorted(set(shards) - used):
         is_copy = name in (_HEAD, _HEAD_COPY)
-        if is_copy and not (is_bert and name == _HEAD) and not _have_same_words(shards[name], shards, vocab_size):
+        if (
+            is_copy
+            and not (megatron_of(table).ties_head and name == _HEAD)
+            and not _have_same_words(shards[name], shards, vocab_size)
+        ):
             problems.append(f"{name} should be a copy of {_WORDS}, and differs from it")
         elif is_copy or name in _SECOND_HEAD:
             dropped.append(name)
@@ -203,20 +188,13 @@ def _have_same_words(head: Sequence[LazyTensor], stored: Shards, vocab_size: int
 
 
 class _Assembly:
-    """Full tensors of the stock model from Megatron's shards.
-
-    Attributes:
-        used: Names of the shards that were needed.
-    """
+    """Full tensors of the stock model from Megatron's shards; ``used`` are the names of those that were needed."""
 
     def __init__(
-        self, shards: Shards, config: Mapping[str, Any], table: PartitionTable, version: float, problems: list[str]
+        self, shards: Shards, config: Mapping[str, Any], table: Architecture, version: float, problems: list[str]
     ) -> None:
         self.used: set[str] = set()
-        self._shards = shards
-        self._table = table
-        self._version = version
-        self._problems = problems
+        self._shards, self._table, self._version, self._problems = shards, table, version, problems
         self._sizes = table.sizes(config)
         self._head_dim = self._sizes["hidden_size"] // self._sizes["num_attention_heads"]
         self._memo = Memo()
@@ -225,18 +203,19 @@ class _Assembly:
         """Every tensor of the model by its stock name; those that cannot be had are problems."""
         names = megatron_names(self._table, expected, self._sizes["num_hidden_layers"])
         result: dict[str, Readable] = {}
-        missing, unexpected = [], []
+        missing: dict[str, None] = {}
+        unexpected = []
         for stock, name in names.items():
             shape = expected[stock].shape
             tensor = self._tensor(stock, name, shape)
             if tensor is None:
-                missing.append(name)
+                missing[name] = None
             elif tensor.shape != shape:
                 unexpected.append(f"{name} is {list(tensor.shape)} in all, expected {list(shape)}")
             else:
                 result[stock] = tensor
         if missing:
-            self._problems.append(f"missing: {listed(list(dict.fromkeys(missing)))}")
+            self._problems.append(f"missing: {listed(list(missing))}")
         if unexpected:
             self._problems.append(listed(unexpected))
         return result
@@ -254,18 +233,13 @@ class _Assembly:
         if layer is None:
             limit = self._sizes["vocab_size"] if name in VOCABULARY else None
             return joined(shards if name in VOCABULARY else shards[:1], 0, limit)
-        is_matrix = len(shape) == 2
-        if rest.startswith("self_attention.query_key_value"):
-            full = self._projections(stock, shards)
+        rule = self._table.rule_of(stock)
+        if rule.qkv is not None:
+            full = one_of_qkv(shards, rule.qkv, self._head_dim, self._version)
+        elif rest.startswith("self_attention.query_key_value"):
+            full = fused_qkv(shards, self._head_dim, self._version)
         elif rest in COLUMN:
             full = joined(shards, 0)
         else:
             full = joined(shards, 1) if rest in ROW else joined(shards[:1], 0)
-        # Megatron stores matrices [out, in], as BERT does; GPT-2 in transformers has [in, out].
-        return Transposed(full, self._memo) if is_matrix and self._table.architecture == "gpt2" else full
-
-    def _projections(self, stock: str, shards: Sequence[LazyTensor]) -> LazyTensor:
-        if self._table.architecture == "gpt2":
-            return fused_qkv(shards, self._head_dim, self._version)
-        which = ("query", "key", "value").index(stock.split(".")[-2])
-        return one_of_qkv(shards, which, self._head_dim, self._version)
+        return Transposed(full, self._memo) if rule.is_transposed else full

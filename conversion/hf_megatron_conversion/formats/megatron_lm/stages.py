@@ -33,11 +33,9 @@ Shards = dict[str, list[LazyTensor]]
 
 
 def common(ranks: Sequence[Rank], problems: list[str]) -> tuple[float, Arguments | None]:
-    """``checkpoint_version`` (0 if absent) and arguments, on which all ranks have to agree.
+    """``checkpoint_version`` (0 if absent) and arguments, on which all of at least one rank have to agree.
 
-    Args:
-        ranks: At least one.
-        problems: Extended by what they do not agree on or what is not known.
+    ``problems`` is extended by what they do not agree on or what is not known.
     """
     for what, values in (
         ("checkpoint_version", [rank.version for rank in ranks]),
@@ -65,9 +63,7 @@ def common(ranks: Sequence[Rank], problems: list[str]) -> tuple[float, Arguments
 def merged_stages(ranks: Mapping[tuple[int, int], Rank], problems: list[str]) -> Shards:
     """The tensors of all stages with their layers counted through: chunk by chunk, and in a chunk stage by stage.
 
-    Args:
-        ranks: By (tensor rank, pipeline stage).
-        problems: Extended by what the ranks of a stage do not have alike.
+    ``problems`` is extended by what the ranks of a stage do not have alike.
     """
     shards: Shards = {}
     first_layer = 0

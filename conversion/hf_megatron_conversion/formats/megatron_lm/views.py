@@ -19,10 +19,7 @@ _MIN_RUN_BYTES = 4096
 
 
 class Memo:
-    """The last tensor that had to be made as a whole, so that its slices are not each made from the whole again.
-
-    One is shared by all views of a model, so that at most one such tensor is in memory.
-    """
+    """The last tensor that had to be made as a whole, kept for its other slices. All views of a model share one."""
 
     def __init__(self) -> None:
         self._key: Hashable = None
@@ -38,31 +35,32 @@ class Memo:
 
 
 @dataclass(frozen=True)
-class Transposed:
-    """A matrix with rows and columns exchanged: [m, n] as stored becomes [n, m].
-
-    Attributes:
-        tensor: As stored.
-        memo: Keeps the columns that were read last, where they lie in short runs: whoever writes the matrix reads the
-            same ones for each slice.
-    """
+class _View:
+    """Of a tensor, with the dtype that this has."""
 
     tensor: Readable
-    memo: Memo = field(compare=False, repr=False)
 
     @property
     def dtype(self) -> str:
-        """In safetensors' spelling."""
         return self.tensor.dtype
+
+
+@dataclass(frozen=True)
+class Transposed(_View):
+    """A matrix with rows and columns exchanged: [m, n] as stored becomes [n, m].
+
+    ``memo`` keeps the columns that were read last, where they lie in short runs: whoever writes the matrix reads the
+    same ones for each slice.
+    """
+
+    memo: Memo = field(compare=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """With rows and columns exchanged."""
         rows, columns = self.tensor.shape
         return columns, rows
 
     def read(self, box: Box | None = None) -> torch.Tensor:
-        """The part inside ``box``."""
         box = Box.whole(self.shape) if box is None else box
         (start, first), (size, width) = box.offset, box.shape
         if size * itemsize(self.dtype) >= _MIN_RUN_BYTES:
@@ -81,57 +79,34 @@ def narrowed(tensor: Readable, dim: int, start: int, stop: int) -> Readable:
 
 
 @dataclass(frozen=True)
-class Boxed:
+class Boxed(_View):
     """A box of a tensor."""
 
-    tensor: Readable
     box: Box
 
     @property
-    def dtype(self) -> str:
-        """In safetensors' spelling."""
-        return self.tensor.dtype
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        """The box's."""
         return self.box.shape
 
     def read(self, box: Box | None = None) -> torch.Tensor:
-        """The part inside ``box``."""
         box = Box.whole(self.shape) if box is None else box
         offset = tuple(a + b for a, b in zip(self.box.offset, box.offset, strict=True))
         return self.tensor.read(Box(offset, box.shape))
 
 
 @dataclass(frozen=True)
-class Padded:
-    """Rows of a tensor, followed by as many rows of one value as are missing.
+class Padded(_View):
+    """``rows`` rows of a tensor [n, ...] from ``start`` on; those from n on are ``fill``."""
 
-    Attributes:
-        tensor: [n, ...].
-        start: The first row wanted.
-        rows: How many are wanted; those from n on are ``fill``.
-        fill: The value.
-    """
-
-    tensor: Readable
     start: int
     rows: int
     fill: float = 0.0
 
     @property
-    def dtype(self) -> str:
-        """In safetensors' spelling."""
-        return self.tensor.dtype
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        """[rows, ...]."""
         return self.rows, *self.tensor.shape[1:]
 
     def read(self, box: Box | None = None) -> torch.Tensor:
-        """The part inside ``box``."""
         import torch
 
         box = Box.whole(self.shape) if box is None else box
@@ -149,10 +124,7 @@ class Padded:
 class Stacked:
     """Queries, keys and values of some heads, one head's after the other: 3 x [n * d, ...] to [n * 3 * d, ...].
 
-    Attributes:
-        tensors: The queries, the keys and the values, each [n * d, h] or [n * d].
-        head_dim: d.
-        memo: Keeps the result.
+    ``memo`` keeps the result.
     """
 
     tensors: Sequence[Readable]
@@ -161,17 +133,14 @@ class Stacked:
 
     @property
     def dtype(self) -> str:
-        """In safetensors' spelling."""
         return self.tensors[0].dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[3 * n * d, ...]."""
         rows, *rest = self.tensors[0].shape
         return 3 * rows, *rest
 
     def read(self, box: Box | None = None) -> torch.Tensor:
-        """The part inside ``box``."""
         box = Box.whole(self.shape) if box is None else box
         return self.memo.get(id(self), self._make)[box.slices].contiguous()
 
@@ -192,7 +161,6 @@ class Filled:
     fill: float = 0.0
 
     def read(self, box: Box | None = None) -> torch.Tensor:
-        """The part inside ``box``."""
         import torch
 
         return torch.full(self.shape if box is None else box.shape, self.fill, dtype=torch_dtype(self.dtype))

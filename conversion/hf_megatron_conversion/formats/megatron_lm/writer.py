@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hf_megatron.errors import PartitionError, UnsupportedError
 from hf_megatron_conversion.files import OutputFile, TextFile
 from hf_megatron_conversion.formats.base import Target
 from hf_megatron_conversion.formats.megatron_lm.arguments import padded_vocab_size
-from hf_megatron_conversion.formats.megatron_lm.export import arguments_of
+from hf_megatron_conversion.formats.megatron_lm.export import arguments_of, require_expressible
 from hf_megatron_conversion.formats.megatron_lm.names import COLUMN, ROW, VOCABULARY, megatron_names, split_layer
 from hf_megatron_conversion.formats.megatron_lm.views import Filled, Memo, Padded, Stacked, Transposed, narrowed
 from hf_megatron_conversion.tensors import Readable
@@ -32,12 +32,7 @@ _TOKEN_TYPES = "tokentype_embeddings.weight"
 
 
 def megatron_lm_files(target: Target) -> Sequence[OutputFile]:
-    """One file per rank, and the one that names the release.
-
-    Raises:
-        UnsupportedError: The model has something that Megatron-LM has not; everything is listed.
-        PartitionError: The MLP's size does not divide.
-    """
+    """One file per rank, and the one that names the release."""
     if target.max_shard_size is not None:
         raise UnsupportedError("max_shard_size is for hub directories; a megatron-lm directory has one file per rank.")
     layout = _Layout(target)
@@ -49,17 +44,17 @@ def megatron_lm_files(target: Target) -> Sequence[OutputFile]:
 
 
 class _Layout:
-    """The tensors of every rank.
+    """The tensors of every rank, and Megatron-LM's training arguments as far as they say what model it is.
 
-    Attributes:
-        arguments: Megatron-LM's training arguments, as far as they say what model it is.
+    Raises:
+        UnsupportedError: The model has something that Megatron-LM has not; everything is listed.
+        PartitionError: The MLP's size does not divide.
     """
 
     def __init__(self, target: Target) -> None:
         model = target.model
-        self._table = model.table
-        self._tensors = target.tensors
-        self._tp_size = target.tp_size
+        require_expressible(model)
+        self._table, self._tensors, self._tp_size = model.table, target.tensors, target.tp_size
         self._sizes = model.table.sizes(model.config)
         self._memo = Memo()
         intermediate = self._sizes["intermediate_size"]
@@ -72,25 +67,23 @@ class _Layout:
         self._stock: dict[str, list[str]] = {}
         for stock, name in megatron_names(model.table, target.tensors, self._sizes["num_hidden_layers"]).items():
             self._stock.setdefault(name, []).append(stock)
-        is_masked_lm = model.table.architecture == "bert" and "binary_head.weight" not in self._stock
-        self._is_without_token_types = is_masked_lm and self._has_no_token_types()
-        self._has_empty_head = is_masked_lm and not self._is_without_token_types
+        lacks_second_head = _TOKEN_TYPES in self._stock and "binary_head.weight" not in self._stock
+        self._is_without_token_types = lacks_second_head and self._has_no_token_types()
+        self._has_empty_head = lacks_second_head and not self._is_without_token_types
         if self._has_empty_head:
             _logger.warning(
                 "The model has token types and no second head, which Megatron-LM's BERT has only both or neither; a "
                 "second head of zeros is added."
             )
-        dtype = next(iter(target.tensors.values())).dtype
-        self.arguments = argparse.Namespace(
-            **arguments_of(
-                model,
-                dtype=dtype,
-                tp_size=target.tp_size,
-                divisor=_DIVISOR,
-                padded_vocab_size=self._padded,
-                has_binary_head=not self._is_without_token_types,
-            )
+        arguments = arguments_of(
+            model,
+            dtype=next(iter(target.tensors.values())).dtype,
+            tp_size=target.tp_size,
+            divisor=_DIVISOR,
+            padded_vocab_size=self._padded,
+            has_binary_head=not self._is_without_token_types,
         )
+        self.arguments = argparse.Namespace(**arguments)
 
     def model(self, rank: int) -> dict[str, Any]:
         """What a rank's file has under ``model``: dictionaries as Megatron-LM nests them."""
@@ -117,13 +110,9 @@ class _Layout:
             found = [(name, tensor) for name, tensor in found if name != _TOKEN_TYPES]
         if self._has_empty_head:
             hidden, dtype = self._sizes["hidden_size"], found[0][1].dtype
-            shapes: Mapping[str, tuple[int, ...]] = {
-                "pooler.dense.weight": (hidden, hidden),
-                "pooler.dense.bias": (hidden,),
-                "binary_head.weight": (2, hidden),
-                "binary_head.bias": (2,),
-            }
-            found += [(name, Filled(dtype, shape)) for name, shape in shapes.items() if name not in self._stock]
+            for module, rows in (("pooler.dense", hidden), ("binary_head", 2)):
+                zeros = {f"{module}.weight": (rows, hidden), f"{module}.bias": (rows,)}
+                found += [(name, Filled(dtype, shape)) for name, shape in zeros.items() if name not in self._stock]
         return found
 
     def _shard(self, name: str, rank: int) -> Readable:
@@ -145,7 +134,7 @@ class _Layout:
     def _outwards(self, stock: str) -> Readable:
         """A stock tensor in Megatron's orientation, matrices [out, in]."""
         tensor = self._tensors[stock]
-        if self._table.architecture != "gpt2" or len(tensor.shape) != 2 or ".h." not in f".{stock}":
+        if not self._table.rule_of(stock).is_transposed:
             return tensor
         return tensor.tensor if isinstance(tensor, Transposed) else Transposed(tensor, self._memo)
 

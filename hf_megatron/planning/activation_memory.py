@@ -28,12 +28,7 @@ _MASK = 1  # bytes of a bool
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A tensor that lives until the backward pass.
-
-    Attributes:
-        name: What it is.
-        bytes: On one rank.
-    """
+    """A tensor that lives until the backward pass, and its bytes on one rank."""
 
     name: str
     bytes: int
@@ -46,9 +41,9 @@ def kept_by_embedding(shape: ModelShape, run: Run) -> Iterator[Kept]:
     if run.tp_size > 1:
         yield Kept("which ids are other ranks'", run.tokens * _MASK)
     # BERT's hidden states are split on the sequence only behind its embeddings.
-    where = run if shape.is_causal else replace(run, sequence_parallel=False)
+    where = run if shape.table.is_causal else replace(run, sequence_parallel=False)
     yield from _dropout("embedding", shape.embedding_dropout, shape, where)
-    if shape.is_post:
+    if shape.table.norms == "post":
         yield from _norm("embedding norm", shape, where)
 
 
@@ -81,14 +76,15 @@ def kept_for_recomputation(shape: ModelShape, run: Run) -> Kept:
 def kept_by_head(shape: ModelShape, run: Run) -> Iterator[Kept]:
     """From the last layer to the head's input."""
     hidden, compute = shape.hidden_size, run.precision.compute
-    if not shape.is_post:
+    if shape.table.norms == "pre":
         yield from _norm("final norm", shape, run)
-    if shape.has_pooler:
+    if any(".pooler." in f".{name}" for name in shape.tensors):
         yield Kept("input of the pooler [B, S, H]", run.tokens * hidden * compute)
         yield Kept("pooled [B, H]", run.micro_batch * hidden * compute)
-    if shape.has_vocabulary_head and not shape.is_causal:
-        predicted = run.predicted(shape)
+    if shape.model_class.is_language_model and not shape.table.is_causal:
         yield Kept("which positions are labelled", run.tokens * _MASK)
+    if shape.head_has("hidden_size", "hidden_size"):
+        predicted = run.predicted(shape)
         # What goes into its linear layer, into its activation and into its norm.
         yield Kept("transform [T, H] x 3", predicted * hidden * (2 * compute + run.precision.residual))
         yield Kept("statistics of its norm", predicted * _STATISTICS)
@@ -102,7 +98,7 @@ def kept_by_loss(shape: ModelShape, run: Run) -> Iterator[Kept]:
         yield Kept("which positions are predicted [T]", predicted * _INDEX)
         yield Kept("gradient of the head's input [T, H]", predicted * shape.hidden_size * run.precision.residual)
         yield Kept("gradient of the head's weight [V/P, H]", rows * shape.hidden_size * weight_size)
-        if not shape.is_causal:
+        if shape.head_has("vocab_size"):
             yield Kept("gradient of the head's bias [V/P]", rows * weight_size)
 
 
@@ -141,7 +137,7 @@ def _attention(shape: ModelShape, run: Run) -> Iterator[Kept]:
     # Autocast computes softmax in float32, and what is multiplied is a 16-bit copy.
     softmax_size = 4 if run.precision.name == "amp" else compute
     has_dropout = run.dropout and shape.attention_dropout > 0
-    if shape.is_causal and run.attention == "sdpa":
+    if shape.table.is_causal and run.attention == "sdpa":
         yield Kept("causal mask [S, S]", run.sequence_length**2 * _MASK)
     yield Kept("attention probabilities [B, heads/P, S, S]", scores * softmax_size)
     if has_dropout:
