@@ -20,6 +20,7 @@ from hf_megatron.tensor_parallel import (
     copy_to_tensor_parallel_region,
     gather_from_tensor_parallel_region,
     local,
+    vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
 from hf_megatron.tensor_parallel.cpu import TiedGradient, is_tuned
@@ -105,16 +106,12 @@ class VocabParallelHead(ParallelModule):
             **loss_arguments,
         )
 
-    def gather(self, logits: torch.Tensor) -> torch.Tensor:
-        """[..., V_p] split on the last dim to [..., V] replicated.
-
-        Collective: all-gather over tp, forward.
-        """
-        return gather_from_tensor_parallel_region(self.tp_group, logits, dim=-1, size=self.out_features)
-
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, is_tied={self.weight is None}"
         return ", ".join(part for part in (sizes, super().extra_repr()) if part)
+
+
+LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "label_smoothing")  # of a language model's forward
 
 
 class VocabParallelLossMixin:
@@ -151,6 +148,45 @@ class VocabParallelLossMixin:
         tied = TiedGradient(local(weight))
         self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         return None, embedding(input_ids.view(-1, input_ids.shape[-1]), tied), tied
+
+    def _loss_and_logits(
+        self: Any,
+        predict: Callable[..., torch.Tensor],
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None,
+        targets: Any,
+        *,
+        loss_arguments: dict[str, Any],
+        region: SequenceParallelRegion | None = None,
+        tied: TiedGradient | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The loss, if there are labels; the logits, unless the loss is computed without them.
+
+        Args:
+            predict: The head, or a module around it with its arguments.
+            hidden_states: [..., H], replicated; with a region [..., S_p, H], split on the sequence.
+            labels: [...], as they were given, for a loss function of the user's.
+            targets: [...], what each position has to predict.
+            loss_arguments: Of the loss.
+            region: Where the hidden states come from, if they are split on the sequence.
+            tied: Where the gradients of lookups and head are added up.
+
+        Returns:
+            A scalar and [..., V], both replicated.
+        """
+        shared_weight, vocab_size = self.get_input_embeddings().shared_weight, self.config.vocab_size
+        if self._is_fused(labels):
+            options = {"region": region, "tied": tied, **loss_arguments}
+            return predict(hidden_states, shared_weight, labels=targets, **options), None
+        shard = predict(hidden_states, shared_weight, region=region)  # [..., V_p], split on the last dim
+        logits = gather_from_tensor_parallel_region(self.tp_group, shard, dim=-1, size=vocab_size)
+        if labels is None:
+            return None, logits
+        own_loss = getattr(self, "_loss_function", None)  # set by ``model.loss_function = ...``
+        if own_loss is not None:
+            return own_loss(logits, labels, vocab_size=vocab_size, **loss_arguments), logits
+        loss = vocab_parallel_cross_entropy(self.tp_group, shard, targets, vocab_size=vocab_size, **loss_arguments)
+        return loss, logits
 
 
 def next_token_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:

@@ -31,18 +31,14 @@ from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.activations import activation
 from hf_megatron.models.bert.configuration_bert import MegatronBertConfig
 from hf_megatron.models.bert.modeling_bert import MegatronBertModel, MegatronBertPreTrainedModel
-from hf_megatron.models.heads import VocabParallelHead, VocabParallelLossMixin
+from hf_megatron.models.heads import LOSS_ARGUMENTS, VocabParallelHead, VocabParallelLossMixin
 from hf_megatron.models.parallel_style import head_tp_plan_of
 from hf_megatron.partition import Spec, VocabSplit
 from hf_megatron.tensor_parallel import (
     ParallelModule,
     ReplicatedLayerNorm,
     ReplicatedLinear,
-    vocab_parallel_cross_entropy,
 )
-from hf_megatron.tensor_parallel.cpu import TiedGradient
-
-_LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "label_smoothing")
 
 
 class MegatronBertPredictionHeadTransform(BertPredictionHeadTransform):
@@ -114,34 +110,34 @@ class _MaskedLM(VocabParallelLossMixin, MegatronBertPreTrainedModel):
             predictions.bias = nn.Parameter(bias, requires_grad=predictions.bias.requires_grad)
         return resized
 
-    def _masked_lm(
+    def _encode(
         self,
-        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
         labels: torch.Tensor | None,
-        tied: TiedGradient | None,
-        loss_arguments: dict[str, Any],
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Loss and logits of the masked-LM head.
+        **kwargs: Any,
+    ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
+        """The encoder's outputs, the loss and the logits of the masked-LM head.
 
         In training with labels only the labelled positions are computed, about 15% of a masked batch, and there are no
         logits; otherwise the logits are [B, S, V], replicated.
         """
-        predictions, vocab_size = self.cls.predictions, self.config.vocab_size
-        shared_weight = self.bert.embeddings.word_embeddings.shared_weight
-        if labels is not None and self._is_fused(labels):
-            if not torch.compiler.is_compiling():  # how many labels there are is not known to a compiler
-                is_labelled = labels != loss_arguments.get("ignore_index", -100)
-                hidden_states, labels = hidden_states[is_labelled], labels[is_labelled]
-            return predictions(hidden_states, shared_weight, labels=labels, tied=tied, **loss_arguments), None
-        shard = predictions(hidden_states, shared_weight)  # [B, S, V_p], split on the last dim
-        logits = predictions.decoder.gather(shard)
-        if labels is None:
-            return None, logits
-        own_loss = getattr(self, "_loss_function", None)  # set by ``model.loss_function = ...``
-        if own_loss is not None:
-            return own_loss(logits, labels, vocab_size=vocab_size, **loss_arguments), logits
-        loss = vocab_parallel_cross_entropy(self.tp_group, shard, labels, vocab_size=vocab_size, **loss_arguments)
-        return loss, logits
+        loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
+        predictions, tied, targets = self.cls.predictions, None, labels
+        if self._is_fused(labels) and inputs_embeds is None:
+            embedded = self._embed_for_tied_head(predictions.decoder, input_ids, attention_mask)
+            input_ids, inputs_embeds, tied = embedded
+        outputs = self.bert(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        # How many labels there are is not known to a compiler.
+        if labels is not None and self._is_fused(labels) and not torch.compiler.is_compiling():
+            is_labelled = labels != loss_arguments.get("ignore_index", -100)
+            hidden_states, targets = hidden_states[is_labelled], labels[is_labelled]
+        loss, logits = self._loss_and_logits(
+            predictions, hidden_states, labels, targets, loss_arguments=loss_arguments, tied=tied
+        )
+        return outputs, loss, logits
 
 
 class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
@@ -190,20 +186,15 @@ class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
         if next_sentence_label is not None and sentence_order_label is not None:
             raise UnsupportedError("sentence_order_label and next_sentence_label are the same argument; give one.")
         order = sentence_order_label if next_sentence_label is None else next_sentence_label
-        loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
-        tied = None
-        if self._is_fused(labels) and inputs_embeds is None:
-            decoder = self.cls.predictions.decoder
-            input_ids, inputs_embeds, tied = self._embed_for_tied_head(decoder, input_ids, attention_mask)
-        outputs = self.bert(
+        outputs, loss, logits = self._encode(
             input_ids,
-            attention_mask=attention_mask,
+            inputs_embeds,
+            attention_mask,
+            labels,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        loss, logits = self._masked_lm(outputs.last_hidden_state, labels, tied, loss_arguments)
         order_logits = self.cls.seq_relationship(outputs.pooler_output)
         if order is not None:
             order_loss = F.cross_entropy(order_logits.view(-1, 2), order.view(-1))
@@ -243,22 +234,17 @@ class MegatronBertForMaskedLM(_MaskedLM, BertForMaskedLM):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
-        tied = None
-        if self._is_fused(labels) and inputs_embeds is None:
-            decoder = self.cls.predictions.decoder
-            input_ids, inputs_embeds, tied = self._embed_for_tied_head(decoder, input_ids, attention_mask)
-        outputs = self.bert(
+        outputs, loss, logits = self._encode(
             input_ids,
-            attention_mask=attention_mask,
+            inputs_embeds,
+            attention_mask,
+            labels,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             **kwargs,
         )
-        loss, logits = self._masked_lm(outputs.last_hidden_state, labels, tied, loss_arguments)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -28,10 +28,9 @@ from hf_megatron.models.forward_arguments import CACHE
 from hf_megatron.models.generation import ParallelGenerationMixin
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
 from hf_megatron.models.gpt2.modeling_gpt2 import MegatronGPT2Model, MegatronGPT2PreTrainedModel
-from hf_megatron.models.heads import VocabParallelHead, VocabParallelLossMixin, next_token_labels
+from hf_megatron.models.heads import LOSS_ARGUMENTS, VocabParallelHead, VocabParallelLossMixin, next_token_labels
 from hf_megatron.models.parallel_style import head_tp_plan_of
-from hf_megatron.tensor_parallel import ReplicatedLinear, SequenceParallelRegion, vocab_parallel_cross_entropy
-from hf_megatron.tensor_parallel.cpu import TiedGradient
+from hf_megatron.tensor_parallel import ReplicatedLinear
 
 
 class MegatronGPT2LMHeadModel(
@@ -70,11 +69,12 @@ class MegatronGPT2LMHeadModel(
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions:
-        loss_kwargs: dict[str, Any] = {
-            name: kwargs.pop(name)
-            for name in ("shift_labels", "num_items_in_batch", "ignore_index", "label_smoothing")
-            if name in kwargs
-        }
+        loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
+        targets = kwargs.pop("shift_labels", None)
+        if targets is not None and getattr(self, "_loss_function", None) is not None:
+            loss_arguments["shift_labels"] = targets
+        elif targets is None and labels is not None:
+            targets = next_token_labels(labels, loss_arguments.get("ignore_index", -100))
         region, tied = region_of_call(self.transformer, input_ids, inputs_embeds), None
         if self._is_fused(labels) and inputs_embeds is None:
             input_ids, inputs_embeds, tied = self._embed_for_tied_head(self.lm_head, input_ids, attention_mask)
@@ -97,7 +97,9 @@ class MegatronGPT2LMHeadModel(
                 hidden_states, region = region.gather(hidden_states), None
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, kept, :]
-        loss, logits = self._loss_and_logits(hidden_states, labels, region, tied, loss_kwargs)
+        loss, logits = self._loss_and_logits(
+            self.lm_head, hidden_states, labels, targets, loss_arguments=loss_arguments, region=region, tied=tied
+        )
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
@@ -105,35 +107,6 @@ class MegatronGPT2LMHeadModel(
             attentions=outputs.attentions,
             **{CACHE: getattr(outputs, CACHE)},
         )
-
-    def _loss_and_logits(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor | None,
-        region: SequenceParallelRegion | None,
-        tied: TiedGradient | None,
-        loss_kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The loss, a scalar, if there are labels [B, S]; the logits [B, S, V], unless the loss is all it takes.
-
-        All of them are replicated; the hidden states [B, S_p, H] are split on the sequence if there is a region.
-        """
-        vocab_size, shared_weight = self.config.vocab_size, self.transformer.wte.shared_weight
-        own_loss = getattr(self, "_loss_function", None)  # set by ``model.loss_function = ...``
-        if labels is not None and own_loss is None:
-            targets = loss_kwargs.pop("shift_labels", None)
-            if targets is None:
-                targets = next_token_labels(labels, loss_kwargs.get("ignore_index", -100))
-        if self._is_fused(labels):
-            loss = self.lm_head(hidden_states, shared_weight, region=region, labels=targets, tied=tied, **loss_kwargs)
-            return loss, None
-        shard = self.lm_head(hidden_states, shared_weight, region=region)  # [B, S, V_p], split on the last dim
-        logits = self.lm_head.gather(shard)
-        if labels is None:
-            return None, logits
-        if own_loss is not None:
-            return own_loss(logits, labels, vocab_size=vocab_size, **loss_kwargs), logits
-        return vocab_parallel_cross_entropy(self.tp_group, shard, targets, vocab_size=vocab_size, **loss_kwargs), logits
 
 
 class MegatronGPT2ForSequenceClassification(MegatronGPT2PreTrainedModel, GPT2ForSequenceClassification):
