@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 class SharedGradScaler(torch.amp.GradScaler):
-    """A loss scale that all ranks lower, and a step that all of them skip, when the gradients of one overflow.
+    """Gradient scaler shared by all ranks: an overflow on one rank makes all skip the step and lower the scale.
 
     Each sees its own part of the gradients. The stock class asks the others only if the first gradient of all is cut:
     not with an adapter, whose first half is replicated, and not for plain tensors. (torch has such a class for FSDP,
