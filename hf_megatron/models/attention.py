@@ -1,4 +1,4 @@
-"""Attention cut by heads: each rank computes its own heads and needs nobody else's.
+"""Attention split by heads: each rank computes its own heads, without communication.
 
 Shapes: B batch, S_q queries, S_k keys, N heads, N_p heads per partition, D head dim, H = N x D hidden.
 
@@ -120,13 +120,13 @@ class ParallelAttention(ParallelModule):
         recompute: Callable[..., Any] | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, N_p, S, D] each to the context [B, S_q, N_p, D] and perhaps the probabilities."""
+        """Map queries, keys and values [B, N_p, S, D] to the context [B, S_q, N_p, D] and optional probabilities."""
         dropout = self.dropout_p if self.training else 0.0
         is_causal = self.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         implementation = self.config._attn_implementation
         if implementation == "eager" or (dropout and implementation == "sdpa" and not query.is_cuda):
-            # sdpa draws its dropout from the default generator, which gives every rank the same masks. On a CPU it
-            # has no fused kernel with dropout anyway, so nothing is lost by drawing per head.
+            # sdpa draws dropout masks from the default generator, which would give every rank the same masks. CPUs
+            # have no fused kernel with dropout, so drawing per head costs nothing there.
             explicit = self._explicit if recompute is None else partial(recompute, self._explicit)
             return explicit(query, key, value, mask, dropout, is_causal)
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
@@ -146,7 +146,7 @@ class ParallelAttention(ParallelModule):
         dropout: float,
         is_causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention written out, with the probabilities in memory and one dropout mask per global head."""
+        """Eager attention: materializes the probabilities, with one dropout mask per global head."""
         if self.upcast and self.config._attn_implementation == "eager":
             with torch.autocast(query.device.type, enabled=False):
                 scores = torch.matmul(query.float() * self.scaling, key.float().transpose(-1, -2))

@@ -1,4 +1,4 @@
-"""What our models add to ``PreTrainedModel``: sharded building, loading and saving.
+"""Sharded construction, loading and saving, added to ``PreTrainedModel``.
 
 What is private of transformers' loader is overridden here; ``private_interfaces`` says what breaks when it changes.
 """
@@ -52,7 +52,7 @@ Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]  # a tensor's name, its 
 
 
 class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
-    """Base of our model classes, beside the stock ``PreTrainedModel`` they derive from.
+    """Mixin of all model classes, in addition to the stock ``PreTrainedModel``.
 
     Attributes:
         tp_group: The tensor-parallel group; one rank unless the model was loaded or built on several.
@@ -69,12 +69,12 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
 
     @classmethod
     def partition_table_of(cls, config: PreTrainedConfig) -> PartitionTable:
-        """How the tensors of a model of this configuration are cut."""
+        """The partition table for a configuration."""
         raise NotImplementedError
 
     @property
     def partition_table(self) -> PartitionTable:
-        """How this model's tensors are cut."""
+        """The partition table of this model."""
         return self.partition_table_of(self.config)  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ building
@@ -96,7 +96,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
         seed: int | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Build a model with fresh weights, cut over the ranks from the start.
+        """Build a model with new weights, sharded over the ranks from the start.
 
         The full weights are the same, bit for bit, for every layout with the same seed.
 
@@ -126,7 +126,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
                 with torch.random.fork_rng(devices):
                     return super()._from_config(config, **kwargs)  # type: ignore[misc,no-any-return]
             dtype = kwargs.pop("dtype", None) or config.dtype or torch.get_default_dtype()
-            with quiet_loading():  # an empty checkpoint is what we mean, not a corrupt one
+            with quiet_loading():  # the empty checkpoint is intentional
                 model: Self = cls.from_pretrained(
                     None, config=config, state_dict={}, dtype=dtype, distributed_config=distributed_config, **kwargs
                 )
@@ -137,7 +137,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
     def prepare_distribute_model(
         cls, distributed_config: DistributedConfig | dict[str, Any] | None, device_map: Any = None
     ) -> Any:
-        """Create the process group and the mesh; refuse what these models do not do before anything is read."""
+        """Create the process group and the mesh, and reject unsupported options before reading any weights."""
         if isinstance(distributed_config, dict):
             distributed_config = DistributedConfig.from_dict(distributed_config)
         if distributed_config is not None:
@@ -146,7 +146,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: DistributedConfig | None, mesh_manager: Any) -> Any:
-        """Cut the parameters; put the ranks' random streams and the seed for new weights in step."""
+        """Shard the parameters, and synchronize random states and the seed for new weights across ranks."""
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
         if mesh_manager is None or distributed_config is None:
             return model
@@ -187,7 +187,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
-        """As the stock method, with ``distributed_config`` for the layout; every rank must make the call.
+        """Same as the stock method, with ``distributed_config`` for the layout; every rank must call it.
 
         Raises:
             CheckpointError: The directory is not complete, or not of this model.
@@ -197,7 +197,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
         return super().from_pretrained(*args, **kwargs)  # type: ignore[misc,no-any-return]
 
     def _partition_class(self) -> ModelClass:
-        """This model's row of the table; a subclass of one of our classes is treated as that class."""
+        """This model's entry in the table; a subclass is treated like the class of this package it derives from."""
         for python_class in type(self).__mro__:
             for model_class in self.partition_table.classes:
                 if python_class.__name__ == model_class.ours:
@@ -207,14 +207,14 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
     def _canonical(
         self, stored: Mapping[str, LazyTensor], *, ignore_mismatched_sizes: bool = False
     ) -> tuple[dict[str, LazyTensor], tuple[Mismatch, ...]]:
-        """The stored tensors under this model's names, whatever the spelling, and those of another shape, left out."""
+        """Map stored tensors to this model's names; those with a wrong shape are returned separately."""
         config = self.config.to_dict()  # type: ignore[attr-defined]
         canonical = canonicalise(stored, self.partition_table, config, self._partition_class())
         ignored = {name for name, _, _ in canonical.mismatched}
         if canonical.dropped:
             logger.warning_once(f"Not used by this model, and dropped: {', '.join(canonical.dropped)}.")
         if canonical.mismatched and not ignore_mismatched_sizes:
-            # Noticed here because a rank that compared its own slice might find it right where another finds it wrong.
+            # Check here, on the full tensor: a rank that compared only its slice could disagree with the others.
             shapes = "; ".join(f"{n} is {list(s)}, expected {list(e)}" for n, s, e in canonical.mismatched)
             raise CheckpointShapeError(
                 f"{len(canonical.mismatched)} tensors do not have the shape the configuration asks for: {shapes}. "
@@ -253,8 +253,8 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
     def _load_and_finalize_distributed_pretrained_model(
         self, distributed_checkpoint_dir: str | os.PathLike[str], device_map: Any, device_mesh: Any
     ) -> Any:
-        # Stock loads such a directory through torch's distributed checkpoints, which do not notice a missing shard,
-        # know one spelling and one head only, and make every rank look at every file.
+        # The stock method uses torch's distributed checkpoints, which do not detect missing shards, support a single
+        # spelling and head, and make every rank open every file.
         checkpoint = open_checkpoint(Path(distributed_checkpoint_dir))
         load_config = LoadStateDictConfig(
             pretrained_model_name_or_path=str(distributed_checkpoint_dir),
@@ -267,7 +267,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
         return self._finalize_model_loading(self, load_config, loading_info)  # type: ignore[attr-defined]
 
     def load_weights(self, directory: str | os.PathLike[str]) -> None:
-        """Replace this model's weights by those of a checkpoint directory, each rank reading its own slices.
+        """Load weights from a checkpoint directory into this model; each rank reads its own slices.
 
         Args:
             directory: A Hub or ``tp`` directory of this model, at any degree.
@@ -288,7 +288,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
                     parameter.copy_(state_dict[name][...])
         broken = non_finite_names(self)  # type: ignore[arg-type]
         message = f"{directory} holds weights that are inf or nan: {', '.join(broken)}."
-        # Only the rank that holds them sees it.
+        # Only the rank that holds the values can detect them.
         share_failure(CheckpointFormatError(message) if broken else None)
 
     # ------------------------------------------------------------------ saving
@@ -316,7 +316,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
                 "stock=True with distributed_checkpoint=True: stock models cannot load a sharded directory of this "
                 "architecture. Save without distributed_checkpoint, or convert with `hf-megatron convert --to hub`."
             )
-        # A model that lies whole in each process may be saved by one rank alone, as Trainer does under DDP.
+        # An unsharded model may be saved by one rank alone, as Trainer does under DDP.
         is_collective = distributed or self.is_distributed_loading_by_transformers  # type: ignore[attr-defined]
         directory = Path(save_directory).absolute()
         if distributed and directory.resolve() == Path.cwd():
@@ -325,7 +325,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
                 f"({directory}) cannot be replaced with; save into a directory of its own."
             )
         is_writer = is_first_rank() and kwargs.get("is_main_process", True)
-        # The stock method would upload too early: the directory has neither its name nor the config it is to have.
+        # The stock method would upload before the directory has its final name and config.
         upload = None
         if kwargs.get("push_to_hub"):
             upload = Upload(self, directory, kwargs, is_collective=is_collective, is_writer=is_writer)
@@ -353,7 +353,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
     def save_distributed_checkpoint(
         self, model_to_save: nn.Module, save_directory: str | os.PathLike[str], **kwargs: Any
     ) -> None:
-        """Save this rank's shards; a model that lies whole in one process is saved as the one shard it is."""
+        """Save this rank's shards; an unsharded model is saved as a single shard."""
         try:
             if any(isinstance(parameter, DTensor) for parameter in model_to_save.parameters()):
                 super().save_distributed_checkpoint(model_to_save, save_directory, **kwargs)  # type: ignore[misc]
@@ -371,7 +371,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
         *,
         save_on_this_rank: bool = True,
     ) -> dict[str, Any]:
-        """Gather one tensor at a time, and keep it only where it is written."""
+        """Gather one tensor at a time, and keep it only on the ranks that write."""
         if distributed_config is None or distributed_config.dp_size > 1 or distributed_config.tp_size == 1:
             gathered: dict[str, Any] = super().gather_sharded_state_dict_for_save(  # type: ignore[misc]
                 model_to_save, state_dict, distributed_config, save_on_this_rank=save_on_this_rank
@@ -388,6 +388,6 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # The stock method looks in the module's source for an attention class that asks for its kernel by name; ours
+        # The stock method searches the module's source for an attention class that looks up its kernel by name; ours
         # does so in its base class.
         return True

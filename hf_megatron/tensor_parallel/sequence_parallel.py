@@ -1,4 +1,4 @@
-"""Sequence parallelism: what lies between the parallel regions, on this rank's part of the sequence only.
+"""Sequence parallelism: activations between the tensor-parallel regions are split along the sequence.
 
 With tensor parallelism alone every rank holds all positions there and does the same work on them: norms, dropout,
 residuals. With sequence parallelism each rank keeps and computes its own positions. Its parallel regions begin with an
@@ -34,7 +34,7 @@ _SEQUENCE_DIM = -2
 
 @dataclass(frozen=True)
 class SequenceParallelRegion:
-    """Hidden states [B, S_p, H], split on the sequence as ``torch.chunk`` cuts it; parts may be uneven, or empty.
+    """Hidden states [B, S_p, H], split on the sequence like ``torch.chunk``; parts may be uneven or empty.
 
     Attributes:
         group: The tensor-parallel group.
@@ -47,7 +47,7 @@ class SequenceParallelRegion:
     shared: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def sharing(self, parameters: Iterable[torch.Tensor]) -> SequenceParallelRegion:
-        """The region with parameters that are held whole and used in it; a block calls this once, for all of them.
+        """The region with the replicated parameters used in it; a block calls this once, for all of them.
 
         Each rank sees other positions, so the gradients of norms and biases are partial sums. The backward pass makes
         them whole together, when it has come to the last one.
@@ -92,5 +92,5 @@ class SequenceParallelRegion:
 
 
 def in_region(parameter: torch.Tensor, region: SequenceParallelRegion | None) -> torch.Tensor:
-    """A parameter as a plain tensor to compute with: from the region if it is held whole and shared there."""
+    """A parameter as a plain tensor; taken from the region if it is replicated and shared there."""
     return local(parameter) if region is None else region.shared.get(id(parameter), local(parameter))
