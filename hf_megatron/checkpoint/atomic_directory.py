@@ -31,9 +31,9 @@ class AtomicDirectory:
     Args:
         destination: The directory to write; symbolic links are resolved.
         replace: Whether one that exists may be replaced.
-        keep: Which entries of a replaced directory move into the new one, unless that has its own.
+        keep: Which entries of a replaced directory to move into the new one, unless it has entries of the same name.
         is_first: Whether this process creates and publishes.
-        meet: Of several ranks: waits for all; takes this one's error, and raises on all if there is one.
+        meet: With several ranks, a barrier that takes this rank's error and raises on all ranks if any has one.
 
     Attributes:
         path: Where to write.

@@ -31,7 +31,7 @@ class Checkpoint:
     """An opened checkpoint directory; only headers have been read.
 
     Attributes:
-        directory: Where it lies.
+        directory: Its path.
         format: ``"hub"``, stored as stock transformers stores a model, or ``"tp"``, one file per rank.
         config: config.json as read.
         tensors: The full tensors under their stored names.

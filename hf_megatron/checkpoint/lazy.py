@@ -35,8 +35,8 @@ _MAX_SCATTERED_BYTES = 2**30
 class Piece:
     """A box of a full tensor and where its bytes lie: in ``[data_start, data_stop)`` of the file ``path``.
 
-    They lie row-major, or ``strides`` says how many elements apart two neighbours along each dimension are: a pickle
-    may hold a view of a larger tensor, and Megatron-LM has orders of its own.
+    The bytes are row-major unless ``strides`` (in elements) are given: a pickle may contain a view of a larger tensor,
+    and Megatron-LM orders queries, keys and values differently.
     """
 
     path: Path
@@ -63,14 +63,15 @@ class Piece:
 class LazyTensor:
     """A full tensor of a checkpoint, stored whole or in pieces; reading a slice reads only the bytes of that slice.
 
-    Every read opens the file anew, so that an instance may be read from several threads, and sent to another process.
-    It has what transformers' loader uses of safetensors' slices: ``get_shape``, ``get_dtype`` and indexing.
+    Every read opens the file again, so an instance can be read from several threads and sent to another process. It
+    implements the part of safetensors' slice interface that transformers' loader uses: ``get_shape``, ``get_dtype`` and
+    indexing.
 
     Attributes:
         name: Name as stored.
         dtype: In safetensors' spelling (``"F32"``, ``"BF16"``).
         shape: The full tensor's shape.
-        pieces: Where its parts lie; they tile the shape. A tensor stored whole is one piece.
+        pieces: Locations of its parts, which tile the shape. A tensor stored whole is one piece.
     """
 
     name: str
@@ -126,7 +127,7 @@ class LazyTensor:
     def extent(self, box: Box) -> tuple[Path, int, int] | None:
         """The contiguous, row-major byte range of ``box``: file, first byte, one past the last byte.
 
-        None if they do not.
+        None if the bytes are not contiguous.
         """
         for piece in self.pieces:
             if box.numel and piece.box.intersection(box) == box and piece.is_one_run(box):

@@ -1,7 +1,7 @@
 """Read ``tp`` directories: transformers' distributed checkpoints, one safetensors file per rank.
 
-Each file holds its rank's part of every tensor as one box, and says in its metadata where the boxes start. How large
-the full tensors are is stored nowhere: the partition table says it, and so shows a file that was deleted or left over.
+Each file contains its rank's part of every tensor as one box; the metadata stores where the boxes start. The sizes of
+the full tensors are not stored. They come from the partition table, which reveals missing and stale files.
 """
 
 from __future__ import annotations

@@ -114,8 +114,8 @@ def stored_model(
 ) -> tuple[ModelClass, Canonical]:
     """Find the model class of the stored tensors, and rename the tensors to its names.
 
-    That is the class which config.json names, unless more is stored than it has and exactly one other class has all of
-    it: bert-base-uncased names BertForMaskedLM and holds what BertForPreTraining has.
+    This is the class that config.json names, unless there are additional tensors and exactly one other class has them
+    all: bert-base-uncased names BertForMaskedLM but contains the tensors of BertForPreTraining.
     """
     named = model_class_of(table, config)
     canonical = canonicalise(tensors, table, config, named)

@@ -233,8 +233,8 @@ def _storage(persistent_id: Any) -> _Storage:
 def _with_places(path: Path, content: Any, start: Callable[[_Storage], int]) -> Any:
     """Replace the calls that would rebuild tensors in a pickle's value with :class:`StoredArray` objects.
 
-    Of a tensor of a type that safetensors does not have, the name of the type takes the place. Anything that is not a
-    container of named things is left as it is.
+    A tensor of a type that safetensors does not support is replaced by the name of the type. Values that are not
+    dictionaries, lists or the like are returned unchanged.
     """
     done: dict[int, dict[Any, Any]] = {}
 

@@ -35,10 +35,9 @@ class ParallelAttention(ParallelModule):
         head_dim: D.
         dropout: Probability of dropping an attention probability in training.
         scaling: Factor on the scores.
-        is_causal: Whether a position sees only itself and earlier ones where no mask is given and the call has no
-            ``is_causal`` of its own.
+        is_causal: Whether attention is causal if a call has neither a mask nor its own ``is_causal``.
         upcast: Compute the scores and their softmax in float32 (eager attention only).
-        layer_idx: Which layer of the key-value cache is this one's.
+        layer_idx: Index of this layer in the key-value cache.
     """
 
     def __init__(
@@ -97,8 +96,8 @@ class ParallelAttention(ParallelModule):
             value: [B, S, H_p], split by heads.
             attention_mask: Broadcastable to [B, N_p, S_q, S_k], boolean (True: attend) or additive, replicated.
             past_key_values: Cache that holds and receives this rank's heads of this layer.
-            recompute: Calls a function with arguments, as ``torch.utils.checkpoint.checkpoint`` does, so that what is
-                in between is not kept but computed again; None keeps it. Fused kernels keep nothing anyway.
+            recompute: A function like ``torch.utils.checkpoint.checkpoint`` with which to recompute the attention in
+                the backward pass; None stores its intermediate results. Fused kernels store none anyway.
             **kwargs: For the attention kernel.
 
         Returns:

@@ -18,7 +18,7 @@ def region_of_call(
 ) -> SequenceParallelRegion | None:
     """The sequence-parallel region of this call, or None.
 
-    A sequence with fewer positions than there are ranks is not split: a step of decoding has one.
+    A sequence with fewer positions than ranks is not split; a decoding step has only one position.
 
     Args:
         model: A model of this package.
@@ -34,14 +34,13 @@ def region_of_call(
 def base_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the forward of a tensor-parallel base model.
 
-    An argument that nothing uses is refused, whichever class was called: the heads hand theirs down to here. The
-    key-value cache may have either of its names.
+    Unused arguments raise an error; this covers models with heads too, which pass their arguments on to here. The
+    key-value cache can be passed under both of its names.
 
-    Where attention probabilities are asked for, each module gives those of this rank's heads; the result has all of
-    them, [B, N, S_q, S_k] per layer, replicated. With sequence parallelism each layer gives the hidden states of this
-    rank's positions; the result has all of them, [B, S, H], replicated.
+    If attention probabilities are requested, those of all ranks' heads are gathered to [B, N, S_q, S_k] per layer,
+    replicated. With sequence parallelism, hidden states of all positions are gathered to [B, S, H], replicated.
 
-    A head that gathers the last hidden states itself hands in the call's ``region``; they are then left split.
+    A head that gathers the last hidden states itself passes the call's ``region``; they are then left split.
 
     Collective: all-gather over tp, forward, per layer, if attentions are asked for; with sequence parallelism another
     for the last hidden states, and per layer, if hidden states are asked for.

@@ -28,8 +28,8 @@ from hf_megatron.tensor_parallel.cpu import TiedGradient, is_tuned
 class VocabParallelHead(ParallelModule):
     """Projection onto the vocabulary. A tied head has no parameters; it uses the embedding's shard.
 
-    A second parameter for the same weight would be gathered and saved twice, and trains silently wrong under FSDP2 when
-    the rows do not divide (two FSDP parameters for one tensor).
+    A second parameter for the same weight would be gathered and saved twice. Under FSDP2 it would also be trained
+    incorrectly, without an error, if the rows do not divide evenly (two FSDP parameters for one tensor).
 
     Args:
         hidden_size: H.
@@ -121,7 +121,7 @@ class VocabParallelLossMixin:
     """Mixin for models with a :class:`VocabParallelHead`: in training, the head computes the loss without logits.
 
     Attributes:
-        fuses_head_and_loss: Set to False, outputs have logits in training too, gathered on every rank.
+        fuses_head_and_loss: Set to False to get logits in training too, gathered on every rank.
     """
 
     fuses_head_and_loss = True

@@ -1,8 +1,8 @@
 """Weight initialization that does not depend on the layout.
 
-Each parameter has a generator of its own, seeded by (seed, parameter name), and is drawn as if it were whole: a rank
-that holds a part of it draws the full parameter block by block and keeps its part. So the same seed gives bit-identical
-weights at any tensor-parallel degree, with or without FSDP, and whichever heads a model has.
+Each parameter has its own generator, seeded by (seed, parameter name). A rank draws the full parameter block by block
+and keeps its shard. The same seed therefore gives bit-identical weights at any tensor-parallel degree, with or without
+FSDP, and for any head.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Integration with transformers' tensor parallelism: a parallel style, and the plans that use it.
 
 transformers walks a plan of ``module or parameter name -> style`` and lets the style replace parameters by DTensors
-and modules' forwards by wrapped ones. Ours asks each module for the cut of its parameters and wraps nothing: the
-modules do their communication themselves.
+and modules' forwards by wrapped ones. Our style takes the partition specs from each module and wraps nothing, because
+the modules communicate themselves.
 """
 
 from __future__ import annotations

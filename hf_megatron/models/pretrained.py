@@ -1,6 +1,6 @@
 """Sharded construction, loading and saving, added to ``PreTrainedModel``.
 
-What is private of transformers' loader is overridden here; ``private_interfaces`` says what breaks when it changes.
+This module overrides private methods of transformers' loader; see ``private_interfaces``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, HubMixin):
 
     Attributes:
         tp_group: The tensor-parallel group; one rank unless the model was loaded or built on several.
-        sequence_parallel: Whether its ranks share the positions of a sequence outside of attention and MLP.
+        sequence_parallel: Whether activations outside of attention and MLP are split along the sequence.
     """
 
     tp_group: TensorParallelGroup = SINGLE

@@ -25,9 +25,9 @@ class RecomputationMixin:
 
         Args:
             activation_checkpointing_kwargs: As for the stock method; and ``recompute`` may be ``"full"``, whole layers,
-                which is the default, or ``"selective"``: of each layer the attention between its projections, which
-                takes most of the memory and little of the time. A fused attention kernel does that by itself, and a
-                compiled model leaves it to the compiler what to keep.
+                which is the default, or ``"selective"``: only the attention between the projections, which accounts for
+                most of the memory and little of the time. It has no effect with fused attention kernels, which store
+                none of it, or in compiled models, where the compiler decides.
             *args: As for the stock method.
             **kwargs: As for the stock method.
 

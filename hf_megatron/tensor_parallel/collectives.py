@@ -1,7 +1,7 @@
 """Asynchronous collectives over a tensor-parallel group: start now, wait later.
 
-Each function returns another, which waits, once. A compiler orders things itself and knows no handles of work in
-progress: under ``torch.compile`` the collective is done when the first function returns.
+Each function returns a function that waits; call it exactly once. Compilers schedule operations themselves and have no
+work handles: under ``torch.compile``, the collective is complete when the first function returns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def start_all_reduce(
         group: The tensor-parallel group.
         tensor: A partial sum, contiguous; the sum, replicated, once the wait is over.
         op: What to compute instead of a sum.
-        is_async: Whether there is something to do meanwhile. If not, a GPU spares the events that order its streams.
+        is_async: Whether to overlap with other work. If not, a GPU saves the events that synchronize its streams.
 
     Returns:
         A function that waits. Until then the tensor is neither read nor written.

@@ -78,11 +78,11 @@ def row_blocks(logits: torch.Tensor) -> list[slice]:
 class TiedGradient:
     """Combines both gradients of a tied weight, adding the embedding's to the head's in place.
 
-    The lookups' part is a few rows. As a tensor of its own, mostly zeros, it would take as long to fill and to add as a
-    layer takes to compute; torch's engine adds a sparse one to a new copy of the head's, which costs the same.
+    The embedding's gradient has only a few nonzero rows. Filling and adding it as a dense tensor would take as long as
+    computing a layer; autograd adds a sparse one to a new copy of the head's gradient, which costs the same.
 
-    One call of a model makes one. The head, which comes first in the backward pass, hands its part over with
-    :meth:`put`; the lookups add theirs to it, and give autograd the sum.
+    Each call of a model creates one instance. The head, which is first in the backward pass, stores its gradient with
+    :meth:`put`; the embedding adds its rows to it and returns the sum to autograd.
 
     Args:
         weight: [V_p, H], split on dim 0; a plain tensor.

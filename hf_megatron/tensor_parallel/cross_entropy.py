@@ -111,8 +111,8 @@ class Vocabulary:
 class Softmax:
     """Softmax statistics of logits: computes the losses, then the gradient of the logits.
 
-    The maximum and the sum stay apart. In one number of the size of a logit, the logarithm of the sum would be rounded
-    away where a model is sure.
+    Maximum and sum are stored separately: combined into a log-sum-exp, the logarithm of the sum would be lost to
+    rounding for a confident model.
 
     Attributes:
         vocabulary: How the classes are cut.
@@ -136,7 +136,7 @@ class Softmax:
     ) -> tuple[Softmax, torch.Tensor, torch.Tensor]:
         """The softmax; the losses [T]; and minus the logarithms of the targets' probabilities [T], both replicated.
 
-        The second are the losses themselves but for label smoothing.
+        Without label smoothing, the last two are equal.
 
         Args:
             vocabulary: How the classes are cut.
@@ -164,7 +164,7 @@ class Softmax:
     def write_gradient(self, share: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """The gradient of the logits: probability less target probability, times each token's share.
 
-        Computed in float32 or better and rounded once: of a target that is nearly certain only the difference matters.
+        Computed in float32 or better and rounded once: for a nearly certain target, the difference is tiny.
 
         Args:
             share: [T], what the losses are multiplied by.

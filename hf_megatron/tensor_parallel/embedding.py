@@ -23,8 +23,8 @@ from hf_megatron.tensor_parallel.parallel_module import ParallelModule
 class VocabParallelEmbedding(ParallelModule, nn.Embedding):
     """Embedding split by rows (the vocabulary): each rank looks up its own tokens, and an all-reduce adds the results.
 
-    ``num_embeddings`` and ``padding_idx`` are global. No rank but the one that holds the padding row may freeze a row
-    for it, and a token of another rank must not reach the padding row's gradient.
+    ``num_embeddings`` and ``padding_idx`` are global. Only the rank that holds the padding row freezes it, and tokens
+    of other ranks must not contribute to its gradient.
     """
 
     def partition_specs(self) -> Mapping[str, Spec]:

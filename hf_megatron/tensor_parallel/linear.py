@@ -1,7 +1,7 @@
 """Column-parallel and row-parallel linear layers.
 
-Every parameter keeps its full, unsharded shape and name: on one rank it is an ordinary tensor, on several a DTensor
-whose placement says how it is cut. The forward pass runs on this rank's part, with the communication written out.
+Every parameter keeps its full, unsharded shape and name: on one rank it is an ordinary tensor, on several a DTensor.
+The forward pass computes with this rank's shard as a plain tensor and calls collectives explicitly.
 
 Shapes: B batch, S sequence, H hidden, P ranks; ``in`` and ``out`` are full sizes, ``_p`` marks this rank's part.
 

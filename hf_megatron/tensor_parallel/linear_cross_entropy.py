@@ -1,7 +1,7 @@
 """Output head fused with cross entropy: neither the full logits nor their gradient are materialized.
 
-For a chunk of tokens at a time the logits are computed, turned into the chunk's losses, then into their own gradient
-and its two products, and dropped. Everything but a few numbers of each token stays on its rank.
+Tokens are processed in chunks: compute the logits, the losses, the gradient of the logits and its two products, then
+free them. Ranks exchange only a few numbers per token and the gradient of the hidden states.
 
 Shapes: T tokens, C tokens of a chunk, H hidden, V vocabulary, V_p this rank's part of it.
 
@@ -209,7 +209,7 @@ class _Gradients:
     ) -> torch.Tensor | None:
         """A scalar power of two that scales the products into the range of float16; None for other dtypes.
 
-        With it the entries of the logits' gradient reach 2**8, and no sum over tokens can reach the end of the range.
+        It scales the logits' gradient to at most 2**8, so that no sum over tokens can overflow.
         """
         if self.head.dtype != torch.float16:
             return None

@@ -13,8 +13,8 @@ Each function is the identity on one rank. On several it is one collective, in t
     gather_from_sequence_parallel_region        all-gather               reduce-scatter         g
     reduce_scatter_to_sequence_parallel_region  reduce-scatter           all-gather             g-bar
 
-None of them changes a tensor it was given. An all-reduce in place on an incoming gradient would also change the
-gradient of whatever else received it: in ``y = copy_to(x) + z`` autograd hands one tensor to both branches.
+None of them modifies its input. An in-place all-reduce of an incoming gradient would also change it for other branches:
+in ``y = copy_to(x) + z``, autograd passes the same tensor to both.
 
 Sources: Shoeybi et al. 2019, arXiv:1909.08053, section 3, operators f and g of figure 3; Korthikanti et al. 2022,
 arXiv:2205.05198, section 4.2, operators g and g-bar of figures 5 and 6.

@@ -41,8 +41,8 @@ def shard_parameter(module: ParallelModule, name: str, mesh: DeviceMesh) -> None
 def parallelize_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Shard the parameters of all parallel modules in ``module`` over a one-dimensional mesh, in place.
 
-    For layers used on their own; models are cut while they are loaded or built. Every rank must hold the same full
-    parameters, and keeps its part.
+    For standalone layers; models are sharded while they are loaded or built. Every rank must hold the same full
+    parameters, and keeps its shard.
     """
     for child in module.modules():
         if isinstance(child, ParallelModule):

@@ -1,15 +1,15 @@
 """Random numbers that do not depend on the tensor-parallel degree.
 
-There is one random stream: torch's default generator of the CPU, in the same state on all ranks of a tensor-parallel
-group. Outside of the parallel region activations are replicated, so ordinary dropout draws the same mask on every
-rank. Inside, each rank holds other heads: there one seed is drawn from the stream per call, and every *global* head
-gets its own sub-seed from it. So a head sees the same mask on whichever rank it lies, at any degree.
+All random numbers come from torch's default CPU generator, which has the same state on all ranks of a tensor-parallel
+group. Outside of parallel regions, activations are replicated, and ordinary dropout draws the same mask on every rank.
+Inside, each rank holds different heads: each call draws one seed from the generator, and every *global* head derives
+its own sub-seed from it. A head therefore gets the same mask on any rank, at any degree.
 
-Where sequence parallelism splits the activations outside of the parallel region, each rank draws the mask of the whole
-sequence and keeps its part; so the stream and the masks are those of a run without it.
+With sequence parallelism, each rank draws the mask of the whole sequence and keeps its part, so the random state and
+the masks are the same as without it.
 
-The default generator is what Trainer saves, what ``torch.utils.checkpoint`` replays and what ``torch.manual_seed``
-sets, so resuming, recomputation and reproducibility need nothing of ours.
+Trainer saves the default generator, ``torch.utils.checkpoint`` replays it and ``torch.manual_seed`` seeds it, so
+resuming, recomputation and reproducibility need no additional state.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def attention_dropout(probabilities: torch.Tensor, p: float, first_head: int) ->
 def sliced_dropout(group: TensorParallelGroup, x: torch.Tensor, p: float, *, dim: int, size: int) -> torch.Tensor:
     """Dropout on activations that are split on ``dim``; the mask equals that of one rank for the full tensor.
 
-    The price is drawing the whole mask on each rank; only this rank's slice of it is kept.
+    Each rank draws the whole mask and keeps its slice.
 
     Args:
         group: The tensor-parallel group.

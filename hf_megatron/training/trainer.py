@@ -1,14 +1,14 @@
 """``MegatronTrainer``: transformers' Trainer for tensor-parallel models, on CPUs and GPUs.
 
-What it adds to the stock class, which refuses or miscounts each of these for a model that was sharded while loading:
+It adds the following to the stock class, which rejects or miscounts each of them for models sharded while loading:
 
-- tensor parallelism on a CPU;
-- checkpoints with optimizer state, that resume at the same or at another layout;
-- metrics and predictions that hold every example once, and token counts that count every token once;
-- streams of examples, the same at every layout, in which a resumed run finds its place;
-- label smoothing and the mean over predicted tokens in the model's own vocabulary-parallel loss;
-- overflow in float16 that every rank notices, and an end before inf or nan reaches the weights;
-- ranks that drift apart are noticed (``rank_guard``).
+- tensor parallelism on CPUs
+- checkpoints with optimizer state that resume at the same or another layout
+- metrics and predictions with every example once, and token counts with every token once
+- iterable data sets with the same order at every layout, and resuming at the right position
+- label smoothing and the mean over predicted tokens in the model's vocabulary-parallel loss
+- float16 overflow detection across ranks, and an error before inf or nan reaches the weights
+- detection of diverging ranks (``rank_guard``)
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def table_of_placement(placement: str) -> PartitionTable:
 class ParallelBertConfig(BertConfig):
     """Configuration with all options of stock BertConfig and MegatronBertConfig except decoders.
 
-    A stock config.json can be read as it is; its ``model_type`` says where the norms stand.
+    A stock config.json can be loaded directly; its ``model_type`` determines the placement of the LayerNorms.
 
     Args:
         layernorm_placement: ``"pre"``, the paper's rearranged BERT, with the parameters of stock MegatronBert; or

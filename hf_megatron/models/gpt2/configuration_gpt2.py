@@ -15,7 +15,7 @@ from hf_megatron.models.parallel_style import tp_plan_of
 class MegatronGPT2Config(GPT2Config):
     """Configuration with all options of stock GPT2Config except cross-attention, under its own ``model_type``.
 
-    A stock GPT-2's config.json can be read as it is: ``MegatronGPT2Config.from_pretrained("openai-community/gpt2")``.
+    A stock config.json can be loaded directly: ``MegatronGPT2Config.from_pretrained("openai-community/gpt2")``.
 
     Raises:
         UnsupportedError: ``add_cross_attention=True``, or a hidden size that the heads do not divide.
