@@ -1,6 +1,6 @@
-"""Checkpoint directories: their format, their tensors by slices under the models' names, and how one is written whole.
+"""Checkpoint directories: detecting the format, reading tensors by slices under stock names, and writing atomically.
 
-Nothing here knows a process group or imports transformers, and torch is imported only to return a tensor.
+No module here uses a process group or imports transformers. torch is imported only to return tensors.
 """
 
 from __future__ import annotations

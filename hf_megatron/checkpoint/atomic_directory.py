@@ -1,8 +1,8 @@
-"""A directory that is complete or not there, whatever happens to the processes that write it.
+"""Atomic directory writes: the destination is either complete or absent, even if writing processes are killed.
 
-It is written under a hidden name beside its destination, ``.NAME.incomplete``, and renamed when all of it is on disk. A
-destination that it replaces is first renamed to ``.NAME.replaced``, and removed in the end. What killed processes leave
-under these two names, and nothing else, is removed or put back before the destination is written again.
+The directory is written under a hidden name next to the destination, ``.NAME.incomplete``, and renamed once all of it
+is on disk. An existing destination is first renamed to ``.NAME.replaced`` and deleted at the end. The next write to the
+same destination cleans up what killed processes left under these two names, and touches nothing else.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from hf_megatron.errors import DestinationError
 
 
 class AtomicDirectory:
-    """A destination being written. Leaving the context without ``publish`` removes what was written.
+    """Context manager that writes a directory atomically. Without ``publish``, leaving the context deletes it.
 
         with AtomicDirectory(destination) as directory:
             (directory.path / "file").write_text("...")
             directory.publish()
 
-    Ranks that write one together make an instance each and call the same methods. A destination that is itself the
-    hidden directory of another instance is part of that, and written as it is.
+    Ranks that write one directory together each create an instance and call the same methods. If the destination is
+    itself the hidden directory of another instance, it is part of that one and is written directly.
 
     Args:
         destination: The directory to write; symbolic links are resolved.
         replace: Whether one that exists may be replaced.
-        keep: Which entries of a replaced directory move into the new one, unless that has its own.
+        keep: Which entries of a replaced directory to move into the new one, unless it has entries of the same name.
         is_first: Whether this process creates and publishes.
-        meet: Of several ranks: waits for all; takes this one's error, and raises on all if there is one.
+        meet: With several ranks, a barrier that takes this rank's error and raises on all ranks if any has one.
 
     Attributes:
         path: Where to write.
@@ -61,7 +61,7 @@ class AtomicDirectory:
         self._check_destination()
 
     def __enter__(self) -> Self:
-        """Clear away what killed processes left, and create the directory; DestinationError if one is being written."""
+        """Clean up after killed processes and create the directory; DestinationError if it is being written now."""
         try:
             self._on_first(self._create)
         except BaseException:
@@ -78,7 +78,7 @@ class AtomicDirectory:
             raise DestinationError(f"{disk} has {free:,} bytes of free space, {needed}")
 
     def publish(self, *, merge: bool = False) -> None:
-        """Give the directory its name; with ``merge``, move its files one by one into a destination that exists."""
+        """Rename the directory to its destination; with ``merge``, move its files into an existing destination."""
         self._settle()  # every rank has written its part
         self._on_first(self._move_files if merge and self.destination.exists() else self._swap)
         self._is_to_remove = False
@@ -163,7 +163,7 @@ class AtomicDirectory:
 
 
 def recover(destination: Path, keep: Callable[[Path], bool] = lambda entry: False) -> bool:
-    """Clear away what killed processes left beside ``destination``, or put it back; False if one is being written."""
+    """Clean up or restore what killed processes left next to ``destination``; False if it is being written now."""
     incomplete = _hidden(destination, "incomplete")
     if incomplete.is_dir():
         lock = _lock(incomplete)
@@ -187,7 +187,7 @@ def _clear_replaced(destination: Path, keep: Callable[[Path], bool]) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Remove a directory that nobody may take for a complete one while some of its files are gone."""
+    """Delete a directory so that a partly deleted one is never mistaken for a complete one: rename it first."""
     shutil.rmtree(directory.rename(_hidden(directory, "incomplete")), ignore_errors=True)
 
 
@@ -196,7 +196,7 @@ def _hidden(destination: Path, what: str) -> Path:
 
 
 def _lock(directory: Path) -> int | None:
-    """An open descriptor that holds the directory's lock until it is closed or the process ends; None if it is held."""
+    """Lock the directory: a descriptor that holds the lock until closed, or None if another process holds it."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -209,7 +209,7 @@ def _lock(directory: Path) -> int | None:
 
 
 def _sync(*paths: Path) -> None:
-    """Have the kernel write files, and the entries of directories, to disk."""
+    """Flush files and directory entries to disk (fsync)."""
     for path in paths:
         if not path.is_symlink():
             descriptor = os.open(path, os.O_RDONLY)

@@ -1,6 +1,6 @@
-"""Checksums of all files of a directory, in a file of their own: what was written is what is read.
+"""File checksums of a directory, stored in ``checksums.json``, to detect damage.
 
-``checksums.json`` has the size and the SHA-256 of every other file, by its path in the directory.
+``checksums.json`` maps the relative path of every other file to its size and SHA-256.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Checksums = Mapping[str, Mapping[str, Any]]
 
 
 def compute_checksums(directory: Path, part: int = 0, num_parts: int = 1) -> dict[str, dict[str, Any]]:
-    """Sizes and checksums of every ``num_parts``-th file, from the ``part``-th on, so that ranks can share the work."""
+    """Sizes and checksums of every ``num_parts``-th file, starting at ``part``, so that ranks can share the work."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     return {path.relative_to(directory).as_posix(): _of(path) for path in files[part::num_parts]}
 
@@ -30,12 +30,12 @@ def _of(path: Path) -> dict[str, Any]:
 
 
 def write_checksums(directory: Path, checksums: Checksums) -> None:
-    """Write them beside the files."""
+    """Write ``checksums.json`` into the directory."""
     (directory / CHECKSUMS).write_text(json.dumps(checksums, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_checksums(directory: Path) -> Checksums | None:
-    """Those of a directory, or None if it has none.
+    """Read the checksums of a directory; None if it has none.
 
     Raises:
         CheckpointFormatError: The file is damaged.
@@ -55,7 +55,7 @@ def read_checksums(directory: Path) -> Checksums | None:
 def damages(
     directory: Path, checksums: Checksums, part: int = 0, num_parts: int = 1, *, sizes_only: bool = False
 ) -> list[str]:
-    """What is wrong with every ``num_parts``-th file, from the ``part``-th on; nothing if all are as they were."""
+    """List missing or modified files among every ``num_parts``-th file, starting at ``part``."""
     found = []
     for name in sorted(checksums)[part::num_parts]:
         path, expected = directory / name, checksums[name]

@@ -1,4 +1,4 @@
-"""Which checkpoint lies in a directory, and the tensors in it."""
+"""Open checkpoint directories and list their tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_megatron.checkpoint.torch_file import open_state_dict
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 from hf_megatron.partition import Box
 
-# In the order in which transformers prefers them where a directory holds several.
+# In transformers' order of preference, for directories that contain several.
 _HUB_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -31,7 +31,7 @@ class Checkpoint:
     """An opened checkpoint directory; only headers have been read.
 
     Attributes:
-        directory: Where it lies.
+        directory: Its path.
         format: ``"hub"``, stored as stock transformers stores a model, or ``"tp"``, one file per rank.
         config: config.json as read.
         tensors: The full tensors under their stored names.
@@ -57,7 +57,7 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: Path, config: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Open a Hub or ``tp`` directory and check that its files are whole and belong together.
+    """Open a Hub or ``tp`` directory and check that its files are complete and consistent.
 
     Args:
         directory: A local directory.
@@ -170,7 +170,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointFormatError(f"{index} has no weight_map.")
     for file in weight_map.values():
-        # A name with a directory in it would make us read outside of the checkpoint.
+        # A file name with a directory part could point outside of the checkpoint.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith((".safetensors", ".bin")):
             raise CheckpointFormatError(f"{index} names {file!r}, which is not the name of a weight file.")
     return weight_map

@@ -1,4 +1,4 @@
-"""Tensors that stay on disk until a part of them is asked for."""
+"""Lazy tensors: only the requested slices are read from disk."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     import torch
 
 
-# A longer run is read straight into the tensor; of a shorter one this much is read, which serves the next ones too.
+# Read buffer. Longer contiguous runs are read straight into the tensor; shorter ones share a buffered read.
 _BUFFER_BYTES = 8192
-# Of runs shorter than this everything between the first and the last is read at once.
+# For runs shorter than this, read the whole span from the first to the last run at once.
 _MIN_RUN_BYTES = 64
-# What lies in one run is read to many places at once, if they are not too short: the kernel takes so many, and a system
-# call at most 2 GB.
+# One ``preadv`` call scatters a contiguous run into up to 1,024 buffers (IOV_MAX), unless they are very short. Linux
+# limits a system call to 2 GB.
 _MIN_SCATTERED_BYTES = 512
 _MAX_TARGETS = 1024
 _MAX_SCATTERED_BYTES = 2**30
@@ -35,8 +35,8 @@ _MAX_SCATTERED_BYTES = 2**30
 class Piece:
     """A box of a full tensor and where its bytes lie: in ``[data_start, data_stop)`` of the file ``path``.
 
-    They lie row-major, or ``strides`` says how many elements apart two neighbours along each dimension are: a pickle
-    may hold a view of a larger tensor, and Megatron-LM has orders of its own.
+    The bytes are row-major unless ``strides`` (in elements) are given: a pickle may contain a view of a larger tensor,
+    and Megatron-LM orders queries, keys and values differently.
     """
 
     path: Path
@@ -47,11 +47,11 @@ class Piece:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The strides, also where the bytes lie row-major."""
+        """The strides; row-major if none are given."""
         return self.strides or _row_major(self.box.shape)
 
     def is_one_run(self, box: Box) -> bool:
-        """Whether the part inside ``box`` lies row-major and without a gap."""
+        """Whether the part inside ``box`` is row-major and contiguous."""
         return _runs(self.steps, box.shape)[1] == box.numel
 
     def start(self, box: Box, item: int) -> int:
@@ -61,16 +61,17 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """One full tensor of a checkpoint, whether stored whole or in pieces; reading a slice reads that slice only.
+    """A full tensor of a checkpoint, stored whole or in pieces; reading a slice reads only the bytes of that slice.
 
-    Every read opens the file anew, so that an instance may be read from several threads, and sent to another process.
-    It has what transformers' loader uses of safetensors' slices: ``get_shape``, ``get_dtype`` and indexing.
+    Every read opens the file again, so an instance can be read from several threads and sent to another process. It
+    implements the part of safetensors' slice interface that transformers' loader uses: ``get_shape``, ``get_dtype`` and
+    indexing.
 
     Attributes:
         name: Name as stored.
         dtype: In safetensors' spelling (``"F32"``, ``"BF16"``).
         shape: The full tensor's shape.
-        pieces: Where its parts lie; they tile the shape. A tensor stored whole is one piece.
+        pieces: Locations of its parts, which tile the shape. A tensor stored whole is one piece.
     """
 
     name: str
@@ -124,9 +125,9 @@ class LazyTensor:
                 self._copy_part(piece, part, memory, strides, first)
 
     def extent(self, box: Box) -> tuple[Path, int, int] | None:
-        """Where the bytes of ``box`` lie, row-major and without a gap: file, first byte, and one past the last.
+        """The contiguous, row-major byte range of ``box``: file, first byte, one past the last byte.
 
-        None if they do not.
+        None if the bytes are not contiguous.
         """
         for piece in self.pieces:
             if box.numel and piece.box.intersection(box) == box and piece.is_one_run(box):
@@ -158,7 +159,7 @@ class LazyTensor:
         return self.read(Box(tuple(offset), tuple(shape)))
 
     def _scatter(self, piece: Piece, box: Box, targets: Iterator[memoryview], size: int) -> None:
-        """Read a part that lies in one run to many places, each of ``size`` bytes, without a copy in between."""
+        """Read a contiguous part into many buffers of ``size`` bytes each, without an intermediate copy."""
         position = piece.start(box, itemsize(self.dtype))
         count = min(_MAX_TARGETS, _MAX_SCATTERED_BYTES // size)
         with piece.path.open("rb", buffering=0) as file:
@@ -168,7 +169,7 @@ class LazyTensor:
                 position += size * len(some)
 
     def _copy_part(self, piece: Piece, part: Box, memory: memoryview, strides: tuple[int, ...], first: int) -> None:
-        """Read a part of a piece, and copy it to its places, which begin at the element ``first`` of the memory."""
+        """Read a part of a piece and copy it into strided memory that starts at element ``first``."""
         import torch
 
         dtype = torch_dtype(self.dtype)
@@ -182,7 +183,7 @@ class LazyTensor:
         runs, size = _runs(strides, part.shape)
         with io.BufferedReader(io.FileIO(piece.path), _BUFFER_BYTES) as file:
             if size * item < _MIN_RUN_BYTES and strides != _row_major(piece.box.shape):
-                # Everything from the first element to the last, of which those that are wanted are picked.
+                # Read the whole span from the first element to the last, then pick the wanted ones.
                 import torch
 
                 span = 1 + sum((n - 1) * stride for n, stride in zip(part.shape, strides, strict=True))
@@ -203,7 +204,7 @@ class LazyTensor:
 
 
 def _distance(box: Box, origin: Box, strides: tuple[int, ...]) -> int:
-    """By how many elements the first one of ``box`` lies behind the first one of ``origin``."""
+    """Offset in elements from the start of ``origin`` to the start of ``box``."""
     return sum((a - b) * stride for a, b, stride in zip(box.offset, origin.offset, strides, strict=True))
 
 
@@ -220,8 +221,8 @@ def _memory(tensor: torch.Tensor) -> memoryview:
 
 
 def _runs(strides: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Iterator[int], int]:
-    """Where the contiguous runs start that make up a box of ``shape``, in order, and their length, in elements."""
-    # Trailing dimensions whose elements follow each other belong to the run; the first one that has gaps ends it.
+    """Start of each contiguous run in a box of ``shape``, in order, and their common length, in elements."""
+    # Trailing dimensions that are contiguous belong to the run; the first one with gaps ends it.
     size, inner = 1, len(shape)
     while inner and (strides[inner - 1] == size or shape[inner - 1] == 1):
         size *= shape[inner - 1]

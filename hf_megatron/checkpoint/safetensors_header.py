@@ -1,4 +1,4 @@
-"""What a safetensors file holds, from its header alone, checked against the size of the file.
+"""Read and validate the header of a safetensors file, without reading tensor data.
 
 A file is eight bytes (little-endian length of the header), the header (JSON), then the tensors' bytes, row-major.
 
@@ -39,7 +39,7 @@ DTYPES: dict[str, tuple[int, str]] = {
 }
 
 _LENGTH_BYTES = 8
-# The format's own limit; without one, eight bytes of garbage would make us allocate up to 2**64 bytes.
+# The limit of the format. Without it, a damaged length could make us allocate up to 2**64 bytes.
 _MAX_HEADER_BYTES = 100_000_000
 
 

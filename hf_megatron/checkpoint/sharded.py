@@ -1,8 +1,7 @@
-"""The pieces of a ``tp`` directory: transformers' distributed checkpoint, one safetensors file per rank.
+"""Read ``tp`` directories: transformers' distributed checkpoints, one safetensors file per rank.
 
-Each file holds its rank's part of every tensor as one box, and says in its metadata where the boxes start. How large
-the full tensors are is stored nowhere, so a deleted file looks like a smaller model and a file left over from another
-save like one more piece. Both are found here, by asking the table how large each tensor has to be.
+Each file contains its rank's part of every tensor as one box; the metadata stores where the boxes start. The sizes of
+the full tensors are not stored. They come from the architecture's table, which reveals missing and stale files.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def is_shard(path: Path) -> bool:
 
 
 def open_shards(files: Sequence[Path], config: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    """The full tensors behind the files of a ``tp`` directory, saved on any mesh.
+    """Open the shards of a ``tp`` directory, saved on any mesh, as full lazy tensors.
 
     Args:
         files: All shard files of the directory.
@@ -57,14 +56,14 @@ def open_shards(files: Sequence[Path], config: Mapping[str, Any]) -> dict[str, L
     for name, pieces in stored.items():
         boxes = [piece.box for _, piece in pieces]
         known = respelled(name, shapes, prefix)
-        # Of a name unknown to the table at least gaps and overlaps are noticed.
+        # For a name that is not in the table, at least detect gaps and overlaps.
         shape = shapes[known] if known is not None else _extent(boxes)
         dtypes = sorted({dtype for dtype, _ in pieces})
         if error := tiling_error(shape, boxes):
             problems.append(f"{name} {error}")
         elif len(dtypes) > 1:
             problems.append(f"{name} is stored as {' and '.join(dtypes)}")
-        # Where a dimension does not fill all ranks, the last ones store empty boxes.
+        # If a dimension is too small for all ranks, the last ranks store empty boxes.
         held = sorted((piece for _, piece in pieces if piece.box.numel), key=lambda piece: piece.box.offset)
         tensors[name] = LazyTensor(name, dtypes[0], shape, tuple(held))
     if problems:

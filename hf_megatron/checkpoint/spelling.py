@@ -1,7 +1,7 @@
-"""The many spellings of a stock directory's tensor names, brought to the names of one model class.
+"""Map the variants of tensor names in stock checkpoints to the names of a model class.
 
-Directories on the Hub carry the base model's prefix or not, buffers that models no longer have, ``gamma`` and ``beta``
-for a norm's parameters, or a second copy of a tied head.
+Hub checkpoints differ in whether they use the base model's prefix, contain obsolete buffers, call a norm's parameters
+``gamma`` and ``beta``, or store a second copy of a tied head.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Canonical:
 
 
 def model_class_of(table: Architecture, config: Mapping[str, Any]) -> ModelClass:
-    """The class that a config.json names, or the table's first one where it names none.
+    """The class that config.json names, or the table's first class if it names none.
 
     Raises:
         UnsupportedError: The architecture has no such class here.
@@ -63,7 +63,7 @@ def respelled(name: str, known: Mapping[str, object], base_prefix: str) -> str |
 def canonicalise(
     tensors: Mapping[str, LazyTensor], table: Architecture, config: Mapping[str, Any], model_class: ModelClass
 ) -> Canonical:
-    """Bring stored tensors to the names of ``model_class`` under ``config``.
+    """Rename stored tensors to the names of ``model_class`` under ``config``.
 
     Reads no data, unless a copy of a tied tensor has to be compared with the original.
 
@@ -112,10 +112,10 @@ def canonicalise(
 def stored_model(
     tensors: Mapping[str, LazyTensor], table: Architecture, config: Mapping[str, Any]
 ) -> tuple[ModelClass, Canonical]:
-    """The class that stored tensors are of, and the tensors under its names.
+    """Find the model class of the stored tensors, and rename the tensors to its names.
 
-    That is the class which config.json names, unless more is stored than it has and exactly one other class has all of
-    it: bert-base-uncased names BertForMaskedLM and holds what BertForPreTraining has.
+    This is the class that config.json names, unless there are additional tensors and exactly one other class has them
+    all: bert-base-uncased names BertForMaskedLM but contains the tensors of BertForPreTraining.
     """
     named = model_class_of(table, config)
     canonical = canonicalise(tensors, table, config, named)
@@ -127,7 +127,7 @@ def stored_model(
 
 
 def require_complete(canonical: Canonical) -> None:
-    """Refuse a checkpoint that is not exactly one model, naming everything that is wrong with it at once.
+    """Raise an error that lists every problem unless the checkpoint is exactly one complete model.
 
     Raises:
         CheckpointIncompleteError: Something is missing (and possibly more is wrong).

@@ -1,8 +1,8 @@
-"""Files of ``torch.save``: the pickled object as data, and each tensor's place in the file.
+"""Read ``torch.save`` files without unpickling: the object as plain data, and the file offset of each tensor.
 
-Since torch 1.6 a file is a zip archive of uncompressed entries, ``data.pkl`` and one per storage; before, it is five
-pickles one after the other, then each storage's length and bytes. Of both only the pickles are read here, as data (see
-``unpickle``): nothing in them is imported or called, and whatever they name beyond an explicit list is refused.
+Since torch 1.6, a file is a zip archive of uncompressed entries: ``data.pkl`` and one per storage. Before, it was five
+consecutive pickles, followed by the length and bytes of each storage. This module reads only the pickles, as data (see
+``unpickle``): nothing is imported or called, and names outside an explicit list are rejected.
 
 Source: ``torch.serialization`` and ``torch._utils._rebuild_tensor_v2`` in torch 2.13.
 """
@@ -91,7 +91,7 @@ class StoredArray:
 
 
 def open_state_dict(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a file that holds nothing but named tensors, such as ``pytorch_model.bin``; none is read.
+    """Open a file that contains only named tensors, such as ``pytorch_model.bin``; no tensor data is read.
 
     Raises:
         CheckpointFormatError: It holds or asks for anything else.
@@ -112,7 +112,7 @@ def open_state_dict(path: Path) -> dict[str, LazyTensor]:
 
 
 def open_torch_file(path: Path, is_allowed: Callable[[str], bool] = TENSOR_NAMES.__contains__) -> Any:
-    """The object of a ``torch.save`` file, with a :class:`StoredArray` for each tensor. No storage is read.
+    """Read the object of a ``torch.save`` file, with a :class:`StoredArray` in place of each tensor.
 
     Args:
         path: The file.
@@ -138,7 +138,7 @@ def open_torch_file(path: Path, is_allowed: Callable[[str], bool] = TENSOR_NAMES
     except (CheckpointFormatError, CheckpointIncompleteError):
         raise
     except Exception as error:
-        # On damaged bytes the readers raise what they run into: BadZipFile, KeyError, UnicodeDecodeError, ...
+        # Damaged files make the readers raise many kinds of errors: BadZipFile, KeyError, UnicodeDecodeError, ...
         raise CheckpointIncompleteError(f"{path} cannot be read; is it truncated? {error!r}") from error
 
 
@@ -177,7 +177,7 @@ def _open_zip(path: Path, archive: zipfile.ZipFile, is_allowed: Callable[[str], 
 
 
 def _data_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
-    """Byte of the archive at which an entry's data starts: behind its own header, which has lengths of its own."""
+    """Offset of an entry's data in the archive: after its local header, which has its own lengths."""
     assert archive.fp is not None
     archive.fp.seek(info.header_offset)
     header = _LOCAL_HEADER.unpack(archive.fp.read(_LOCAL_HEADER.size))
@@ -197,13 +197,13 @@ def _open_legacy(path: Path, file: BinaryIO, is_allowed: Callable[[str], bool]) 
 
     def load(persistent_id: Any) -> _Storage:
         storage = _storage(persistent_id)
-        # Of several views of one storage, files of torch 0.3 give the whole storage's size with each.
+        # In files of torch 0.3, each view of a storage gives the size of the whole storage.
         storages.setdefault(storage.key, replace(storage, offset=0))
         return storage
 
     read = read_pickle(file, load)
     _refuse(path, read.names, is_allowed)
-    # Then the storages' keys, and in that order each one's length and bytes.
+    # The storage keys follow, then the length and bytes of each storage in that order.
     keys = read_pickle(file).value
     if not isinstance(keys, list) or set(keys) != set(storages):
         raise CheckpointIncompleteError(f"{path} does not list the tensors that it holds.")
@@ -231,10 +231,10 @@ def _storage(persistent_id: Any) -> _Storage:
 
 
 def _with_places(path: Path, content: Any, start: Callable[[_Storage], int]) -> Any:
-    """A pickle's value with its tensors in place of the calls that would rebuild them.
+    """Replace the calls that would rebuild tensors in a pickle's value with :class:`StoredArray` objects.
 
-    Of a tensor of a type that safetensors does not have, the name of the type takes the place. Anything that is not a
-    container of named things is left as it is.
+    A tensor of a type that safetensors does not support is replaced by the name of the type. Values that are not
+    dictionaries, lists or the like are returned unchanged.
     """
     done: dict[int, dict[Any, Any]] = {}
 
@@ -242,7 +242,7 @@ def _with_places(path: Path, content: Any, start: Callable[[_Storage], int]) -> 
         if depth > _MAX_DEPTH:
             raise ValueError("nested too deeply")
         if isinstance(value, dict):
-            # What is in several places is placed once, or damage could make it exponentially many.
+            # Convert shared objects only once: damaged files could otherwise expand exponentially.
             if id(value) not in done:
                 done[id(value)] = {key: place(item, depth + 1) for key, item in value.items()}
             return done[id(value)]

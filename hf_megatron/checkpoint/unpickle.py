@@ -1,8 +1,7 @@
-"""Read a pickle as data: nothing that it names is imported, and nothing is called.
+"""Safe pickle reader: parses a pickle as data without importing or calling anything.
 
-A pickle is a program for a stack machine. Here its instructions build lists, dictionaries and scalars, and where it
-asks to call something, a record of the call takes the place of the result. What it asked for is therefore known
-completely, and harmless, when the end is reached.
+A pickle is a program for a stack machine. This interpreter builds lists, dictionaries and scalars, and records each
+requested call instead of making it. The result lists everything that the pickle refers to.
 
 Source: ``pickletools``, which documents and decodes the instructions; ``_compat_pickle``, by which Python reads the
 names that Python 2 had, as protocol 2 still writes them.
@@ -17,13 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any, BinaryIO, cast
 
-_MAX_BYTES = 32 * 2**20  # more than any state dict has, whose tensors take about 100 bytes each
+_MAX_BYTES = 32 * 2**20  # more than any state dict needs: about 100 bytes per tensor
 _MAX_LINE = 4096
 _SCALARS = (str, int, float, bytes, bool, type(None))
 _COMPUTED = "a callable that the pickle computes"
-# Modules that implement another one, by which people know their functions.
+# Implementation modules and their public names.
 _ALIASES = {"posix": "os", "nt": "os"}
-# Instructions that push their argument, and those that push something fixed.
+# Instructions that push their argument, and those that push a constant.
 _LITERALS = frozenset(
     opcode.name
     for opcode in pickletools.opcodes
@@ -38,14 +37,14 @@ class UnpickleError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """Something that the pickle names, ``module.name``, and that was not looked up."""
+    """A reference to ``module.name`` in a pickle, not resolved."""
 
     name: str
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A call that the pickle asks for and that was not made.
+    """A call requested by a pickle, not made.
 
     Attributes:
         function: Name of what would have been called, or the class of which the result would have been an instance.
@@ -62,18 +61,18 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Unpickled:
-    """An object, with ``Call`` or ``Global`` for all but containers and scalars, and the names that it asks for."""
+    """The parsed object, with ``Call`` or ``Global`` for everything but containers and scalars, and all references."""
 
     value: Any
     names: tuple[str, ...]
 
 
 class _Mark:
-    """Where a run of stack items starts."""
+    """A mark on the stack: the start of a group of items."""
 
 
 def read_pickle(stream: BinaryIO, load_persistent: Callable[[Any], Any] | None = None) -> Unpickled:
-    """Read one pickle and leave the stream after its end.
+    """Parse one pickle and leave the stream positioned after it.
 
     Args:
         stream: Positioned at the pickle's first byte.
@@ -84,9 +83,9 @@ def read_pickle(stream: BinaryIO, load_persistent: Callable[[Any], Any] | None =
     """
     machine = _Machine(load_persistent)
     try:
-        # Damaged text may hold escapes that Python warns of.
+        # Damaged text may contain invalid escapes, about which Python warns.
         with warnings.catch_warnings(action="ignore"):
-            # Of the stream only the three methods of _Bounded are used.
+            # pickletools uses only the three methods of _Bounded.
             for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _Bounded(stream))):
                 machine.step(opcode.name, argument)
         (value,) = machine.stack
@@ -98,7 +97,7 @@ def read_pickle(stream: BinaryIO, load_persistent: Callable[[Any], Any] | None =
 
 
 class _Bounded:
-    """A stream on which a damaged length can neither reserve gigabytes nor read on for ever."""
+    """A stream with a size limit, so that a damaged length cannot allocate gigabytes or read forever."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._left = stream, _MAX_BYTES
@@ -117,7 +116,7 @@ class _Bounded:
 
 
 class _Machine:
-    """The stack machine."""
+    """The pickle stack machine."""
 
     def __init__(self, load_persistent: Callable[[Any], Any] | None) -> None:
         self.stack: list[Any] = []
@@ -126,7 +125,7 @@ class _Machine:
         self._load_persistent = load_persistent
 
     def step(self, name: str, argument: Any) -> None:
-        """Carry out one instruction, given its decoded argument."""
+        """Execute one instruction, given its decoded argument."""
         stack = self.stack
         if name in _LITERALS:
             stack.append(argument)
@@ -142,7 +141,7 @@ class _Machine:
             self._combine(name) if argument is None else self._push_named(name, argument)
 
     def _push_named(self, name: str, argument: Any) -> None:
-        """Instructions whose argument is a name or a persistent id."""
+        """Execute instructions whose argument is a name or a persistent id."""
         match name:
             case "GLOBAL":
                 self.stack.append(self._name(*argument.split(" ", 1)))
@@ -157,7 +156,7 @@ class _Machine:
                 raise ValueError(f"no instruction: {name}")
 
     def _combine(self, name: str) -> None:
-        """Instructions that make something of what lies on the stack."""
+        """Execute instructions that combine items on the stack."""
         stack = self.stack
         match name:
             case "MARK":
@@ -196,7 +195,7 @@ class _Machine:
                 self._call_by(name)
 
     def _call_by(self, name: str) -> None:
-        """Instructions that would call something."""
+        """Record instructions that would call something."""
         stack = self.stack
         match name:
             case "STACK_GLOBAL":
@@ -217,7 +216,7 @@ class _Machine:
                 self._call(function, tuple(rest))
             case "BUILD":
                 state = stack.pop()
-                # Of a dictionary, attributes such as a state dict's _metadata are of no use here.
+                # Ignore attributes of dictionaries, such as a state dict's _metadata.
                 if isinstance(stack[-1], Call):
                     stack[-1].state = state
             case _:
@@ -234,7 +233,7 @@ class _Machine:
         return items
 
     def _name(self, module: str, name: str) -> Global:
-        """Something named, by the names that Python 3 has for it."""
+        """A named reference, translated to its Python 3 name."""
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         self.names.append(f"{_ALIASES.get(module, module)}.{name}")
         return Global(self.names[-1])
@@ -250,7 +249,7 @@ class _Machine:
             function = Global(_COMPUTED)
         if not isinstance(arguments, tuple):
             raise TypeError("arguments are not a tuple")
-        # A dictionary that remembers the order, which all do here, so that nobody has to tell the two apart.
+        # Plain dictionaries keep their order, so OrderedDict is read as dict.
         is_dict = function.name == "collections.OrderedDict" and not arguments
         self.stack.append({} if is_dict else Call(function.name, arguments))
 
@@ -268,6 +267,6 @@ class _Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise TypeError("items for what is not a dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Hashing tuples of tuples of one tuple could take for ever.
+            # Hashing deeply nested shared tuples could take forever.
             is_flat = all(isinstance(part, _SCALARS) for part in (key if isinstance(key, tuple) else [key]))
             target[key if is_flat else f"a {type(key).__name__}"] = value

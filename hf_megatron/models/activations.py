@@ -1,4 +1,4 @@
-"""Activation functions by the names that configurations give them."""
+"""Activation functions by configuration name."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from transformers.activations import ACT2FN
 
-# transformers writes this one out, in eight operations that each read and write all activations. The other name is
-# torch's fused form of the same formula.
+# transformers computes gelu_new in eight elementwise operations. The other name is torch's fused kernel for the same
+# formula.
 _FUSED = {"gelu_new": "gelu_pytorch_tanh"}
 
 
 def activation(name: str | Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The activation of this name, or the function itself; elementwise, for tensors split on any dim."""
+    """Look up an activation by name; functions are returned as they are. Elementwise, so any split is fine."""
     function: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[_FUSED.get(name, name)] if isinstance(name, str) else name
     return function

@@ -1,4 +1,4 @@
-"""Attention cut by heads: each rank computes its own heads and needs nobody else's.
+"""Attention split by heads: each rank computes its own heads, without communication.
 
 Shapes: B batch, S_q queries, S_k keys, N heads, N_p heads per partition, D head dim, H = N x D hidden.
 
@@ -35,10 +35,9 @@ class ParallelAttention(ParallelModule):
         head_dim: D.
         dropout: Probability of dropping an attention probability in training.
         scaling: Factor on the scores.
-        is_causal: Whether a position sees only itself and earlier ones where no mask is given and the call has no
-            ``is_causal`` of its own.
+        is_causal: Whether attention is causal if a call has neither a mask nor its own ``is_causal``.
         upcast: Compute the scores and their softmax in float32 (eager attention only).
-        layer_idx: Which layer of the key-value cache is this one's.
+        layer_idx: Index of this layer in the key-value cache.
     """
 
     def __init__(
@@ -97,8 +96,8 @@ class ParallelAttention(ParallelModule):
             value: [B, S, H_p], split by heads.
             attention_mask: Broadcastable to [B, N_p, S_q, S_k], boolean (True: attend) or additive, replicated.
             past_key_values: Cache that holds and receives this rank's heads of this layer.
-            recompute: Calls a function with arguments, as ``torch.utils.checkpoint.checkpoint`` does, so that what is
-                in between is not kept but computed again; None keeps it. Fused kernels keep nothing anyway.
+            recompute: A function like ``torch.utils.checkpoint.checkpoint`` with which to recompute the attention in
+                the backward pass; None stores its intermediate results. Fused kernels store none anyway.
             **kwargs: For the attention kernel.
 
         Returns:
@@ -120,13 +119,13 @@ class ParallelAttention(ParallelModule):
         recompute: Callable[..., Any] | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, N_p, S, D] each to the context [B, S_q, N_p, D] and perhaps the probabilities."""
+        """Map queries, keys and values [B, N_p, S, D] to the context [B, S_q, N_p, D] and optional probabilities."""
         dropout = self.dropout_p if self.training else 0.0
         is_causal = self.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         implementation = self.config._attn_implementation
         if implementation == "eager" or (dropout and implementation == "sdpa" and not query.is_cuda):
-            # sdpa draws its dropout from the default generator, which gives every rank the same masks. On a CPU it
-            # has no fused kernel with dropout anyway, so nothing is lost by drawing per head.
+            # sdpa draws dropout masks from the default generator, which would give every rank the same masks. CPUs
+            # have no fused kernel with dropout, so drawing per head costs nothing there.
             explicit = self._explicit if recompute is None else partial(recompute, self._explicit)
             return explicit(query, key, value, mask, dropout, is_causal)
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
@@ -146,7 +145,7 @@ class ParallelAttention(ParallelModule):
         dropout: float,
         is_causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention written out, with the probabilities in memory and one dropout mask per global head."""
+        """Eager attention: materializes the probabilities, with one dropout mask per global head."""
         if self.upcast and self.config._attn_implementation == "eager":
             with torch.autocast(query.device.type, enabled=False):
                 scores = torch.matmul(query.float() * self.scaling, key.float().transpose(-1, -2))

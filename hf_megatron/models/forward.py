@@ -1,4 +1,4 @@
-"""What the forwards of the base models share: checked arguments, sequence parallelism, and outputs that are whole."""
+"""Shared wrapper of the base models' forwards: argument checks, sequence parallelism and full-sequence outputs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hf_megatron.tensor_parallel import SequenceParallelRegion, gather_from_tens
 def region_of_call(
     model: Any, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 ) -> SequenceParallelRegion | None:
-    """Where the layers of this call keep their hidden states, if those are split on the sequence.
+    """The sequence-parallel region of this call, or None.
 
-    A sequence with fewer positions than there are ranks is not split: a step of decoding has one.
+    A sequence with fewer positions than ranks is not split; a decoding step has only one position.
 
     Args:
         model: A model of this package.
@@ -32,16 +32,15 @@ def region_of_call(
 
 
 def base_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the forward of a base model whose modules are parallel ones.
+    """Wrap the forward of a tensor-parallel base model.
 
-    An argument that nothing uses is refused, whichever class was called: the heads hand theirs down to here. The
-    key-value cache may have either of its names.
+    Unused arguments raise an error; this covers models with heads too, which pass their arguments on to here. The
+    key-value cache can be passed under both of its names.
 
-    Where attention probabilities are asked for, each module gives those of this rank's heads; the result has all of
-    them, [B, N, S_q, S_k] per layer, replicated. With sequence parallelism each layer gives the hidden states of this
-    rank's positions; the result has all of them, [B, S, H], replicated.
+    If attention probabilities are requested, those of all ranks' heads are gathered to [B, N, S_q, S_k] per layer,
+    replicated. With sequence parallelism, hidden states of all positions are gathered to [B, S, H], replicated.
 
-    A head that gathers the last hidden states itself hands in the call's ``region``; they are then left split.
+    A head that gathers the last hidden states itself passes the call's ``region``; they are then left split.
 
     Collective: all-gather over tp, forward, per layer, if attentions are asked for; with sequence parallelism another
     for the last hidden states, and per layer, if hidden states are asked for.
@@ -75,5 +74,5 @@ def base_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _whole(region: SequenceParallelRegion, state: torch.Tensor | None) -> torch.Tensor | None:
-    """[..., S, H], replicated, of [..., S_p, H], unless it is that already or was not asked for."""
+    """Gather hidden states [..., S_p, H] to [..., S, H], replicated; None and full tensors pass through."""
     return state if state is None or state.shape[-2] == region.length else region.gather(state)

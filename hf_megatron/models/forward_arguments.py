@@ -1,7 +1,7 @@
-"""What a forward may be called with: the key-value cache under both its names, and only arguments that have a use.
+"""Arguments of forwards: both names of the key-value cache are accepted, unused arguments are rejected.
 
-Stock forwards swallow every keyword. A misspelled argument then changes nothing and nobody notices; so it was with the
-cache when transformers 5.24 gave it another name. Here an argument has a use or is refused.
+Stock forwards silently accept any keyword argument, so a misspelled one has no effect. This happened with the cache
+when transformers 5.24 renamed it. Here, an argument that nothing uses raises an error.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from hf_megatron.errors import UnexpectedArgumentError
 
-# What this transformers calls the key-value cache in forwards, outputs and masks: 5.24 renamed past_key_values.
+# Name of the key-value cache in the installed transformers; 5.24 renamed past_key_values to cache.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
-# What may reach a base model beyond the arguments that its forward names: who passes it, and what for.
+# Arguments that a base model accepts beyond those in its signature: who passes them, and why.
 _ALWAYS = {
     "output_attentions": "callers and Trainer; transformers' capture_outputs records them",
     "output_hidden_states": "callers and Trainer; transformers' capture_outputs records them",
@@ -48,7 +48,7 @@ _CONTINUOUS_BATCHING = {
 
 
 def rename_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's keyword arguments with the key-value cache under its older name, which the forwards here have.
+    """Rename the key-value cache in keyword arguments to its older name, which the forwards here use.
 
     Args:
         arguments: Has the cache under either name. Under transformers 5.23 ``cache`` may also be the paged cache of
@@ -69,7 +69,7 @@ def rename_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_arguments(reason: str, **arguments: Any) -> None:
-    """Refuse the arguments that are not None.
+    """Raise UnexpectedArgumentError for arguments that are not None.
 
     Raises:
         UnexpectedArgumentError: There are any; it gives the reason.
@@ -80,7 +80,7 @@ def refuse_arguments(reason: str, **arguments: Any) -> None:
 
 
 def check_arguments(model: Any, named: Collection[str], arguments: Mapping[str, Any]) -> None:
-    """Refuse keyword arguments that nothing uses.
+    """Raise UnexpectedArgumentError for keyword arguments that nothing uses.
 
     Args:
         model: A base model, whose configuration says which attention kernel will run.
@@ -112,5 +112,5 @@ def _used_by_attention_kernel(implementation: str, arguments: Mapping[str, Any])
         return _FLASH_ATTENTION
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
     if kernel is not None and not kernel.__module__.startswith("transformers."):
-        return inspect.signature(kernel).parameters  # a user's own kernel: what it names, it uses
+        return inspect.signature(kernel).parameters  # a custom kernel: assume that it uses all its parameters
     return [name for name in _FLASH_ATTENTION if arguments.get(name) is None]

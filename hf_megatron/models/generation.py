@@ -1,7 +1,7 @@
-"""Generation on several ranks: they write the same tokens, and stop together.
+"""Generation on several ranks: all ranks produce the same tokens and stop together.
 
-Each rank has its own clock, its own stopping criteria and its own streamer. Where one of them ends or fails, the others
-would wait for it in the next layer for ever. So what one rank decides holds for all.
+Each rank has its own clock, stopping criteria and streamer. If one rank stopped or failed alone, the others would wait
+for it in the next layer forever. Therefore the decision of one rank applies to all.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from hf_megatron.errors import RanksDifferError, UnsupportedError
 from hf_megatron.tensor_parallel import TensorParallelGroup, synchronize_random_state
 from hf_megatron.tensor_parallel.agreement import RankComparison, digests_of
 
-# These see nothing but tokens and scores, which are equal on all ranks.
+# These depend only on tokens and scores, which are equal on all ranks.
 _SAME_EVERYWHERE = (ConfidenceCriteria, EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
 
 
 class ParallelGenerationMixin(GenerationMixin):
-    """``generate`` for a model that may be cut over ranks."""
+    """``generate`` for tensor-parallel models."""
 
     tp_group: TensorParallelGroup
     device: torch.device
@@ -91,31 +91,31 @@ class ParallelGenerationMixin(GenerationMixin):
 
 
 class _SharedCriteria(StoppingCriteriaList):
-    """Stopping criteria that hold for a sequence when they hold on any rank of the group."""
+    """Stopping criteria that apply to a sequence if they apply on any rank of the group."""
 
     def __init__(self, criteria: StoppingCriteriaList, group: TensorParallelGroup) -> None:
         super().__init__(criteria)
         self._group = group
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        done: torch.Tensor = super().__call__(input_ids, scores, **kwargs).to(torch.uint8)  # gloo reduces no bool
+        done: torch.Tensor = super().__call__(input_ids, scores, **kwargs).to(torch.uint8)  # gloo cannot reduce bool
         dist.all_reduce(done, dist.ReduceOp.MAX, group=self._group.process_group)
         return done.bool()
 
 
 class _SharedStreamer(BaseStreamer):
-    """A streamer whose failure ends the call on all ranks; most ranks have none."""
+    """A streamer whose failure ends the call on all ranks; usually only one rank has a streamer."""
 
     def __init__(self, streamer: BaseStreamer | None, model: ParallelGenerationMixin) -> None:
         self._streamer = streamer
         self._comparison = model._comparison
 
     def put(self, value: torch.Tensor) -> None:
-        """Hand on tokens."""
+        """Pass tokens to the streamer."""
         self._do("put", value)
 
     def end(self) -> None:
-        """Hand on the end."""
+        """End the stream."""
         self._do("end")
 
     def _do(self, method: str, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""The language-modeling head, cut along the vocabulary, and its loss.
+"""The vocabulary-parallel language-modeling head and its loss.
 
 Shapes: B batch, S sequence, H hidden, V vocabulary, V_p this rank's part of it.
 """
@@ -27,10 +27,10 @@ from hf_megatron.tensor_parallel.cpu import TiedGradient, is_tuned
 
 
 class VocabParallelHead(ParallelModule):
-    """Projection onto the vocabulary. A tied head has no parameters of its own: it is given the embedding's shard.
+    """Projection onto the vocabulary. A tied head has no parameters; it uses the embedding's shard.
 
-    A second parameter for the same weight would be gathered and saved twice, and trains silently wrong under FSDP2 when
-    the rows do not divide (two FSDP parameters for one tensor).
+    A second parameter for the same weight would be gathered and saved twice. Under FSDP2 it would also be trained
+    incorrectly, without an error, if the rows do not divide evenly (two FSDP parameters for one tensor).
 
     Args:
         hidden_size: H.
@@ -63,7 +63,7 @@ class VocabParallelHead(ParallelModule):
         tied: TiedGradient | None = None,
         **loss_arguments: Any,
     ) -> torch.Tensor:
-        """This rank's logits; or the loss of predicting the labels, in less memory and time than by way of the logits.
+        """Return this rank's logits or, with labels, the loss, in less memory and time than through the logits.
 
         Args:
             hidden_states: [..., H], replicated; with a region [..., S_p, H], split on the sequence.
@@ -87,7 +87,7 @@ class VocabParallelHead(ParallelModule):
         else:
             weight = shared_weight() if tied is None else tied.weight
         bias = None if bias is None else local(bias)
-        hidden_states = hidden_states.to(weight.device)  # a tied head computes where the embedding lies
+        hidden_states = hidden_states.to(weight.device)  # a tied head runs on the device of the embedding
         if region is not None:
             hidden_states = region.enter(hidden_states)
         if labels is None:
@@ -115,25 +115,25 @@ LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "label_smoothing")  # of
 
 
 class VocabParallelLossMixin:
-    """What the models with a :class:`VocabParallelHead` share: in training the head computes the loss, and no logits.
+    """Mixin for models with a :class:`VocabParallelHead`: in training, the head computes the loss without logits.
 
     Attributes:
-        fuses_head_and_loss: Set to False, outputs have logits in training too, gathered on every rank.
+        fuses_head_and_loss: Set to False to get logits in training too, gathered on every rank.
     """
 
     fuses_head_and_loss = True
     has_vocab_parallel_loss = True
-    _tied_weights_keys = None  # a tied head has no weight of its own
+    _tied_weights_keys = None  # a tied head has no parameter
 
     def _is_fused(self: Any, labels: torch.Tensor | None) -> bool:
-        """Whether this call computes the loss without logits; not with ``model.loss_function = ...``."""
+        """Whether this call computes the loss without logits; False if ``model.loss_function`` is set."""
         has_own_loss = getattr(self, "_loss_function", None) is not None
         return labels is not None and self.training and self.fuses_head_and_loss and not has_own_loss
 
     def _embed_for_tied_head(
         self: Any, head: VocabParallelHead, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, TiedGradient | None]:
-        """Look the words up here where their gradient is to be added to that of a tied head, see :class:`TiedGradient`.
+        """Look up embeddings so that their gradient is added to that of a tied head; see :class:`TiedGradient`.
 
         Returns:
             ``input_ids``, ``inputs_embeds`` [B, S, H], one of them None; and where the gradients are added up, or None.
@@ -141,7 +141,7 @@ class VocabParallelLossMixin:
         embedding = self.get_input_embeddings()
         weight = embedding.weight
         has_gradient = head.weight is None and weight.requires_grad and torch.is_grad_enabled()
-        # FSDP and accelerate's hooks have the weight whole while its module is called only.
+        # With FSDP and accelerate's hooks, the full weight is available only while its module is called.
         is_elsewhere = isinstance(self, FSDPModule) or hasattr(embedding, "_hf_hook")
         if input_ids is None or not has_gradient or is_elsewhere or not is_tuned(weight):
             return input_ids, None, None
@@ -190,5 +190,5 @@ class VocabParallelLossMixin:
 
 
 def next_token_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-    """[B, S] token ids to what each position has to predict; nothing follows the last one."""
+    """Shift token ids [B, S] to next-token labels; the last position has none."""
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

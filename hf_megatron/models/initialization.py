@@ -1,8 +1,8 @@
-"""Weights drawn from scratch that do not depend on how the model is cut.
+"""Weight initialization that does not depend on the layout.
 
-Each parameter has a generator of its own, seeded by (seed, parameter name), and is drawn as if it were whole: a rank
-that holds a part of it draws the full parameter block by block and keeps its part. So the same seed gives bit-identical
-weights at any tensor-parallel degree, with or without FSDP, and whichever heads a model has.
+Each parameter has its own generator, seeded by (seed, parameter name). A rank draws the full parameter block by block
+and keeps its shard. The same seed therefore gives bit-identical weights at any tensor-parallel degree, with or without
+FSDP, and for any head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _requested_seed: ContextVar[int | None] = ContextVar("requested_seed", default=N
 
 @contextmanager
 def initialization_seed(seed: int | None) -> Iterator[None]:
-    """Models built inside draw their weights from ``seed``; None leaves it to ``torch.initial_seed()``."""
+    """Context in which new models draw their weights from ``seed``, or ``torch.initial_seed()`` if None."""
     token = _requested_seed.set(seed)
     try:
         yield
@@ -35,7 +35,7 @@ def initialization_seed(seed: int | None) -> Iterator[None]:
 
 
 def seed_of_first_rank(device: torch.device) -> int:
-    """The seed to draw weights from: the requested one or ``torch.initial_seed()``, rank 0's on every rank.
+    """The seed for weights: the given one or ``torch.initial_seed()``, broadcast from rank 0.
 
     Collective: broadcast over the world of one integer, if a process group exists.
     """
@@ -49,13 +49,13 @@ def seed_of_first_rank(device: torch.device) -> int:
 
 
 def local_seed() -> int:
-    """The seed of a model that lies whole in this process."""
+    """The seed for an unsharded model in this process."""
     requested = _requested_seed.get()
     return (torch.initial_seed() if requested is None else requested) % 2**63
 
 
 def fill_normal(parameter: torch.Tensor, std: float, seed: int, name: str, *, zero_row: int | None = None) -> None:
-    """Fill a parameter, or this rank's part of it, from N(0, std) in place.
+    """Fill a parameter, or this rank's shard of it, from N(0, std) in place.
 
     Args:
         parameter: Any floating-point tensor or DTensor.
@@ -73,7 +73,7 @@ def fill_normal(parameter: torch.Tensor, std: float, seed: int, name: str, *, ze
 
 
 class _DrawnTensor:
-    """A tensor that is drawn when it is read, with the interface of a safetensors slice."""
+    """A tensor drawn lazily when it is read, with the interface of a safetensors slice."""
 
     def __init__(self, shape: tuple[int, ...], std: float, seed: int, name: str, zero_row: int | None) -> None:
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -84,7 +84,7 @@ class _DrawnTensor:
         return list(self.shape)
 
     def __getitem__(self, index: EllipsisType | tuple[slice, ...]) -> torch.Tensor:
-        """Draw everything, keep what ``index`` asks for; only one block of the rest exists at a time."""
+        """Draw block by block and keep only the requested ``index``."""
         index = (slice(None),) * len(self.shape) if isinstance(index, EllipsisType) else index
         rows, columns = index[0], index[1:]
         start, stop, _ = rows.indices(self.shape[0])

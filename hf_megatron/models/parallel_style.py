@@ -1,8 +1,8 @@
-"""How our modules meet transformers' tensor parallelism: one parallel style, and the plans that name it.
+"""Integration with transformers' tensor parallelism: a parallel style, and the plans that use it.
 
 transformers walks a plan of ``module or parameter name -> style`` and lets the style replace parameters by DTensors
-and modules' forwards by wrapped ones. Ours asks each module for the cut of its parameters and wraps nothing: the
-modules do their communication themselves.
+and modules' forwards by wrapped ones. Our style takes the partition specs from each module and wraps nothing, because
+the modules communicate themselves.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ STYLE_NAME = "megatron"
 
 
 class MegatronStyle(TensorParallelLayer):
-    """The style behind every entry of our plans."""
+    """The parallel style used by every entry of our plans."""
 
     def shard_param(self, module: ParallelModule, param: str, mesh: DeviceMesh) -> None:
-        """Replace one parameter by a DTensor that holds this rank's part of it."""
+        """Replace a parameter by a DTensor that holds this rank's shard."""
         shard_parameter(module, param, mesh)
 
     def install_forward(self, module: ParallelModule, mesh: DeviceMesh) -> ParallelModule:
-        """Tell the module its group; its forward stays its own."""
+        """Set the module's tensor-parallel group; its forward is not changed."""
         module.set_tensor_parallel(TensorParallelGroup.from_mesh(mesh))
         return module
 
@@ -35,7 +35,7 @@ ALL_PARALLEL_STYLES.register(STYLE_NAME, MegatronStyle())
 
 
 def tp_plan_of(table: Architecture, modules: tuple[str, ...] = ()) -> dict[str, str]:
-    """The plan transformers wants for the base model: every module that holds parameters, and those named here.
+    """The base model's tensor-parallel plan: every module that holds parameters, and the given ones.
 
     Args:
         table: The architecture.

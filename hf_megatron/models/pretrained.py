@@ -1,6 +1,6 @@
-"""What our models add to ``PreTrainedModel``: sharded building, loading and saving.
+"""Sharded construction, loading and saving, added to ``PreTrainedModel``.
 
-What is private of transformers' loader is overridden here; ``private_interfaces`` says what breaks when it changes.
+This module overrides private methods of transformers' loader; see ``private_interfaces``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
 
     Attributes:
         tp_group: The tensor-parallel group; one rank unless the model was loaded or built on several.
-        sequence_parallel: Whether its ranks share the positions of a sequence outside of attention and MLP.
+        sequence_parallel: Whether activations outside of attention and MLP are split along the sequence.
     """
 
     tp_group: TensorParallelGroup = SINGLE
@@ -50,12 +50,12 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
 
     @classmethod
     def partition_table_of(cls, config: PreTrainedConfig) -> Architecture:
-        """How the tensors of a model of this configuration are cut."""
+        """The table for a configuration."""
         raise NotImplementedError
 
     @property
     def partition_table(self) -> Architecture:
-        """How this model's tensors are cut."""
+        """The table of this model's architecture."""
         return self.partition_table_of(self.config)  # type: ignore[attr-defined]
 
     def _partition_class(self) -> ModelClass:
@@ -94,7 +94,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
         seed: int | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Build a model with fresh weights, cut over the ranks from the start.
+        """Build a model with new weights, sharded over the ranks from the start.
 
         The full weights are the same, bit for bit, for every layout with the same seed.
 
@@ -124,7 +124,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
                 with torch.random.fork_rng(devices):
                     return super()._from_config(config, **kwargs)  # type: ignore[misc,no-any-return]
             dtype = kwargs.pop("dtype", None) or config.dtype or torch.get_default_dtype()
-            with quiet_loading():  # an empty checkpoint is what we mean, not a corrupt one
+            with quiet_loading():  # the empty checkpoint is intentional
                 model: Self = cls.from_pretrained(
                     None, config=config, state_dict={}, dtype=dtype, distributed_config=distributed_config, **kwargs
                 )
@@ -135,7 +135,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
     def prepare_distribute_model(
         cls, distributed_config: DistributedConfig | dict[str, Any] | None, device_map: Any = None
     ) -> Any:
-        """Create the process group and the mesh; refuse what these models do not do before anything is read."""
+        """Create the process group and the mesh, and reject unsupported options before reading any weights."""
         if isinstance(distributed_config, dict):
             distributed_config = DistributedConfig.from_dict(distributed_config)
         if distributed_config is not None:
@@ -144,7 +144,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: DistributedConfig | None, mesh_manager: Any) -> Any:
-        """Cut the parameters; put the ranks' random streams and the seed for new weights in step."""
+        """Shard the parameters, and synchronize random states and the seed for new weights across ranks."""
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
         if mesh_manager is None or distributed_config is None:
             return model
@@ -183,6 +183,6 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # The stock method looks in the module's source for an attention class that asks for its kernel by name; ours
+        # The stock method searches the module's source for an attention class that looks up its kernel by name; ours
         # does so in its base class.
         return True

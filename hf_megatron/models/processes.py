@@ -1,4 +1,4 @@
-"""Small questions about the layout of processes that building, loading and saving share."""
+"""Helpers for process layout, shared by building, loading and saving."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_megatron.errors import ParallelStateError, UnsupportedError
 
 
 def check_distributed_config(config: DistributedConfig) -> None:
-    """Refuse a layout these models do not have, or that does not fit the number of processes.
+    """Reject layouts that are unsupported or do not match the number of processes.
 
     Raises:
         UnsupportedError: Pipeline stages, experts, or a plan of the user's.
@@ -41,7 +41,7 @@ def check_distributed_config(config: DistributedConfig) -> None:
 
 
 def refuse_quantization(quantization_config: object) -> None:
-    """Refuse to quantize: transformers replaces ``nn.Linear`` modules, which there are none of, and leaves all whole.
+    """Reject quantization: transformers quantizes ``nn.Linear`` modules, which these models do not have.
 
     Raises:
         UnsupportedError: There is a quantization_config.
@@ -65,7 +65,7 @@ def barrier() -> None:
 
 
 def share_failure(error: BaseException | None) -> None:
-    """Raise on all ranks if one of them has failed; every rank must call it.
+    """Raise an error on all ranks if one of them failed; every rank must call it.
 
     Args:
         error: What went wrong on this rank, if anything.

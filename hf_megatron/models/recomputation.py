@@ -1,4 +1,4 @@
-"""Activation checkpointing: what the backward pass computes again instead of keeping it.
+"""Activation checkpointing: full and selective recomputation in the backward pass.
 
 Source: Korthikanti et al. 2022, arXiv:2205.05198, section 5, has selective recomputation.
 """
@@ -21,13 +21,13 @@ class RecomputationMixin:
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        """As the stock method, with one more option.
+        """Same as the stock method, with one more option.
 
         Args:
             activation_checkpointing_kwargs: As for the stock method; and ``recompute`` may be ``"full"``, whole layers,
-                which is the default, or ``"selective"``: of each layer the attention between its projections, which
-                takes most of the memory and little of the time. A fused attention kernel does that by itself, and a
-                compiled model leaves it to the compiler what to keep.
+                which is the default, or ``"selective"``: only the attention between the projections, which accounts for
+                most of the memory and little of the time. It has no effect with fused attention kernels, which store
+                none of it, or in compiled models, where the compiler decides.
             *args: As for the stock method.
             **kwargs: As for the stock method.
 
@@ -48,8 +48,8 @@ class RecomputationMixin:
 
 
 def _run_layer(checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
-    """Hand the function that would checkpoint a whole layer down to its attention."""
+    """Checkpoint only the attention of a layer, instead of the whole layer."""
     if torch.compiler.is_compiling():
-        # In a checkpoint torch 2.13's compiler draws other dropout masks, and takes a DTensor's mesh for a tensor.
+        # In a checkpoint, torch 2.13's compiler draws other dropout masks and mistakes a DTensor's mesh for a tensor.
         return forward(*args)
     return forward(*args, recompute=checkpoint)

@@ -1,4 +1,4 @@
-"""Make transformers' Auto classes know our models, and leave everything about the stock ones as it is."""
+"""Register our models with transformers' Auto classes, without affecting the stock ones."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from hf_megatron.tensor_parallel import TensorParallelGroup
 
 
 class ResizingMixin:
-    """``resize_token_embeddings`` for heads that are no ``nn.Linear``."""
+    """``resize_token_embeddings`` for heads that are not ``nn.Linear``."""
 
     tp_group: TensorParallelGroup
 
@@ -35,7 +35,7 @@ class ResizingMixin:
         return resized
 
     def _get_resized_lm_head(self, old_lm_head: Any, *args: Any, **kwargs: Any) -> Any:
-        # The stock method resizes an nn.Linear, which our heads are not. It gets one that shares the parameters.
+        # The stock method needs an nn.Linear, so it gets one that shares the head's parameters.
         linear = nn.Linear(old_lm_head.in_features, old_lm_head.out_features, bias=False, device="meta")
         linear.weight, linear.bias = old_lm_head.weight, old_lm_head.bias
         linear = super()._get_resized_lm_head(linear, *args, **kwargs)  # type: ignore[misc]

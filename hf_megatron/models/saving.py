@@ -1,4 +1,4 @@
-"""What ``save_pretrained`` does here beyond transformers: the stock config, and no old weights among new ones."""
+"""Additions to ``save_pretrained``: writing the stock config and removing stale shards."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from hf_megatron.models.uploading import HubMixin, Upload
 
 logger = logging.get_logger(__name__)
 
-# A model's weights in one piece or several; an optimizer's state and adapters have names of their own.
+# File names of whole weights, in one file or several; optimizer states and adapters have other names.
 _WHOLE_WEIGHTS = re.compile(
     r"(model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?"
 )
 
 
 def rewrite_config(directory: Path, table: Architecture, class_name: str, *, stock: bool) -> None:
-    """Make ``config.json`` name the stock classes, or ours; everything else in it stays.
+    """Set the model type and class in ``config.json`` to the stock ones or ours; keep everything else.
 
     Args:
         directory: Where ``config.json`` lies.
@@ -52,7 +52,7 @@ def rewrite_config(directory: Path, table: Architecture, class_name: str, *, sto
 
 
 def remove_shards(directory: Path) -> None:
-    """Remove what an earlier distributed save left in a directory, if that holds the weights in one piece now."""
+    """Remove shards of an earlier distributed save from a directory that now contains whole weights."""
     if any((directory / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
         for path in directory.iterdir():
             if is_shard(path):
@@ -60,12 +60,12 @@ def remove_shards(directory: Path) -> None:
 
 
 def is_not_weights(entry: Path) -> bool:
-    """Whether an entry of a directory, such as a tokenizer, stays when a distributed save replaces the model."""
+    """Whether an entry of a directory, such as a tokenizer, is kept when a distributed save replaces the model."""
     return not is_shard(entry) and _WHOLE_WEIGHTS.fullmatch(entry.name) is None
 
 
 def reasons(error: CheckpointException) -> str:
-    """What went wrong on which ranks; the exception itself is a nested traceback, and a BaseException."""
+    """Summarize a CheckpointException by rank; its own text is a nested traceback."""
     found = {f"{type(cause).__name__}: {cause}": rank for rank, (cause, _) in reversed(error.failures.items())}
     return "; ".join(f"rank {rank}: {reason}" for reason, rank in found.items())
 

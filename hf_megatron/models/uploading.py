@@ -1,4 +1,4 @@
-"""Uploads to the Hub, once a directory has its name and the config it is to have."""
+"""Uploads to the Hub, after a directory has its final name and config."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers.utils.hub import create_and_tag_model_card, hf_api
 
 from hf_megatron.models.processes import share_failure
 
-# Arguments of the stock methods: of the repository, and of the commit.
+# Arguments of the stock methods for the repository and for the commit.
 _REPOSITORY = ("private", "repo_type", "resource_group_id")
 _COMMIT = ("commit_message", "commit_description", "create_pr", "revision")
 
 
 class Upload:
-    """An upload of what ``save_pretrained(push_to_hub=True)`` writes. Every rank of a collective save makes one.
+    """Upload for ``save_pretrained(push_to_hub=True)``; every rank of a collective save creates one.
 
     Args:
         model: The model that is saved.
@@ -49,7 +49,7 @@ class Upload:
             self._before = self._model._get_files_timestamps(self._directory)
 
     def run(self) -> None:
-        """Upload what has been written.
+        """Upload the saved files.
 
         Raises:
             ParallelStateError: The writer could not.
@@ -77,10 +77,10 @@ class Upload:
 
 
 class HubMixin:
-    """``push_to_hub`` of a model that is cut: one commit, of the whole model."""
+    """``push_to_hub`` for sharded models: a single commit of the whole model."""
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method; every rank of a model that is cut must call it, and the first one uploads.
+        """Same as the stock method; every rank of a sharded model must call it, and the first one uploads.
 
         Raises:
             ParallelStateError: The first rank could not upload.

@@ -1,12 +1,12 @@
-"""LoRA through peft on models that are cut over ranks.
+"""LoRA with peft on tensor-parallel models.
 
     from peft import LoraConfig
     from hf_megatron.peft import get_peft_model, load_adapter
 
     model = get_peft_model(model, LoraConfig(r=8, target_modules=["c_attn"], task_type="CAUSAL_LM"))
 
-An adapter adds ``B(A(x))`` to a layer's output. Its halves are cut like the weight they adapt, and each half is one of
-this package's own layers, which communicate as they always do (``r`` is the adapter's rank, B S batch and sequence):
+An adapter adds ``B(A(x))`` to a layer's output. A and B are sharded like the weight they adapt, and each is one of this
+package's own layers with its usual communication (``r`` is the adapter's rank, B S batch and sequence):
 
     adapted layer               A [r, in]                      B [out, r]              collective for the adapter
     ColumnParallelLinear        ReplicatedLinear               ColumnParallelLinear    backward, [B, S, r]
@@ -14,8 +14,8 @@ this package's own layers, which communicate as they always do (``r`` is the ada
     RowParallelLinear           RowParallelLinear              ReplicatedLinear        forward, [B, S, r]
     ReplicatedLinear            ReplicatedLinear               ReplicatedLinear        none
 
-What is saved is an ordinary adapter, whole tensors under the stock names: it loads with plain peft on the stock model,
-and an ordinary adapter loads here at any degree.
+Adapters are saved in peft's ordinary format, with whole tensors under the stock names: they load with plain peft on the
+stock model, and ordinary adapters load here at any degree.
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """
@@ -46,12 +46,12 @@ def get_peft_model(
 
     Args:
         model: A model of this package, at any layout; changed in place.
-        config: Which layers to adapt, and how; by default those of the stock model that peft does.
+        config: Which layers to adapt, and how; the defaults are peft's for the stock model.
         adapter_name: Name of the adapter.
         **kwargs: As for ``peft.get_peft_model``.
 
     Raises:
-        UnsupportedError: The configuration asks for something that adapters on a cut model do not have.
+        UnsupportedError: The configuration uses a feature that is not supported for tensor-parallel models.
 
     Collective: broadcast over all processes of each adapter's initial values.
     """
@@ -87,7 +87,7 @@ def load_adapter(
         **kwargs: For the download, such as ``revision`` and ``token``.
 
     Raises:
-        UnsupportedError: The adapter is not LoRA, or uses what adapters on a cut model do not have.
+        UnsupportedError: The adapter is not LoRA, or uses a feature not supported for tensor-parallel models.
         CheckpointIncompleteError: The adapter lacks weights.
     """
     config = peft.PeftConfig.from_pretrained(os.fspath(directory), **kwargs)

@@ -1,4 +1,4 @@
-"""LoRA layers whose halves are cut like the weight they adapt.
+"""LoRA layers whose matrices A and B are sharded like the weight they adapt.
 
 Shapes: B batch, S sequence, ``r`` the adapter's rank; ``in`` and ``out`` are full sizes, ``in_p`` is this rank's part.
 """
@@ -31,21 +31,21 @@ ADAPTABLE = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 
 
 def is_managed_by_fsdp(parameter: torch.Tensor) -> bool:
-    """Whether FSDP has cut a parameter, which it gathers when it is used and whose gradient it averages."""
+    """Whether FSDP shards a parameter; FSDP then gathers it for use and averages its gradient."""
     return isinstance(parameter, DTensor) and "fsdp" in (parameter.device_mesh.mesh_dim_names or ())
 
 
 class ParallelLora(LoraLinear):
-    """The LoRA layer of peft around one of ours; its halves are replaced by layers that are cut."""
+    """The LoRA layer of peft around one of our layers, with A and B replaced by sharded layers."""
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
-        # Over all ranks. The stock method takes the sizes of this rank's part.
+        # Sizes over all ranks; the stock method takes those of this rank's shard.
         return module.in_features, module.out_features
 
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, r, *args, **kwargs)
         base = self.get_base_layer()
-        with torch.device("meta"):  # they get the weights that peft drew, and must draw none
+        with torch.device("meta"):  # they take over the weights that peft drew, and must not draw any
             halves = _halves_of(base, r)
         for holder, half in zip((self.lora_A, self.lora_B), halves, strict=True):
             half.weight = holder[adapter_name].weight
@@ -57,7 +57,7 @@ class ParallelLora(LoraLinear):
             self.lora_dropout[adapter_name] = _SplitDropout(dropout.p, base.in_features, base.tp_group)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As the stock method, but for ``safe_merge``, which there has no effect on a DTensor.
+        """Same as the stock method, except that ``safe_merge`` also works on a DTensor.
 
         Raises:
             ValueError: With ``safe_merge``, if the sum is not finite.
@@ -75,7 +75,7 @@ class ParallelLora(LoraLinear):
         super().merge(adapter_names=adapter_names)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What merging adds to the weight: of the weight's shape, cut as it is."""
+        """The update that merging adds to the weight, sharded like the weight."""
         weight = self.get_base_layer().weight
         a, b = (local(half[adapter].weight) for half in (self.lora_A, self.lora_B))
         delta: torch.Tensor = b @ a * self.scaling[adapter]
@@ -94,7 +94,7 @@ class ParallelLora(LoraLinear):
 
 
 class _SplitDropout(nn.Dropout):
-    """Dropout on activations split on the last dim, with the mask that one rank would draw for them whole.
+    """Dropout on activations split on the last dim; the mask equals that of one rank for the full tensor.
 
     So every degree trains on the same masks, and the generators of all ranks stay in step.
     """
@@ -109,13 +109,13 @@ class _SplitDropout(nn.Dropout):
             return x
         start, stop = chunk_range(self.size, self.group.size, self.group.rank)
         mask = F.dropout(x.new_ones(*x.shape[:-1], self.size), self.p)
-        return x * mask[..., start:stop].clone()  # not a view, which would keep the whole mask until backward
+        return x * mask[..., start:stop].clone()  # a copy: a view would keep the whole mask alive until backward
 
 
 def _halves_of(base: nn.Module, r: int) -> tuple[nn.Module, nn.Module]:
-    """Layers A and B for an adapted layer, without weights."""
+    """Create the layers A and B for an adapted layer, without weights."""
     if isinstance(base, ColumnParallelLinear):
-        # The rows of B belong to the columns of the weight, and are cut as those are: in three blocks if they are.
+        # The rows of B correspond to the columns of the weight and are split alike, in three blocks for a fused QKV.
         specs = {"weight": dataclasses.replace(base.partition_specs()["weight"], dim=0)}  # type: ignore[type-var]
         a = ReplicatedLinear(base.in_features, r, bias=False)
         return a, ColumnParallelLinear(r, base.out_features, bias=False, specs=specs)
@@ -125,7 +125,7 @@ def _halves_of(base: nn.Module, r: int) -> tuple[nn.Module, nn.Module]:
 
 
 def _share(half: Any, base: Any) -> None:
-    """Make a half's weight the first rank's on all ranks, and keep this rank's part of it.
+    """Broadcast the weight of A or B from the first rank, and keep this rank's shard.
 
     Collective: broadcast over all processes.
     """

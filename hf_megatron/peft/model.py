@@ -1,4 +1,4 @@
-"""What an adapted model does otherwise than peft's: saving by all ranks, and gradients of data-parallel ranks."""
+"""Overrides for peft models: collective saving, and gradient averaging over data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from hf_megatron.tensor_parallel import ParallelModule, local, parallelize_modul
 
 
 class _MegatronPeftModel(PeftModel):
-    """The methods that take the place of peft's."""
+    """Methods that override peft's."""
 
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """Save the adapters, as the stock method does; every rank of a model that is cut must call it.
+        """Save the adapters like the stock method; every rank of a sharded model must call it.
 
         Collective: all-gather over tp of each tensor of an adapter.
         """
@@ -44,12 +44,12 @@ class _MegatronPeftModel(PeftModel):
             if is_writer:
                 card = Path(save_directory) / "README.md"
                 if card.is_file():
-                    shutil.copy(card, fresh.path)  # peft brings a model card up to date
+                    shutil.copy(card, fresh.path)  # peft updates an existing model card
                 super().save_pretrained(str(fresh.path), *args, **kwargs)
             fresh.publish(merge=True)
 
     def _adapter_tensors(self) -> dict[str, torch.Tensor]:
-        """What of the state dict may belong to an adapter, whole, on the CPU; the stock method gathers everything."""
+        """Gather only the tensors that may belong to an adapter, on the CPU; the stock method gathers everything."""
         has_bias = any(config.bias != "none" for config in self.peft_config.values())
         tensors = {}
         for name, tensor in self.state_dict().items():
@@ -58,18 +58,18 @@ class _MegatronPeftModel(PeftModel):
         return tensors
 
     def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type:
-        # adapter_config.json names it where there is no task type.
+        # Written to adapter_config.json if there is no task type.
         stock: type = getattr(transformers, self.get_base_model()._partition_class().stock)
         return stock
 
     def add_adapter(self, adapter_name: str, peft_config: LoraConfig, *args: Any, **kwargs: Any) -> None:
-        """As the stock method, for what :func:`hf_megatron.peft.get_peft_model` accepts."""
+        """Same as the stock method, for configurations that :func:`hf_megatron.peft.get_peft_model` accepts."""
         with adapting(self.get_base_model(), peft_config):
             super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         join_data_parallel_ranks(self)
 
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method, but for missing weights, which are a CheckpointIncompleteError."""
+        """Same as the stock method, except that missing weights raise a CheckpointIncompleteError."""
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         if result.missing_keys:
             raise CheckpointIncompleteError(f"the adapter {model_id} lacks {', '.join(result.missing_keys)}.")
@@ -78,13 +78,13 @@ class _MegatronPeftModel(PeftModel):
 
 @cache
 def with_our_methods(stock: type[PeftModel]) -> type[PeftModel]:
-    """The class that peft has for a task, with our methods before its own."""
+    """The model class of peft for a task, with our methods overriding its own."""
     return type(stock.__name__, (_MegatronPeftModel, stock), {"__doc__": stock.__doc__})
 
 
 @torch.no_grad()
 def join_data_parallel_ranks(model: PeftModel) -> None:
-    """Average the gradients of an adapter over the data-parallel ranks, as FSDP does those that it manages.
+    """Average an adapter's gradients over the data-parallel ranks, as FSDP does for the parameters it manages.
 
     Collective: all-reduce over fsdp and over dp_replicate, backward, of each of the adapter's gradients.
     """
@@ -101,14 +101,14 @@ def join_data_parallel_ranks(model: PeftModel) -> None:
     for parameter in model.parameters():
         if is_managed_by_fsdp(parameter) or hasattr(parameter, "_is_averaged"):
             continue
-        needs_gradient = parameter.requires_grad  # that of an adapter which is not active does not
+        needs_gradient = parameter.requires_grad  # False for an inactive adapter
         parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(_average_gradient, groups))
         parameter.requires_grad_(needs_gradient)
         parameter._is_averaged = True
 
 
 def _take_from_fsdp(module: ParallelModule, tp_mesh: DeviceMesh) -> None:
-    """Give the copy of a module whose parameters FSDP has cut parameters of its own, cut over tp alone.
+    """Replace the FSDP-sharded parameters of a copied module by parameters sharded over tp only.
 
     Collective: all-gather over fsdp and tp of each.
     """
@@ -122,7 +122,7 @@ def _take_from_fsdp(module: ParallelModule, tp_mesh: DeviceMesh) -> None:
 
 
 def _average_gradient(groups: list[dist.ProcessGroup], parameter: torch.Tensor) -> None:
-    # What was accumulated before is the same on all ranks, and stays what it is.
+    # Earlier accumulated gradients are equal on all ranks, so averaging leaves them unchanged.
     assert parameter.grad is not None, "called when there is one"
     gradient = local(parameter.grad)
     for group in groups:

@@ -1,4 +1,4 @@
-"""Which configurations of LoRA are honoured, and which layers they reach."""
+"""Check LoRA configurations and the layers that they target."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.peft.lora_layers import ADAPTABLE, ParallelLora
 from hf_megatron.tensor_parallel import ParallelModule, VocabParallelEmbedding
 
-# What of LoraConfig is honoured. Every other field has to keep its default, those that peft will add too.
+# Supported fields of LoraConfig. All other fields, including future ones, must keep their defaults.
 _HONOURED = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "fan_in_fan_out"),
@@ -30,7 +30,7 @@ _HONOURED = {
 
 @contextmanager
 def adapting(model: MegatronModelMixin, config: LoraConfig) -> Iterator[None]:
-    """Check a configuration, fill it in, and let peft adapt the model's layers."""
+    """Context in which peft adapts the model's layers: checks the configuration and completes it first."""
     _check_config(config)
     _fill_in(model, config)
     _check_targets(model, config)
@@ -39,7 +39,7 @@ def adapting(model: MegatronModelMixin, config: LoraConfig) -> Iterator[None]:
     for module in modules:
         module._hf_tp_plan = "megatron"
     with warnings.catch_warnings():
-        # That peft does not know how to cut the adapter, which is not left to it; and what it asks of transformers.
+        # peft warns that it cannot shard the adapter (we do it), and uses a deprecated transformers property.
         warnings.filterwarnings("ignore", 'TP plan "megatron"')
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
@@ -63,7 +63,7 @@ def _check_config(config: LoraConfig) -> None:
 
 
 def _fill_in(model: MegatronModelMixin, config: LoraConfig) -> None:
-    """What peft fills in for stock models by their type and classes."""
+    """Set the defaults that peft derives from the type and classes of stock models."""
     named = dict(model.named_modules())  # type: ignore[attr-defined]
     config.fan_in_fan_out = any(getattr(module, "weight_layout", "") == "in_out" for module in named.values())
     if config.target_modules is None:
@@ -78,7 +78,7 @@ def _fill_in(model: MegatronModelMixin, config: LoraConfig) -> None:
 
 
 def _check_targets(model: MegatronModelMixin, config: LoraConfig) -> None:
-    """Refuse what cannot be adapted before anything is."""
+    """Reject unsupported targets before any layer is adapted."""
     saved = tuple(config.modules_to_save or ())
     for name, module in model.named_modules():  # type: ignore[attr-defined]
         if isinstance(module, (nn.Embedding, VocabParallelHead)) and check_target_module_exists(config, name):

@@ -1,4 +1,4 @@
-"""Tensor parallelism: the region functions, the layers, the loss, and dropout that does not depend on the degree."""
+"""Tensor parallelism: region functions, layers, the loss, and dropout that does not depend on the degree."""
 
 from hf_megatron.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from hf_megatron.tensor_parallel.embedding import VocabParallelEmbedding

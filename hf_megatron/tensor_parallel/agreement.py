@@ -1,7 +1,7 @@
-"""Whether the ranks of a tensor-parallel group agree on what must be equal on all of them.
+"""Check that the ranks of a tensor-parallel group agree on values that must be equal.
 
-All that is compared goes through one exchange of two integers per rank. So ranks that come to it from different places
-notice that too, instead of waiting for each other.
+Every comparison is one exchange of two integers per rank. Ranks that reach it from different places in the code
+therefore detect this too, instead of waiting for each other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CAUSES = {
 
 
 class RankComparison:
-    """Compares small facts, and digests of large ones, over the ranks of a tensor-parallel group.
+    """Compares values, or digests of large values, over the ranks of a tensor-parallel group.
 
     Args:
         group: The tensor-parallel group, or another of the same ranks.
@@ -44,7 +44,7 @@ class RankComparison:
 
     @classmethod
     def on_cpu(cls, group: dist.ProcessGroup) -> RankComparison:
-        """One that does not wait for a GPU; every rank of every tensor-parallel group must call it."""
+        """Create a comparison that does not wait for a GPU; every rank of every tensor-parallel group must call it."""
         if dist.get_backend(group) == "gloo":
             return cls(group, torch.device("cpu"))
         size, own = dist.get_world_size(group), None
@@ -56,7 +56,7 @@ class RankComparison:
         return cls(own, torch.device("cpu"))
 
     def agree(self, place: str, facts: Mapping[str, Any], wishes: int = 0) -> int:
-        """Have all ranks say where they are and what they see there.
+        """Compare the place in the code and the given facts across all ranks.
 
         Args:
             place: What comes next on this rank.
@@ -129,7 +129,7 @@ class RankComparison:
 
 
 def parameters_held_whole(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters that every rank of a tensor-parallel group holds whole, or the same FSDP shard of; by name."""
+    """Parameters by name that are replicated over the tensor-parallel group, or have the same FSDP shard there."""
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             yield name, parameter
@@ -141,7 +141,7 @@ def parameters_held_whole(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
 
 def digests_of(data: Any, name: str) -> dict[str, Any]:
-    """A digest of each tensor in nested dictionaries and lists, by its place."""
+    """A digest of each tensor in nested dictionaries and lists, by its path."""
     if isinstance(data, torch.Tensor):
         return {name: _digest(data)}
     if isinstance(data, Mapping):

@@ -1,7 +1,7 @@
-"""Collectives over a tensor-parallel group that are begun now and waited for later.
+"""Asynchronous collectives over a tensor-parallel group: start now, wait later.
 
-Each function returns another, which waits, once. A compiler orders things itself and knows no handles of work in
-progress: under ``torch.compile`` the collective is done when the first function returns.
+Each function returns a function that waits; call it exactly once. Compilers schedule operations themselves and have no
+work handles: under ``torch.compile``, the collective is complete when the first function returns.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def start_all_reduce(
     *,
     is_async: bool = True,
 ) -> Callable[[], object]:
-    """Begin to sum over ranks, in place.
+    """Start an in-place all-reduce.
 
     Args:
         group: The tensor-parallel group.
         tensor: A partial sum, contiguous; the sum, replicated, once the wait is over.
         op: What to compute instead of a sum.
-        is_async: Whether there is something to do meanwhile. If not, a GPU spares the events that order its streams.
+        is_async: Whether to overlap with other work. If not, a GPU saves the events that synchronize its streams.
 
     Returns:
         A function that waits. Until then the tensor is neither read nor written.
@@ -47,7 +47,7 @@ def start_all_reduce(
 def start_all_gather(
     group: TensorParallelGroup, shard: torch.Tensor, dim: int, size: int, *, is_async: bool = True
 ) -> Callable[[], torch.Tensor]:
-    """Begin to gather shards that may differ in size: padded to the largest, gathered, trimmed.
+    """Start an all-gather of shards that may differ in size: padded to the largest, gathered, trimmed.
 
     Args:
         group: The tensor-parallel group.
@@ -75,7 +75,7 @@ def start_all_gather(
 def start_reduce_scatter(
     group: TensorParallelGroup, tensor: torch.Tensor, dim: int, *, is_async: bool = True
 ) -> Callable[[], torch.Tensor]:
-    """Begin to sum over ranks what each rank keeps a slice of; slices may differ in size, so zeros fill them up.
+    """Start a reduce-scatter of slices that may differ in size: padded with zeros, reduced, trimmed.
 
     Args:
         group: The tensor-parallel group.
@@ -87,7 +87,7 @@ def start_reduce_scatter(
         A function that waits, and has this rank's slice of the sum.
     """
     largest = chunk_range(tensor.shape[dim], group.size, 0)[1]
-    sent = torch.cat(_padded(tensor, dim, group.size * largest).chunk(group.size, dim))  # the ranks' slices in a row
+    sent = torch.cat(_padded(tensor, dim, group.size * largest).chunk(group.size, dim))  # all ranks' slices in a row
     total = sent.new_empty((tensor.shape[0] if dim else largest, *sent.shape[1:]))
     wait = _start(_reduce_scatter_single, total, sent, group=group, is_async=is_async)
     start, stop = chunk_range(tensor.shape[dim], group.size, group.rank)
@@ -100,7 +100,7 @@ def start_reduce_scatter(
 
 
 def all_gather_stacked(group: TensorParallelGroup, tensor: torch.Tensor) -> torch.Tensor:
-    """All ranks' tensors, which have one shape: [P, *tensor.shape]."""
+    """All-gather tensors of equal shape: [P, *tensor.shape]."""
     if group.size == 1:
         return tensor[None]
     gathered = tensor.new_empty((group.size * tensor.shape[0], *tensor.shape[1:]))
@@ -120,7 +120,7 @@ def _start(
 ) -> Callable[[], object]:
     is_compiling = torch.compiler.is_compiling()
     if tensors[0].device.type == "cpu" and not is_compiling:
-        aliases = [tensor.detach() for tensor in tensors]  # which nobody but the collective holds
+        aliases = [tensor.detach() for tensor in tensors]  # held only by the collective
         unfinished = [collective(*aliases, group=group.process_group, async_op=True, **options)]
         return lambda: wait_for(unfinished.pop(), aliases, group.size)
     work = collective(*tensors, group=group.process_group, async_op=is_async and not is_compiling, **options)

@@ -1,6 +1,6 @@
-"""What pays on CPUs only, where the code is tested and small models are trained. GPUs take none of these paths.
+"""CPU-only optimizations, for tests and for training small models. GPUs use none of them.
 
-One switch, ``TUNED``, turns all of it off; the environment variable HF_MEGATRON_CPU_TUNING=0 does the same.
+``TUNED = False`` or the environment variable HF_MEGATRON_CPU_TUNING=0 disables all of them.
 
 Shapes: V_p rows of the vocabulary on this rank, H hidden.
 """
@@ -19,28 +19,28 @@ import torch.nn.functional as F
 
 TUNED = os.environ.get("HF_MEGATRON_CPU_TUNING") != "0"
 
-# How long a rank polls a collective before it sleeps. Gloo sums a few kilobytes in less time than a thread takes to be
-# put to sleep and woken, which a decoded token would pay ten times. Who waits longer than this waits for another rank's
-# work. Where ranks outnumber the cores they all sleep at once: a polling rank would keep another from computing.
+# How long a rank polls a collective before it sleeps. Gloo reduces a few kilobytes faster than a thread sleeps and
+# wakes, and decoding waits ten times per token. Longer waits are for another rank's computation. If ranks outnumber
+# cores, they sleep at once, because a polling rank would take a core from a computing one.
 POLLING_SECONDS = 10e-3
-# How long a rank waits for gloo's thread to let go of the tensors of a finished collective, see `wait_for`.
+# How long a rank waits for gloo's thread to release the tensors of a finished collective; see `wait_for`.
 RELEASE_SECONDS = 1.0
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-# Logits worked on at a time, so that they stay in the cache from one operation to the next.
+# Number of logits per block, chosen so that a block stays in the cache between operations.
 _LOGITS_PER_BLOCK = 2**18
 
 
 def is_tuned(tensor: torch.Tensor) -> bool:
-    """Whether to take the paths of this file for a tensor."""
+    """Whether to use the optimizations of this file for a tensor."""
     return TUNED and tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def wait_for(work: dist.Work, aliases: Sequence[torch.Tensor], group_size: int) -> None:
-    """Wait until gloo has finished a collective and has let go of its tensors.
+    """Wait until gloo has finished a collective and released its tensors.
 
-    Gloo works on a thread of its own, which holds the tensors for a moment after it has called the work done. If that
-    thread is the last to hold one it has to delete a Python object, and if the process ends just then, it takes the
-    process down: "terminate called without an active exception" (pytorch issue 190489).
+    Gloo runs on its own thread, which holds references to the tensors for a moment after the work is done. If it holds
+    the last reference, it must delete a Python object; if the process exits at that moment, the process crashes with
+    "terminate called without an active exception" (pytorch issue 190489).
 
     Args:
         work: The handle of the collective.
@@ -49,25 +49,25 @@ def wait_for(work: dist.Work, aliases: Sequence[torch.Tensor], group_size: int) 
     """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", group_size))
     with suppress(RuntimeError):  # not implemented by gloo's reduce-scatter
-        # Not work.is_completed, which takes a lock without giving up Python's own: under a profiler the thread may hold
-        # the first while it waits for the second, forever.
+        # work.is_completed would take a lock while holding the GIL. Under a profiler, gloo's thread may hold that lock
+        # while it waits for the GIL: a deadlock.
         _poll(work.get_future().done, POLLING_SECONDS if TUNED and ranks_here <= _CORES else 0.0)
-    work.wait()  # sleeps if it has to, and raises what went wrong
+    work.wait()  # sleeps if necessary, and raises errors of the collective
     del work
     _poll(lambda: all(alias._use_count() == 1 for alias in aliases), RELEASE_SECONDS)  # type: ignore[attr-defined]
 
 
 def _poll(is_true: Callable[[], bool], seconds: float) -> None:
-    """Ask until it is so or the time is over, and let others have the core in between."""
+    """Poll until true or until the time is over, yielding the core in between."""
     end = time.perf_counter() + seconds
     while not is_true() and time.perf_counter() < end:
         if hasattr(os, "sched_yield"):
             os.sched_yield()
-        time.sleep(0)  # gives up Python's lock, which gloo's thread may need too; before 3.12 the line above does not
+        time.sleep(0)  # releases the GIL, which gloo's thread may need; before Python 3.12 the line above does not
 
 
 def row_blocks(logits: torch.Tensor) -> list[slice]:
-    """The rows of [T, V_p] logits to work on together: all of them, or on a CPU as many as its cache holds."""
+    """Row blocks of [T, V_p] logits to process together: one block, or on a CPU blocks that fit the cache."""
     count = logits.shape[0]
     if not is_tuned(logits):
         return [slice(0, count)]
@@ -76,13 +76,13 @@ def row_blocks(logits: torch.Tensor) -> list[slice]:
 
 
 class TiedGradient:
-    """Puts the gradient of a weight that embeds words and predicts them together, in the memory of the head's part.
+    """Combines both gradients of a tied weight, adding the embedding's to the head's in place.
 
-    The lookups' part is a few rows. As a tensor of its own, mostly zeros, it would take as long to fill and to add as a
-    layer takes to compute; torch's engine adds a sparse one to a new copy of the head's, which costs the same.
+    The embedding's gradient has only a few nonzero rows. Filling and adding it as a dense tensor would take as long as
+    computing a layer; autograd adds a sparse one to a new copy of the head's gradient, which costs the same.
 
-    One call of a model makes one. The head, which comes first in the backward pass, hands its part over with
-    :meth:`put`; the lookups add theirs to it, and give autograd the sum.
+    Each call of a model creates one instance. The head, which is first in the backward pass, stores its gradient with
+    :meth:`put`; the embedding adds its rows to it and returns the sum to autograd.
 
     Args:
         weight: [V_p, H], split on dim 0; a plain tensor.
@@ -93,11 +93,11 @@ class TiedGradient:
         self._of_head: torch.Tensor | None = None
 
     def put(self, gradient: torch.Tensor) -> None:
-        """Hand over the head's part [V_p, H], which nobody else may hold."""
+        """Store the head's gradient [V_p, H], which must have no other reference."""
         self._of_head = gradient
 
     def take(self) -> torch.Tensor | None:
-        """The head's part, if it has been handed over since the last time."""
+        """Return the head's gradient if one has been stored since the last call, else None."""
         gradient, self._of_head = self._of_head, None
         return gradient
 
@@ -124,6 +124,6 @@ class _Lookup(torch.autograd.Function):
             is_word = rows != ctx.padding
             rows, values = rows[is_word], values[is_word]
         total = ctx.tied.take()
-        if total is None:  # the loss does not come from the head
+        if total is None:  # the loss does not involve the head
             total = values.new_zeros(ctx.shape)
         return None, total.index_add_(0, rows, values.to(total.dtype)), None, None

@@ -1,4 +1,4 @@
-"""Cross entropy of logits that are split along the vocabulary, without ever gathering them.
+"""Vocabulary-parallel cross entropy: the logits are never gathered.
 
 Shapes: T tokens, V vocabulary, V_p this rank's part of it, P ranks.
 
@@ -61,8 +61,8 @@ def vocab_parallel_cross_entropy(
 
 def check_target(target: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
     """Raise PartitionError if a target is neither a token of the vocabulary nor ``ignore_index``."""
-    # A target outside of every shard would count as a loss of log(sum): wrong, and no error. Reading the answer back
-    # would stall a GPU, and inside a compiled graph there is nobody to raise to, so there the device asserts.
+    # A target outside of every shard would silently yield a loss of log(sum). Reading the result back would stall a
+    # GPU, and a compiled graph cannot raise, so there the device asserts.
     is_valid = ((target >= 0) & (target < vocab_size)) | (target == ignore_index)
     if target.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(is_valid.all(), "a target is neither a token of the vocabulary nor ignore_index")
@@ -75,7 +75,7 @@ def check_target(target: torch.Tensor, vocab_size: int, ignore_index: int) -> No
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What losses and probabilities are computed in, for logits of this dtype."""
+    """The dtype in which losses and probabilities are computed for logits of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -85,7 +85,7 @@ def mean_scale(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """What each token's loss is multiplied by in the mean, a scalar."""
+    """The factor of each token's loss in the mean, a scalar."""
     divisor = is_counted.sum() if num_items_in_batch is None else num_items_in_batch
     if isinstance(divisor, torch.Tensor):
         divisor = divisor.to(device)
@@ -94,7 +94,7 @@ def mean_scale(
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How the classes are cut, and what is aimed at.
+    """How the classes are split over the ranks, and the targets.
 
     Attributes:
         group: The tensor-parallel group.
@@ -109,10 +109,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Softmax:
-    """What logits say about their targets: first the losses, then the gradient of the logits.
+    """Softmax statistics of logits: computes the losses, then the gradient of the logits.
 
-    The maximum and the sum stay apart. In one number of the size of a logit, the logarithm of the sum would be rounded
-    away where a model is sure.
+    Maximum and sum are stored separately: combined into a log-sum-exp, the logarithm of the sum would be lost to
+    rounding for a confident model.
 
     Attributes:
         vocabulary: How the classes are cut.
@@ -136,7 +136,7 @@ class Softmax:
     ) -> tuple[Softmax, torch.Tensor, torch.Tensor]:
         """The softmax; the losses [T]; and minus the logarithms of the targets' probabilities [T], both replicated.
 
-        The second are the losses themselves but for label smoothing.
+        Without label smoothing, the last two are equal.
 
         Args:
             vocabulary: How the classes are cut.
@@ -164,7 +164,7 @@ class Softmax:
     def write_gradient(self, share: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """The gradient of the logits: probability less target probability, times each token's share.
 
-        Computed in float32 or better and rounded once: of a target that is nearly certain only the difference matters.
+        Computed in float32 or better and rounded once: for a nearly certain target, the difference is tiny.
 
         Args:
             share: [T], what the losses are multiplied by.
@@ -189,7 +189,7 @@ class Softmax:
 def _statistics(logits: torch.Tensor, mine: torch.Tensor, is_mine: torch.Tensor, *, with_sum: bool) -> torch.Tensor:
     """[3 or 4, T] of this rank: maximum, sum of exponentials, the target's logit if it is here, sum of the logits."""
     dtype = wide(logits.dtype)
-    # Not a product with is_mine: the logit that stands in for another rank's target may be -inf.
+    # torch.where instead of a product with is_mine: the placeholder for another rank's target may be -inf.
     predicted = torch.where(is_mine, logits.gather(1, mine[:, None])[:, 0].to(dtype), 0.0)
     maxima, totals, sums = [], [], []
     for rows in row_blocks(logits):
@@ -223,7 +223,7 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None, None]:
         is_counted, scale, logits, *of_softmax = ctx.saved_tensors
-        # Not a product with is_counted: where no position counts, the mean is 0/0 and its gradient not finite.
+        # torch.where instead of a product with is_counted: if no position counts, the mean is 0/0 and not finite.
         share = torch.where(is_counted, gradient * scale, 0.0)
         softmax = Softmax(ctx.vocabulary, logits, *of_softmax)
         return None, softmax.write_gradient(share, torch.empty_like(logits)), None, None, None

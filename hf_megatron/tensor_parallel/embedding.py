@@ -1,4 +1,4 @@
-"""The word embedding, with its rows, the vocabulary, cut over the ranks.
+"""Vocabulary-parallel word embedding.
 
 Shapes: B batch, S sequence, H hidden, V vocabulary; V_p is this rank's part of it.
 
@@ -21,10 +21,10 @@ from hf_megatron.tensor_parallel.parallel_module import ParallelModule
 
 
 class VocabParallelEmbedding(ParallelModule, nn.Embedding):
-    """Embedding whose rows, the vocabulary, are cut: each rank looks up its own tokens, and the sum is everybody's.
+    """Embedding split by rows (the vocabulary): each rank looks up its own tokens, and an all-reduce adds the results.
 
-    ``num_embeddings`` and ``padding_idx`` are global. No rank but the one that holds the padding row may freeze a row
-    for it, and a token of another rank must not reach the padding row's gradient.
+    ``num_embeddings`` and ``padding_idx`` are global. Only the rank that holds the padding row freezes it, and tokens
+    of other ranks must not contribute to its gradient.
     """
 
     def partition_specs(self) -> Mapping[str, Spec]:
@@ -55,19 +55,19 @@ class VocabParallelEmbedding(ParallelModule, nn.Embedding):
         padding = self.padding_idx
         local_padding = padding - start if padding is not None and start <= padding < stop else None
         embedded = self._look_up(torch.where(is_mine, input_ids - start, 0), local_padding, tied)
-        # Row 0 stood in for the tokens of other ranks; zeroing the output keeps their gradients out of it.
+        # Row 0 is the placeholder for tokens of other ranks; zeroing the output also zeroes its gradient for them.
         return reduce_from_tensor_parallel_region(group, embedded.masked_fill(~is_mine[..., None], 0.0))
 
     def shared_weight(self) -> torch.Tensor:
         """The weight for a tied head, a plain tensor [V_p, H], split on dim 0."""
-        # accelerate offloads weights, and brings them while their module is called.
+        # accelerate loads offloaded weights only while their module is called.
         return local(self() if hasattr(self, "_hf_hook") else self.weight)
 
     def _look_up(self, rows: torch.Tensor, padding: int | None, tied: TiedGradient | None) -> torch.Tensor:
         return F.embedding(rows, local(self.weight), padding) if tied is None else tied.look_up(rows, padding)
 
     def _check_range(self, input_ids: torch.Tensor) -> None:
-        # An id outside of the vocabulary belongs to no shard and would silently embed as zero; one rank raises.
+        # An id outside of the vocabulary belongs to no shard and would silently embed as zero, so one rank raises.
         if input_ids.is_cuda or torch.compiler.is_compiling():
             in_range = ((input_ids >= 0) & (input_ids < self.num_embeddings)).all()
             torch._assert_async(in_range, "a token id is outside of the vocabulary")

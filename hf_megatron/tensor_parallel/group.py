@@ -1,4 +1,4 @@
-"""Who takes part in tensor parallelism: a handle on the process group that every parallel module keeps."""
+"""The tensor-parallel process group, as stored in every parallel module."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TensorParallelGroup:
         return cls(mesh.get_group(), mesh.size(), mesh.get_local_rank())
 
     def __deepcopy__(self, memo: dict[int, object]) -> TensorParallelGroup:
-        # The copy of a module takes part in the same group; a process group cannot be copied.
+        # Copies of a module share the group; a process group cannot be copied.
         return self
 
 
@@ -42,7 +42,7 @@ SINGLE = TensorParallelGroup(None, 1, 0)
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a parameter, as a plain tensor; gradients flow back into the parameter.
+    """This rank's shard of a parameter as a plain tensor; gradients flow back to the parameter.
 
     The gradient of the local part becomes the gradient of the DTensor with the parameter's own placement. For a
     replicated parameter that is right only if the gradient is already the same on every rank.
@@ -51,11 +51,11 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def non_finite_names(model: nn.Module) -> list[str]:
-    """Names of the parameters of which this rank's part has inf or nan in it; one pass over the memory."""
+    """Names of the parameters whose local shard contains inf or nan; reads each shard once."""
     return [
         name
         for name, parameter in model.named_parameters()
-        # Of a finite sum no element is inf or nan; of another one has to look, as finite ones may overflow together.
+        # A finite sum has only finite elements. A non-finite one needs a closer look: finite elements may overflow.
         if not parameter.is_meta
         and not torch.isfinite(local(parameter).detach().sum(dtype=torch.float32))
         and not torch.isfinite(local(parameter)).all()

@@ -1,7 +1,7 @@
-"""Linear layers whose columns or rows are cut over the ranks of a tensor-parallel group.
+"""Column-parallel and row-parallel linear layers.
 
-Every parameter keeps its full, unsharded shape and name: on one rank it is an ordinary tensor, on several a DTensor
-whose placement says how it is cut. The forward pass runs on this rank's part, with the communication written out.
+Every parameter keeps its full, unsharded shape and name: on one rank it is an ordinary tensor, on several a DTensor.
+The forward pass computes with this rank's shard as a plain tensor and calls collectives explicitly.
 
 Shapes: B batch, S sequence, H hidden, P ranks; ``in`` and ``out`` are full sizes, ``_p`` marks this rank's part.
 
@@ -30,7 +30,7 @@ WeightLayout = Literal["out_in", "in_out"]
 
 
 class _ParallelLinear(ParallelModule):
-    """What the two linear layers share: their parameters."""
+    """Base of the two linear layers: their parameters."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -54,7 +54,7 @@ class _ParallelLinear(ParallelModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights from N(0, 0.02), bias zero, as in GPT-2 and BERT; models draw theirs anew."""
+        """Initialize weights from N(0, 0.02) and the bias with zero, as in GPT-2 and BERT; models reinitialize them."""
         nn.init.normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -68,7 +68,7 @@ class _ParallelLinear(ParallelModule):
 
 
 class ColumnParallelLinear(_ParallelLinear):
-    """``Y = X A + b`` with the columns of ``A`` cut: ``A = [A_1, ..., A_P]``, so rank i computes ``Y_i = X A_i + b_i``.
+    """Column-parallel ``Y = X A + b``: ``A = [A_1, ..., A_P]``, and rank i computes ``Y_i = X A_i + b_i``.
 
     Args:
         in_features: Size of X's last dimension.
@@ -93,7 +93,7 @@ class ColumnParallelLinear(_ParallelLinear):
         super().__init__(in_features, out_features, bias=bias, weight_layout=weight_layout, specs=specs or default)
         spec = self._specs.get("bias")
         used = spec.used if isinstance(spec, Replicated) else None
-        self._bias_blocks = used.num_blocks if bias and isinstance(used, FusedSplit) else 0  # of a bias held whole
+        self._bias_blocks = used.num_blocks if bias and isinstance(used, FusedSplit) else 0  # of a replicated bias
 
     def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
         """Multiply by this rank's columns.
@@ -113,7 +113,7 @@ class ColumnParallelLinear(_ParallelLinear):
 def column_parallel_linear(
     x: torch.Tensor, region: SequenceParallelRegion | None, *layers: ColumnParallelLinear
 ) -> tuple[torch.Tensor, ...]:
-    """Column-parallel layers on one input, behind one *f*: ``Y_i = f(X) A_i + b_i`` for each layer.
+    """Apply column-parallel layers to one input behind a single *f*: ``Y_i = f(X) A_i + b_i`` for each layer.
 
     Args:
         x: [..., in], replicated; with a region [..., S_p, in], split on the sequence.
@@ -137,7 +137,7 @@ def column_parallel_linear(
         x = x if region is None else region.enter(x)
         return tuple(_product(x, weight, bias, layout) for weight, bias in zip(weights, biases, strict=True))
     device = x.device.type
-    if torch.is_autocast_enabled(device):  # which casts the arguments of torch's functions, not of ours
+    if torch.is_autocast_enabled(device):  # autocast does not cast the arguments of custom functions
         dtype = torch.get_autocast_dtype(device)
         x, *weights = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *weights))
     entry = _Entry(group, layout, None if region is None else region.length, blocks)
@@ -146,7 +146,7 @@ def column_parallel_linear(
 
 
 class RowParallelLinear(_ParallelLinear):
-    """``Y = X A + b`` with the rows of ``A`` and the columns of ``X`` cut: ``Y = sum_i X_i A_i + b``.
+    """Row-parallel ``Y = X A + b``, with the rows of ``A`` and the columns of ``X`` split: ``Y = sum_i X_i A_i + b``.
 
     The bias is replicated and added once, after the sum.
 
@@ -205,7 +205,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, l
 
 
 def _part_of_bias(whole: torch.Tensor, group: TensorParallelGroup, blocks: int) -> torch.Tensor:
-    """[blocks, out_p / blocks], a view: what this rank uses of a bias [out] that it holds whole."""
+    """View [blocks, out_p / blocks] of the part of a replicated bias [out] that this rank uses."""
     rows = whole.view(blocks, -1)
     return rows[:, slice(*chunk_range(rows.shape[1], group.size, group.rank))]
 
@@ -249,13 +249,13 @@ class _ColumnParallelLinear(torch.autograd.Function):
         needs_weights, needs_biases = needs[: len(weights)], needs[len(weights) :]
         flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]  # [T, out_p]
         of_biases: list[Any] = [g.sum(0) if needed else None for g, needed in zip(flat, needs_biases, strict=True)]
-        again = None  # the whole input, of which only this rank's positions were kept
+        again = None  # the full input; only this rank's positions were saved
         if entry.length is not None and any(needs_weights):
             again = start_all_gather(entry.group, x, x.dim() - 2, entry.length)
         has_whole_bias = bool(entry.bias_blocks) and needs_biases[0]
         shape = (*gradients[0].shape[:-1], x.shape[-1] if needs_x else 0)
-        # A fresh buffer, so that an all-reduce in place changes nobody's tensor: the gradient of x, a partial sum, and
-        # behind it that of a bias that is held whole.
+        # A new buffer for the in-place all-reduce: the partial sum of the gradient of x, followed by that of a
+        # replicated bias.
         buffer = flat[0].new_empty(math.prod(shape) + (ctx.biases[0][0] if has_whole_bias else 0))
         of_x, of_whole_bias = buffer[: math.prod(shape)].view(shape), buffer[math.prod(shape) :]
         if needs_x:
@@ -270,7 +270,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
             wait = start_all_reduce(entry.group, buffer)
         elif needs_x and entry.length is not None:
             wait = start_reduce_scatter(entry.group, of_x, x.dim() - 2)
-        # Computed while the sum travels.
+        # Overlaps with the all-reduce.
         rows = (x if again is None else again()).reshape(-1, x.shape[-1])
         of_weights = [
             None if not is_needed else gradient.t() @ rows if entry.layout == "out_in" else rows.t() @ gradient
@@ -280,7 +280,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
             total = wait()
             of_x = of_x if entry.length is None else total
         if has_whole_bias:
-            of_biases[0] = of_whole_bias.clone()  # as a view it would keep the buffer as long as its parameter has it
+            of_biases[0] = of_whole_bias.clone()  # a view would keep the whole buffer alive as long as the gradient
         of_biases = [
             None if gradient is None else gradient.to(bias[1])
             for gradient, bias in zip(of_biases, ctx.biases, strict=True)

@@ -1,7 +1,7 @@
-"""The head's matrix product and the cross entropy in one, so that neither logits nor their gradient exist whole.
+"""Output head fused with cross entropy: neither the full logits nor their gradient are materialized.
 
-For a chunk of tokens at a time the logits are computed, turned into the chunk's losses, then into their own gradient
-and its two products, and dropped. Everything but a few numbers of each token stays on its rank.
+Tokens are processed in chunks: compute the logits, the losses, the gradient of the logits and its two products, then
+free them. Ranks exchange only a few numbers per token and the gradient of the hidden states.
 
 Shapes: T tokens, C tokens of a chunk, H hidden, V vocabulary, V_p this rank's part of it.
 
@@ -23,7 +23,7 @@ from hf_megatron.tensor_parallel.cpu import TiedGradient
 from hf_megatron.tensor_parallel.cross_entropy import Softmax, Vocabulary, check_target, mean_scale, wide
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
-# Logits that exist at a time. Smaller chunks read and write the weight's gradient more often than memory gains by it.
+# Number of logits per chunk. Smaller chunks save little memory but read and write the weight gradient more often.
 _LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**26}
 
 
@@ -42,7 +42,7 @@ def vocab_parallel_linear_cross_entropy(
     reduce_gradient: bool = True,
     tied: TiedGradient | None = None,
 ) -> torch.Tensor:
-    """Mean cross entropy of ``hidden_states @ weight.T + bias``, of which tokens that do not count are not computed.
+    """Mean cross entropy of ``hidden_states @ weight.T + bias``, computed only for the tokens that count.
 
     Under autocast the products run in its dtype; the gradient of the weight is summed up in the weight's own, or in
     float32 if that is float16.
@@ -79,7 +79,7 @@ def vocab_parallel_linear_cross_entropy(
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     scale = mean_scale(is_counted, num_items_in_batch, wide(dtype), hidden_states.device)
-    if not torch.compiler.is_compiling():  # how many tokens count is not known to a compiler
+    if not torch.compiler.is_compiling():  # the number of tokens that count is unknown at compile time
         counted = is_counted.nonzero()[:, 0]
         hidden_states, target, is_counted = (x.index_select(0, counted) for x in (hidden_states, target, is_counted))
     tensors = (hidden_states, weight, bias)
@@ -87,7 +87,7 @@ def vocab_parallel_linear_cross_entropy(
         vocabulary=Vocabulary(group, vocab_size, label_smoothing),
         dtype=dtype,
         chunk_size=chunk_size or max(1, _LOGITS_PER_CHUNK.get(device, 2**26) // weight.shape[0]),
-        # Asked for here: inside of the function there is always a gradient wanted and never one recorded.
+        # Checked here: inside of an autograd function, gradient recording is always off.
         needs=tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors),
         reduce_gradient=reduce_gradient and group.size > 1,
         tied=tied,
@@ -99,7 +99,7 @@ def vocab_parallel_linear_cross_entropy(
 
 @dataclass(frozen=True)
 class _Head:
-    """What does not change from chunk to chunk of a head with its loss."""
+    """The settings of a fused head and loss that are equal for all chunks."""
 
     vocabulary: Vocabulary
     dtype: torch.dtype
@@ -110,7 +110,7 @@ class _Head:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss, a replicated scalar. The gradients are computed on the way, and only scaled in the backward pass."""
+    """The loss, a replicated scalar. The forward pass computes the gradients; the backward pass only scales them."""
 
     @staticmethod
     def forward(
@@ -143,8 +143,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         def scaled(saved: torch.Tensor) -> torch.Tensor:
             if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-                return saved * gradient  # with retain_graph=True what is saved will be needed again, as it is
-            # On a CPU, where looking costs nothing, a pass over the weight's gradient is saved.
+                return saved * gradient  # with retain_graph=True the saved gradient will be needed again, unchanged
+            # On a CPU, reading the value is free and may save a pass over the weight gradient.
             return saved if gradient.is_cpu and gradient == 1 else saved.mul_(gradient)
 
         gradients = [
@@ -158,7 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Gradients:
-    """The gradients of hidden states, weight and bias, as they grow chunk by chunk."""
+    """Accumulates the gradients of hidden states, weight and bias chunk by chunk."""
 
     def __init__(
         self,
@@ -170,12 +170,12 @@ class _Gradients:
         is_one_chunk: bool,
     ) -> None:
         self.head = head
-        # Copies in the dtype of the products, which for most are the tensors themselves.
+        # Cast to the dtype of the products; usually no copy.
         self.hidden_states, self.weight = hidden_states.to(head.dtype), weight.to(head.dtype)
         self.bias = None if bias is None else bias.to(head.dtype)
-        # Before the loss scale comes to their rescue, small numbers would be lost in float16.
+        # In float16, small values would underflow before the loss scale applies.
         held = hidden_states.dtype if head.dtype != torch.float16 else torch.float32
-        # Chunk after chunk added up in a short dtype would lose what the later ones bring.
+        # Accumulating chunks in 16 bits would lose the contribution of later chunks.
         is_short = not is_one_chunk or head.dtype == torch.float16
         self.sum_dtype = torch.promote_types(weight.dtype, torch.float32) if is_short else weight.dtype
         needs_hidden, self.needs_weight, needs_bias = head.needs
@@ -185,7 +185,7 @@ class _Gradients:
         self._unfinished: list[Callable[[], Any]] = []
 
     def add(self, chunk: slice, target: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        """Take in a chunk.
+        """Add a chunk.
 
         Args:
             chunk: Where its C tokens are.
@@ -207,13 +207,13 @@ class _Gradients:
     def _scale_of_products(
         self, hidden: torch.Tensor, surprise: torch.Tensor, share: torch.Tensor
     ) -> torch.Tensor | None:
-        """A power of two that makes the most of float16's range in the products, a scalar; None in other dtypes.
+        """A scalar power of two that scales the products into the range of float16; None for other dtypes.
 
-        With it the entries of the logits' gradient reach 2**8, and no sum over tokens can reach the end of the range.
+        It scales the logits' gradient to at most 2**8, so that no sum over tokens can overflow.
         """
         if self.head.dtype != torch.float16:
             return None
-        # The largest entry of a token's row: the target's, as without smoothing the others add up to as much.
+        # The largest entry of a token's row is the target's: without smoothing, the others add up to the same value.
         largest = (self.head.vocabulary.label_smoothing - torch.expm1(-surprise.clamp(min=0))) * share
         over_tokens = largest.sum() * hidden.abs().amax().to(largest.dtype)
         size = torch.maximum(largest.amax() / 2**8, over_tokens / 2**15)
@@ -240,7 +240,7 @@ class _Gradients:
             self.d_bias += unscaled(d_logits.sum(0, dtype=self.sum_dtype))
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """The gradients of hidden states, weight and bias, None where none is needed."""
+        """Return the gradients of hidden states, weight and bias; None if not needed."""
         for wait in self._unfinished:
             wait()
         if self.needs_weight and self.d_weight is None:  # no token counts

@@ -1,4 +1,4 @@
-"""The communication of tensor parallelism: where a tensor enters, leaves or changes its layout.
+"""Communication of tensor parallelism: functions that enter and leave parallel regions or change a layout.
 
 Each function is the identity on one rank. On several it is one collective, in the forward or in the backward pass:
 
@@ -13,8 +13,8 @@ Each function is the identity on one rank. On several it is one collective, in t
     gather_from_sequence_parallel_region        all-gather               reduce-scatter         g
     reduce_scatter_to_sequence_parallel_region  reduce-scatter           all-gather             g-bar
 
-None of them changes a tensor it was given. An all-reduce in place on an incoming gradient would also change the
-gradient of whatever else received it: in ``y = copy_to(x) + z`` autograd hands one tensor to both branches.
+None of them modifies its input. An in-place all-reduce of an incoming gradient would also change it for other branches:
+in ``y = copy_to(x) + z``, autograd passes the same tensor to both.
 
 Sources: Shoeybi et al. 2019, arXiv:1909.08053, section 3, operators f and g of figure 3; Korthikanti et al. 2022,
 arXiv:2205.05198, section 4.2, operators g and g-bar of figures 5 and 6.
@@ -34,7 +34,7 @@ from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
 
 def copy_to_tensor_parallel_region(group: TensorParallelGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Enter the parallel region: the paper's ``f``.
+    """Enter the parallel region (``f`` in the Megatron-LM paper).
 
     Args:
         group: The tensor-parallel group.
@@ -53,7 +53,7 @@ def copy_to_tensor_parallel_region(group: TensorParallelGroup, *tensors: torch.T
 
 
 def reduce_from_tensor_parallel_region(group: TensorParallelGroup, tensor: torch.Tensor) -> torch.Tensor:
-    """Leave the parallel region: the paper's ``g``.
+    """Leave the parallel region (``g`` in the Megatron-LM paper).
 
     Args:
         group: The tensor-parallel group.
@@ -70,7 +70,7 @@ def reduce_from_tensor_parallel_region(group: TensorParallelGroup, tensor: torch
 def gather_from_tensor_parallel_region(
     group: TensorParallelGroup, tensor: torch.Tensor, *, dim: int, size: int
 ) -> torch.Tensor:
-    """Make a tensor that is split along ``dim`` whole on every rank.
+    """All-gather a tensor that is split along ``dim``.
 
     Args:
         group: The tensor-parallel group.
@@ -196,14 +196,14 @@ def _all_reduced(group: TensorParallelGroup, tensor: torch.Tensor) -> torch.Tens
 
 
 def _all_reduced_together(group: TensorParallelGroup, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Sums over ranks of several tensors of one dtype, with one collective."""
+    """All-reduce several tensors of one dtype with a single collective."""
     if len(tensors) == 1:
         return [_all_reduced(group, tensors[0])]
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     start_all_reduce(group, flat, is_async=False)()
     parts = flat.split([tensor.numel() for tensor in tensors])
     totals = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-    # Views keep the whole buffer alive, and a parameter keeps its gradient: a bias would hold on to activations.
+    # Copy: as views, gradients of biases would keep the whole buffer, of the size of activations, alive.
     largest = max(total.numel() for total in totals)
     return [total if total.numel() == largest else total.clone() for total in totals]
 
@@ -217,6 +217,6 @@ def _reduce_scattered(group: TensorParallelGroup, dim: int, tensor: torch.Tensor
 
 
 def _sliced(group: TensorParallelGroup, dim: int, tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's slice; a copy, as a view would keep the whole tensor alive."""
+    """A copy of this rank's slice; a view would keep the whole tensor alive."""
     start, stop = chunk_range(tensor.shape[dim], group.size, group.rank)
     return tensor.narrow(dim, start, stop - start).clone(memory_format=torch.contiguous_format)

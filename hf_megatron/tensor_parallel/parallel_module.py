@@ -1,7 +1,7 @@
-"""The base of all modules that know their tensor-parallel group.
+"""Base class of all tensor-parallel modules.
 
-Every parameter keeps its full, unsharded shape and name: on one rank it is an ordinary tensor, on several a DTensor
-whose placement says how it is cut. The forward pass runs on this rank's part, with the communication written out.
+Every parameter keeps its full, unsharded shape and name: on one rank it is an ordinary tensor, on several a DTensor.
+The forward pass computes with this rank's shard as a plain tensor and calls collectives explicitly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hf_megatron.tensor_parallel.group import SINGLE, TensorParallelGroup
 
 
 class ParallelModule(nn.Module):
-    """A module that knows its tensor-parallel group and how its own parameters are cut.
+    """A module with a tensor-parallel group and a partition spec for each of its own parameters.
 
     Attributes:
         tp_group: The group; one rank until :meth:`set_tensor_parallel` is called.
@@ -35,21 +35,21 @@ class ParallelModule(nn.Module):
         )
 
     def partition_specs(self) -> Mapping[str, Spec]:
-        """The cut of each own parameter; parameters that are not named are replicated."""
+        """The partition spec of each own parameter; parameters that are not listed are replicated."""
         return {}
 
     def set_tensor_parallel(self, group: TensorParallelGroup) -> None:
-        """Take part in ``group`` from now on. The parameters are cut separately, see ``placement``."""
+        """Set the group. The parameters are sharded separately; see ``placement``."""
         self.tp_group = group
 
     def extra_repr(self) -> str:
-        """What the base class says, and the place in the group."""
+        """The base class's text, and the rank and size of the group."""
         place = f"tp_size={self.tp_group.size}, tp_rank={self.tp_group.rank}" if self.tp_group.size > 1 else ""
         return ", ".join(part for part in (super().extra_repr(), place) if part)
 
 
 def replicated_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Those of a module's parameters that every rank holds whole, in the order of its submodules."""
+    """The replicated parameters of a module, in the order of its submodules."""
     for child in module.modules():
         if isinstance(child, ParallelModule):
             specs = child.partition_specs()

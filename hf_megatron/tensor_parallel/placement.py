@@ -1,4 +1,4 @@
-"""Cut a module's parameters over a device mesh: they become DTensors, each with the placement of its cut."""
+"""Shard a module's parameters over a device mesh: they become DTensors with the placement of their spec."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_megatron.tensor_parallel.parallel_module import ParallelModule
 
 
 def placement_of(spec: Spec) -> Placement:
-    """The DTensor placement on a one-dimensional mesh that puts each rank's boxes of ``spec`` there."""
+    """The DTensor placement on a one-dimensional mesh that corresponds to ``spec``."""
     match spec:
         case Replicated():
             return Replicate()
@@ -26,7 +26,7 @@ def placement_of(spec: Spec) -> Placement:
 
 
 def shard_parameter(module: ParallelModule, name: str, mesh: DeviceMesh) -> None:
-    """Replace one of a module's parameters by a DTensor that holds this rank's part of it."""
+    """Replace one of a module's parameters by a DTensor that holds this rank's shard."""
     full = module._parameters.get(name)
     if full is None:
         return
@@ -39,10 +39,10 @@ def shard_parameter(module: ParallelModule, name: str, mesh: DeviceMesh) -> None
 
 
 def parallelize_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Cut the parameters of all parallel modules inside ``module`` over a one-dimensional mesh, in place.
+    """Shard the parameters of all parallel modules in ``module`` over a one-dimensional mesh, in place.
 
-    For layers used on their own; models are cut while they are loaded or built. Every rank must hold the same full
-    parameters, and keeps its part.
+    For standalone layers; models are sharded while they are loaded or built. Every rank must hold the same full
+    parameters, and keeps its shard.
     """
     for child in module.modules():
         if isinstance(child, ParallelModule):

@@ -1,15 +1,15 @@
-"""Randomness that does not depend on the tensor-parallel degree.
+"""Random numbers that do not depend on the tensor-parallel degree.
 
-There is one random stream: torch's default generator of the CPU, in the same state on all ranks of a tensor-parallel
-group. Outside of the parallel region activations are replicated, so ordinary dropout draws the same mask on every
-rank. Inside, each rank holds other heads: there one seed is drawn from the stream per call, and every *global* head
-gets its own sub-seed from it. So a head sees the same mask on whichever rank it lies, at any degree.
+All random numbers come from torch's default CPU generator, which has the same state on all ranks of a tensor-parallel
+group. Outside of parallel regions, activations are replicated, and ordinary dropout draws the same mask on every rank.
+Inside, each rank holds different heads: each call draws one seed from the generator, and every *global* head derives
+its own sub-seed from it. A head therefore gets the same mask on any rank, at any degree.
 
-Where sequence parallelism splits the activations outside of the parallel region, each rank draws the mask of the whole
-sequence and keeps its part; so the stream and the masks are those of a run without it.
+With sequence parallelism, each rank draws the mask of the whole sequence and keeps its part, so the random state and
+the masks are the same as without it.
 
-The default generator is what Trainer saves, what ``torch.utils.checkpoint`` replays and what ``torch.manual_seed``
-sets, so resuming, recomputation and reproducibility need nothing of ours.
+Trainer saves the default generator, ``torch.utils.checkpoint`` replays it and ``torch.manual_seed`` seeds it, so
+resuming, recomputation and reproducibility need no additional state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
-# Sub-seeds are seed + head, and must not exceed what a torch.Generator accepts.
+# Sub-seeds are seed + head and must stay within the range of torch.Generator.
 _MAX_SEED = 2**62
 
 
@@ -49,9 +49,9 @@ def attention_dropout(probabilities: torch.Tensor, p: float, first_head: int) ->
 
 
 def sliced_dropout(group: TensorParallelGroup, x: torch.Tensor, p: float, *, dim: int, size: int) -> torch.Tensor:
-    """Dropout on activations that are split on ``dim``, with the mask one rank would draw for them whole.
+    """Dropout on activations that are split on ``dim``; the mask equals that of one rank for the full tensor.
 
-    The price is drawing the whole mask on each rank; only this rank's slice of it is kept.
+    Each rank draws the whole mask and keeps its slice.
 
     Args:
         group: The tensor-parallel group.
@@ -73,7 +73,7 @@ def sliced_dropout(group: TensorParallelGroup, x: torch.Tensor, p: float, *, dim
 
 @torch.library.custom_op("hf_megatron::attention_keep_mask", mutates_args=())
 def _attention_keep_mask(like: torch.Tensor, seed: torch.Tensor, p: float, first_head: int) -> torch.Tensor:
-    """Which elements to keep: bool, like ``like`` [B, N_p, ...]. An op, so that torch.compile does not look inside."""
+    """Mask of elements to keep: bool, shaped like ``like`` [B, N_p, ...]. A custom op, opaque to torch.compile."""
     mask = torch.empty(like.shape, dtype=torch.bool, device=like.device)
     generator = torch.Generator(device=like.device)
     for head in range(like.shape[1]):
@@ -88,7 +88,7 @@ def _(like: torch.Tensor, seed: torch.Tensor, p: float, first_head: int) -> torc
 
 
 def synchronize_random_state(group: TensorParallelGroup, device: torch.device) -> None:
-    """Put the default generators of all ranks of the group into the state of its first rank.
+    """Set the default generators of all ranks of the group to the state of the first rank.
 
     Args:
         group: The tensor-parallel group.
@@ -104,7 +104,7 @@ def synchronize_random_state(group: TensorParallelGroup, device: torch.device) -
 
 
 def broadcast_from_first_rank(group: TensorParallelGroup, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The first rank's value of a CPU tensor, on the CPU of every rank.
+    """Broadcast a CPU tensor from the first rank.
 
     Collective: broadcast over tp, on ``device`` because the backend may not serve the CPU.
     """
@@ -118,7 +118,7 @@ def broadcast_from_first_rank(group: TensorParallelGroup, tensor: torch.Tensor, 
 
 @contextmanager
 def private_cuda_stream(device: torch.device, first_head: int) -> Iterator[None]:
-    """Let a fused GPU kernel draw its dropout from a stream of this rank's own, and leave the shared one as it was.
+    """Context in which fused GPU kernels draw dropout from a per-rank random state; the shared one is restored.
 
     The kernel takes its random numbers from the device's default generator, which is the same on all ranks of the
     group; seeded alike, all ranks would drop the same positions in different heads. Here the masks do depend on the

@@ -1,4 +1,4 @@
-"""Layers that every rank holds whole: without communication, on replicated or sequence-parallel activations.
+"""Replicated layers: no communication, for replicated or sequence-parallel activations.
 
 Shapes: ``in`` and ``out`` are full sizes; H hidden.
 """
@@ -17,7 +17,7 @@ from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion
 
 
 class ReplicatedLinear(ParallelModule, nn.Linear):
-    """``nn.Linear`` that every rank holds whole, for small heads. Input and output are replicated."""
+    """Replicated ``nn.Linear`` for small heads. Input and output are replicated."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out], both replicated, without communication."""
@@ -25,7 +25,7 @@ class ReplicatedLinear(ParallelModule, nn.Linear):
 
 
 class ReplicatedEmbedding(ParallelModule, nn.Embedding):
-    """``nn.Embedding`` that every rank holds whole, for positions and token types."""
+    """Replicated ``nn.Embedding`` for positions and token types."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[...] ids to [..., H], both replicated, without communication."""
@@ -33,7 +33,7 @@ class ReplicatedEmbedding(ParallelModule, nn.Embedding):
 
 
 class ReplicatedLayerNorm(ParallelModule, nn.LayerNorm):
-    """``nn.LayerNorm`` that every rank holds whole."""
+    """Replicated ``nn.LayerNorm``."""
 
     def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
         """[..., H] to [..., H], both replicated or, with a region, both split on the sequence; no communication."""
@@ -43,7 +43,7 @@ class ReplicatedLayerNorm(ParallelModule, nn.LayerNorm):
 
 
 class HiddenDropout(nn.Dropout):
-    """``nn.Dropout`` on hidden states, with the same mask whether they are replicated or split on the sequence."""
+    """``nn.Dropout`` on hidden states; the mask is the same whether they are replicated or split on the sequence."""
 
     def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
         """[..., H] to [..., H], both replicated or, with a region, both split on the sequence; no communication."""

@@ -1,11 +1,11 @@
-"""Sequence parallelism: what lies between the parallel regions, on this rank's part of the sequence only.
+"""Sequence parallelism: activations between the tensor-parallel regions are split along the sequence.
 
-With tensor parallelism alone every rank holds all positions there and does the same work on them: norms, dropout,
-residuals. With sequence parallelism each rank keeps and computes its own positions. Its parallel regions begin with an
-all-gather and end with a reduce-scatter, which together send what the all-reduces sent.
+With tensor parallelism alone, norms, dropout and residuals are computed redundantly for all positions on every rank.
+With sequence parallelism, each rank stores and computes only its own positions. Parallel regions begin with an
+all-gather and end with a reduce-scatter, which together transfer as much data as the all-reduces they replace.
 
-A :class:`SequenceParallelRegion` belongs to one call of a model and is handed down to the layers. A layer that gets
-none runs as without sequence parallelism; so a call can do without it, and short ones do.
+A :class:`SequenceParallelRegion` belongs to one call of a model and is passed down to the layers. Layers without a
+region run without sequence parallelism, as for short sequences.
 
 Shapes: B batch, S sequence, S_p this rank's positions of it, H hidden.
 
@@ -34,7 +34,7 @@ _SEQUENCE_DIM = -2
 
 @dataclass(frozen=True)
 class SequenceParallelRegion:
-    """Hidden states [B, S_p, H], split on the sequence as ``torch.chunk`` cuts it; parts may be uneven, or empty.
+    """Hidden states [B, S_p, H], split on the sequence like ``torch.chunk``; parts may be uneven or empty.
 
     Attributes:
         group: The tensor-parallel group.
@@ -47,10 +47,10 @@ class SequenceParallelRegion:
     shared: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def sharing(self, parameters: Iterable[torch.Tensor]) -> SequenceParallelRegion:
-        """The region with parameters that are held whole and used in it; a block calls this once, for all of them.
+        """The region with the replicated parameters used in it; a block calls this once, for all of them.
 
-        Each rank sees other positions, so the gradients of norms and biases are partial sums. The backward pass makes
-        them whole together, when it has come to the last one.
+        Each rank sees different positions, so the gradients of norms and biases are partial sums. The backward pass
+        all-reduces them together, once the last one has been computed.
 
         Collective: all-reduce over tp, backward, of all of these parameters' gradients.
         """
@@ -92,5 +92,5 @@ class SequenceParallelRegion:
 
 
 def in_region(parameter: torch.Tensor, region: SequenceParallelRegion | None) -> torch.Tensor:
-    """A parameter as a plain tensor to compute with: from the region if it is held whole and shared there."""
+    """A parameter as a plain tensor; taken from the region if it is replicated and shared there."""
     return local(parameter) if region is None else region.shared.get(id(parameter), local(parameter))

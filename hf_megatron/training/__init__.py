@@ -1,1 +1,1 @@
-"""Training at any layout: MegatronTrainer, its checkpoints, and the checks that hold the ranks together."""
+"""Training at any layout: MegatronTrainer, its checkpoints, and consistency checks between ranks."""

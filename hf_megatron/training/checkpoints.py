@@ -1,4 +1,4 @@
-"""The part of ``MegatronTrainer`` that saves, resumes and uploads: checkpoints that any layout goes on from."""
+"""Saving, resuming and uploading checkpoints in ``MegatronTrainer``; they resume at any layout."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ logger = logging.get_logger(__name__)
 
 
 class CheckpointingTrainer(GuardedTrainer):
-    """Trainer whose checkpoints hold models that are cut, and their optimizers, whole models and adapters."""
+    """Trainer with checkpoints for sharded models and optimizers, unsharded models and adapters."""
 
     @property
     def _own_model(self) -> MegatronModelMixin | None:
-        """The model inside wrappers (compilation, adapters), if it is one of this package."""
+        """The unwrapped model (without compilation or adapters), if it belongs to this package."""
         model = self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         return model if isinstance(model, MegatronModelMixin) else None
 
     @property
     def _is_adapted(self) -> bool:
-        """Whether peft has adapted the model: then the adapter is what is trained, saved and loaded."""
+        """Whether the model has a peft adapter; then only the adapter is trained, saved and loaded."""
         return hasattr(self.accelerator.unwrap_model(self.model), "get_base_model")
 
     @property
     def _is_cut(self) -> bool:
-        """Whether each rank saves its shards: not of a model that lies whole, and not of an adapter."""
+        """Whether each rank saves its own shards; False for unsharded models and for adapters."""
         return self._own_model is not None and not self._is_adapted and self.is_distributed_loading_by_transformers
 
     @property
@@ -94,7 +94,7 @@ class CheckpointingTrainer(GuardedTrainer):
                 finish_checkpoint(directory)
             except (Exception, CheckpointException) as error:
                 if destination.exists() and not directory.path.exists():
-                    raise  # it is complete, and what failed came after
+                    raise  # the checkpoint is complete; a later step failed
                 if isinstance(error, HfMegatronError) and not isinstance(error, DestinationError):
                     raise
                 reason = str(error) if isinstance(error, DestinationError) else f"{type(error).__name__}: {error}"
@@ -124,13 +124,13 @@ class CheckpointingTrainer(GuardedTrainer):
             self._save_trainer_state(fresh)
 
     def _push(self, checkpoint: Path) -> None:
-        """Upload a checkpoint, as ``hub_strategy`` asks, with the whole model beside it; every rank must call it."""
+        """Upload a checkpoint according to ``hub_strategy``, with the whole model; every rank must call it."""
         if self._is_cut and self.args.hub_strategy != HubStrategy.END:
             self.save_model(_internal_call=True)  # the stock method finds whole weights only
         _on_all(lambda: self._push_from_checkpoint(str(checkpoint)))
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method; every rank must call it, and a failure of the first one is an error on all.
+        """Same as the stock method; every rank must call it. If the first rank fails, all ranks raise an error.
 
         Raises:
             ParallelStateError: Rank 0 could not upload.
@@ -138,7 +138,7 @@ class CheckpointingTrainer(GuardedTrainer):
         return _on_all(lambda: super(CheckpointingTrainer, self).push_to_hub(*args, **kwargs))
 
     def _save_model_into(self, directory: Path) -> None:
-        """The model as it lies: each rank's shards if it is cut, else, and for an adapter, as ``save_model`` does."""
+        """Save each rank's shards if the model is sharded; save unsharded models and adapters like ``save_model``."""
         if not self._is_cut:
             self.save_model(str(directory), _internal_call=True)
             return
@@ -180,7 +180,7 @@ class CheckpointingTrainer(GuardedTrainer):
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
             path = Path(checkpoint) / SCALER_NAME
-            if path.is_file():  # a run that goes on in float16 may have begun in another dtype
+            if path.is_file():  # a run resumed in float16 may have started in another dtype
                 self.accelerator.scaler.load_state_dict(read_state(path))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -192,7 +192,7 @@ class CheckpointingTrainer(GuardedTrainer):
 
 
 def _on_all(action: Callable[[], Any]) -> Any:
-    """Do something whose failure on one rank is to be an error on all."""
+    """Run a function and raise an error on all ranks if it fails on one."""
     result, error = None, None
     try:
         result = action()

@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 
 class SharedGradScaler(torch.amp.GradScaler):
-    """A loss scale that all ranks lower, and a step that all of them skip, when the gradients of one overflow.
+    """Gradient scaler shared by all ranks: an overflow on one rank makes all skip the step and lower the scale.
 
-    Each sees its own part of the gradients. The stock class asks the others only if the first gradient of all is cut:
-    not with an adapter, whose first half is replicated, and not for plain tensors. (torch has such a class for FSDP,
-    whose flag has a shape that fused optimizers do not take.)
+    Each rank sees its own part of the gradients. The stock class synchronizes only if the very first gradient is a
+    sharded DTensor, which is not the case for adapters (whose first matrix is replicated) or plain tensors. torch's
+    sharded scaler for FSDP uses a flag whose shape fused optimizers do not accept.
 
     Args:
         device: Type of the device.

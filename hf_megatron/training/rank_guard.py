@@ -1,8 +1,8 @@
-"""A guard that notices when the ranks of a tensor-parallel group drift apart in training.
+"""Detect diverging ranks of a tensor-parallel group during training.
 
-The ranks of a group act as one. They must read the same batches, draw the same random numbers, hold the same replicated
-parameters and take the same decisions. Nothing in the mathematics would notice if they did not: the losses stay
-plausible, and the model that is saved is nobody's; or one rank waits for ever for another that went elsewhere.
+The ranks of a group must read the same batches, draw the same random numbers, hold the same replicated parameters and
+take the same decisions. If they do not, no error occurs by itself: the losses stay plausible while the weights become
+wrong, or a rank waits forever for one that took another path.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _CONTROL = ("should_training_stop", "should_epoch_stop", "should_save", "should_
 class GuardedTrainer(Trainer):
     """Trainer whose tensor-parallel ranks compare what must be equal.
 
-    They do so in the first step of every data set, every ``rank_check_steps`` steps, before every checkpoint and when
-    training ends. What a callback of one rank asks for, to stop or to save, all ranks of its group do.
+    The comparison runs in the first step of every data set, every ``rank_check_steps`` steps, before every checkpoint
+    and when training ends. If a callback requests a stop or a checkpoint on one rank, all ranks of its group follow.
     """
 
     rank_check_steps: int = 100
     _comparison: RankComparison | None = None
-    _checked_step: int | None = None  # the last one before which a batch of the training data was compared
+    _checked_step: int | None = None  # the last step before which a training batch was compared
     _is_evaluation_unchecked = False
 
     @property
@@ -55,10 +55,10 @@ class GuardedTrainer(Trainer):
         return output
 
     def _limit_waiting(self) -> None:
-        """Give up on a rank that does not come to a collective after ``args.ddp_timeout`` seconds.
+        """Apply ``args.ddp_timeout`` to the process groups of the mesh.
 
-        TrainingArguments comes too late for it where the model was loaded first, and transformers waits for two hours;
-        no argument reaches the groups of a mesh.
+        If the model was loaded first, the groups already exist when TrainingArguments is created, with transformers'
+        timeout of two hours, and no argument reaches the groups of a mesh.
         """
         if self.is_distributed_loading_by_transformers:
             for group in _world.pg_map:
@@ -71,7 +71,7 @@ class GuardedTrainer(Trainer):
         return place
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        # The first thing after reading; what follows is a collective that a rank without a batch leaves out.
+        # Called right after reading. The collective that follows is skipped by a rank without a batch.
         if not has_length(self.train_dataset):
             facts = {"number of batches": len(batch_samples)}
             self._agree(f"reading for step {self.state.global_step + 1}", facts)

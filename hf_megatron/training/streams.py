@@ -1,8 +1,8 @@
-"""Streams of examples, data sets whose length nobody knows: the same batches at every layout, and found again.
+"""Iterable data sets: the same batches at every layout, and resuming at the right position.
 
-Every rank of a tensor-parallel model reads the stream itself and takes its data-parallel part of each batch. By default
-accelerate has the first rank read and hand out; that gives all data-parallel groups the same examples, and the ranks of
-a group different ones once a run is resumed.
+Every rank of a tensor-parallel model reads the stream itself and takes its data-parallel part of each batch. By
+default, accelerate's first rank reads and distributes the batches, which gives all data-parallel groups the same
+examples, and different examples to the ranks of a group after resuming.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from transformers import TrainerState
 
 
 class Stream(IterableDataset[Any]):
-    """The examples of any stream, in an order that depends on the epoch and not on the layout.
+    """Wraps an iterable data set so that its order depends on the epoch but not on the layout.
 
-    accelerate would deal out the files of a ``datasets.IterableDataset`` rather than its examples, and would seed a
-    stream's ``generator`` under data parallelism alone.
+    Without it, accelerate would distribute the files of a ``datasets.IterableDataset`` rather than its examples, and
+    would seed the ``generator`` only under data parallelism.
 
     Args:
         examples: The stream.
@@ -34,10 +34,10 @@ class Stream(IterableDataset[Any]):
         yield from self.examples
 
     def __len__(self) -> int:
-        return len(self.examples)  # some have a length; of the others this is a TypeError, as it should be
+        return len(self.examples)  # raises TypeError if the data set has no length, as expected
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass, in one of the two ways that Trainer documents."""
+        """Set the order of the next pass, in one of the two ways that Trainer documents."""
         generator = getattr(self.examples, "generator", None)
         if hasattr(self.examples, "set_epoch"):
             self.examples.set_epoch(epoch)
@@ -46,10 +46,10 @@ class Stream(IterableDataset[Any]):
 
 
 def place_in_stream(checkpoint: Path) -> tuple[int, int]:
-    """Where a run stopped: the passes that it had made through the stream, and the steps in the pass after them.
+    """Position at which a run stopped: complete passes through the data, and steps in the current pass.
 
-    Trainer takes a stream for endless: each pass is an epoch, of which a step is one part in ``max_steps``, and its own
-    count after resuming puts all steps into the first one.
+    Trainer treats a stream as endless: each pass is an epoch, and a step advances the epoch by 1 / ``max_steps``. When
+    resuming, Trainer itself would assign all steps to the first pass.
     """
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     passes = max(0, math.ceil(state.epoch) - 1)

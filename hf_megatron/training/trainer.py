@@ -1,14 +1,14 @@
-"""``MegatronTrainer``: transformers' Trainer for models that are cut over ranks, on CPUs and GPUs.
+"""``MegatronTrainer``: transformers' Trainer for tensor-parallel models, on CPUs and GPUs.
 
-What it adds to the stock class, which refuses or miscounts each of these for a model that was sharded while loading:
+It adds the following to the stock class, which rejects or miscounts each of them for models sharded while loading:
 
-- tensor parallelism on a CPU;
-- checkpoints with optimizer state, that resume at the same or at another layout;
-- metrics and predictions that hold every example once, and token counts that count every token once;
-- streams of examples, the same at every layout, in which a resumed run finds its place;
-- label smoothing and the mean over predicted tokens in the model's own vocabulary-parallel loss;
-- overflow in float16 that every rank notices, and an end before inf or nan reaches the weights;
-- ranks that drift apart are noticed (``rank_guard``).
+- tensor parallelism on CPUs
+- checkpoints with optimizer state that resume at the same or another layout
+- metrics and predictions with every example once, and token counts with every token once
+- iterable data sets with the same order at every layout, and resuming at the right position
+- label smoothing and the mean over predicted tokens in the model's vocabulary-parallel loss
+- float16 overflow detection across ranks, and an error before inf or nan reaches the weights
+- detection of diverging ranks (``rank_guard``)
 """
 
 from __future__ import annotations
@@ -41,22 +41,24 @@ from hf_megatron.training.training_state import last_usable_checkpoint, tidy_che
 
 logger = logging.get_logger(__name__)
 
-# Gradients that overflow at this scale are too large, or not numbers, whatever the scale.
+# If gradients overflow even at this scale, they are too large or non-finite at any scale.
 _SMALLEST_LOSS_SCALE = 1e-4
 
 
 class MegatronTrainer(CheckpointingTrainer):
     """A drop-in :class:`transformers.Trainer` for one process, TP, TP x FSDP2 and TP x replicated data parallelism.
 
-    The layout is the model's: whatever ``DistributedConfig`` it was loaded or built with. Arguments, callbacks and
-    outputs are the stock class's; with a stock model it differs in the form of the checkpoints (``training_state``).
+    The layout is that of the model: the ``DistributedConfig`` with which it was loaded or built. Arguments, callbacks
+    and outputs are those of the stock class. With a stock model, only the form of checkpoints differs
+    (``training_state``).
 
     Args:
         model: As for the stock class, and so are ``args``, ``*pargs`` and ``**kwargs``.
         args: As for the stock class.
         *pargs: As for the stock class.
-        rank_check_steps: After how many steps the ranks of a tensor-parallel group compare batch, random state and
-            replicated parameters, beside the first step of every data set, every checkpoint and the end; 0 for never.
+        rank_check_steps: Interval, in steps, at which the ranks of a tensor-parallel group compare batch, random state
+            and replicated parameters, in addition to the first step of every data set, every checkpoint and the end of
+            training. 0 disables all of these checks.
         **kwargs: As for the stock class.
     """
 
@@ -65,7 +67,7 @@ class MegatronTrainer(CheckpointingTrainer):
     ) -> None:
         check_processes(args)
         self.rank_check_steps = rank_check_steps
-        # The stock class refuses to save the optimizer of a model sharded while loading, as it cannot; this one can.
+        # The stock class rejects saving the optimizer of a model that was sharded while loading; this one can save it.
         saves_all = args is not None and not args.save_only_model
         if saves_all:
             args.save_only_model = True
@@ -81,12 +83,12 @@ class MegatronTrainer(CheckpointingTrainer):
             has_optimizer=self.optimizer is not None or self.optimizer_cls_and_kwargs is not None,
         )
         if self._has_own_loss:
-            # The stock smoother reads whole logits, which there are none of in training. compute_loss passes it on.
+            # The stock smoother needs full logits, which do not exist in training; compute_loss passes the factor on.
             self.label_smoother = None
         self._loss_of_step: torch.Tensor | float = 0.0
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method; an error says in which step and on which rank it was, and where to go on from.
+        """Same as the stock method; errors include the step, the rank and the checkpoint to resume from.
 
         Raises:
             CheckpointError: The checkpoint to resume from is damaged, or one could not be written.
@@ -97,7 +99,7 @@ class MegatronTrainer(CheckpointingTrainer):
         output = Path(self.args.output_dir)
         tidy_checkpoints(output, is_first=self.is_world_process_zero())
         if resume_from_checkpoint is True and output.is_dir():
-            # If there is none, the stock method says so.
+            # If there is no checkpoint, the stock method raises an error.
             resume_from_checkpoint = get_last_checkpoint(str(output)) or True
         resumed = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
         try:
@@ -147,14 +149,14 @@ class MegatronTrainer(CheckpointingTrainer):
             self.accelerator.dataloader_config.dispatch_batches = False
 
     def _is_stream(self, dataset: Any) -> bool:
-        """Whether a data set is a stream that a model of this package reads."""
+        """Whether the data set is iterable and the model belongs to this package."""
         return isinstance(dataset, IterableDataset) and self._own_model is not None
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader[Any]:
         if self._is_stream(dataset):
             dataset = Stream(dataset)
             if not is_training and 1 < self.get_tp_size() < self.args.world_size:
-                # The groups fill up their last batch, and what fills it is left out of the results by the length.
+                # The groups pad their last batch; the length is needed to remove the padding from the results.
                 dataset = list(dataset)
         loader: DataLoader[Any] = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         return loader
@@ -162,7 +164,7 @@ class MegatronTrainer(CheckpointingTrainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler) and self._own_model is not None:
-            # By the batch of all ranks, so that the order is the same at every layout.
+            # Group by the global batch, so that the order is the same at every layout.
             sampler.batch_size *= self.args.world_size // self.get_tp_size()
         return sampler
 
@@ -178,7 +180,7 @@ class MegatronTrainer(CheckpointingTrainer):
     def _gather_for_metrics(self, data: Any, use_gather_object: bool = False) -> Any:
         """Gather every example once: the ranks of a tensor-parallel group hold the same ones.
 
-        As accelerate's, it leaves out what fills up the last batch.
+        Like accelerate's method, it drops the examples that pad the last batch.
         """
         if use_gather_object:
             raise UnsupportedError("eval_use_gather_object=True is not supported under tensor parallelism.")
@@ -196,22 +198,22 @@ class MegatronTrainer(CheckpointingTrainer):
     def _track_num_input_tokens(self, inputs: Any) -> None:
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)
-        # The stock count adds up all processes, of which those of a group see the same tokens.
+        # The stock method sums over all processes, but the ranks of a group see the same tokens.
         self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.get_tp_size()
 
     def floating_point_ops(self, inputs: Any) -> int:
-        # The sum over all processes has those of a group several times, each for the whole model.
+        # The sum over all processes counts each group several times, each time for the whole model.
         operations: int = super().floating_point_ops(inputs) // self.get_tp_size()
         return operations
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method; label smoothing happens inside the model's loss where that is vocabulary-parallel."""
+        """Same as the stock method, with label smoothing inside the model's loss if that is vocabulary-parallel."""
         if self.args.label_smoothing_factor and self._has_own_loss:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _share_overflows(self) -> None:
-        """In float16, have every rank skip a step that overflowed on one of them."""
+        """In float16, make every rank skip a step that overflowed on one of them."""
         scaler = self.accelerator.scaler
         if scaler is not None and self.is_distributed_loading_by_transformers:
             self.accelerator.scaler = SharedGradScaler(self.accelerator.device.type, scaler)
@@ -222,13 +224,13 @@ class MegatronTrainer(CheckpointingTrainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # The last thing that Trainer does before it takes the step.
+        # Called by Trainer just before the optimizer step.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._check_step(float(norm))
         return norm
 
     def _check_step(self, norm: float) -> None:
-        """Warn of numbers that do no harm, and raise before inf or nan gets into the weights."""
+        """Warn about a non-finite loss, and raise before non-finite gradients reach the weights."""
         loss, self._loss_of_step = float(self._loss_of_step), 0.0
         step, scaler = self.state.global_step + 1, self.accelerator.scaler
         numbers = f"the norm of the gradients is {norm}, the loss {loss} on rank {self.args.process_index}"

@@ -1,4 +1,4 @@
-"""Arguments of a training run that do not fit its processes or its layout, refused before the first step."""
+"""Check training arguments against the processes and the layout before the first step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_megatron.errors import ParallelStateError, UnsupportedError
 
 
 class AnyDeviceParallelismConfig(ParallelismConfig):
-    """accelerate's parallelism configuration, which it accepts on GPUs only; on a CPU the same layout works."""
+    """accelerate's parallelism configuration, allowed on CPUs too."""
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
         if accelerator.device.type != "cpu":
@@ -19,7 +19,7 @@ class AnyDeviceParallelismConfig(ParallelismConfig):
 
 
 def check_processes(args: Any) -> None:
-    """Refuse arguments that do not see the other processes; each rank would take itself for the only one.
+    """Reject arguments that do not match the number of processes; each rank would run as if it were alone.
 
     Raises:
         ParallelStateError: ``args.world_size`` is not the number of processes.
@@ -33,17 +33,17 @@ def check_processes(args: Any) -> None:
 
 
 def tp_size_of(model: Any) -> int:
-    """The degree a model is cut at, where ``Trainer.get_tp_size()`` has the accelerator's, made before it."""
+    """The model's tensor-parallel degree; ``Trainer.get_tp_size()`` returns the accelerator's, which is set earlier."""
     return getattr(model, "tp_size", None) or 1
 
 
-# Those of Trainer's that give parameters cut over ranks the steps of one process. The others take their parts for whole
-# tensors, mix them with plain ones, or were not seen to work.
+# Trainer's optimizers that update sharded parameters as one process would. The others treat shards as whole tensors,
+# mix them with plain tensors, or have not been tested.
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
 def check_layout(args: Any, model: Any, *, has_model_init: bool, has_optimizer: bool) -> None:
-    """Refuse what Trainer does per process where the ranks of a tensor-parallel group act as one.
+    """Reject options that Trainer applies per process, but that must be shared by a tensor-parallel group.
 
     Raises:
         UnsupportedError: Under tensor parallelism, a model that Trainer makes itself, losses that are not averaged over

@@ -1,11 +1,11 @@
-"""What a training run needs to go on where it stopped, written so that any layout can read it.
+"""The state needed to resume a training run, stored so that any layout can load it.
 
-A checkpoint directory holds the model (a ``tp`` directory if the model is cut, else a Hub directory), ``optimizer/`` in
+A checkpoint directory contains the model (a ``tp`` directory if it is sharded, else a Hub directory), ``optimizer/`` in
 torch's distributed format under parameter names, ``scheduler.pt``, one random state per data-parallel rank and
 ``trainer_state.json``.
 
-Whatever carries the name of a checkpoint is one: it is an :class:`AtomicDirectory`, and renamed before it is deleted.
-The checksums of all files lie beside them, and are verified before a run is resumed.
+A directory with the name of a checkpoint is always complete: it is written as an :class:`AtomicDirectory` and renamed
+before it is deleted. ``checksums.json`` in it is verified before a run is resumed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _HIDDEN = re.compile(r"\.(checkpoint-\d+)\.(incomplete|replaced)")
 
 
 def tidy_checkpoints(run_directory: Path, *, is_first: bool) -> None:
-    """Remove what a run that was killed has left; every rank must call it, before it looks for checkpoints."""
+    """Remove what a killed run left behind; every rank must call it before looking for checkpoints."""
     if is_first and run_directory.is_dir():
         names = [_HIDDEN.fullmatch(path.name) for path in run_directory.iterdir()]
         for name in {found[1] for found in names if found is not None}:
@@ -55,7 +55,7 @@ def tidy_checkpoints(run_directory: Path, *, is_first: bool) -> None:
 
 
 def finish_checkpoint(directory: AtomicDirectory) -> None:
-    """Give a checkpoint its name, once all ranks have written their part; every rank must call it.
+    """Publish a checkpoint once all ranks have written their part; every rank must call it.
 
     Collective: all-gather over all processes of the checksums, of which each rank computes some.
     """
@@ -67,7 +67,7 @@ def finish_checkpoint(directory: AtomicDirectory) -> None:
 
 
 def verify_checkpoint(directory: Path) -> None:
-    """See that a checkpoint is as it was written, and that its parts belong together; every rank must call it.
+    """Verify the checksums and the consistency of a checkpoint; every rank must call it.
 
     Raises:
         CheckpointIncompleteError: Files are missing, or have other bytes than were written.
@@ -97,7 +97,7 @@ def verify_checkpoint(directory: Path) -> None:
 
 
 def check_step(directory: Path) -> None:
-    """See that ``trainer_state.json`` is there, and is that of the step in the directory's name.
+    """Check that ``trainer_state.json`` exists and matches the step in the directory's name.
 
     Raises:
         CheckpointIncompleteError: It is missing.
@@ -119,7 +119,7 @@ def check_step(directory: Path) -> None:
 
 
 def last_usable_checkpoint(run_directory: Path, unusable: Path | None = None) -> Path | None:
-    """The newest checkpoint with all its files, in their sizes, but for one that is known to be unusable."""
+    """The newest checkpoint whose files all exist with the recorded sizes, except one known to be unusable."""
     checkpoints = sort_checkpoints(str(run_directory)) if run_directory.is_dir() else []
     for path in map(Path, reversed(checkpoints)):
         if unusable is not None and path.absolute() == unusable.absolute():
@@ -135,7 +135,7 @@ def last_usable_checkpoint(run_directory: Path, unusable: Path | None = None) ->
 
 
 def _share() -> tuple[int, int]:
-    """Which of how many shares of the files is this rank's."""
+    """This rank's share of the files: (index, number of shares)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -148,7 +148,7 @@ def _gather(mine: Any) -> list[Any]:
 
 
 def remove_old_checkpoints(run_directory: Path, limit: int | None, best: str | None) -> None:
-    """Keep the ``limit`` newest checkpoints, of which the best one is one, as Trainer's ``save_total_limit`` asks."""
+    """Keep the ``limit`` newest checkpoints and the best one, as Trainer's ``save_total_limit`` specifies."""
     checkpoints = [Path(path) for path in sort_checkpoints(str(run_directory), use_mtime=True)]
     if not limit or limit < 0 or len(checkpoints) <= limit:
         return
@@ -159,7 +159,7 @@ def remove_old_checkpoints(run_directory: Path, limit: int | None, best: str | N
 
 
 def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Save the optimizer's state under parameter names, each rank its own part; every rank must call it."""
+    """Save the optimizer state by parameter name, each rank its own shards; every rank must call it."""
     try:
         with one_process_allowed(), _without_empty_groups(optimizer):
             save_optimizer_distributed(model, optimizer, str(directory / OPTIMIZER_DIRECTORY))
@@ -168,7 +168,7 @@ def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, dir
 
 
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Load what :func:`save_optimizer` wrote, at any layout; every rank must call it.
+    """Load an optimizer state saved by :func:`save_optimizer`, at any layout; every rank must call it.
 
     Raises:
         CheckpointIncompleteError: There is no optimizer state.
@@ -179,7 +179,7 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, dir
             f"{directory} holds no optimizer state ({OPTIMIZER_DIRECTORY}/ is missing: was it saved with "
             "save_only_model=True?). To go on with a fresh optimizer, load the model from it and start anew."
         )
-    # With gradients in place torch takes the optimizer for one that has stepped, and silently restores nothing.
+    # If gradients exist, torch assumes that the optimizer has stepped and silently restores nothing.
     model.zero_grad(set_to_none=True)
     try:
         with one_process_allowed(), _without_empty_groups(optimizer):
@@ -189,7 +189,7 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, dir
 
 
 def load_scheduler(scheduler: Any, directory: Path, *, step: int, may_skip: bool) -> None:
-    """Restore the learning rate's schedule, which does not count steps that overflow, if such are skipped (may_skip).
+    """Restore the learning rate schedule; with ``may_skip``, it may be behind by the steps skipped for overflow.
 
     Raises:
         CheckpointError: The file is missing or damaged, or the schedule is at another step.
@@ -206,7 +206,7 @@ def load_scheduler(scheduler: Any, directory: Path, *, step: int, may_skip: bool
 
 
 def read_state(path: Path) -> Any:
-    """What ``torch.save`` has written, tensors and plain data alone.
+    """Load a ``torch.save`` file that contains only tensors and plain data.
 
     Raises:
         CheckpointIncompleteError: The file is missing.
@@ -223,7 +223,7 @@ def read_state(path: Path) -> Any:
 
 @contextmanager
 def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Hide parameter groups without parameters, at which torch raises an IndexError; an adapter has no biases, say."""
+    """Hide empty parameter groups, for which torch raises an IndexError (an adapter may have no biases)."""
     groups = optimizer.param_groups
     optimizer.param_groups = [group for group in groups if group["params"]]
     try:
@@ -234,7 +234,7 @@ def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def save_random_state(directory: Path, data_parallel_rank: int) -> None:
-    """Save this process's random streams; one process of each tensor-parallel group calls it, as theirs are equal."""
+    """Save this process's random states; called by one process of each tensor-parallel group."""
     state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state()}
     state["cpu"] = torch.random.get_rng_state()
     if torch.cuda.is_available():
@@ -243,7 +243,7 @@ def save_random_state(directory: Path, data_parallel_rank: int) -> None:
 
 
 def load_random_state(directory: Path, data_parallel_rank: int) -> bool:
-    """Restore the random streams of a data-parallel rank; returns whether the checkpoint had them."""
+    """Restore the random states of a data-parallel rank; returns whether the checkpoint had them."""
     path = _random_state_file(directory, data_parallel_rank)
     if not path.is_file():
         return False

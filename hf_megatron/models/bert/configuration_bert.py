@@ -19,7 +19,7 @@ _STOCK = {BERT_PRE.stock_model_type: ("pre", StockMegatronBertConfig), BERT_POST
 
 
 def table_of_placement(placement: str) -> Architecture:
-    """The table of a BERT whose LayerNorms stand ``pre`` or ``post``.
+    """The table for a LayerNorm placement, ``pre`` or ``post``.
 
     Raises:
         UnsupportedError: Another word.
@@ -32,9 +32,9 @@ def table_of_placement(placement: str) -> Architecture:
 
 
 class ParallelBertConfig(BertConfig):
-    """Everything the stock BertConfig and MegatronBertConfig can say, except decoders, under one ``model_type``.
+    """Configuration with all options of stock BertConfig and MegatronBertConfig except decoders.
 
-    A stock config.json can be read as it is; its ``model_type`` says where the norms stand.
+    A stock config.json can be loaded directly; its ``model_type`` determines the placement of the LayerNorms.
 
     Args:
         layernorm_placement: ``"pre"``, the paper's rearranged BERT, with the parameters of stock MegatronBert; or
@@ -46,9 +46,9 @@ class ParallelBertConfig(BertConfig):
         UnsupportedError: A decoder, cross-attention, relative positions, or a hidden size that the heads do not divide.
     """
 
-    # transformers finds the classes of a configuration by its class's name, and has a MegatronBertConfig of its own:
-    # under that name a head that is not offered here would quietly become a stock model. So the class has another name,
-    # and is exported as MegatronBertConfig.
+    # transformers looks up model classes by the name of the configuration class and has its own MegatronBertConfig. An
+    # Auto class for which there is no model here would then silently return a stock one. The class has another name
+    # therefore, and is exported as MegatronBertConfig.
     model_type = BERT_PRE.model_type
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {"encoder.layer.*": "free_full_weight"}
 
@@ -86,11 +86,11 @@ class ParallelBertConfig(BertConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a config.json, ours, stock Bert's or stock MegatronBert's, as one of ours."""
+        """Read a config.json of this package, stock Bert or stock MegatronBert."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config.get("model_type") in _STOCK:
             placement, stock_class = _STOCK[config["model_type"]]
-            # What the file leaves out has the stock class's defaults, which differ between the two and from ours.
+            # Missing fields get the defaults of the stock class; they differ between the two classes and from ours.
             defaults = {field.name: field.default for field in dataclasses.fields(stock_class)}
             ours = {field.name for field in dataclasses.fields(cls)}
             sizes = {n: v for n, v in defaults.items() if n in ours and isinstance(v, int) and not isinstance(v, bool)}

@@ -1,4 +1,4 @@
-"""BERT whose attention, MLP, embedding and masked-LM head are cut over tensor-parallel ranks.
+"""BERT with attention, MLP, embedding and masked-LM head sharded over tensor-parallel ranks.
 
 One set of classes for both placements of the LayerNorms: ``pre`` is the paper's rearranged BERT and equals stock
 MegatronBert, ``post`` is the original and equals stock Bert. The classes derive from transformers' Bert, whose masks,
@@ -59,21 +59,21 @@ def _table(config: MegatronBertConfig) -> Architecture:
 
 
 def _norm(config: MegatronBertConfig, *, placement: str) -> nn.Module:
-    """A LayerNorm where the configuration's placement has one, else nothing."""
+    """A LayerNorm if the configuration's placement has one here, else a no-op."""
     if config.layernorm_placement != placement:
         return _NoNorm()
     return ReplicatedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class _NoNorm(nn.Identity):
-    """Takes the arguments of a LayerNorm, and gives back the first."""
+    """No-op with the signature of a LayerNorm: returns its input."""
 
     def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
         return x
 
 
 class MegatronBertEmbeddings(BertEmbeddings):
-    """Words, positions and token types, summed: [B, S, H], replicated.
+    """Sum of word, position and token type embeddings: [B, S, H], replicated.
 
     Collective: all-reduce over tp, forward, for the words.
     """
@@ -91,7 +91,7 @@ class MegatronBertEmbeddings(BertEmbeddings):
 
 
 class MegatronBertSelfAttention(ParallelAttention):
-    """Attention with three projections cut by columns, which is by heads, behind one shared ``f``."""
+    """Attention with three column-parallel projections (split by heads) behind one shared ``f``."""
 
     def __init__(self, config: MegatronBertConfig, layer_idx: int) -> None:
         head_dim = config.hidden_size // config.num_attention_heads
@@ -136,13 +136,13 @@ class MegatronBertSelfAttention(ParallelAttention):
         layers = (self.query, self.key, self.value)
         if self.tp_group.size > 1 and all(isinstance(layer, ColumnParallelLinear) for layer in layers):
             query, key, value = column_parallel_linear(hidden_states, region, *layers)
-        else:  # one by one: there is no f to share, or an adapter around a layer, or accelerate, works on its calls
+        else:  # separately: no f to share, or an adapter or accelerate wraps the calls of a layer
             query, key, value = (layer(hidden_states) for layer in layers)
         return self.attend(query, key, value, attention_mask, **kwargs)
 
 
 class MegatronBertOutput(nn.Module):
-    """Back to the hidden size by rows, dropout, and onto the residual; ``post`` normalises the sum.
+    """Row-parallel projection to the hidden size, dropout and residual; ``post`` normalizes the sum.
 
     Collective: all-reduce over tp, forward. With a region those of :class:`RowParallelLinear`.
     """
@@ -192,7 +192,7 @@ class MegatronBertAttention(nn.Module):
 
 
 class MegatronBertIntermediate(nn.Module):
-    """H to 4H by columns and the activation: [B, S, H] to [B, S, 4H_p] split on the last dim."""
+    """Column-parallel H to 4H and the activation: [B, S, H] to [B, S, 4H_p], split on the last dim."""
 
     def __init__(self, config: MegatronBertConfig) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class MegatronBertLayer(GradientCheckpointingLayer):
 
 
 class MegatronBertEncoder(BertEncoder):
-    """All layers, and with ``pre`` the norm that makes up for the ones moved inside.
+    """All layers, followed by a final norm with ``pre``.
 
     With a region the hidden states are split on the sequence from here to the end of it.
     """
@@ -330,7 +330,7 @@ class MegatronBertPreTrainedModel(MegatronModelMixin, BertPreTrainedModel):
 
 
 class MegatronBertModel(MegatronBertPreTrainedModel, BertModel):
-    """The bare encoder: hidden states out, and the pooled first token if there is a pooler."""
+    """The encoder without a head: returns hidden states, and the pooled first token if there is a pooler."""
 
     def __init__(self, config: MegatronBertConfig, add_pooling_layer: bool = True) -> None:
         self._init_pretrained(config)
@@ -341,7 +341,7 @@ class MegatronBertModel(MegatronBertPreTrainedModel, BertModel):
         self.post_init()
 
     def init_parallel_plans(self) -> None:
-        """As the stock method; the configuration's plan has a pooler, whether the model has one or not."""
+        """Same as the stock method, without the pooler in the plan if the model has none."""
         super().init_parallel_plans()
         if self.pooler is None:
             del self._tp_plan["pooler.dense"]

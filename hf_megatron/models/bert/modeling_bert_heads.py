@@ -1,4 +1,4 @@
-"""BERT with its heads: pretraining, masked language modeling, and the fine-tuning tasks.
+"""BERT with heads for pretraining, masked language modeling and fine-tuning tasks.
 
 The masked-LM head is cut along the vocabulary: its decoder is the word embedding's shard and its bias is cut likewise;
 the small transform before it is replicated, as are the heads of the other tasks.
@@ -52,7 +52,7 @@ class MegatronBertPredictionHeadTransform(BertPredictionHeadTransform):
 
 
 class MegatronBertLMPredictionHead(ParallelModule):
-    """The transform and the decoder: [..., H] replicated to logits [..., V_p], split on the last dim."""
+    """Masked-LM head, transform and decoder: [..., H] replicated to logits [..., V_p], split on the last dim."""
 
     def __init__(self, config: MegatronBertConfig) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class MegatronBertLMPredictionHead(ParallelModule):
         self.decoder = VocabParallelHead(
             config.hidden_size, config.vocab_size, is_tied=config.tie_word_embeddings, bias=True
         )
-        # Of an untied decoder's two biases the stock classes use the decoder's own, and keep this one beside it.
+        # An untied decoder has two biases; the stock classes use the decoder's own and only store this one.
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def partition_specs(self) -> Mapping[str, Spec]:
@@ -80,7 +80,7 @@ class MegatronBertLMPredictionHead(ParallelModule):
 
 
 class MegatronBertHeads(nn.Module):
-    """The pretraining heads under the stock names; the second one is there if ``has_sentence_order``."""
+    """The pretraining heads under their stock names; the second one exists if ``has_sentence_order``."""
 
     def __init__(self, config: MegatronBertConfig, *, has_sentence_order: bool) -> None:
         super().__init__()
@@ -90,10 +90,10 @@ class MegatronBertHeads(nn.Module):
 
 
 class _MaskedLM(VocabParallelLossMixin, MegatronBertPreTrainedModel):
-    """What the two classes with a masked-LM head share."""
+    """Shared methods of the two classes with a masked-LM head."""
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The decoder if it has a weight of its own."""
+        """The decoder if it is untied, else None."""
         decoder = self.cls.predictions.decoder
         return None if decoder.weight is None else decoder
 
@@ -102,7 +102,7 @@ class _MaskedLM(VocabParallelLossMixin, MegatronBertPreTrainedModel):
         self.cls.predictions.decoder = new_embeddings
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize the vocabulary, the bias with it; new tokens have bias zero."""
+        """Resize the vocabulary and the decoder bias; new tokens get a bias of zero."""
         resized = super().resize_token_embeddings(*args, **kwargs)
         predictions, size = self.cls.predictions, resized.num_embeddings
         if predictions.bias.shape[0] != size:
@@ -141,7 +141,7 @@ class _MaskedLM(VocabParallelLossMixin, MegatronBertPreTrainedModel):
 
 
 class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
-    """BERT with both pretraining heads: masked language modeling, and the order of two sentences."""
+    """BERT with both pretraining heads: masked language modeling and sentence order."""
 
     _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForPreTraining")
 
@@ -162,7 +162,7 @@ class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
         labels: torch.Tensor | None = None,
         next_sentence_label: torch.Tensor | None = None,
         sentence_order_label: torch.Tensor | None = None,
-        # transformers' tests read this annotation; that is why this module's are no strings.
+        # transformers' tests read this annotation, so annotations in this module are not strings.
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BertForPreTrainingOutput:
         """Both heads.
@@ -256,7 +256,7 @@ def _classifier_dropout(config: MegatronBertConfig) -> nn.Dropout:
 
 
 class MegatronBertForSequenceClassification(MegatronBertPreTrainedModel, BertForSequenceClassification):
-    """BERT that classifies a sequence or a pair of them by the pooled first token; the head is replicated."""
+    """BERT for sequence (pair) classification from the pooled first token; the head is replicated."""
 
     _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForSequenceClassification")
 
@@ -270,7 +270,7 @@ class MegatronBertForSequenceClassification(MegatronBertPreTrainedModel, BertFor
 
 
 class MegatronBertForMultipleChoice(MegatronBertPreTrainedModel, BertForMultipleChoice):
-    """BERT that scores each of several continuations; the head is replicated."""
+    """BERT for multiple choice: scores each candidate; the head is replicated."""
 
     _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForMultipleChoice")
 
@@ -283,7 +283,7 @@ class MegatronBertForMultipleChoice(MegatronBertPreTrainedModel, BertForMultiple
 
 
 class MegatronBertForTokenClassification(MegatronBertPreTrainedModel, BertForTokenClassification):
-    """BERT that classifies every token; the head is replicated."""
+    """BERT for token classification; the head is replicated."""
 
     _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForTokenClassification")
 
@@ -297,7 +297,7 @@ class MegatronBertForTokenClassification(MegatronBertPreTrainedModel, BertForTok
 
 
 class MegatronBertForQuestionAnswering(MegatronBertPreTrainedModel, BertForQuestionAnswering):
-    """BERT that marks the start and the end of an answer; the head is replicated."""
+    """BERT for extractive question answering: predicts start and end; the head is replicated."""
 
     _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForQuestionAnswering")
 

@@ -13,9 +13,9 @@ from hf_megatron.models.parallel_style import tp_plan_of
 
 
 class MegatronGPT2Config(GPT2Config):
-    """Everything the stock GPT2Config can say, except cross-attention, under a ``model_type`` of its own.
+    """Configuration with all options of stock GPT2Config except cross-attention, under its own ``model_type``.
 
-    A stock GPT-2's config.json can be read as it is: ``MegatronGPT2Config.from_pretrained("openai-community/gpt2")``.
+    A stock config.json can be loaded directly: ``MegatronGPT2Config.from_pretrained("openai-community/gpt2")``.
 
     Raises:
         UnsupportedError: ``add_cross_attention=True``, or a hidden size that the heads do not divide.
@@ -23,11 +23,11 @@ class MegatronGPT2Config(GPT2Config):
 
     model_type = GPT2.model_type
     base_model_tp_plan: ClassVar[dict[str, Any] | None] = tp_plan_of(GPT2, modules=("h.*.attn",))
-    # Each block is gathered for its own computation; embeddings and the last norm stay with the root.
+    # FSDP gathers each block separately; embeddings and the last norm belong to the root.
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {"h.*": "free_full_weight"}
 
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("model_type", None)  # stock's, where its configuration is read from a dictionary
+        kwargs.pop("model_type", None)  # the stock type, if the configuration is read from a dictionary
         super().__post_init__(**kwargs)
         GPT2.sizes(self._named_sizes())
 
@@ -52,9 +52,9 @@ class MegatronGPT2Config(GPT2Config):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a config.json, ours or stock GPT-2's, as one of ours."""
+        """Read a config.json of this package or of stock GPT-2."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config.get("model_type") == GPT2.stock_model_type:
-            # Else the instance would call itself "gpt2", after a warning that the type is the wrong one.
+            # Otherwise the instance would have the type "gpt2", after a warning about the wrong type.
             config = {**config, "model_type": GPT2.model_type}
         return config, kwargs

@@ -1,7 +1,7 @@
-"""GPT-2 whose attention, MLP and embedding are cut over tensor-parallel ranks.
+"""GPT-2 with attention, MLP and embedding sharded over tensor-parallel ranks.
 
-The classes derive from transformers' GPT-2, whose outputs, masks, generation and heads they keep; what is replaced are
-the modules that hold parameters. Names and shapes of the parameters are the stock ones.
+The classes derive from transformers' GPT-2 and keep its outputs, masks, generation and heads. Only the modules that
+hold parameters are replaced. Parameters have the stock names and shapes.
 
 Shapes: B batch, S sequence, H hidden, N heads, V vocabulary, P ranks; ``_p`` marks this rank's part.
 
@@ -43,7 +43,7 @@ from hf_megatron.tensor_parallel import (
 
 
 class MegatronGPT2Attention(ParallelAttention):
-    """Self-attention: Q, K and V by columns, which is by heads, and the output projection by rows."""
+    """Self-attention: column-parallel QKV projection (split by heads), row-parallel output projection."""
 
     def __init__(self, config: MegatronGPT2Config, layer_idx: int) -> None:
         head_dim = config.hidden_size // config.num_attention_heads
@@ -98,7 +98,7 @@ class MegatronGPT2Attention(ParallelAttention):
 
 
 class MegatronGPT2MLP(nn.Module):
-    """H to 4H by columns, the activation on each rank's own columns, and back to H by rows."""
+    """MLP: column-parallel H to 4H, activation, row-parallel 4H to H."""
 
     def __init__(self, config: MegatronGPT2Config) -> None:
         super().__init__()
@@ -175,13 +175,13 @@ class MegatronGPT2PreTrainedModel(MegatronModelMixin, GPT2PreTrainedModel):
         return GPT2
 
     def _initial_std(self, name: str) -> float:
-        # GPT-2's scheme: what is added to the residual stream is scaled by 1/sqrt of the number of additions.
+        # GPT-2's initialization: projections into the residual stream are scaled by 1/sqrt(number of additions).
         std = super()._initial_std(name)
         return std / sqrt(2 * self.config.num_hidden_layers) if name.endswith("c_proj.weight") else std
 
 
 class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
-    """The bare transformer: hidden states out, no head."""
+    """The transformer without a head; returns hidden states."""
 
     def __init__(self, config: MegatronGPT2Config) -> None:
         self._init_pretrained(config)
@@ -213,13 +213,13 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
         region: SequenceParallelRegion | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        # Written out, as the stock one has no place for where the hidden states become split and whole again.
+        # Reimplemented because the stock forward has no hook for scattering and gathering the hidden states.
         refuse_arguments(
             "these models have no cross-attention",
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
         )
-        for name in ("output_attentions", "output_hidden_states"):  # recorded on the way, by capture_outputs
+        for name in ("output_attentions", "output_hidden_states"):  # recorded by capture_outputs
             kwargs.pop(name, None)
         if input_ids is not None and inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
@@ -264,7 +264,7 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
         region: SequenceParallelRegion | None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """From the embeddings' dropout to the last norm.
+        """Run everything from the embedding dropout to the final norm.
 
         Args:
             hidden_states: The sum of the embeddings [B, S, H], replicated.

@@ -1,4 +1,4 @@
-"""GPT-2 with its heads: language modeling, and the fine-tuning tasks.
+"""GPT-2 with heads for language modeling and fine-tuning tasks.
 
 The language-modeling head is cut along the vocabulary; those of the other tasks are replicated.
 
@@ -36,20 +36,20 @@ from hf_megatron.tensor_parallel import ReplicatedLinear
 class MegatronGPT2LMHeadModel(
     VocabParallelLossMixin, ParallelGenerationMixin, MegatronGPT2PreTrainedModel, GPT2LMHeadModel
 ):
-    """GPT-2 with the language-modeling head, which in training computes the loss without the logits."""
+    """GPT-2 with the language-modeling head; training computes the loss without materializing logits."""
 
     _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2LMHeadModel")
     accepts_loss_kwargs = True
 
     def __init__(self, config: MegatronGPT2Config) -> None:
         self._init_pretrained(config)
-        self.loss_type = "ForCausalLM"  # labels are shifted: Trainer counts the predicted tokens only
+        self.loss_type = "ForCausalLM"  # labels are shifted, so Trainer counts only the predicted tokens
         self.transformer = MegatronGPT2Model(config)
         self.lm_head = VocabParallelHead(config.n_embd, config.vocab_size, is_tied=config.tie_word_embeddings)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The head if it has a weight of its own."""
+        """The head if it is untied, else None."""
         return None if self.lm_head.weight is None else self.lm_head
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -110,7 +110,7 @@ class MegatronGPT2LMHeadModel(
 
 
 class MegatronGPT2ForSequenceClassification(MegatronGPT2PreTrainedModel, GPT2ForSequenceClassification):
-    """GPT-2 that classifies a sequence by its last token; the head is replicated."""
+    """GPT-2 for sequence classification from the last token; the head is replicated."""
 
     _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForSequenceClassification")
 
@@ -123,7 +123,7 @@ class MegatronGPT2ForSequenceClassification(MegatronGPT2PreTrainedModel, GPT2For
 
 
 class MegatronGPT2ForTokenClassification(MegatronGPT2PreTrainedModel, GPT2ForTokenClassification):
-    """GPT-2 that classifies every token; the head is replicated."""
+    """GPT-2 for token classification; the head is replicated."""
 
     _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForTokenClassification")
 
@@ -131,7 +131,7 @@ class MegatronGPT2ForTokenClassification(MegatronGPT2PreTrainedModel, GPT2ForTok
         self._init_pretrained(config)
         self.num_labels = config.num_labels
         self.transformer = MegatronGPT2Model(config)
-        # The stock class looks for two names, of which its config has neither, before it settles on 0.1.
+        # The stock class looks for two settings that its config does not have, and then uses 0.1.
         candidates = (getattr(config, "classifier_dropout", None), getattr(config, "hidden_dropout", None), 0.1)
         self.dropout = nn.Dropout(next(p for p in candidates if p is not None))
         self.classifier = ReplicatedLinear(config.hidden_size, config.num_labels)
@@ -139,7 +139,7 @@ class MegatronGPT2ForTokenClassification(MegatronGPT2PreTrainedModel, GPT2ForTok
 
 
 class MegatronGPT2ForQuestionAnswering(MegatronGPT2PreTrainedModel, GPT2ForQuestionAnswering):
-    """GPT-2 that marks the start and the end of an answer; the head is replicated."""
+    """GPT-2 for extractive question answering: predicts start and end; the head is replicated."""
 
     _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForQuestionAnswering")
 
