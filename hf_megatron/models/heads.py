@@ -71,7 +71,7 @@ class VocabParallelHead(ParallelModule):
             bias: A bias parameter [V], split on dim 0; used if the head is tied.
             region: Where the hidden states come from, if they are split on the sequence.
             labels: [...], replicated; positions with ``ignore_index`` are not computed.
-            tied: Gets the weight's gradient in autograd's place, with labels and on a CPU.
+            tied: What adds the gradients of lookups and head, with labels and on a CPU.
             **loss_arguments: See :func:`vocab_parallel_linear_cross_entropy`.
 
         Returns:
@@ -85,7 +85,7 @@ class VocabParallelHead(ParallelModule):
         if self.weight is not None:
             weight, bias = local(self.weight), self.bias
         else:
-            weight = shared_weight() if tied is None else tied.weight
+            weight = shared_weight() if tied is None else tied.for_head
         bias = None if bias is None else local(bias)
         hidden_states = hidden_states.to(weight.device)  # a tied head runs on the device of the embedding
         if region is not None:

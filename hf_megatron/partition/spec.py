@@ -126,10 +126,6 @@ class Replicated(Spec):
 
     used: Spec | None = None
 
-    def part(self, tensor: torch.Tensor, tp_size: int, tp_rank: int) -> torch.Tensor:
-        """The part of the whole tensor that a rank computes with."""
-        return tensor if self.used is None else self.used.shard(tensor, tp_size, tp_rank)
-
     def boxes(self, shape: Shape, tp_size: int, tp_rank: int) -> tuple[Box, ...]:
         return (Box.whole(shape),)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 TUNED = os.environ.get("HF_MEGATRON_CPU_TUNING") != "0"
 
@@ -76,54 +77,48 @@ def row_blocks(logits: torch.Tensor) -> list[slice]:
 
 
 class TiedGradient:
-    """Combines both gradients of a tied weight, adding the embedding's to the head's in place.
+    """Adds the gradients of a weight that embeds words and predicts them, in the memory of the head's gradient.
 
-    The embedding's gradient has only a few nonzero rows. Filling and adding it as a dense tensor would take as long as
-    computing a layer; autograd adds a sparse one to a new copy of the head's gradient, which costs the same.
+    The gradient of the lookups has a few rows. As a dense tensor, mostly zeros, it would take as long to fill and to
+    add as a layer takes to compute; autograd adds a sparse one to a copy of the head's, which takes as long.
 
-    Each call of a model creates one instance. The head, which is first in the backward pass, stores its gradient with
-    :meth:`put`; the embedding adds its rows to it and returns the sum to autograd.
+    Each forward of a model creates one.
 
     Args:
         weight: [V_p, H], split on dim 0; a plain tensor.
+
+    Attributes:
+        for_lookups: The weight, for :meth:`look_up`.
+        for_head: The weight, for the head, which passes its gradient to :meth:`claim`.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
-        self._of_head: torch.Tensor | None = None
-
-    def put(self, gradient: torch.Tensor) -> None:
-        """Store the head's gradient [V_p, H], which must have no other reference."""
-        self._of_head = gradient
-
-    def take(self) -> torch.Tensor | None:
-        """Return the head's gradient if one has been stored since the last call, else None."""
-        gradient, self._of_head = self._of_head, None
-        return gradient
+        self._claimed: torch.Tensor | None = None
+        self.for_lookups, self.for_head = _TwoUses.apply(self, weight)
 
     def look_up(self, rows: torch.Tensor, padding: int | None) -> torch.Tensor:
-        """``torch.nn.functional.embedding`` of rows [...], of which ``padding`` gets no gradient: [..., H]."""
-        embedded: torch.Tensor = _Lookup.apply(self, self.weight, rows, padding)
-        return embedded
+        """``F.embedding`` of rows [...], of which ``padding`` gets no gradient: [..., H]."""
+        return F.embedding(rows, self.for_lookups, padding, sparse=True)
+
+    def claim(self, gradient: torch.Tensor) -> None:
+        """Allow to add to a gradient in place: the head has just created it, and nobody else holds it."""
+        self._claimed = gradient
 
 
-class _Lookup(torch.autograd.Function):
+class _TwoUses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, tied: TiedGradient, weight: torch.Tensor, rows: torch.Tensor, padding: int | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(rows)
-        ctx.tied, ctx.padding, ctx.shape = tied, padding, weight.shape
-        return F.embedding(rows, weight)
+    def forward(ctx: Any, tied: TiedGradient, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.tied = tied
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight), weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
-        (rows,) = ctx.saved_tensors
-        rows, values = rows.reshape(-1), gradient.reshape(-1, gradient.shape[-1])
-        if ctx.padding is not None:
-            is_word = rows != ctx.padding
-            rows, values = rows[is_word], values[is_word]
-        total = ctx.tied.take()
-        if total is None:  # the loss does not involve the head
-            total = values.new_zeros(ctx.shape)
-        return None, total.index_add_(0, rows, values.to(total.dtype)), None, None
+    @once_differentiable
+    def backward(
+        ctx: Any, of_lookups: torch.Tensor | None, of_head: torch.Tensor | None
+    ) -> tuple[None, torch.Tensor | None]:
+        claimed, ctx.tied._claimed = ctx.tied._claimed, None
+        if of_lookups is None or of_head is None:
+            return None, of_head if of_lookups is None else of_lookups.to_dense()
+        is_claimed = claimed is not None and claimed.data_ptr() == of_head.data_ptr()
+        return None, of_head.add_(of_lookups) if is_claimed else of_head + of_lookups

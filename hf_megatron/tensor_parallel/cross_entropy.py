@@ -195,7 +195,8 @@ def _statistics(logits: torch.Tensor, mine: torch.Tensor, is_mine: torch.Tensor,
     for rows in row_blocks(logits):
         values = logits[rows].to(dtype)
         maxima.append(values.amax(1))
-        totals.append((values - maxima[-1][:, None]).exp_().sum(1))
+        finite = maxima[-1].clamp(min=torch.finfo(dtype).min)  # all words of this rank may be ruled out, with -inf
+        totals.append((values - finite[:, None]).exp_().sum(1))
         if with_sum:
             sums.append(values.sum(1))
     statistics = [torch.cat(maxima), torch.cat(totals), predicted]

@@ -192,7 +192,7 @@ class RowParallelLinear(_ParallelLinear):
             product = reduce_from_tensor_parallel_region(self.tp_group, partial_sum)
         else:
             product = region.leave(partial_sum)
-        return product if bias is None else product + bias
+        return product if bias is None else product + bias.to(product.dtype)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layout: WeightLayout) -> torch.Tensor:
@@ -234,7 +234,8 @@ class _ColumnParallelLinear(torch.autograd.Function):
         count = len(weights_and_biases) // 2
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
         ctx.entry, ctx.biases = entry, [None if bias is None else (bias.numel(), bias.dtype) for bias in biases]
-        ctx.save_for_backward(x, *weights)
+        ctx.shape, needs_weights = x.shape, ctx.needs_input_grad[2 : 2 + count]
+        ctx.save_for_backward(x if any(needs_weights) else None, *weights)
         if entry.length is not None:
             x = start_all_gather(entry.group, x, x.dim() - 2, entry.length, is_async=False)()
         if entry.bias_blocks:
@@ -253,7 +254,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         if entry.length is not None and any(needs_weights):
             again = start_all_gather(entry.group, x, x.dim() - 2, entry.length)
         has_whole_bias = bool(entry.bias_blocks) and needs_biases[0]
-        shape = (*gradients[0].shape[:-1], x.shape[-1] if needs_x else 0)
+        shape = (*gradients[0].shape[:-1], ctx.shape[-1] if needs_x else 0)
         # A new buffer for the in-place all-reduce: the partial sum of the gradient of x, followed by that of a
         # replicated bias.
         buffer = flat[0].new_empty(math.prod(shape) + (ctx.biases[0][0] if has_whole_bias else 0))
@@ -269,13 +270,14 @@ class _ColumnParallelLinear(torch.autograd.Function):
         if entry.length is None and buffer.numel():
             wait = start_all_reduce(entry.group, buffer)
         elif needs_x and entry.length is not None:
-            wait = start_reduce_scatter(entry.group, of_x, x.dim() - 2)
+            wait = start_reduce_scatter(entry.group, of_x, of_x.dim() - 2)
         # Overlaps with the all-reduce.
-        rows = (x if again is None else again()).reshape(-1, x.shape[-1])
-        of_weights = [
-            None if not is_needed else gradient.t() @ rows if entry.layout == "out_in" else rows.t() @ gradient
-            for gradient, is_needed in zip(flat, needs_weights, strict=True)
-        ]
+        of_weights: list[Any] = [None] * len(weights)
+        if any(needs_weights):
+            rows = (x if again is None else again()).reshape(-1, ctx.shape[-1])
+            products = ((g.t(), rows) if entry.layout == "out_in" else (rows.t(), g) for g in flat)
+            pairs = zip(products, needs_weights, strict=True)
+            of_weights = [left @ right if is_needed else None for (left, right), is_needed in pairs]
         if wait is not None:
             total = wait()
             of_x = of_x if entry.length is None else total

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel.collectives import start_all_reduce
 from hf_megatron.tensor_parallel.cpu import TiedGradient
 from hf_megatron.tensor_parallel.cross_entropy import Softmax, Vocabulary, check_target, mean_scale, wide
@@ -61,7 +62,7 @@ def vocab_parallel_linear_cross_entropy(
         chunk_size: C; by default as many tokens as have 2**24 logits on a rank, or 2**26 on a GPU.
         reduce_gradient: Whether to make the gradient of the hidden states whole. If not it is left a partial sum, for
             hidden states out of a gather whose backward pass is a reduce-scatter.
-        tied: Gets the weight's gradient in autograd's place, on a CPU.
+        tied: What ``weight`` comes from, on a CPU, if the word embedding has the same weight.
 
     Returns:
         The loss, a scalar, replicated; float32, or float64 for float64 hidden states. NaN if no token counts, as in
@@ -77,16 +78,19 @@ def vocab_parallel_linear_cross_entropy(
     check_target(target, vocab_size, ignore_index)
     is_counted = target != ignore_index
     device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    is_cast = torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if is_cast else hidden_states.dtype
     scale = mean_scale(is_counted, num_items_in_batch, wide(dtype), hidden_states.device)
     if not torch.compiler.is_compiling():  # the number of tokens that count is unknown at compile time
         counted = is_counted.nonzero()[:, 0]
         hidden_states, target, is_counted = (x.index_select(0, counted) for x in (hidden_states, target, is_counted))
     tensors = (hidden_states, weight, bias)
+    # The same on all ranks, whose shards may differ in size.
+    largest_shard = chunk_range(vocab_size, group.size, 0)[1]
     head = _Head(
         vocabulary=Vocabulary(group, vocab_size, label_smoothing),
         dtype=dtype,
-        chunk_size=chunk_size or max(1, _LOGITS_PER_CHUNK.get(device, 2**26) // weight.shape[0]),
+        chunk_size=chunk_size or max(1, _LOGITS_PER_CHUNK.get(device, 2**26) // largest_shard),
         # Checked here: inside of an autograd function, gradient recording is always off.
         needs=tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors),
         reduce_gradient=reduce_gradient and group.size > 1,
@@ -152,8 +156,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         if ctx.tied is not None:
-            ctx.tied.put(gradients[1])
-            gradients[1] = None
+            ctx.tied.claim(gradients[1])
         return None, *gradients, None, None, None
 
 
@@ -179,7 +182,7 @@ class _Gradients:
         is_short = not is_one_chunk or head.dtype == torch.float16
         self.sum_dtype = torch.promote_types(weight.dtype, torch.float32) if is_short else weight.dtype
         needs_hidden, self.needs_weight, needs_bias = head.needs
-        self.d_hidden = torch.empty_like(hidden_states, dtype=held) if needs_hidden else None
+        self.d_hidden = hidden_states.new_empty(hidden_states.shape, dtype=held) if needs_hidden else None
         self.d_weight: torch.Tensor | None = None
         self.d_bias = None if bias is None or not needs_bias else torch.zeros_like(bias, dtype=self.sum_dtype)
         self._unfinished: list[Callable[[], Any]] = []

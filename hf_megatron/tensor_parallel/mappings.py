@@ -27,6 +27,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
@@ -164,6 +165,7 @@ class _Mapping(torch.autograd.Function):
         return forward(tensor)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, torch.Tensor]:
         return None, None, ctx.map(gradient)
 
@@ -175,6 +177,7 @@ class _Copy(torch.autograd.Function):
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needed = [i for i in range(len(gradients)) if ctx.needs_input_grad[i + 1]]
         results: list[torch.Tensor | None] = [None] * len(gradients)

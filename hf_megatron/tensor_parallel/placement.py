@@ -31,6 +31,7 @@ def shard_parameter(module: ParallelModule, name: str, mesh: DeviceMesh) -> None
     if full is None:
         return
     spec = module.partition_specs().get(name, Replicated())
+    spec.check(f"{type(module).__name__}.{name}", tuple(full.shape), mesh.size())
     part = spec.shard(full.detach(), mesh.size(), mesh.get_local_rank()).clone(memory_format=torch.contiguous_format)
     sharded = DTensor.from_local(
         part, mesh, [placement_of(spec)], run_check=False, shape=full.shape, stride=full.stride()

@@ -137,7 +137,7 @@ class MegatronBertSelfAttention(ParallelAttention):
         if self.tp_group.size > 1 and all(isinstance(layer, ColumnParallelLinear) for layer in layers):
             query, key, value = column_parallel_linear(hidden_states, region, *layers)
         else:  # separately: no f to share, or an adapter or accelerate wraps the calls of a layer
-            query, key, value = (layer(hidden_states) for layer in layers)
+            query, key, value = (layer(hidden_states, region) for layer in layers)
         return self.attend(query, key, value, attention_mask, **kwargs)
 
 
