@@ -52,7 +52,7 @@ def _gradient(
 @pytest.mark.parametrize("padding", [None, PADDING])
 @pytest.mark.parametrize("use", [{}, {"backwards": 2}, {"uses_head": False}, {"is_detached": True}], ids=str)
 def test_gradient_is_that_of_two(padding: int | None, use: dict[str, Any]) -> None:
-    """Catches tokens that occur twice counted once, a padding row that learns, one of two gradients lost where there is no
+    """Catches tokens that occur twice counted once, a padding row that learns, one of two lost where there is no
     other, and a second backward pass that begins with the sum of the first."""
     expected, _ = _gradient(is_tied=False, padding=padding, **use)
     actual, _ = _gradient(is_tied=True, padding=padding, **use)
