@@ -57,13 +57,10 @@ def _replicated_layers(shape: ModelShape, run: Run, passes: int) -> Iterator[Col
     precision, layers = run.precision, shape.num_layers
     activation = run.tokens * shape.hidden_size
     fused_bias = sum(prod(t.shape) for t in shape.layer if isinstance(t.spec, Replicated) and t.spec.used)
-    yield Collective("layer outputs, forward", "all-reduce", "tp", 2 * layers * passes, activation * precision.compute)
-    if fused_bias:  # whose gradient travels along
-        size = (activation + fused_bias) * precision.compute
-        yield Collective("attention input, backward", "all-reduce", "tp", layers, size, is_overlapped=run.overlap)
-    else:  # of three products at once, whose common input autocast has not cast yet
-        yield Collective("attention input, backward", "all-reduce", "tp", layers, activation * precision.residual)
     size = activation * precision.compute
+    with_bias = size + fused_bias * precision.compute  # whose gradient travels along
+    yield Collective("layer outputs, forward", "all-reduce", "tp", 2 * layers * passes, size)
+    yield Collective("attention input, backward", "all-reduce", "tp", layers, with_bias, is_overlapped=run.overlap)
     yield Collective("MLP input, backward", "all-reduce", "tp", layers, size, is_overlapped=run.overlap)
 
 

@@ -129,6 +129,7 @@ class _MaskedLM(VocabParallelLossMixin, MegatronBertPreTrainedModel):
             embedded = self._embed_for_tied_head(predictions.decoder, input_ids, attention_mask)
             input_ids, inputs_embeds, tied = embedded
         outputs = self.bert(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        del inputs_embeds  # only the gradient's way back to them is needed, and the loss takes memory
         hidden_states = outputs.last_hidden_state
         # How many labels there are is not known to a compiler.
         if labels is not None and self._is_fused(labels) and not torch.compiler.is_compiling():

@@ -91,6 +91,7 @@ class MegatronGPT2LMHeadModel(
             region=region,
             **kwargs,
         )
+        del inputs_embeds  # only the gradient's way back to them is needed, and the loss takes memory
         hidden_states = outputs.last_hidden_state
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             if region is not None:
