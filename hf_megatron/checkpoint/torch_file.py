@@ -93,9 +93,7 @@ class StoredArray:
 def open_state_dict(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a file that holds nothing but named tensors, such as ``pytorch_model.bin``; none is read.
 
-    Raises:
-        CheckpointFormatError: It holds or asks for anything else.
-        CheckpointIncompleteError: It is truncated or damaged.
+    Raises as :func:`open_torch_file` does, and CheckpointFormatError if it holds anything else.
     """
     content = open_torch_file(path)
     if not isinstance(content, dict):
@@ -114,9 +112,7 @@ def open_state_dict(path: Path) -> dict[str, LazyTensor]:
 def open_torch_file(path: Path, is_allowed: Callable[[str], bool] = TENSOR_NAMES.__contains__) -> Any:
     """The object of a ``torch.save`` file, with a :class:`StoredArray` for each tensor. No storage is read.
 
-    Args:
-        path: The file.
-        is_allowed: Whether the pickle may name this global (``module.name``), which is not looked up in any case.
+    ``is_allowed`` says whether the pickle may name a global (``module.name``), which is not looked up in any case.
 
     Raises:
         CheckpointFormatError: Not a file of ``torch.save``, or one that names anything else; all of it is listed.
@@ -231,10 +227,9 @@ def _storage(persistent_id: Any) -> _Storage:
 
 
 def _with_places(path: Path, content: Any, start: Callable[[_Storage], int]) -> Any:
-    """A pickle's value with its tensors in place of the calls that would rebuild them.
+    """A pickle's value with its tensors, or their type if safetensors lacks it, in place of the calls for them.
 
-    Of a tensor of a type that safetensors does not have, the name of the type takes the place. Anything that is not a
-    container of named things is left as it is.
+    Anything that is not a container of named things is left as it is.
     """
     done: dict[int, dict[Any, Any]] = {}
 
