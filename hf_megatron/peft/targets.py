@@ -35,9 +35,9 @@ def adapting(model: MegatronModelMixin, config: LoraConfig) -> Iterator[None]:
     _fill_in(model, config)
     _check_targets(model, config)
     config._register_custom_module({layer: ParallelLora for layer in ADAPTABLE})
-    modules = [module for module in model.modules() if isinstance(module, ParallelModule)]  # type: ignore[attr-defined]
-    for module in modules:
-        module._hf_tp_plan = "megatron"
+    for module in model.modules():  # type: ignore[attr-defined]
+        if isinstance(module, ParallelModule):
+            module._hf_tp_plan = "megatron"
     with warnings.catch_warnings():
         # That peft does not know how to cut the adapter, which is not left to it; and what it asks of transformers.
         warnings.filterwarnings("ignore", 'TP plan "megatron"')

@@ -22,9 +22,6 @@ class Stream(IterableDataset[Any]):
 
     accelerate would deal out the files of a ``datasets.IterableDataset`` rather than its examples, and would seed a
     stream's ``generator`` under data parallelism alone.
-
-    Args:
-        examples: The stream.
     """
 
     def __init__(self, examples: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint, has_length
 from transformers.utils import logging
@@ -29,7 +29,6 @@ from transformers.utils import logging
 from hf_megatron.errors import CheckpointError, DivergenceError, UnsupportedError
 from hf_megatron.tensor_parallel import non_finite_names
 from hf_megatron.training.checkpoints import CheckpointingTrainer
-from hf_megatron.training.loss_scale import SharedGradScaler
 from hf_megatron.training.streams import Stream, place_in_stream
 from hf_megatron.training.training_arguments import (
     AnyDeviceParallelismConfig,
@@ -45,6 +44,32 @@ logger = logging.get_logger(__name__)
 _SMALLEST_LOSS_SCALE = 1e-4
 
 
+class SharedGradScaler(torch.amp.GradScaler):
+    """A loss scale that all ranks lower, and a step that all of them skip, when the gradients of one overflow.
+
+    Each sees its own part of the gradients. The stock class asks the others only if the first gradient of all is cut:
+    not with an adapter, whose first half is replicated, and not for plain tensors. (torch has such a class for FSDP,
+    whose flag has a shape that fused optimizers do not take.) It begins at a stock scaler's scale, and grows and
+    shrinks like that.
+    """
+
+    def __init__(self, device: str, scaler: torch.amp.GradScaler) -> None:
+        super().__init__(
+            device,
+            init_scale=scaler.get_scale(),
+            growth_factor=scaler.get_growth_factor(),
+            backoff_factor=scaler.get_backoff_factor(),
+            growth_interval=scaler.get_growth_interval(),
+        )
+
+    def _unscale_grads_(self, *args: Any, **kwargs: Any) -> dict[torch.device, torch.Tensor]:
+        # Collective: all-reduce over all processes of one flag per device.
+        flags: dict[torch.device, torch.Tensor] = super()._unscale_grads_(*args, **kwargs)
+        for flag in flags.values():
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flags
+
+
 class MegatronTrainer(CheckpointingTrainer):
     """A drop-in :class:`transformers.Trainer` for one process, TP, TP x FSDP2 and TP x replicated data parallelism.
 
@@ -52,12 +77,9 @@ class MegatronTrainer(CheckpointingTrainer):
     outputs are the stock class's; with a stock model it differs in the form of the checkpoints (``training_state``).
 
     Args:
-        model: As for the stock class, and so are ``args``, ``*pargs`` and ``**kwargs``.
-        args: As for the stock class.
-        *pargs: As for the stock class.
+        model: As for the stock class, and so are all others but the next.
         rank_check_steps: After how many steps the ranks of a tensor-parallel group compare batch, random state and
             replicated parameters, beside the first step of every data set, every checkpoint and the end; 0 for never.
-        **kwargs: As for the stock class.
     """
 
     def __init__(
@@ -93,7 +115,9 @@ class MegatronTrainer(CheckpointingTrainer):
             DivergenceError: The gradients of a step are inf or nan. The step was not taken.
             RanksDifferError: The ranks of a tensor-parallel group are no longer in step.
         """
-        self._share_overflows()
+        scaler = self.accelerator.scaler
+        if scaler is not None and self.is_distributed_loading_by_transformers:
+            self.accelerator.scaler = SharedGradScaler(self.accelerator.device.type, scaler)
         output = Path(self.args.output_dir)
         tidy_checkpoints(output, is_first=self.is_world_process_zero())
         if resume_from_checkpoint is True and output.is_dir():
@@ -146,18 +170,13 @@ class MegatronTrainer(CheckpointingTrainer):
                 raise UnsupportedError("dispatch_batches=True is not supported with tensor parallelism; leave it None.")
             self.accelerator.dataloader_config.dispatch_batches = False
 
-    def _is_stream(self, dataset: Any) -> bool:
-        """Whether a data set is a stream that a model of this package reads."""
-        return isinstance(dataset, IterableDataset) and self._own_model is not None
-
-    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader[Any]:
-        if self._is_stream(dataset):
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        if isinstance(dataset, IterableDataset) and self._own_model is not None:
             dataset = Stream(dataset)
             if not is_training and 1 < self.get_tp_size() < self.args.world_size:
                 # The groups fill up their last batch, and what fills it is left out of the results by the length.
                 dataset = list(dataset)
-        loader: DataLoader[Any] = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        return loader
+        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
@@ -201,8 +220,7 @@ class MegatronTrainer(CheckpointingTrainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         # The sum over all processes has those of a group several times, each for the whole model.
-        operations: int = super().floating_point_ops(inputs) // self.get_tp_size()
-        return operations
+        return int(super().floating_point_ops(inputs) // self.get_tp_size())
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the stock method; label smoothing happens inside the model's loss where that is vocabulary-parallel."""
@@ -210,14 +228,8 @@ class MegatronTrainer(CheckpointingTrainer):
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _share_overflows(self) -> None:
-        """In float16, have every rank skip a step that overflowed on one of them."""
-        scaler = self.accelerator.scaler
-        if scaler is not None and self.is_distributed_loading_by_transformers:
-            self.accelerator.scaler = SharedGradScaler(self.accelerator.device.type, scaler)
-
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(model, inputs, *args, **kwargs)
         self._loss_of_step = self._loss_of_step + loss
         return loss
 
