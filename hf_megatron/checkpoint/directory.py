@@ -78,10 +78,8 @@ def open_checkpoint(directory: Path, config: Mapping[str, Any] | None = None) ->
 def open_files(files: Sequence[Path]) -> dict[str, LazyTensor]:
     """The tensors of whole-tensor weight files (``.safetensors`` or ``.bin``), by name.
 
-    Raises:
-        CheckpointFormatError: A file is of no known kind or a rank's shard, a pickle is unsafe, or two files hold a
-            tensor of the same name.
-        CheckpointIncompleteError: A file is truncated.
+    CheckpointFormatError if a file is of no known kind or a rank's shard, a pickle is unsafe, or two files hold a
+    tensor of the same name; CheckpointIncompleteError if one is truncated.
     """
     tensors: dict[str, LazyTensor] = {}
     for file in map(Path, files):

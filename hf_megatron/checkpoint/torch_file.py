@@ -113,10 +113,8 @@ def open_torch_file(path: Path, is_allowed: Callable[[str], bool] = TENSOR_NAMES
     """The object of a ``torch.save`` file, with a :class:`StoredArray` for each tensor. No storage is read.
 
     ``is_allowed`` says whether the pickle may name a global (``module.name``), which is not looked up in any case.
-
-    Raises:
-        CheckpointFormatError: Not a file of ``torch.save``, or one that names anything else; all of it is listed.
-        CheckpointIncompleteError: The file is truncated or damaged.
+    CheckpointFormatError if it is no file of ``torch.save``, or lists what else is named; CheckpointIncompleteError if
+    it is truncated or damaged.
     """
     try:
         with path.open("rb") as file:

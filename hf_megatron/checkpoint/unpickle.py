@@ -136,8 +136,7 @@ class _Machine:
             case "GLOBAL":
                 self.stack.append(self._name(*argument.split(" ", 1)))
             case "INST":
-                arguments = tuple(self._pop_to_mark())
-                self._call(self._name(*argument.split(" ", 1)), arguments)
+                self._call(self._name(*argument.split(" ", 1)), tuple(self._pop_to_mark()))
             case "EXT1" | "EXT2" | "EXT4":
                 self.stack.append(self._name("extension", str(argument)))
             case "PERSID":
