@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -30,13 +31,8 @@ def model_card(
 ) -> TextFile:
     """The source's README.md, or a new one, with a section on this conversion in place of an earlier conversion's.
 
-    Args:
-        target: The source and what is written of it.
-        config: The destination's config.json.
-        source: What to call the source.
-        layout: The destination's format and degree.
-        verified: Whether the result is published only if it equals the source.
-        mismatch: What the stock class computes differently, or None.
+    ``config`` and ``layout`` are the destination's, ``source`` is what to call the source. ``verified`` says that the
+    result is published only if it equals the source, ``mismatch`` what the stock class computes differently.
     """
     model, tensors = target.model, target.tensors
     cast = ", cast to the new dtype," if target.is_cast else ""
@@ -59,7 +55,12 @@ def model_card(
     conversion = f"## Conversion\n\n{table(('', ''), rows.items())}\n\nMade with `hf-megatron convert`."
     section = f"{_BEGIN}\n{conversion}\n{_END}\n"
     path = model.directory / "README.md"
-    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else _new_card(config)
+    card = (
+        f"---\n{metadata(config)}\n---\n\n# {config['architectures'][0]}\n\nThe checkpoint came without a card. What "
+        f"stands here follows from its configuration.\n\n## Architecture\n\n{architecture_table(config)}\n"
+    )
+    if path.is_file():
+        card = path.read_text(encoding="utf-8", errors="replace")
     head, begin, rest = card.partition(_BEGIN)
     text = head + section + rest.partition(_END)[2].lstrip() if begin else f"{card.rstrip()}\n\n{section}"
     return TextFile("README.md", text.encode())
@@ -67,10 +68,10 @@ def model_card(
 
 def dtype_names(tensors: Mapping[str, Readable]) -> str:
     """The dtypes of the tensors, as torch calls them, the one with the most elements first: ``float32, bfloat16``."""
-    counts: dict[str, int] = {}
+    counts = Counter[str]()
     for tensor in tensors.values():
-        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + prod(tensor.shape)
-    return ", ".join(DTYPES[code][1] for code in sorted(counts, key=lambda code: -counts[code]))
+        counts[tensor.dtype] += prod(tensor.shape)
+    return ", ".join(DTYPES[code][1] for code, _ in counts.most_common())
 
 
 def metadata(config: Mapping[str, Any]) -> str:
@@ -115,10 +116,3 @@ def _origin(model: Model) -> str:
     degree = "" if model.format == "hub" else f", tensor-parallel degree {model.tp_size}"
     version = "" if model.checkpoint_version is None else f", checkpoint_version {model.checkpoint_version:g}"
     return f"{model.format}{degree}{version}"
-
-
-def _new_card(config: Mapping[str, Any]) -> str:
-    return (
-        f"---\n{metadata(config)}\n---\n\n# {config['architectures'][0]}\n\nThe checkpoint came without a card. What "
-        f"stands here follows from its configuration.\n\n## Architecture\n\n{architecture_table(config)}\n"
-    )

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from hf_megatron.architectures.table import TANH_GELUS
 from hf_megatron.checkpoint import DTYPES
 from hf_megatron.partition import Box
+from hf_megatron_conversion.files import Progress, Silent
 from hf_megatron_conversion.formats import format_of, read_model
 from hf_megatron_conversion.formats.base import Given, Model, warn_of_padding
-from hf_megatron_conversion.progress import Progress, Silent
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.tensors import Readable, bounded, num_bytes, raw_bytes
 
@@ -73,14 +73,11 @@ def verify(a: str | Path, b: str | Path, *, logits: bool = False, progress: Prog
     differences = _config_differences(model_a, model_b)
     found, largest = compare(model_a.tensors, model_b.tensors, progress or Silent())
     differences.update(found)
-    max_logit_diff: float | None = None
-    losses: tuple[float | None, float | None] = (None, None)
-    same: float | None = None
+    ran = None
     if logits:
         from hf_megatron_conversion.logits import agreement
 
         ran = agreement(model_a, model_b)
-        max_logit_diff, losses, same = ran.max_logit_diff, ran.losses, ran.argmax_agreement
         if ran.difference is not None:
             differences["logits"] = ran.difference
     return Verification(
@@ -88,10 +85,10 @@ def verify(a: str | Path, b: str | Path, *, logits: bool = False, progress: Prog
         compared=len(model_a.tensors.keys() & model_b.tensors.keys()),
         differences=differences,
         max_abs_diff=finite(largest),
-        max_logit_diff=finite(max_logit_diff),
-        loss_a=finite(losses[0]),
-        loss_b=finite(losses[1]),
-        argmax_agreement=same,
+        max_logit_diff=finite(ran.max_logit_diff) if ran else None,
+        loss_a=finite(ran.losses[0]) if ran else None,
+        loss_b=finite(ran.losses[1]) if ran else None,
+        argmax_agreement=ran.argmax_agreement if ran else None,
     )
 
 

@@ -36,35 +36,20 @@ class Options:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """The files of the destination.
+    """What the destination will hold."""
 
-    Attributes:
-        files: In the order in which they are written. config.json is the last one, because without it nothing loads.
-        tensors: What the destination will hold, under canonical names.
-        config: The destination's config.json.
-        tp_size: The destination's degree; 1 if its format is not cut.
-        mismatch: What the stock class named in the config.json computes differently, or None.
-    """
-
-    files: Sequence[OutputFile]
-    tensors: Mapping[str, Readable]
-    config: Mapping[str, Any]
-    tp_size: int
-    mismatch: str | None
+    files: Sequence[OutputFile]  # in the order of writing; config.json is the last, because without it nothing loads
+    tensors: Mapping[str, Readable]  # under canonical names
+    tp_size: int  # 1 if the format is not cut
+    mismatch: str | None  # what the stock class named in the config.json computes differently
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
         return sum(file.nbytes for file in self.files)
 
 
 def check_options(options: Options, config: Mapping[str, Any], table: Architecture) -> None:
-    """Refuse what the configuration alone shows to be impossible, before a weight file is opened.
-
-    Raises:
-        PartitionError: The model cannot be cut for the degree, or the format is not cut at all.
-        UnsupportedError: Unknown dtype, or a model that is not offered here.
-    """
+    """Refuse what the configuration alone shows to be impossible, before a weight file is opened."""
     if options.tp_size is not None:
         if not format_named(options.to).is_cut:
             raise PartitionError(f"tp_size={options.tp_size} was given, but a {options.to} directory is not cut.")
@@ -74,19 +59,17 @@ def check_options(options: Options, config: Mapping[str, Any], table: Architectu
 
 
 def make_plan(model: Model, options: Options, source_name: str) -> ConversionPlan:
-    """Lay out the destination of a conversion of ``model``, which the card calls ``source_name``.
-
-    Raises:
-        PartitionError: No degree was given, and the source has none, or none that fits.
-        CheckpointFormatError: The tokenizer's directory holds no tokenizer.
-    """
+    """Lay out the destination of a conversion of ``model``, which the card calls ``source_name``."""
     target_format = format_named(options.to)
     code = None if options.dtype is None else dtype_code(options.dtype)
     tensors = {name: cast(name, tensor, code) for name, tensor in model.tensors.items()}
     tp_size = _degree(target_format, model, options.tp_size)
     target = Target(model=model, tensors=tensors, tp_size=tp_size, max_shard_size=options.max_shard_size)
     model_type = options.model_type or target_format.default_model_type
-    config = _config(model, model_type, code)
+    config = model.table.config_of(model.config, model.model_class, stock=model_type == "stock")
+    if code is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = DTYPES[code][1]
     mismatch = model.table.stock_mismatch(config) if model_type == "stock" and target_format.has_config else None
     layout = f"{options.to}, tensor-parallel degree {tp_size}" if target_format.is_cut else options.to
     files = [
@@ -95,7 +78,7 @@ def make_plan(model: Model, options: Options, source_name: str) -> ConversionPla
         model_card(target, config, source=source_name, layout=layout, verified=options.verify, mismatch=mismatch),
         TextFile.json("config.json", config),
     ]
-    return ConversionPlan(files=files, tensors=tensors, config=config, tp_size=tp_size, mismatch=mismatch)
+    return ConversionPlan(files=files, tensors=tensors, tp_size=tp_size, mismatch=mismatch)
 
 
 def _degree(target_format: Format, model: Model, tp_size: int | None) -> int:
@@ -107,15 +90,6 @@ def _degree(target_format: Format, model: Model, tp_size: int | None) -> int:
         raise PartitionError(f"A {target_format.name} directory needs a degree: give tp_size (--tp N).")
     model.table.check_degree(model.config, model.tp_size)
     return model.tp_size
-
-
-def _config(model: Model, model_type: ModelType, code: str | None) -> dict[str, Any]:
-    """The source's config.json under the names of the stock library or ours, with the dtype if it is a new one."""
-    config = model.table.config_of(model.config, model.model_class, stock=model_type == "stock")
-    if code is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = DTYPES[code][1]
-    return config
 
 
 def _side_files(model: Model, tokenizer: Path | None) -> list[OutputFile]:

@@ -17,10 +17,9 @@ from hf_megatron.checkpoint import AtomicDirectory, read_json
 from hf_megatron.errors import DestinationError
 from hf_megatron_conversion.comparison import compare, finite
 from hf_megatron_conversion.conversion_plan import ConversionPlan, Options, check_options, make_plan
-from hf_megatron_conversion.files import write_files
+from hf_megatron_conversion.files import Progress, Silent, write_files
 from hf_megatron_conversion.formats import FormatName, format_of, read_model
 from hf_megatron_conversion.formats.base import Given, Model, ModelType, warn_of_padding
-from hf_megatron_conversion.progress import Progress, Silent
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.tensors import dtype_code
 
@@ -131,9 +130,7 @@ def convert(
         verify=verify,
     )
     given = Given(
-        config=None if config is None else read_json(Path(config)),
-        vocab_size=vocab_size,
-        tokenizer=options.tokenizer,
+        config=None if config is None else read_json(Path(config)), vocab_size=vocab_size, tokenizer=options.tokenizer
     )
     target = AtomicDirectory(destination, replace=overwrite)
     _check_content(target.destination)
@@ -142,6 +139,7 @@ def convert(
     if plan.mismatch is not None:
         _logger.warning("%s --model-type megatron writes a config.json that says both.", plan.mismatch)
     check = None if dry_run else _write(model, plan, target, options, progress or Silent())
+    ran = None if check is None else check[1]
     return Conversion(
         source=str(source),
         destination=str(destination),
@@ -155,14 +153,22 @@ def convert(
         peak_rss_bytes=_peak_rss_bytes(),
         verified=None if check is None else check[0],
         dry_run=dry_run,
-        **({} if check is None else _outputs(check[1])),
+        max_logit_diff=finite(ran.max_logit_diff) if ran else None,
+        loss_source=finite(ran.losses[0]) if ran else None,
+        loss_destination=finite(ran.losses[1]) if ran else None,
+        argmax_agreement=ran.argmax_agreement if ran else None,
     )
 
 
 def _open(source: str | Path, target: Path, options: Options, given: Given) -> Model:
     """Open the source, after refusing what can be refused without its weights."""
     directory = source_directory(source, config_only=True)
-    _check_overlap(target, directory)
+    resolved = directory.resolve()
+    if target == resolved or target in resolved.parents or resolved in target.parents:
+        raise DestinationError(
+            f"The destination {target} and the source {resolved} overlap, which could destroy the source; choose a "
+            "destination outside of it."
+        )
     if format_of(directory).has_config:
         config = given.config or read_json(directory / "config.json")
         check_options(options, config, table_for(config))
@@ -174,21 +180,10 @@ def _open(source: str | Path, target: Path, options: Options, given: Given) -> M
     return model
 
 
-def _check_overlap(destination: Path, source: Path) -> None:
-    """Raise DestinationError if one of the two directories is the other one or lies in it."""
-    destination, source = destination.resolve(), source.resolve()
-    if destination == source or destination in source.parents or source in destination.parents:
-        raise DestinationError(
-            f"The destination {destination} and the source {source} overlap, which could destroy the source; choose a "
-            "destination outside of it."
-        )
-
-
 def _check_content(destination: Path) -> None:
     """Raise DestinationError if replacing a directory would delete more than a checkpoint."""
-    directories = [path for path in destination.iterdir() if path.is_dir()] if destination.exists() else []
-    kept = sorted(path.name for path in directories if not _is_release(path))
-    if kept:
+    found = destination.iterdir() if destination.exists() else ()
+    if kept := sorted(path.name for path in found if path.is_dir() and not _is_release(path)):
         raise DestinationError(
             f"The destination {destination} holds directories ({', '.join(kept[:5])}), which no checkpoint written "
             "here does, and will not be overwritten. Remove it yourself if nothing in it is needed."
@@ -199,16 +194,6 @@ def _is_release(directory: Path) -> bool:
     """Whether this is the directory of a megatron-lm checkpoint, the only one in what is written here."""
     is_named = directory.name == "release" and directory.with_name("latest_checkpointed_iteration.txt").is_file()
     return is_named and all(path.name.startswith("mp_rank_") for path in directory.iterdir())
-
-
-def _outputs(ran: Agreement) -> dict[str, float | None]:
-    """What ``Conversion`` says of both sides' outputs."""
-    return {
-        "max_logit_diff": finite(ran.max_logit_diff),
-        "loss_source": finite(ran.losses[0]),
-        "loss_destination": finite(ran.losses[1]),
-        "argmax_agreement": ran.argmax_agreement,
-    }
 
 
 def _write(

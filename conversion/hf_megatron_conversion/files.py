@@ -15,7 +15,6 @@ from typing import BinaryIO, Protocol
 from hf_megatron.checkpoint import LazyTensor, itemsize
 from hf_megatron.errors import CheckpointIncompleteError, DestinationError
 from hf_megatron.partition import Box
-from hf_megatron_conversion.progress import Progress
 from hf_megatron_conversion.tensors import Buffer, Readable, slices_of_bytes
 
 _COPY_BYTES = 256 * 2**20
@@ -39,13 +38,28 @@ class OutputFile(Protocol):
         """Write it, calling ``advance`` with the bytes written since the last call."""
 
 
-def write_files(files: Sequence[OutputFile], directory: Path, progress: Progress) -> None:
-    """Write files into a directory, one after the other.
+class Progress(Protocol):
+    """Receives the progress of one task after the other."""
 
-    Raises:
-        DestinationError: The disk is full.
-        OSError: A file cannot be written for another reason.
-    """
+    def begin(self, task: str, total_bytes: int) -> None:
+        """A task starts that will handle this many bytes."""
+
+    def advance(self, num_bytes: int) -> None:
+        """The task has handled this many more bytes."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def begin(self, task: str, total_bytes: int) -> None:
+        """Ignored."""
+
+    def advance(self, num_bytes: int) -> None:
+        """Ignored."""
+
+
+def write_files(files: Sequence[OutputFile], directory: Path, progress: Progress) -> None:
+    """Write files into a directory, one after the other; DestinationError if the disk is full."""
     num_bytes = sum(file.nbytes for file in files)
     progress.begin("Writing", num_bytes)
     for file in files:
@@ -78,7 +92,6 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the part."""
         return self.box.numel * itemsize(self.tensor.dtype)
 
 
@@ -172,11 +185,7 @@ class CopiedFile:
 
 
 def _copy_range(source: Path, start: int, stop: int, stream: BinaryIO, advance: Callable[[int], None]) -> bool:
-    """Have the kernel append bytes ``[start, stop)`` of a file; False if it cannot between these two file systems.
-
-    Raises:
-        CheckpointIncompleteError: The file became shorter since it was opened.
-    """
+    """Have the kernel append bytes ``[start, stop)`` of a file; False if it cannot between these two file systems."""
     stream.flush()
     position = start
     with source.open("rb") as original:
@@ -192,6 +201,5 @@ def _copy_range(source: Path, start: int, stop: int, stream: BinaryIO, advance: 
                 raise CheckpointIncompleteError(f"{source} became shorter while it was copied.")
             position += copied
             advance(copied)
-    # What was written past its back has to be counted in.
-    stream.seek(0, os.SEEK_END)
+    stream.seek(0, os.SEEK_END)  # what was written past its back has to be counted in
     return True

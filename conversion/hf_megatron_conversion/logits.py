@@ -8,8 +8,7 @@ model is in memory at a time, which is why this stands apart from conversion.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +66,7 @@ def agreement(
     return Agreement(difference, losses, same, None if difference <= _TOLERANCE * scale else words)
 
 
+@torch.inference_mode()
 def outputs(
     model: Model,
     ids: torch.Tensor,
@@ -75,26 +75,27 @@ def outputs(
     dtype: str | None = None,
     is_stock: bool = False,
 ) -> list[torch.Tensor]:
-    """The outputs of a checkpoint in float64, in the class's own order; for a language model the logits [B, S, V].
+    """The outputs for ``ids`` [B, S] in float64, in the class's own order; for a language model the logits [B, S, V].
 
-    Args:
-        model: The checkpoint.
-        ids: [B, S].
-        tensors: Used instead of the checkpoint's own, where it is not Megatron-LM's.
-        dtype: Round a Megatron-LM checkpoint's weights to this dtype (safetensors' spelling) first.
-        is_stock: Run it as the stock class in any case.
+    ``tensors`` take the place of the checkpoint's own, where it is not Megatron-LM's; the weights of one that is are
+    first rounded to ``dtype`` (safetensors' spelling). With ``is_stock`` the stock class is run in any case.
     """
     token_types = torch.zeros_like(ids)
     token_types[:, ids.shape[1] // 2 :] = 1
     if isinstance(model.opened, Opened) and not is_stock:
-        with torch.inference_mode():
-            return megatron_outputs(model.opened, ids, token_types, dtype)
-    with _refusing(model), torch.inference_mode():
+        return megatron_outputs(model.opened, ids, token_types, dtype)
+    if "MultipleChoice" in model.model_class.stock:
+        ids, token_types = ids.unsqueeze(1), token_types.unsqueeze(1)  # [B, number of choices, S]
+    has_types = model.table.sizes(model.config).get("num_token_types", 0) > 1
+    try:
         module = _module(model, model.tensors if tensors is None else tensors, is_stock=is_stock)
-        if "MultipleChoice" in model.model_class.stock:
-            ids, token_types = ids.unsqueeze(1), token_types.unsqueeze(1)  # [B, number of choices, S]
-        has_types = model.table.sizes(model.config).get("num_token_types", 0) > 1
         result = module(input_ids=ids, **({"token_type_ids": token_types} if has_types else {}))
+    except HfMegatronError:
+        raise
+    except Exception as error:  # entries that conversion has no use for may keep a model from running
+        raise CheckpointFormatError(
+            f"{model.directory} cannot be run as a {model.model_class.stock}; is its config.json right? {error}"
+        ) from error
     return [tensor for tensor in result.to_tuple() if isinstance(tensor, torch.Tensor)]
 
 
@@ -140,16 +141,3 @@ def _module(model: Model, tensors: Mapping[str, Readable], *, is_stock: bool) ->
     finally:
         if has_bar:
             transformers.utils.logging.enable_progress_bar()
-
-
-@contextmanager
-def _refusing(model: Model) -> Iterator[None]:
-    """Refuse a checkpoint that can be converted, and not be run for entries that conversion has no use for."""
-    try:
-        yield
-    except HfMegatronError:
-        raise
-    except Exception as error:
-        raise CheckpointFormatError(
-            f"{model.directory} cannot be run as a {model.model_class.stock}; is its config.json right? {error}"
-        ) from error

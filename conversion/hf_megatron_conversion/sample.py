@@ -20,12 +20,9 @@ _TEXT = (
 
 
 def sample_ids(directories: Sequence[Path], vocab_size: int, length: int) -> torch.Tensor:
-    """[1, length] token ids: a text, with the first tokenizer that is found, else ids drawn at random.
+    """[1, length] token ids below ``vocab_size``: a text, cut or repeated, with the first tokenizer that is found.
 
-    Args:
-        directories: Where to look for a tokenizer.
-        vocab_size: All ids are below it.
-        length: How many; the text is cut or repeated.
+    Without one they are drawn at random.
     """
     for directory in directories:
         try:

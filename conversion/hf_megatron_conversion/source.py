@@ -17,14 +17,10 @@ _PICKLED_WEIGHTS = ["pytorch_model*.bin"]
 
 
 def source_directory(source: str | Path, *, config_only: bool = False) -> Path:
-    """The directory of a checkpoint. A local directory wins over a repository of the same name.
+    """The directory of a checkpoint: ``source``, or that of a repository of this name, downloaded.
 
-    Args:
-        source: The directory, or the id of a repository on the Hub.
-        config_only: Of a repository, fetch only what says what it holds.
-
-    Raises:
-        CheckpointFormatError: There is neither a directory nor a repository of this name (or no way to reach it).
+    With ``config_only`` only what says what a repository holds is fetched. CheckpointFormatError if there is neither
+    (or no way to reach it).
     """
     directory = Path(source)
     if directory.is_dir():

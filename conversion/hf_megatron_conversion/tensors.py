@@ -74,11 +74,7 @@ def cast(name: str, tensor: Readable, dtype: str | None) -> Readable:
 
 
 def dtype_code(name: str) -> str:
-    """Safetensors' spelling of a floating-point dtype that the user named: ``"bfloat16"`` -> ``"BF16"``.
-
-    Raises:
-        UnsupportedError: Not the name of a dtype that weights can have.
-    """
+    """Safetensors' spelling of a floating-point dtype that the user named (``"BF16"``), else UnsupportedError."""
     for code in _FLOATS:
         if name in (code, DTYPES[code][1]):
             return code

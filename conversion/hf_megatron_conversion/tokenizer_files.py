@@ -42,11 +42,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def tokenizer_facts(directory: Path) -> TokenizerFacts | None:
-    """Read them from tokenizer.json, vocab.json or vocab.txt; None if there is none of these.
-
-    Raises:
-        CheckpointFormatError: A file is not what its name says.
-    """
+    """Read them from tokenizer.json, vocab.json or vocab.txt; None without, CheckpointFormatError if one is broken."""
     ids: dict[str, Any] = {}
     if (directory / "tokenizer.json").is_file():
         content = read_json(directory / "tokenizer.json")

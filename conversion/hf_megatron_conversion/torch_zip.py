@@ -73,16 +73,10 @@ class _Entry:
 
 @dataclass(frozen=True)
 class TorchZipFile:
-    """A file that ``torch.load`` reads.
+    """A file that ``torch.load`` reads."""
 
-    Attributes:
-        path: Relative to the destination.
-        content: What is saved: nested dictionaries, in which a ``Readable`` stands for a tensor, and anything else that
-            can be pickled.
-    """
-
-    path: str
-    content: Mapping[str, Any]
+    path: str  # relative to the destination
+    content: Mapping[str, Any]  # nested dictionaries, in which a Readable stands for a tensor, or what can be pickled
 
     @property
     def nbytes(self) -> int:

@@ -10,13 +10,7 @@ from hf_megatron.checkpoint.directory import open_checkpoint, open_files, read_j
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
 from hf_megatron.checkpoint.safetensors_header import DTYPES, itemsize, read_header, torch_dtype
 from hf_megatron.checkpoint.sharded import SHARDING_INFO
-from hf_megatron.checkpoint.spelling import (
-    canonicalise,
-    listed,
-    model_class_of,
-    require_complete,
-    stored_model,
-)
+from hf_megatron.checkpoint.spelling import canonicalise, listed, model_class_of, require_complete, stored_model
 
 __all__ = [
     "DTYPES",

@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from hf_megatron.errors import DestinationError
@@ -35,9 +34,6 @@ class AtomicDirectory:
         is_first: Whether this process creates and publishes.
         meet: With several ranks, a barrier that takes this rank's error and raises on all ranks if any has one.
 
-    Attributes:
-        path: Where to write.
-
     Raises:
         DestinationError: The destination exists and may not be replaced, or is not a directory.
     """
@@ -54,7 +50,7 @@ class AtomicDirectory:
         self.destination = Path(destination).resolve()
         self._replace, self._keep, self._is_first, self._meet = replace, keep, is_first, meet
         self._is_part = self.destination.name.startswith(".") and self.destination.suffix == ".incomplete"
-        self.path = self.destination if self._is_part else _hidden(self.destination, "incomplete")
+        self.path = self.destination if self._is_part else _hidden(self.destination, "incomplete")  # where to write
         self._is_to_remove = False
         self._lock: int | None = None
         self._new_parents: list[Path] = []
@@ -65,17 +61,18 @@ class AtomicDirectory:
         try:
             self._on_first(self._create)
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         self._is_to_remove = not self._is_part
         return self
 
     def require_space(self, num_bytes: int) -> None:
         """Raise DestinationError if fewer bytes are free."""
-        free, disk = shutil.disk_usage(self.path).free, self.destination.parent
-        if free < num_bytes:
-            needed = f"{num_bytes:,} are needed; nothing was written."
-            raise DestinationError(f"{disk} has {free:,} bytes of free space, {needed}")
+        if (free := shutil.disk_usage(self.path).free) < num_bytes:
+            raise DestinationError(
+                f"{self.destination.parent} has {free:,} bytes of free space, {num_bytes:,} are needed; nothing was "
+                "written."
+            )
 
     def publish(self, *, merge: bool = False) -> None:
         """Rename the directory to its destination; with ``merge``, move its files into an existing destination."""
@@ -83,9 +80,7 @@ class AtomicDirectory:
         self._on_first(self._move_files if merge and self.destination.exists() else self._swap)
         self._is_to_remove = False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._is_to_remove:
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:

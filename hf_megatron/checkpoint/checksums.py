@@ -35,11 +35,7 @@ def write_checksums(directory: Path, checksums: Checksums) -> None:
 
 
 def read_checksums(directory: Path) -> Checksums | None:
-    """Read the checksums of a directory; None if it has none.
-
-    Raises:
-        CheckpointFormatError: The file is damaged.
-    """
+    """Those of a directory, or None if it has none; CheckpointFormatError if the file is damaged."""
     path = directory / CHECKSUMS
     if not path.is_file():
         return None

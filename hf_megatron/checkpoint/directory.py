@@ -17,32 +17,19 @@ from hf_megatron.checkpoint.torch_file import open_state_dict
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 from hf_megatron.partition import Box
 
-# In transformers' order of preference, for directories that contain several.
-_HUB_NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+# In the order in which transformers prefers them where a directory holds several.
+_HUB_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint directory; only headers have been read.
-
-    Attributes:
-        directory: Its path.
-        format: ``"hub"``, stored as stock transformers stores a model, or ``"tp"``, one file per rank.
-        config: config.json as read.
-        tensors: The full tensors under their stored names.
-        files: The weight files, in order.
-    """
+    """An opened checkpoint directory; only headers have been read."""
 
     directory: Path
-    format: Literal["hub", "tp"]
-    config: dict[str, Any]
-    tensors: dict[str, LazyTensor]
-    files: tuple[Path, ...]
+    format: Literal["hub", "tp"]  # stored as stock transformers stores a model, or one file per rank
+    config: dict[str, Any]  # config.json as read
+    tensors: dict[str, LazyTensor]  # the full tensors under their stored names
+    files: tuple[Path, ...]  # the weight files, in order
 
     @property
     def tp_size(self) -> int:
@@ -59,9 +46,7 @@ class Checkpoint:
 def open_checkpoint(directory: Path, config: Mapping[str, Any] | None = None) -> Checkpoint:
     """Open a Hub or ``tp`` directory and check that its files are complete and consistent.
 
-    Args:
-        directory: A local directory.
-        config: Used instead of the directory's config.json, which then need not exist.
+    A ``config`` takes the place of the directory's config.json, which then need not exist.
 
     Raises:
         CheckpointFormatError: Not a directory, or one without a config.json or weights, with weights of both formats,
@@ -93,10 +78,8 @@ def open_checkpoint(directory: Path, config: Mapping[str, Any] | None = None) ->
 def open_files(files: Sequence[Path]) -> dict[str, LazyTensor]:
     """The tensors of whole-tensor weight files (``.safetensors`` or ``.bin``), by name.
 
-    Raises:
-        CheckpointFormatError: A file is of no known kind or a rank's shard, a pickle is unsafe, or two files hold a
-            tensor of the same name.
-        CheckpointIncompleteError: A file is truncated.
+    CheckpointFormatError if a file is of no known kind or a rank's shard, a pickle is unsafe, or two files hold a
+    tensor of the same name; CheckpointIncompleteError if one is truncated.
     """
     tensors: dict[str, LazyTensor] = {}
     for file in map(Path, files):
@@ -139,18 +122,14 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
         raise CheckpointFormatError(
             f"{path} is one rank's part of a distributed checkpoint; open the directory with all of them instead."
         )
-    tensors = {}
-    for name, (dtype, shape, start, stop) in header.tensors.items():
-        tensors[name] = LazyTensor(name, dtype, shape, (Piece(path, Box.whole(shape), start, stop),))
-    return tensors
+    return {
+        name: LazyTensor(name, dtype, shape, (Piece(path, Box.whole(shape), start, stop),))
+        for name, (dtype, shape, start, stop) in header.tensors.items()
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file such as config.json.
-
-    Raises:
-        CheckpointFormatError: There is no such file, or it holds something else.
-    """
+    """The object in a JSON file such as config.json; CheckpointFormatError if there is no such file or object."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -63,21 +63,14 @@ class Piece:
 class LazyTensor:
     """A full tensor of a checkpoint, stored whole or in pieces; reading a slice reads only the bytes of that slice.
 
-    Every read opens the file again, so an instance can be read from several threads and sent to another process. It
-    implements the part of safetensors' slice interface that transformers' loader uses: ``get_shape``, ``get_dtype`` and
-    indexing.
-
-    Attributes:
-        name: Name as stored.
-        dtype: In safetensors' spelling (``"F32"``, ``"BF16"``).
-        shape: The full tensor's shape.
-        pieces: Locations of its parts, which tile the shape. A tensor stored whole is one piece.
+    Every read opens the file anew, so that an instance may be read from several threads, and sent to another process.
+    It has what transformers' loader uses of safetensors' slices: ``get_shape``, ``get_dtype`` and indexing.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    name: str  # as stored
+    dtype: str  # in safetensors' spelling ("F32", "BF16")
+    shape: tuple[int, ...]  # of the full tensor
+    pieces: tuple[Piece, ...]  # where its parts lie, which tile the shape; one if it is stored whole
 
     @property
     def numel(self) -> int:
@@ -90,15 +83,10 @@ class LazyTensor:
         return self.numel * itemsize(self.dtype)
 
     def read(self, box: Box | None = None) -> torch.Tensor:
-        """The part inside ``box`` (default: all of it; may be empty), as a contiguous CPU tensor of its own.
-
-        Raises:
-            CheckpointIncompleteError: The file became shorter since it was opened.
-        """
+        """The part inside ``box`` (default: all of it; may be empty), as a contiguous CPU tensor of its own."""
         import torch
 
-        if box is None:
-            box = Box.whole(self.shape)
+        box = Box.whole(self.shape) if box is None else box
         result = torch.empty(box.shape, dtype=torch_dtype(self.dtype))
         self.read_into(_memory(result), box)
         return result
@@ -106,8 +94,7 @@ class LazyTensor:
     def read_into(self, memory: memoryview, box: Box) -> None:
         """Read the part inside ``box`` into memory of exactly its bytes, row-major.
 
-        Raises:
-            CheckpointIncompleteError: The file became shorter since it was opened.
+        CheckpointIncompleteError if the file became shorter since it was opened.
         """
         assert len(box.shape) == len(self.shape), f"{self.name}: {box} is not a box of {self.shape}"
         item, strides = itemsize(self.dtype), _row_major(box.shape)
@@ -125,10 +112,7 @@ class LazyTensor:
                 self._copy_part(piece, part, memory, strides, first)
 
     def extent(self, box: Box) -> tuple[Path, int, int] | None:
-        """The contiguous, row-major byte range of ``box``: file, first byte, one past the last byte.
-
-        None if the bytes are not contiguous.
-        """
+        """Where the bytes of ``box`` lie, row-major and without a gap: file, first byte, one past the last; or None."""
         for piece in self.pieces:
             if box.numel and piece.box.intersection(box) == box and piece.is_one_run(box):
                 start = piece.start(box, itemsize(self.dtype))

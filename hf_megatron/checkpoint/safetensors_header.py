@@ -78,9 +78,8 @@ def torch_dtype(dtype: str) -> torch.dtype:
 def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file; no tensor data is read.
 
-    Raises:
-        CheckpointIncompleteError: The file is shorter or longer than its header says.
-        CheckpointFormatError: This is not a safetensors file, or it uses a dtype unknown here.
+    CheckpointIncompleteError if the file is shorter or longer than its header says, CheckpointFormatError if it is not
+    a safetensors file or uses a dtype unknown here.
     """
     if not path.is_file():  # a directory, or a link that leads nowhere or back to itself
         raise CheckpointFormatError(f"{path} is not a file.")
@@ -101,7 +100,12 @@ def read_header(path: Path) -> Header:
         raise CheckpointIncompleteError(
             f"{path} is truncated: its header ends at byte {start}, the file has {size} bytes. Fetch it again."
         )
-    metadata, tensors = _parse(path, raw, start)
+    try:
+        entries = json.loads(raw)
+        metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
+        tensors = {name: _tensor(entry, start) for name, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointFormatError(f"{path} is not a safetensors file: {error or type(error).__name__}.") from error
     stop = start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.data_start, tensor.data_stop)):
         if tensor.data_start != stop:
@@ -115,16 +119,6 @@ def read_header(path: Path) -> Header:
             f"{path} is {word}: its header describes {stop} bytes, the file has {size}. Fetch it again."
         )
     return Header(path, tensors, metadata)
-
-
-def _parse(path: Path, raw: bytes, start: int) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-    try:
-        entries = json.loads(raw)
-        metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
-        tensors = {name: _tensor(entry, start) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointFormatError(f"{path} is not a safetensors file: {error or type(error).__name__}.") from error
-    return metadata, tensors
 
 
 def _tensor(entry: dict[str, Any], start: int) -> StoredTensor:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_megatron.architectures import table_for
+from hf_megatron.architectures import Architecture, table_for
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
 from hf_megatron.checkpoint.safetensors_header import Header, read_header
 from hf_megatron.checkpoint.spelling import listed, model_class_of, respelled
@@ -31,16 +31,10 @@ def is_shard(path: Path) -> bool:
 
 
 def open_shards(files: Sequence[Path], config: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    """Open the shards of a ``tp`` directory, saved on any mesh, as full lazy tensors.
+    """The full tensors behind all the files of a ``tp`` directory, saved on any mesh, of the model of its config.json.
 
-    Args:
-        files: All shard files of the directory.
-        config: config.json of the directory; its model says how large every tensor has to be.
-
-    Raises:
-        CheckpointFormatError: A file does not say where its tensors start.
-        CheckpointIncompleteError: The pieces do not tile every tensor of the model exactly once; all tensors
-            concerned are listed.
+    CheckpointFormatError if a file does not say where its tensors start, CheckpointIncompleteError with all tensors
+    concerned if the pieces do not tile every tensor of the model exactly once.
     """
     stored: dict[str, list[tuple[str, Piece]]] = {}
     for path in files:
@@ -49,14 +43,16 @@ def open_shards(files: Sequence[Path], config: Mapping[str, Any]) -> dict[str, L
             tensor = header.tensors[name]
             piece = Piece(path, Box(offset, tensor.shape), tensor.data_start, tensor.data_stop)
             stored.setdefault(name, []).append((tensor.dtype, piece))
-    shapes = _known_shapes(config)
-    prefix = table_for(config).base_prefix
-    problems = _missing(stored, config)
+    table = table_for(config)
+    shapes = _known_shapes(table, config)
+    required = table.tensors(config, model_class_of(table, config))
+    present = {respelled(name, required, table.base_prefix) for name in stored}
+    problems = [f"{name} is missing" for name in required if name not in present]
     tensors = {}
     for name, pieces in stored.items():
         boxes = [piece.box for _, piece in pieces]
-        known = respelled(name, shapes, prefix)
-        # For a name that is not in the table, at least detect gaps and overlaps.
+        known = respelled(name, shapes, table.base_prefix)
+        # Of a name unknown to the table at least gaps and overlaps are noticed.
         shape = shapes[known] if known is not None else _extent(boxes)
         dtypes = sorted({dtype for dtype, _ in pieces})
         if error := tiling_error(shape, boxes):
@@ -95,22 +91,14 @@ def _offsets(header: Header) -> dict[str, Shape]:
     return offsets
 
 
-def _known_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
+def _known_shapes(table: Architecture, config: Mapping[str, Any]) -> dict[str, Shape]:
     """Shapes of all tensors of all classes: a directory may hold more than the class it names, such as a tied head."""
-    table = table_for(config)
     untied = {**config, "tie_word_embeddings": False}
     shapes: dict[str, Shape] = {}
     # The directory's own class comes last: heads of one name differ in shape from class to class.
     for model_class in (*table.classes, model_class_of(table, config)):
         shapes |= {tensor.name: tensor.shape for tensor in table.tensors(untied, model_class).values()}
     return shapes
-
-
-def _missing(stored: Mapping[str, object], config: Mapping[str, Any]) -> list[str]:
-    table = table_for(config)
-    required = table.tensors(config, model_class_of(table, config))
-    present = {respelled(name, required, table.base_prefix) for name in stored}
-    return [f"{name} is missing" for name in required if name not in present]
 
 
 def _extent(boxes: Sequence[Box]) -> Shape:

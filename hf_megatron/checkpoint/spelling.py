@@ -23,29 +23,17 @@ _OLD_SUFFIXES = {".gamma": ".weight", ".beta": ".bias"}
 
 @dataclass(frozen=True, slots=True)
 class Canonical:
-    """Stored tensors under the names of a model class's state dict, and what did not fit.
+    """Stored tensors under the names of a model class's state dict, and what did not fit."""
 
-    Attributes:
-        tensors: Every stored tensor that the class has, by the class's name, shapes not necessarily right.
-        dropped: Obsolete buffers and an equal copy of the tied head, as stored.
-        unknown: What the class does not have, as stored; another class's head is among it.
-        missing: Names of the class that are not stored.
-        mismatched: Name, stored shape, expected shape.
-    """
-
-    tensors: dict[str, LazyTensor]
-    dropped: tuple[str, ...]
-    unknown: tuple[str, ...]
-    missing: tuple[str, ...]
-    mismatched: tuple[tuple[str, Shape, Shape], ...]
+    tensors: dict[str, LazyTensor]  # that the class has, by its names, shapes not necessarily right
+    dropped: tuple[str, ...]  # obsolete buffers and an equal copy of the tied head, as stored
+    unknown: tuple[str, ...]  # what the class does not have, as stored; another class's head is among it
+    missing: tuple[str, ...]  # names of the class that are not stored
+    mismatched: tuple[tuple[str, Shape, Shape], ...]  # name, stored shape, expected shape
 
 
 def model_class_of(table: Architecture, config: Mapping[str, Any]) -> ModelClass:
-    """The class that config.json names, or the table's first class if it names none.
-
-    Raises:
-        UnsupportedError: The architecture has no such class here.
-    """
+    """The class that a config.json names, or the table's first one; UnsupportedError if the table lacks that class."""
     architectures = config.get("architectures") or [None]
     if not isinstance(architectures, list):
         raise UnsupportedError(f"architectures={architectures!r} in the configuration is not a list of class names.")
@@ -65,10 +53,8 @@ def canonicalise(
 ) -> Canonical:
     """Rename stored tensors to the names of ``model_class`` under ``config``.
 
-    Reads no data, unless a copy of a tied tensor has to be compared with the original.
-
-    Raises:
-        CheckpointFormatError: A tensor is stored under two spellings, or differs from the copy it is tied to.
+    Reads no data, unless a copy of a tied tensor has to be compared with the original. CheckpointFormatError if a
+    tensor is stored under two spellings, or differs from the copy it is tied to.
     """
     expected = table.tensors(config, model_class)
     found: dict[str, LazyTensor] = {}
@@ -129,9 +115,7 @@ def stored_model(
 def require_complete(canonical: Canonical) -> None:
     """Raise an error that lists every problem unless the checkpoint is exactly one complete model.
 
-    Raises:
-        CheckpointIncompleteError: Something is missing (and possibly more is wrong).
-        CheckpointFormatError: Something is unknown or has another shape than the configuration gives it.
+    CheckpointIncompleteError if anything is missing, else CheckpointFormatError.
     """
     shapes = [f"{name} is {list(stored)}, expected {list(expected)}" for name, stored, expected in canonical.mismatched]
     found = {"missing": canonical.missing, "unknown": canonical.unknown, "wrong shape": shapes}
@@ -154,8 +138,8 @@ def _require_same(copy: LazyTensor, original: LazyTensor) -> None:
     if copy.dtype != original.dtype or not copy.shape == original.shape != () or not _same_bytes(copy, original):
         raise CheckpointFormatError(
             f"{copy.name} and {original.name} are stored with different values, but config.json ties them. Set "
-            '"tie_word_embeddings": false there if the head is meant to be its own, or remove '
-            f"{copy.name} from the checkpoint."
+            f'"tie_word_embeddings": false there if the head is meant to be its own, or remove {copy.name} from the '
+            "checkpoint."
         )
 
 

@@ -93,9 +93,7 @@ class StoredArray:
 def open_state_dict(path: Path) -> dict[str, LazyTensor]:
     """Open a file that contains only named tensors, such as ``pytorch_model.bin``; no tensor data is read.
 
-    Raises:
-        CheckpointFormatError: It holds or asks for anything else.
-        CheckpointIncompleteError: It is truncated or damaged.
+    Raises as :func:`open_torch_file` does, and CheckpointFormatError if it holds anything else.
     """
     content = open_torch_file(path)
     if not isinstance(content, dict):
@@ -114,13 +112,9 @@ def open_state_dict(path: Path) -> dict[str, LazyTensor]:
 def open_torch_file(path: Path, is_allowed: Callable[[str], bool] = TENSOR_NAMES.__contains__) -> Any:
     """Read the object of a ``torch.save`` file, with a :class:`StoredArray` in place of each tensor.
 
-    Args:
-        path: The file.
-        is_allowed: Whether the pickle may name this global (``module.name``), which is not looked up in any case.
-
-    Raises:
-        CheckpointFormatError: Not a file of ``torch.save``, or one that names anything else; all of it is listed.
-        CheckpointIncompleteError: The file is truncated or damaged.
+    ``is_allowed`` says whether the pickle may name a global (``module.name``), which is not looked up in any case.
+    CheckpointFormatError if it is no file of ``torch.save``, or lists what else is named; CheckpointIncompleteError if
+    it is truncated or damaged.
     """
     try:
         with path.open("rb") as file:
@@ -231,10 +225,9 @@ def _storage(persistent_id: Any) -> _Storage:
 
 
 def _with_places(path: Path, content: Any, start: Callable[[_Storage], int]) -> Any:
-    """Replace the calls that would rebuild tensors in a pickle's value with :class:`StoredArray` objects.
+    """A pickle's value with its tensors, or their type if safetensors lacks it, in place of the calls for them.
 
-    A tensor of a type that safetensors does not support is replaced by the name of the type. Values that are not
-    dictionaries, lists or the like are returned unchanged.
+    Anything that is not a container of named things is left as it is.
     """
     done: dict[int, dict[Any, Any]] = {}
 

@@ -44,19 +44,12 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A call requested by a pickle, not made.
+    """A call that the pickle asks for and that was not made."""
 
-    Attributes:
-        function: Name of what would have been called, or the class of which the result would have been an instance.
-        arguments: The positional arguments.
-        state: What the instance's attributes would have been set to.
-        items: What would have been appended to it or stored in it.
-    """
-
-    function: str
+    function: str  # name of what would have been called, or the class of which the result would be an instance
     arguments: tuple[Any, ...]
-    state: Any = None
-    items: list[Any] = field(default_factory=list)
+    state: Any = None  # what the instance's attributes would have been set to
+    items: list[Any] = field(default_factory=list)  # what would have been appended to it or stored in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +65,10 @@ class _Mark:
 
 
 def read_pickle(stream: BinaryIO, load_persistent: Callable[[Any], Any] | None = None) -> Unpickled:
-    """Parse one pickle and leave the stream positioned after it.
+    """Read one pickle, from the stream's position, and leave the stream after its end.
 
-    Args:
-        stream: Positioned at the pickle's first byte.
-        load_persistent: Turns a persistent id into an object; without it there must be none.
-
-    Raises:
-        UnpickleError: Not a pickle, truncated, damaged, or larger than any state dict.
+    ``load_persistent`` turns a persistent id into an object; without it there must be none. UnpickleError if it is not
+    a pickle, truncated, damaged, or larger than any state dict.
     """
     machine = _Machine(load_persistent)
     try:
@@ -146,8 +135,7 @@ class _Machine:
             case "GLOBAL":
                 self.stack.append(self._name(*argument.split(" ", 1)))
             case "INST":
-                arguments = tuple(self._pop_to_mark())
-                self._call(self._name(*argument.split(" ", 1)), arguments)
+                self._call(self._name(*argument.split(" ", 1)), tuple(self._pop_to_mark()))
             case "EXT1" | "EXT2" | "EXT4":
                 self.stack.append(self._name("extension", str(argument)))
             case "PERSID":

@@ -20,12 +20,7 @@ from hf_megatron.errors import HfMegatronError
 
 _REFUSED, _INTERRUPTED = 2, 130
 
-app = typer.Typer(
-    name="hf-megatron",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
+app = typer.Typer(name="hf-megatron", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 for _module in (quickstart, inspect, convert, verify, plan, evaluate):
     app.command(_module.__name__.rpartition(".")[2])(_module.command)
 
@@ -36,12 +31,11 @@ def _print_version(is_wanted: bool) -> None:
         raise typer.Exit
 
 
+_VersionOption = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+
+
 @app.callback()
-def _common(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
-    ] = False,
-) -> None:
+def _common(version: Annotated[bool, _VersionOption] = False) -> None:
     """GPT-2 and BERT the Megatron way: convert checkpoints, look into them, plan and evaluate."""
 
 

@@ -11,14 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -88,19 +81,15 @@ def report(
     """Print a result to stdout, as JSON or as a table of ``shown``, and return the exit code: 1 if it is not ``ok``."""
     if as_json:
         print_json(result)
-    else:
-        _print_table(title, result if shown is None else shown)
-    return 0 if ok else 1
-
-
-def _print_table(title: str, rows: Mapping[str, object]) -> None:
+        return 0 if ok else 1
     table = Table("", "", show_header=False)
-    for name, value in rows.items():
+    for name, value in (result if shown is None else shown).items():
         table.add_row(name.replace("_", " "), Text(_cell(value)))
-    console = Console()
     # Not as the table's title, which is broken where the table ends.
+    console = Console()
     console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)
+    return 0 if ok else 1
 
 
 def human_bytes(num_bytes: int) -> str:

@@ -74,11 +74,8 @@ def command(
         raise DataError(f"{tokenizer} has no tokenizer; name the directory of one with --tokenizer.")
     options = {name: value for name, value in (("batch_size", batch_size), ("stride", stride)) if value is not None}
     paths = {"directory": directory, "data": data, "tokenizer": tokenizer}
-    job = {name: str(path.resolve()) for name, path in paths.items()} | {
-        "task": task,
-        "dtype": dtype,
-        "options": options,
-    }
+    job: dict[str, Any] = {name: str(path.resolve()) for name, path in paths.items()}
+    job |= {"task": task, "dtype": dtype, "options": options}
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     found = _start_ranks(job, tp) if tp > 1 and world_size == 1 else _run(job, world_size)
     if int(os.environ.get("RANK", "0")):
@@ -145,15 +142,14 @@ def _run(job: Mapping[str, Any], tp_size: int) -> dict[str, Any]:
 
     try:
         model, tokenizer = _load(Path(job["directory"]), Path(job["tokenizer"]), job["dtype"], tp_size)
-        data = Path(job["data"])
+        data, options = Path(job["data"]), {"show_progress": True, **job["options"]}
         if job["task"] == "lambada":
-            passages = read_passages(data)
-            return vars(evaluate_lambada(model, tokenizer, passages, show_progress=True, **job["options"]))
+            return vars(evaluate_lambada(model, tokenizer, read_passages(data), **options))
         try:
             text = data.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{data} is not UTF-8 text: {error}.") from error
-        return vars(evaluate_wikitext103(model, tokenizer, text, show_progress=True, **job["options"]))
+        return vars(evaluate_wikitext103(model, tokenizer, text, **options))
     finally:
         if tp_size > 1 and dist.is_initialized():
             dist.destroy_process_group()

@@ -52,7 +52,7 @@ class Recipe:
         micro_batch: int | None = None,
         **changes: Any,
     ) -> TrainingArguments:
-        """The recipe for a machine.
+        """The recipe for a machine; PartitionError if the batch does not divide into micro-batches.
 
         Args:
             output_dir: Where checkpoints go.
@@ -60,9 +60,6 @@ class Recipe:
             data_parallel_size: Number of processes divided by the tensor-parallel degree.
             micro_batch: Sequences a tensor-parallel group computes at a time; its whole share of the batch if None.
             **changes: ``TrainingArguments`` to set or to change. The warm-up is a share of the steps.
-
-        Raises:
-            PartitionError: The batch does not divide into micro-batches.
         """
         batch = self.batch if batch is None else batch
         micro_batch = max(1, batch // data_parallel_size) if micro_batch is None else micro_batch
@@ -115,11 +112,7 @@ FINETUNING_TASKS = tuple(_TABLE_6)
 
 
 def finetuning_recipe(task: str, size: str = "336m") -> Recipe:
-    """Table 6's row for one of ``FINETUNING_TASKS`` and the size ``336m``, ``1.3b`` or ``3.9b``.
-
-    Raises:
-        UnsupportedError: The paper has no such task or size.
-    """
+    """Table 6's row for one of ``FINETUNING_TASKS`` and ``336m``, ``1.3b`` or ``3.9b``; UnsupportedError for others."""
     if task not in _TABLE_6 or size not in _SIZES:
         raise UnsupportedError(
             f"the paper has no fine-tuning of {size!r} for {task!r}; choose a task of {', '.join(_TABLE_6)} and a size "

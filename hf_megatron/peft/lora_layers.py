@@ -57,10 +57,7 @@ class ParallelLora(LoraLinear):
             self.lora_dropout[adapter_name] = _SplitDropout(dropout.p, base.in_features, base.tp_group)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Same as the stock method, except that ``safe_merge`` also works on a DTensor.
-
-        Raises:
-            ValueError: With ``safe_merge``, if the sum is not finite.
+        """As the stock method, but for ``safe_merge`` (ValueError if the sum is not finite), of no effect on DTensors.
 
         Collective: with ``safe_merge`` an all-reduce over tp of one number per adapter.
         """

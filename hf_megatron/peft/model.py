@@ -51,11 +51,11 @@ class _MegatronPeftModel(PeftModel):
     def _adapter_tensors(self) -> dict[str, torch.Tensor]:
         """Gather only the tensors that may belong to an adapter, on the CPU; the stock method gathers everything."""
         has_bias = any(config.bias != "none" for config in self.peft_config.values())
-        tensors = {}
-        for name, tensor in self.state_dict().items():
-            if "lora_" in name or ".modules_to_save." in name or (has_bias and name.endswith("bias")):
-                tensors[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-        return tensors
+        return {
+            name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+            for name, tensor in self.state_dict().items()
+            if "lora_" in name or ".modules_to_save." in name or (has_bias and name.endswith("bias"))
+        }
 
     def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type:
         # Written to adapter_config.json if there is no task type.
@@ -88,10 +88,8 @@ def join_data_parallel_ranks(model: PeftModel) -> None:
 
     Collective: all-reduce over fsdp and over dp_replicate, backward, of each of the adapter's gradients.
     """
-    mesh_manager = getattr(model.get_base_model(), "_mesh_manager", None)
-    if mesh_manager is None:
-        return
-    meshes = (mesh_manager.get_mesh(name) for name in ("fsdp", "dp_replicate"))
+    mesh_manager: Any = getattr(model.get_base_model(), "_mesh_manager", None)
+    meshes = [mesh_manager.get_mesh(name) for name in ("fsdp", "dp_replicate")] if mesh_manager is not None else []
     groups = [mesh.get_group() for mesh in meshes if mesh.size() > 1]
     if not groups:
         return
@@ -112,9 +110,9 @@ def _take_from_fsdp(module: ParallelModule, tp_mesh: DeviceMesh) -> None:
 
     Collective: all-gather over fsdp and tp of each.
     """
-    if not any(is_managed_by_fsdp(parameter) for parameter in module.parameters(recurse=False)):
-        return
     parameters: list[tuple[str, Any]] = list(module.named_parameters(recurse=False))
+    if not any(is_managed_by_fsdp(parameter) for _, parameter in parameters):
+        return
     for name, parameter in parameters:
         module._parameters[name] = nn.Parameter(parameter.full_tensor(), requires_grad=parameter.requires_grad)
     if tp_mesh.size() > 1:

@@ -35,9 +35,9 @@ def adapting(model: MegatronModelMixin, config: LoraConfig) -> Iterator[None]:
     _fill_in(model, config)
     _check_targets(model, config)
     config._register_custom_module({layer: ParallelLora for layer in ADAPTABLE})
-    modules = [module for module in model.modules() if isinstance(module, ParallelModule)]  # type: ignore[attr-defined]
-    for module in modules:
-        module._hf_tp_plan = "megatron"
+    for module in model.modules():  # type: ignore[attr-defined]
+        if isinstance(module, ParallelModule):
+            module._hf_tp_plan = "megatron"
     with warnings.catch_warnings():
         # peft warns that it cannot shard the adapter (we do it), and uses a deprecated transformers property.
         warnings.filterwarnings("ignore", 'TP plan "megatron"')

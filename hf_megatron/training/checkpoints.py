@@ -57,8 +57,7 @@ class CheckpointingTrainer(GuardedTrainer):
 
     @property
     def _data_parallel_rank(self) -> int:
-        rank: int = self.args.process_index // self.get_tp_size()
-        return rank
+        return int(self.args.process_index // self.get_tp_size())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False, *, stock: bool = False) -> None:
         """As the stock method; every rank must call it.
@@ -87,8 +86,7 @@ class CheckpointingTrainer(GuardedTrainer):
             self.store_flos()
         run_directory = Path(self._get_output_dir(trial=trial))
         destination = run_directory / f"checkpoint-{self.state.global_step}"
-        is_first = self.is_world_process_zero()
-        with AtomicDirectory(destination, is_first=is_first, meet=share_failure) as directory:
+        with AtomicDirectory(destination, is_first=self.is_world_process_zero(), meet=share_failure) as directory:
             try:
                 self._write_checkpoint(directory.path, run_directory, destination)
                 finish_checkpoint(directory)
@@ -104,7 +102,7 @@ class CheckpointingTrainer(GuardedTrainer):
                 ) from error
         if self.args.push_to_hub:
             self._push(destination)
-        if is_first:
+        if self.is_world_process_zero():
             remove_old_checkpoints(run_directory, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _write_checkpoint(self, fresh: Path, run_directory: Path, destination: Path) -> None:
@@ -130,11 +128,7 @@ class CheckpointingTrainer(GuardedTrainer):
         _on_all(lambda: self._push_from_checkpoint(str(checkpoint)))
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Same as the stock method; every rank must call it. If the first rank fails, all ranks raise an error.
-
-        Raises:
-            ParallelStateError: Rank 0 could not upload.
-        """
+        """As the stock method; every rank must call it, and a failure of the first is a ParallelStateError on all."""
         return _on_all(lambda: super(CheckpointingTrainer, self).push_to_hub(*args, **kwargs))
 
     def _save_model_into(self, directory: Path) -> None:
@@ -151,11 +145,11 @@ class CheckpointingTrainer(GuardedTrainer):
     def _save_trainer_state(self, directory: Path) -> None:
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
-                name, state = type(callback).__name__, callback.state()
-                if isinstance(self.state.stateful_callbacks[name], list):
-                    self.state.stateful_callbacks[name].append(state)
+                states, name = self.state.stateful_callbacks, type(callback).__name__
+                if isinstance(states[name], list):
+                    states[name].append(callback.state())
                 else:
-                    self.state.stateful_callbacks[name] = state
+                    states[name] = callback.state()
         self.state.save_to_json(str(directory / "trainer_state.json"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -55,20 +55,17 @@ class GuardedTrainer(Trainer):
         return output
 
     def _limit_waiting(self) -> None:
-        """Apply ``args.ddp_timeout`` to the process groups of the mesh.
-
-        If the model was loaded first, the groups already exist when TrainingArguments is created, with transformers'
-        timeout of two hours, and no argument reaches the groups of a mesh.
-        """
+        """Give up on a rank that does not come to a collective after ``args.ddp_timeout`` seconds."""
+        # TrainingArguments comes too late for it where the model was loaded first, and transformers waits for two
+        # hours; no argument reaches the groups of a mesh.
         if self.is_distributed_loading_by_transformers:
             for group in _world.pg_map:
                 _set_pg_timeout(self.args.ddp_timeout_delta, group)
 
-    def _init_training_state(self, max_steps: int, steps_per_epoch: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, *args: Any, **kwargs: Any) -> Any:
         facts = {"number of steps": max_steps, "number of steps in an epoch": steps_per_epoch}
         self._agree("the start of training", facts)
-        place: tuple[int, int] = super()._init_training_state(max_steps, steps_per_epoch, *args, **kwargs)
-        return place
+        return super()._init_training_state(max_steps, steps_per_epoch, *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         # Called right after reading. The collective that follows is skipped by a rank without a batch.
@@ -77,14 +74,13 @@ class GuardedTrainer(Trainer):
             self._agree(f"reading for step {self.state.global_step + 1}", facts)
         return super()._get_num_items_in_batch(batch_samples, device)
 
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         step = self.state.global_step
         is_due = bool(self.rank_check_steps) and step % self.rank_check_steps == 0
         if self._checked_step is None or (is_due and step != self._checked_step):
             self._checked_step = step
             self._compare("before the step after", inputs)
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        return loss
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._share_control("after a step")

@@ -20,11 +20,8 @@ from transformers import TrainerState
 class Stream(IterableDataset[Any]):
     """Wraps an iterable data set so that its order depends on the epoch but not on the layout.
 
-    Without it, accelerate would distribute the files of a ``datasets.IterableDataset`` rather than its examples, and
-    would seed the ``generator`` only under data parallelism.
-
-    Args:
-        examples: The stream.
+    accelerate would deal out the files of a ``datasets.IterableDataset`` rather than its examples, and would seed a
+    stream's ``generator`` under data parallelism alone.
     """
 
     def __init__(self, examples: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint, has_length
 from transformers.utils import logging
@@ -95,7 +95,9 @@ class MegatronTrainer(CheckpointingTrainer):
             DivergenceError: The gradients of a step are inf or nan. The step was not taken.
             RanksDifferError: The ranks of a tensor-parallel group are no longer in step.
         """
-        self._share_overflows()
+        scaler = self.accelerator.scaler
+        if scaler is not None and self.is_distributed_loading_by_transformers:
+            self.accelerator.scaler = SharedGradScaler(self.accelerator.device.type, scaler)
         output = Path(self.args.output_dir)
         tidy_checkpoints(output, is_first=self.is_world_process_zero())
         if resume_from_checkpoint is True and output.is_dir():
@@ -148,18 +150,13 @@ class MegatronTrainer(CheckpointingTrainer):
                 raise UnsupportedError("dispatch_batches=True is not supported with tensor parallelism; leave it None.")
             self.accelerator.dataloader_config.dispatch_batches = False
 
-    def _is_stream(self, dataset: Any) -> bool:
-        """Whether the data set is iterable and the model belongs to this package."""
-        return isinstance(dataset, IterableDataset) and self._own_model is not None
-
-    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader[Any]:
-        if self._is_stream(dataset):
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        if isinstance(dataset, IterableDataset) and self._own_model is not None:
             dataset = Stream(dataset)
             if not is_training and 1 < self.get_tp_size() < self.args.world_size:
                 # The groups pad their last batch; the length is needed to remove the padding from the results.
                 dataset = list(dataset)
-        loader: DataLoader[Any] = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        return loader
+        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
@@ -203,8 +200,7 @@ class MegatronTrainer(CheckpointingTrainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         # The sum over all processes counts each group several times, each time for the whole model.
-        operations: int = super().floating_point_ops(inputs) // self.get_tp_size()
-        return operations
+        return int(super().floating_point_ops(inputs) // self.get_tp_size())
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Same as the stock method, with label smoothing inside the model's loss if that is vocabulary-parallel."""
@@ -212,14 +208,8 @@ class MegatronTrainer(CheckpointingTrainer):
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _share_overflows(self) -> None:
-        """In float16, make every rank skip a step that overflowed on one of them."""
-        scaler = self.accelerator.scaler
-        if scaler is not None and self.is_distributed_loading_by_transformers:
-            self.accelerator.scaler = SharedGradScaler(self.accelerator.device.type, scaler)
-
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(model, inputs, *args, **kwargs)
         self._loss_of_step = self._loss_of_step + loss
         return loss
 

@@ -19,11 +19,7 @@ class AnyDeviceParallelismConfig(ParallelismConfig):
 
 
 def check_processes(args: Any) -> None:
-    """Reject arguments that do not match the number of processes; each rank would run as if it were alone.
-
-    Raises:
-        ParallelStateError: ``args.world_size`` is not the number of processes.
-    """
+    """ParallelStateError if arguments do not see the other processes; each rank would take itself for the only one."""
     num_processes = dist.get_world_size() if dist.is_initialized() else 1
     if args is not None and args.world_size != num_processes:
         raise ParallelStateError(
@@ -43,12 +39,7 @@ _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
 def check_layout(args: Any, model: Any, *, has_model_init: bool, has_optimizer: bool) -> None:
-    """Reject options that Trainer applies per process, but that must be shared by a tensor-parallel group.
-
-    Raises:
-        UnsupportedError: Under tensor parallelism, a model that Trainer makes itself, losses that are not averaged over
-            processes, or an optimizer that is not known to step right on parameters that are cut.
-    """
+    """Refuse (UnsupportedError) what Trainer does per process where the ranks of a tensor-parallel group act as one."""
     tp_size = tp_size_of(model)
     if tp_size == 1:
         return

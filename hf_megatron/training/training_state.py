@@ -67,11 +67,7 @@ def finish_checkpoint(directory: AtomicDirectory) -> None:
 
 
 def verify_checkpoint(directory: Path) -> None:
-    """Verify the checksums and the consistency of a checkpoint; every rank must call it.
-
-    Raises:
-        CheckpointIncompleteError: Files are missing, or have other bytes than were written.
-        CheckpointFormatError: The step in ``trainer_state.json`` is not that of the directory's name.
+    """See that a checkpoint is as it was written (``checksums``, :func:`check_step`); every rank must call it.
 
     Collective: all-gather over all processes of what each rank has found in its share of the files.
     """
@@ -97,12 +93,7 @@ def verify_checkpoint(directory: Path) -> None:
 
 
 def check_step(directory: Path) -> None:
-    """Check that ``trainer_state.json`` exists and matches the step in the directory's name.
-
-    Raises:
-        CheckpointIncompleteError: It is missing.
-        CheckpointFormatError: It is damaged, or of another step.
-    """
+    """See that ``trainer_state.json`` is there, and is that of the step in the directory's name."""
     path = directory / TRAINER_STATE_NAME
     if not path.is_file():
         raise CheckpointIncompleteError(f"{path} is missing: {directory} is no training checkpoint, or not whole.")
@@ -168,11 +159,7 @@ def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, dir
 
 
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Load an optimizer state saved by :func:`save_optimizer`, at any layout; every rank must call it.
-
-    Raises:
-        CheckpointIncompleteError: There is no optimizer state.
-    """
+    """Load what :func:`save_optimizer` wrote, at any layout; every rank must call it."""
     path = directory / OPTIMIZER_DIRECTORY
     if not (path / ".metadata").is_file():
         raise CheckpointIncompleteError(
@@ -189,11 +176,7 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, dir
 
 
 def load_scheduler(scheduler: Any, directory: Path, *, step: int, may_skip: bool) -> None:
-    """Restore the learning rate schedule; with ``may_skip``, it may be behind by the steps skipped for overflow.
-
-    Raises:
-        CheckpointError: The file is missing or damaged, or the schedule is at another step.
-    """
+    """Restore the learning rate's schedule, which does not count steps that overflow, if such are skipped."""
     state = read_state(directory / "scheduler.pt")
     place = state.get("last_epoch")
     follows_metrics = isinstance(scheduler, (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR))
@@ -206,12 +189,7 @@ def load_scheduler(scheduler: Any, directory: Path, *, step: int, may_skip: bool
 
 
 def read_state(path: Path) -> Any:
-    """Load a ``torch.save`` file that contains only tensors and plain data.
-
-    Raises:
-        CheckpointIncompleteError: The file is missing.
-        CheckpointFormatError: It cannot be read.
-    """
+    """What ``torch.save`` has written, tensors and plain data alone."""
     if not path.is_file():
         raise CheckpointIncompleteError(f"{path} is missing. Resume from another checkpoint.")
     try:
@@ -234,17 +212,16 @@ def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def save_random_state(directory: Path, data_parallel_rank: int) -> None:
-    """Save this process's random states; called by one process of each tensor-parallel group."""
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state()}
-    state["cpu"] = torch.random.get_rng_state()
+    """Save this process's random streams; one process of each tensor-parallel group calls it, as theirs are equal."""
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    torch.save(state, _random_state_file(directory, data_parallel_rank))
+    torch.save(state, directory / f"random_state_{data_parallel_rank}.pt")
 
 
 def load_random_state(directory: Path, data_parallel_rank: int) -> bool:
-    """Restore the random states of a data-parallel rank; returns whether the checkpoint had them."""
-    path = _random_state_file(directory, data_parallel_rank)
+    """Restore the random streams of a data-parallel rank; returns whether the checkpoint had them."""
+    path = directory / f"random_state_{data_parallel_rank}.pt"
     if not path.is_file():
         return False
     state = read_state(path)
@@ -254,7 +231,3 @@ def load_random_state(directory: Path, data_parallel_rank: int) -> bool:
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
     return True
-
-
-def _random_state_file(directory: Path, data_parallel_rank: int) -> Path:
-    return directory / f"random_state_{data_parallel_rank}.pt"

@@ -60,14 +60,10 @@ def quickstart(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Train a small GPT-2 at TP=N, convert it to the Hub's format, and check it in stock transformers.
+    """Train a small GPT-2 on ``tp_size`` processes, convert it to the Hub's format, and check it in stock transformers.
 
-    Args:
-        tp_size: Number of ranks, which run as processes on this machine.
-        output: Directory to leave ``tp/``, ``hub/`` and ``quickstart.json`` in; ``DEFAULT_OUTPUT`` if None.
-        steps: Training steps.
-        overwrite: Replace the directory of an earlier quickstart.
-        say: Receives a line per stage.
+    Leaves ``tp/``, ``hub/`` and ``quickstart.json`` in ``output``, ``DEFAULT_OUTPUT`` if None. ``overwrite`` replaces
+    the directory of an earlier quickstart; ``say`` receives a line per stage.
 
     Returns:
         Of the training ``tp_size``, ``steps``, ``loss_first``, ``loss_last`` (mean of the last ten steps),
@@ -116,8 +112,7 @@ def _run_stages(work: Path, tp_size: int, steps: int, say: Callable[[str], None]
     hf_megatron_conversion.convert(work / "tp", work / "hub", to="hub", verify=True)
     say("4/5  Loading it in another process, with stock transformers only")
     check = _check_in_stock(work)
-    result["max_logit_diff_stock"] = check["max_logit_diff"]
-    result["continuation"] = check["continuation"]
+    result |= {"max_logit_diff_stock": check["max_logit_diff"], "continuation": check["continuation"]}
     result["problems"] = _problems(result, check)
     say(f"5/5  {check['model_class']}: largest logit difference {check['max_logit_diff']:.1e}")
     if check["same_continuation"]:

@@ -27,21 +27,16 @@ class Corpus:
 
 
 def read_corpus() -> Corpus:
-    """The help topics of the Python language reference, the text behind ``help("with")``.
-
-    Raises:
-        UnsupportedError: This Python was installed without them, as some minimal distributions are.
-    """
+    """The help topics of Python's reference, the text behind ``help("with")``; UnsupportedError if there are none."""
     try:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics
-    except ImportError as error:
+    except ImportError as error:  # as in some minimal distributions
         raise UnsupportedError(
             "this Python has no pydoc_data.topics, the text the quickstart trains on; install the full standard "
             "library (python.org, or your distribution's python3 package rather than its minimal one)."
         ) from error
     documents = [topics[name] for name in sorted(topics)]
-    train = [text for i, text in enumerate(documents) if i % HELD_OUT_EVERY]
-    return Corpus(train, held_out=documents[::HELD_OUT_EVERY])
+    return Corpus([text for i, text in enumerate(documents) if i % HELD_OUT_EVERY], documents[::HELD_OUT_EVERY])
 
 
 def train_tokenizer(corpus: Corpus, directory: Path) -> Any:

@@ -99,13 +99,8 @@ def perplexity(model: MegatronGPT2LMHeadModel, sequences: torch.Tensor) -> float
 
 
 def write(model: MegatronGPT2LMHeadModel, prompt: Any) -> torch.Tensor:
-    """The greedy continuation [1, S] of a prompt, in float64, where no two tokens are equally likely.
-
-    Changes the model's dtype.
-
-    Raises:
-        HfMegatronError: The ranks wrote different ones.
-    """
+    """The greedy continuation [1, S] of a prompt, the same on all ranks; changes the model's dtype to float64."""
+    # In float64 no two tokens are equally likely.
     ids: torch.Tensor = model.double().generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     written: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(written, ids)

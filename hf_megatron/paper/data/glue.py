@@ -58,10 +58,7 @@ def read_sentence_pairs(task: PairTask, file: Path) -> list[SentencePair]:
     """Read an official file: a table with tabs between its columns and a header, or one JSON object a line (.jsonl).
 
     Pairs of MNLI without a gold label are left out, and so are rows with too few columns, of which QQP has some; a
-    warning counts the latter.
-
-    Raises:
-        DataError: A column is missing, a class is unknown, the file is of another form, or it holds nothing.
+    warning counts the latter. DataError if a column is missing, a class unknown, the form another one, or no pair left.
     """
     # Lines end at "\n" alone: some sentences hold other characters that Python takes for the end of a line.
     with file.open(encoding="utf-8", newline="\n") as lines:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -209,8 +210,7 @@ class DataCollatorForMegatronBertPretraining:
                 "predict; leave empty texts out."
             )
         is_chosen = torch.zeros(len(token_ids), dtype=torch.bool)
-        for ngram in ngrams:
-            is_chosen[ngram.start : ngram.stop] = True
+        is_chosen[[*chain(*ngrams)]] = True
         return is_chosen
 
     def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:

@@ -34,10 +34,8 @@ class RaceQuestion(TypedDict):
 def read_race(directory: Path) -> list[RaceQuestion]:
     """Read a split of the official files: every ``.txt`` in the directory and those below it, such as ``RACE/dev``.
 
-    The rows of ``datasets.load_dataset("ehovy/race", "all")`` have the same form.
-
-    Raises:
-        DataError: There are no files, or one of them is not in RACE's format.
+    The rows of ``datasets.load_dataset("ehovy/race", "all")`` have the same form. DataError if there are no files, or
+    one has another form.
     """
     files = sorted(directory.rglob("*.txt"))
     if not files:
@@ -64,9 +62,6 @@ class RaceQuestions(Dataset[dict[str, Any]]):
         max_length: Longest example, in tokens; the article is cut at its end to fit.
         max_option_length: Longest question with its option, in tokens.
 
-    Attributes:
-        references: The right option and the level of each question, as the metric ``race`` takes them.
-
     Raises:
         DataError: A length leaves no room, an answer or a level does not exist, or the tokenizer lacks a token.
     """
@@ -86,7 +81,7 @@ class RaceQuestions(Dataset[dict[str, Any]]):
                 f"choose at least {max_option_length + SegmentPairs.num_special + 1}."
             )
         rows = list(questions)
-        self.references = [_reference(row) for row in rows]
+        self.references = [_reference(row) for row in rows]  # as the metric "race" takes them
         texts = [[_fill_in(row["question"], option) for option in row["options"]] for row in rows]
         options = tokenize_distinct(tokenizer, chain(*texts))
         articles = tokenize_distinct(tokenizer, (row["article"] for row in rows))

@@ -69,12 +69,11 @@ def sentence_order_pairs(
         for sentences in _fill(document, room, short_probability, generator):
             split = _randint(1, len(sentences), generator)
             first, second = list(chain(*sentences[:split])), list(chain(*sentences[split:]))
-            label = _randint(0, 2, generator)
-            if label:
+            if label := _randint(0, 2, generator):
                 first, second = second, first
-            # Cut after swapping, and both at the end: neither lengths nor cuts may tell the label.
-            first, second = _shorten(first, second, room)
-            yield {**pairs.join(first, second), "sentence_order_label": label}
+            # Cut the longer one, then both alike, after swapping and at the end: neither lengths nor cuts may tell.
+            keep = min(len(first), max(room - len(second), room - room // 2))
+            yield {**pairs.join(first[:keep], second[: room - keep]), "sentence_order_label": label}
 
 
 def _fill(
@@ -95,12 +94,6 @@ def _fill(
             sentences, target = [], draw_target()
     if len(sentences) > 1:
         yield sentences
-
-
-def _shorten(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
-    """Cut the longer segment, then both alike, until they fit."""
-    keep = min(len(first), max(room - len(second), room - room // 2))
-    return first[:keep], second[: room - keep]
 
 
 def _randint(low: int, high: int, generator: torch.Generator | None) -> int:

@@ -57,10 +57,7 @@ class Question(TypedDict):
 def read_squad(file: Path) -> list[Question]:
     """Read an official file, such as ``train-v1.1.json`` or ``dev-v2.0.json``.
 
-    The rows of ``datasets.load_dataset("rajpurkar/squad")`` have the same form.
-
-    Raises:
-        DataError: The file is not in SQuAD's format.
+    The rows of ``datasets.load_dataset("rajpurkar/squad")`` have the same form. DataError if the file has another one.
     """
     try:
         return [
@@ -132,8 +129,7 @@ class QuestionWindows(Dataset[dict[str, torch.Tensor]]):
         asked = tokenize_distinct(tokenizer, (question["question"] for question in self.questions))
         self._asked = {text: tokens.ids[:max_question_length] for text, tokens in asked.items()}
         self.windows = [window for index in range(len(self.questions)) for window in self._cut(index, room, doc_stride)]
-        misplaced = [question["id"] for question in self.questions if _is_misplaced(question)]
-        if misplaced:
+        if misplaced := [question["id"] for question in self.questions if _is_misplaced(question)]:
             logger.warning(
                 f"{len(misplaced)} of {len(self.questions)} questions have an answer that does not stand in the text "
                 f"where answer_start says, the first one {misplaced[0]}; they are wrong to train on."

@@ -11,11 +11,7 @@ from hf_megatron.errors import DataError
 
 
 def special_token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    """The id of the token that the tokenizer calls ``name``: ``cls``, ``sep``, ``mask`` or ``pad``.
-
-    Raises:
-        DataError: The tokenizer has no such token.
-    """
+    """The id of the token that the tokenizer calls ``name``: ``cls``, ``sep``, ``mask`` or ``pad``; or DataError."""
     token_id: int | None = getattr(tokenizer, f"{name}_token_id")
     if token_id is None:
         raise DataError(
@@ -46,11 +42,7 @@ def tokenize_distinct(
 
 
 class SegmentPairs:
-    """Joins two segments of token ids.
-
-    Raises:
-        DataError: The tokenizer has no ``[CLS]`` or no ``[SEP]``.
-    """
+    """Joins two segments of token ids; DataError if the tokenizer has no ``[CLS]`` or no ``[SEP]``."""
 
     num_special = 3
 

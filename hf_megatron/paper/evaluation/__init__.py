@@ -35,11 +35,7 @@ MODULES = ("lambada", "wikitext103")
 
 
 def module_path(name: str) -> str:
-    """The path of one of ``MODULES``, for ``evaluate.load``.
-
-    Raises:
-        DataError: There is no such module here.
-    """
+    """The path of one of ``MODULES``, for ``evaluate.load``; DataError if it is none."""
     if name not in MODULES:
         raise DataError(f"there is no evaluation {name!r} in this package; choose one of {', '.join(MODULES)}.")
     return str(Path(__file__).with_name(f"{name}_measurement.py"))

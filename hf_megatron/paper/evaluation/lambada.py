@@ -45,11 +45,7 @@ class Passage:
 
     @classmethod
     def split(cls, text: str) -> Passage:
-        """Split a text at its last word.
-
-        Raises:
-            DataError: The text has less than two words.
-        """
+        """Split a text at its last word; DataError if it has less than two."""
         found = _LAST_WORD.search(text)
         if found is None or not text[: found.start()].strip():
             raise DataError(f"the passage {text!r} has less than two words; the last one is predicted from the others.")
@@ -59,10 +55,8 @@ class Passage:
 def read_passages(file: Path) -> list[str]:
     """The passages of a file: JSON objects with a ``text``, one a line (``.jsonl``), or a passage a line.
 
-    Both the raw edition, tokenised and in lower case, and the detokenised one come in either form.
-
-    Raises:
-        DataError: A line is not what it should be, or there is none.
+    Both the raw edition, tokenised and in lower case, and the detokenised one come in either form. DataError if a line
+    is not what it should be, or there is none.
     """
     lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     if not lines:

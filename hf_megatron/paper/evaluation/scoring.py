@@ -38,14 +38,10 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def predictions(
     model: Any, batches: Sequence[Sequence[Example]], *, unit: str, show_progress: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Run a model on batches of B examples, with teacher forcing.
+    """Logits [B, K, V] and labels [B, K] of each batch of B examples, replicated, on the model's device.
 
-    With ``show_progress`` rank 0 shows a bar on stderr that counts the examples, called ``unit``, and logs the expected
-    time after a few batches.
-
-    Yields:
-        Logits [B, K, V] and labels [B, K], ``IGNORED`` where an example predicts nothing; replicated, on the model's
-        device. K is as many positions as any of the examples needs.
+    K is as many positions as any of the examples needs; labels are ``IGNORED`` where one predicts nothing. With
+    ``show_progress`` rank 0 shows a bar that counts the examples, called ``unit``, and soon logs the expected time.
     """
     show = show_progress and (not dist.is_initialized() or dist.get_rank() == 0)
     total, done, started = sum(map(len, batches)), 0, time.monotonic()
@@ -75,22 +71,13 @@ def _predict(model: Any, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.
 
 
 def logits_at(model: Any, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The logits of some positions; the head is computed for these alone.
+    """The logits [B, K, V] of ``input_ids`` [B, S] at ``positions`` [K]; the head is computed for these alone.
 
-    Args:
-        model: A causal language model; of one that is cut over ranks, every rank makes this call.
-        input_ids: [B, S], on the CPU, replicated.
-        positions: [K], the same of every sequence.
-
-    Returns:
-        [B, K, V] in float32 (float64 stays float64), replicated.
+    All are replicated; every rank makes this call. The logits are in float32, or float64 if the model is.
     """
-    names = inspect.signature(model.forward).parameters
-    arguments: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
-    positions = positions.to(model.device)
-    keeps = "logits_to_keep" in names
-    if keeps:
-        arguments["logits_to_keep"] = positions
-    logits: torch.Tensor = model(input_ids=input_ids.to(model.device), **arguments).logits
-    logits = logits if keeps else logits[:, positions]
+    names, positions = inspect.signature(model.forward).parameters, positions.to(model.device)
+    options = {"use_cache": False, "logits_to_keep": positions}
+    known = {name: value for name, value in options.items() if name in names}
+    logits: torch.Tensor = model(input_ids=input_ids.to(model.device), **known).logits
+    logits = logits if "logits_to_keep" in names else logits[:, positions]
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -15,11 +15,7 @@ METRICS = ("accuracy", "race", "squad", "squad_v2")
 
 
 def metric_path(name: str) -> str:
-    """The path of one of ``METRICS``, for ``evaluate.load``.
-
-    Raises:
-        DataError: There is no such metric here.
-    """
+    """The path of one of ``METRICS``, for ``evaluate.load``; DataError if it is none."""
     if name not in METRICS:
         raise DataError(f"there is no metric {name!r} in this package; choose one of {', '.join(METRICS)}.")
     return str(Path(__file__).with_name(f"{name}_metric.py"))

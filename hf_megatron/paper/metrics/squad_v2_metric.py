@@ -9,14 +9,8 @@ from typing import Any
 import evaluate
 from datasets import Features, Value
 
-from hf_megatron.paper.metrics.answer_match import (
-    PREDICTION,
-    REFERENCE,
-    best_over_references,
-    exact_match,
-    normalise,
-    token_f1_v2,
-)
+from hf_megatron.paper.metrics import answer_match
+from hf_megatron.paper.metrics.answer_match import PREDICTION, REFERENCE, normalise
 
 
 class SquadV2(evaluate.Metric):
@@ -57,8 +51,8 @@ class SquadV2(evaluate.Metric):
         # A reference that is empty once normalised, such as an article, is none.
         expected = {question: [text for text in found if normalise(text)] or [""] for question, found in texts.items()}
         results: dict[str, float] = {}
-        for name, score in (("exact", exact_match), ("f1", token_f1_v2)):
-            raw = {q: best_over_references(score, answers[q], expected[q]) for q in expected}
+        for name, score in (("exact", answer_match.exact_match), ("f1", answer_match.token_f1_v2)):
+            raw = {q: answer_match.best_over_references(score, answers[q], expected[q]) for q in expected}
             scores = {
                 question: float(not is_answerable[question]) if probabilities[question] > no_answer_threshold else value
                 for question, value in raw.items()
