@@ -1,10 +1,8 @@
 """Defects that a contributor could make, each with the test that has to notice it: `make test-mutants`.
 
-A test says little unless it fails when the code is wrong. So here the code is made wrong: for each defect the repository
-is copied into a temporary directory, the defect is planted in the copy, and its test runs there. Nothing in the working
-tree changes. A defect that is not caught means that its test no longer guards what its docstring says.
-
-    make test-mutants MUTANTS="padding -j 2"     # or: python -m tests.mutants padding -j 2
+A test says little unless it fails when the code is wrong. So for each defect the repository is copied into a temporary
+directory, the defect is planted in the copy, and its test runs there; the working tree stays as it is. A defect that is
+not caught means that its test no longer guards what it says. To try some: `make test-mutants MUTANTS="padding -j 2"`.
 
 In the list, a line that begins with
 
@@ -44,9 +42,6 @@ _LIST = r"""
 # test_backward_of_copy_leaves_sibling_gradient_alone: f sums in place, and so changes a gradient that others hold
 - total = tensor.clone(memory_format=torch.contiguous_format)
 + total = tensor.contiguous()
-# test_gradient_of_a_parameter_does_not_keep_the_activations: the gradient of a bias keeps a buffer of activations alive
-- return [total if total.numel() == largest else total.clone() for total in totals]
-+ return totals
 # test_entering_sums_the_gradients_of_each_part: sequence parallelism: a slice of a partial sum for the sum's slice
 - partial(_gathered, group, dim, size), partial(_reduce_scattered, group, dim))
 + partial(_gathered, group, dim, size), partial(_sliced, group, dim))
@@ -67,13 +62,6 @@ _LIST = r"""
 # test_linear_layers_equal_plain_products: the gradient of a bias that is held whole stays a partial sum
 - wait = start_all_reduce(entry.group, buffer)
 + wait = start_all_reduce(entry.group, of_x)
-# test_layers_that_share_their_input_share_its_all_reduce: only the last layer's part of the gradient is left
-- beta=min(i, 1)
-+ beta=0
-@ hf_megatron/tensor_parallel/linear.py -> tests/tensor_parallel/test_mappings.py
-# test_products_behind_a_gather: sequence parallelism: the input is not gathered again for the weight's gradient
-- rows = (x if again is None else again()).reshape(-1, x.shape[-1])
-+ rows = x.new_zeros(len(flat[0]), x.shape[-1]) if again else x.reshape(-1, x.shape[-1])
 @ hf_megatron/tensor_parallel/sequence_parallel.py -> tests/models/test_sequence_parallel.py
 # test_micro_batches_add_up: gradients of norms and biases stay those of this rank's positions
 - copy_to_tensor_parallel_region(self.group, *(local(parameter) for parameter in parameters))
@@ -92,9 +80,6 @@ _LIST = r"""
 # test_loss_and_gradient_equal_torchs: the maximum is this rank's
 - maximum = maxima.amax(0)
 + maximum = maxima[group.rank]
-# test_loss_and_gradient_equal_torchs: sums are added up that have different maxima taken off
-- (totals * (maxima - maximum).exp()).sum(0)
-+ totals.sum(0)
 # test_extreme_logits: no maximum is taken off
 - maxima.append(values.amax(1))
 + maxima.append(torch.zeros_like(values[:, 0]))
@@ -112,16 +97,9 @@ _LIST = r"""
 - .exp_().mul_(factor[rows, None])
 + .exp_().mul_(factor[rows, None]).to(out.dtype).to(share.dtype)
 @ hf_megatron/tensor_parallel/linear_cross_entropy.py -> tests/tensor_parallel/test_linear_cross_entropy.py
-# test_short_dtypes: chunks are added up in bfloat16
-- is_short = not is_one_chunk or head.dtype == torch.float16
-+ is_short = head.dtype == torch.float16
 # test_loss_and_gradients_equal_torchs: the gradient of hidden states stays a partial sum
 - reduce_gradient=reduce_gradient and group.size > 1
 + reduce_gradient=False
-@ hf_megatron/tensor_parallel/linear_cross_entropy.py -> tests/models/test_stock_methods.py
-# test_a_graph_that_is_retained_gives_the_same_gradients_again: what is saved for a second backward pass is scaled
-- is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-+ is_compiling():
 @ hf_megatron/tensor_parallel/linear_cross_entropy.py -> tests/models/test_equality.py
 # test_heads_equal_stock: a tied head's gradient goes to the embedding and to autograd
 -             gradients[1] = None
@@ -137,40 +115,23 @@ _LIST = r"""
 # test_slices_are_dropped_as_the_whole_is: the mask of a slice is drawn for the slice
 - F.dropout(x.new_ones(shape), p).narrow(dim, start, stop - start) != 0
 + F.dropout(torch.ones_like(x), p) != 0
-# test_share_and_scale_of_what_is_kept: what is kept is not scaled
-- probabilities * keep * (1.0 / (1.0 - p))
-+ probabilities * keep
 @ hf_megatron/tensor_parallel/agreement.py -> tests/training/test_ranks_in_step.py
 # test_what_depends_on_the_rank_is_found_from_the_start: the guard compares nothing
 - if len(set(digests)) > 1:
 + if not digests:
-# test_what_a_callback_of_one_rank_asks_for_all_do: the last rank's wishes alone are heard
+@ hf_megatron/tensor_parallel/agreement.py -> tests/tensor_parallel/test_agreement.py
+# test_every_rank_is_heard: the last rank's wishes alone are heard
 - result |= wish
 + result = wish
-@ hf_megatron/tensor_parallel/placement.py -> tests/tensor_parallel/test_style.py
-# test_placements: a fused tensor is placed as if it were cut once
-- return _StridedShard(dim, split_factor=num_blocks)
-+ return Shard(dim)
-@ hf_megatron/models/attention.py -> tests/models/test_dropout.py
-# test_masks_are_those_of_one_process: every rank's first head is head 0
-- return self.tp_group.rank * self.num_heads_per_partition
-+ return 0
 @ hf_megatron/models/heads.py -> tests/models/test_sequence_parallel.py
 # test_micro_batches_add_up: behind a gather the head's gradient is summed twice
 - reduce_gradient=region is None
 + reduce_gradient=True
-@ hf_megatron/models/heads.py -> tests/models/test_equality.py
-# test_losses_equal_stock: labels are not shifted
-- F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-+ labels
 @ hf_megatron/models/bert/modeling_bert.py -> tests/models/test_equality.py
 # test_heads_equal_stock: pre: the residual starts behind the norm
 - context, _ = self.self(self.ln(hidden_states, region), attention_mask
 + hidden_states = self.ln(hidden_states, region)
 +         context, _ = self.self(hidden_states, attention_mask
-# test_heads_equal_stock: post: what is added is normalised, and not the sum
-- self.LayerNorm(residual + added, region)
-+ residual + self.LayerNorm(added, region)
 @ hf_megatron/models/bert/modeling_bert.py -> tests/models/test_communication.py
 # test_collectives_of_a_training_step: queries, keys and values each sum the gradient of their input
 - if self.tp_group.size > 1 and all(
@@ -179,29 +140,18 @@ _LIST = r"""
 # test_only_labelled_positions_are_computed: the masked-LM head transforms every position
 - hidden_states, labels = hidden_states[is_labelled], labels[is_labelled]
 + del is_labelled
-@ hf_megatron/models/gpt2/modeling_gpt2.py -> tests/models/test_initialization.py
-# test_distribution_is_that_of_stock: residual projections begin larger than in GPT-2
-- sqrt(2 * self.config.num_hidden_layers)
-+ sqrt(self.config.num_hidden_layers)
 @ hf_megatron/models/initialization.py -> tests/models/test_initialization.py
 # test_weights_do_not_depend_on_the_layout: each rank draws its part on its own
 - target.copy_(DtensorShardOperation(parameter).shard_tensor(drawn, device=target.device, dtype=target.dtype))
 + target.copy_(_DrawnTensor(tuple(target.shape), std, seed, name, zero_row)[...])
-# test_every_parameter_has_a_stream_of_its_own: all parameters are drawn from one stream
-- f"{seed}/{name}"
-+ f"{seed}"
 @ hf_megatron/partition/tiling.py -> tests/checkpoint/test_sharded.py
 # test_a_lost_shard_is_refused: a lost shard is a smaller tensor
 - if covered != whole.numel:
 + if covered > whole.numel:
 @ hf_megatron/partition/tiling.py -> tests/partition/test_tiling.py
-# test_verdict_on_any_damage_is_the_painted_one: a stale shard is one more piece, as long as the sizes add up
+# test_messages_name_the_piece: a stale shard is one more piece, as long as the sizes add up
 - if box.intersection(other) is not None:
 + if box == other:
-@ hf_megatron/checkpoint/sharded.py -> tests/checkpoint/test_sharded.py
-# test_pieces_of_different_dtypes_are_refused: two saves of different dtypes are one checkpoint
-- elif len(dtypes) > 1:
-+ elif not dtypes:
 @ hf_megatron/checkpoint/spelling.py -> tests/checkpoint/test_spelling.py
 # test_a_different_tied_head_is_refused: a tied head with values of its own is dropped
 - _require_same(copy, found[original])
@@ -216,18 +166,11 @@ _LIST = r"""
 # test_a_tensor_in_two_files_is_refused: of a name in two files the last one wins
 - if name in tensors:
 + if not name:
-@ hf_megatron/checkpoint/lazy.py -> tests/checkpoint/test_lazy.py
-# test_a_file_that_shrinks_after_opening_is_noticed: a short read leaves the rest as memory was
-- if file.readinto(target) != len(target):
-+ if file.readinto(target) < 0:
 @ hf_megatron/checkpoint/unpickle.py -> tests/checkpoint/test_torch_file.py
 # test_nothing_is_imported_or_made: a module that a pickle names is imported
 - return Global(self.names[-1])
 + __import__(module)
 +         return Global(self.names[-1])
-# test_names_are_those_of_today: the name that Python 2 had hides a function
-- NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-+ module, name
 @ hf_megatron/checkpoint/atomic_directory.py -> tests/checkpoint/test_atomic_directory.py
 # test_everything_is_on_disk_before_it_has_its_name: files are renamed before they are on disk
 - _sync(*self.path.rglob("*"), self.path)
@@ -250,13 +193,9 @@ _LIST = r"""
 # test_resuming_at_the_same_layout_changes_no_bit: torch's random state is not restored
 - torch.random.set_rng_state(state["cpu"])
 + pass
-# test_resuming_at_another_layout: the optimizer's state belongs to a rank, and not to a parameter
+# test_resuming_at_another_layout: a resumed run has a fresh optimizer
 - load_optimizer_distributed(model, optimizer, str(path))
 + optimizer.state.clear()
-@ hf_megatron/training/training_state.py -> tests/training/test_damage.py
-# test_parts_of_different_checkpoints_are_refused: a schedule of another step is taken
-- (place > step or (place < step and not may_skip))
-+ place < 0
 @ hf_megatron/training/checkpoints.py -> tests/training/test_float16.py
 # test_the_loss_scale_is_resumed: the loss scale starts over
 - self.accelerator.scaler.load_state_dict(read_state(path))
@@ -265,21 +204,10 @@ _LIST = r"""
 # test_an_overflow_on_one_rank_is_skipped_by_all: an overflow is one rank's own affair
 - dist.all_reduce(flag, dist.ReduceOp.MAX)
 + assert dist.is_initialized()
-@ hf_megatron/training/trainer.py -> tests/training/test_trainer.py
-# test_predictions_hold_every_example_once: examples are counted once per rank of a group
-- torch.cat(parts[:: self.get_tp_size()])
-+ torch.cat(parts)
-@ hf_megatron/training/trainer.py -> tests/training/test_failure.py
-# test_a_step_that_would_spoil_the_weights_is_not_taken: a step of inf or nan is taken
-- self._check_step(float(norm))
-+ self._loss_of_step = 0.0
 @ hf_megatron/peft/lora_layers.py -> tests/peft/test_equality.py
 # test_a_step_is_that_of_stock_peft: a column-parallel layer's B is cut in one block
 - ColumnParallelLinear(r, base.out_features, bias=False, specs=specs)
 + ColumnParallelLinear(r, base.out_features, bias=False)
-# test_a_step_is_that_of_stock_peft: a row-parallel layer's A is held whole
-- a_class = RowParallelLinear if isinstance(base, RowParallelLinear) else ReplicatedLinear
-+ a_class = ReplicatedLinear
 @ hf_megatron/planning/memory.py -> tests/planning/test_memory.py
 # test_weights_gradients_and_optimizer: gradients are counted in the dtype of the weights
 - count * precision.gradient
@@ -304,9 +232,6 @@ _LIST = r"""
 # test_every_version_and_degree: version 0 is read in the order of version 1
 - if version < 1.0:
 + if version < 0.0:
-# test_every_version_and_degree: version 1 is read in the order of version 2
-- if version < 2.0:
-+ if version < 1.0:
 @ conversion/hf_megatron_conversion/formats/megatron_lm/reader.py -> tests/conversion/megatron_lm/test_read.py
 # test_padding_of_the_vocabulary: the padding of the vocabulary is kept
 - limit = self._sizes["vocab_size"] if name in VOCABULARY else None
@@ -383,7 +308,10 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [d for d in defects() if any(options.select in text for text in (d.title, d.file, d.test))]
     for defect in chosen:
-        defect.planted()
+        try:
+            defect.planted()
+        except ValueError as error:
+            parser.error(str(error))
         if options.list:
             print(f"{defect.title}\n    {defect.file}\n    {defect.test}")
     if options.list:

@@ -12,7 +12,7 @@ from tests.repository import ROOT
 
 @pytest.mark.parametrize("defect", [pytest.param(defect, id=defect.title) for defect in defects()])
 def test_every_defect_can_be_planted(defect: Defect) -> None:
-    """Catches a list that rots: a text that moved or occurs twice, a defect that is none, or a test that was renamed."""
+    """Catches a list that rots: a text that is gone or occurs twice, a defect that is none, a test that was renamed."""
     planted = ast.parse(defect.planted())
     assert ast.dump(planted) != ast.dump(ast.parse((ROOT / defect.file).read_text(encoding="utf-8")))
     file, _, function = defect.test.partition("::")
