@@ -14,8 +14,8 @@ TRIPWIRES := tests/packaging/test_private_interfaces.py tests/packaging/test_pub
 	tests/models/test_saving.py tests/models/test_fsdp.py tests/training/test_trainer.py tests/peft/test_equality.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all test-gpu test-newest test-oldest tripwires bench cards build \
-	check quickstart clean
+.PHONY: help install format lint typecheck test test-all test-gpu test-mutants test-newest test-oldest tripwires bench cards \
+	build check quickstart clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ test-all: install ## All tests that need no GPU
 
 test-gpu: install ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+test-mutants: install ## Plant defects in a copy, one at a time, and see that the tests catch them
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 # TORCH=torch==2.13.0 keeps to a build of torch that is at hand: others may be downloads of gigabytes.
 test-newest: ## Fast tests and quickstart with the newest releases that pyproject.toml admits, in .venv-newest

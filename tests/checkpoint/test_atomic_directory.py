@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,44 @@ def test_a_failure_of_the_first_rank_is_handed_to_all(tmp_path: Path) -> None:
             AtomicDirectory(tmp_path / "model", meet=meet).__enter__()
         assert holder.path.is_dir()
     assert len(errors) == 1
+
+
+def test_the_first_rank_waits_for_the_others_before_it_publishes(tmp_path: Path) -> None:
+    """Catches a directory that has its name before all ranks have written their part, or that some do not find."""
+    there: list[list[str]] = []
+
+    def meet(error: Exception | None) -> None:
+        there.append([path.name for path in tmp_path.iterdir()])
+
+    with AtomicDirectory(tmp_path / "model", meet=meet) as fresh:
+        there.clear()
+        fresh.publish()
+    assert there == [[".model.incomplete"], ["model"]]
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_everything_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: bool
+) -> None:
+    """Catches files without their bytes under a checkpoint's name, after the machine went down."""
+    on_disk: set[int] = set()
+    named: list[int] = []
+
+    def note_and_do(rename: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def noting(path: Path, target: Path) -> Path:
+            named.extend(p.stat().st_ino for p in (path, *path.rglob("*")) if p.stat().st_ino not in on_disk)
+            return rename(path, target)
+
+        return noting
+
+    _fill(tmp_path / "model", notes="mine")
+    with AtomicDirectory(tmp_path / "model") as fresh:
+        _fill(fresh.path, weights="new")
+        _fill(fresh.path / "adapter", weights="new")
+        old = {path.stat().st_ino for path in (tmp_path / "model", tmp_path / "model/notes")}
+        monkeypatch.setattr(os, "fsync", lambda descriptor: on_disk.add(os.fstat(descriptor).st_ino))
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(Path, name, note_and_do(getattr(Path, name)))
+        fresh.publish(merge=merge)
+    assert set(named) <= old, "renamed before they were on disk"
+    assert (tmp_path / "model" if merge else tmp_path).stat().st_ino in on_disk, "the new names are not"

@@ -76,6 +76,11 @@ def test_shards_of_another_degree_are_found(spec: Split | FusedSplit, stale_degr
             "is stored twice: pieces of shape [4, 4] at [0, 0] and [4, 3] at [0, 3] overlap "
             "(shards of another degree left behind?)",
         ),
+        (
+            [Box((0, 0), (4, 3)), Box((0, 2), (4, 3))],  # the sizes add up
+            "is stored twice: pieces of shape [4, 3] at [0, 0] and [4, 3] at [0, 2] overlap "
+            "(shards of another degree left behind?)",
+        ),
         ([Box((0, 0), (4, 4)), Box((0, 4), (4, 3))], "a piece of shape [4, 3] at [0, 4], outside of its shape [4, 6]"),
         (
             [Box((0, -1), (4, 5)), Box((0, 5), (4, 1))],

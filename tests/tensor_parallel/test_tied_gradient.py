@@ -13,6 +13,8 @@ from hf_megatron.tensor_parallel.cpu import TiedGradient
 from tests.tensor_parallel.ranks import assert_close
 
 V, H, PADDING = 13, 6, 3
+USES: list[dict[str, Any]] = [{"is_detached": True}]
+USES += [{"backwards": backwards} for backwards in ((True,), (True, True), (False,), (True, False))]
 IDS = torch.tensor([[0, 7, PADDING, 12], [12, 7, 7, 5]])  # some of them several times
 
 
@@ -29,9 +31,14 @@ class _Whole(TorchDispatchMode):
 
 
 def _gradient(
-    *, is_tied: bool, padding: int | None = None, uses_head: bool = True, is_detached: bool = False, backwards: int = 1
+    *,
+    is_tied: bool,
+    padding: int | None = None,
+    is_detached: bool = False,
+    backwards: tuple[bool, ...] = (True,),
 ) -> tuple[torch.Tensor, int]:
-    """The weight's gradient, and how many tensors of its size the backward pass makes."""
+    """The weight's gradient after backward passes that do or do not begin at the head, and how many tensors of its size
+    they make."""
     torch.manual_seed(0)
     embedding = VocabParallelEmbedding(V, H, padding_idx=padding).double()
     scale = torch.ones(H, dtype=torch.float64, requires_grad=True)
@@ -43,14 +50,14 @@ def _gradient(
         SINGLE, hidden_states, weight, None, IDS.roll(1).view(-1), vocab_size=V, tied=tied
     )
     with _Whole() as whole:
-        for _ in range(backwards):
-            (loss if uses_head else embedded.square().sum()).backward(retain_graph=backwards > 1)
+        for begins_at_head in backwards:
+            (loss if begins_at_head else embedded.square().sum()).backward(retain_graph=len(backwards) > 1)
     assert embedding.weight.grad is not None
     return embedding.weight.grad, whole.count
 
 
 @pytest.mark.parametrize("padding", [None, PADDING])
-@pytest.mark.parametrize("use", [{}, {"backwards": 2}, {"uses_head": False}, {"is_detached": True}], ids=str)
+@pytest.mark.parametrize("use", USES, ids=str)
 def test_gradient_is_that_of_two(padding: int | None, use: dict[str, Any]) -> None:
     """Catches tokens that occur twice counted once, a padding row that learns, one of two lost where there is no
     other, and a second backward pass that begins with the sum of the first."""
