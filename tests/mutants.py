@@ -48,10 +48,6 @@ _LIST = r"""
 # test_leaving_keeps_this_ranks_part_of_the_sum: sequence parallelism: the gradient is not gathered
 - gather = partial(_gathered, group, dim, tensor.shape[dim])
 + gather = _same
-@ hf_megatron/tensor_parallel/collectives.py -> tests/tensor_parallel/test_mappings.py
-# test_gather_makes_whole_what_is_cut_unevenly: padding of uneven shards stays where they are gathered
-- torch.cat([p.narrow(dim, 0, stop - start) for p, (start, stop) in zip(parts, ranges, strict=True)], dim)
-+ torch.cat(parts, dim)
 @ hf_megatron/tensor_parallel/linear.py -> tests/tensor_parallel/test_linear.py
 # test_linear_layers_equal_plain_products: each rank adds the bias before the sum
 - partial_sum = _product(x, weight, None, self.weight_layout)
@@ -97,6 +93,9 @@ _LIST = r"""
 - .exp_().mul_(factor[rows, None])
 + .exp_().mul_(factor[rows, None]).to(out.dtype).to(share.dtype)
 @ hf_megatron/tensor_parallel/linear_cross_entropy.py -> tests/tensor_parallel/test_linear_cross_entropy.py
+# test_many_chunks_are_not_added_up_in_bfloat16: chunks are added up in bfloat16
+- is_short = not is_one_chunk or head.dtype == torch.float16
++ is_short = head.dtype == torch.float16
 # test_loss_and_gradients_equal_torchs: the gradient of hidden states stays a partial sum
 - reduce_gradient=reduce_gradient and group.size > 1
 + reduce_gradient=False
@@ -138,7 +137,7 @@ _LIST = r"""
 + if region is not None and all(
 @ hf_megatron/models/bert/modeling_bert_heads.py -> tests/models/bert/test_masked_lm.py
 # test_only_labelled_positions_are_computed: the masked-LM head transforms every position
-- hidden_states, labels = hidden_states[is_labelled], labels[is_labelled]
+- hidden_states, targets = hidden_states[is_labelled], labels[is_labelled]
 + del is_labelled
 @ hf_megatron/models/initialization.py -> tests/models/test_initialization.py
 # test_weights_do_not_depend_on_the_layout: each rank draws its part on its own
@@ -214,15 +213,15 @@ _LIST = r"""
 + at_end = per_layer
 @ hf_megatron/planning/traffic.py -> tests/planning/test_traffic.py
 # test_collectives_of_a_step: the sum behind the embedding is not planned
-- yield _collective("embedding, forward", "all-reduce", 1,
-+ yield _collective("embedding, forward", "all-reduce", 0,
-@ hf_megatron/paper/metrics/answers.py -> tests/metrics/test_metrics.py
+- yield Collective("embedding, forward", "all-reduce", "tp", 1,
++ yield Collective("embedding, forward", "all-reduce", "tp", 0,
+@ hf_megatron/paper/metrics/answer_match.py -> tests/metrics/test_metrics.py
 # test_words_and_f1: articles are cut out of words
 - r"\b(a|an|the)\b"
 + r"(a|an|the)"
 @ conversion/hf_megatron_conversion/converter.py -> tests/conversion/test_atomic.py
 # test_overlap_is_refused: a destination inside the source is written
--  or source in destination.parents:
+-  or resolved in target.parents:
 + :
 @ conversion/hf_megatron_conversion/tensors.py -> tests/conversion/test_command_line.py
 # test_overflow_is_refused: weights too large for float16 become infinite

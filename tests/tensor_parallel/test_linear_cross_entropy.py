@@ -289,3 +289,15 @@ def test_many_tokens_of_one_target_do_not_overflow_in_float16(pool: Pool, expone
     tensors, target = _sure(1e-4, 8192, one_target=True)
     (gradients,) = pool(1).run(_gradients_in_short, tensors, target, torch.float16, 2.0**exponent)
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_many_chunks_are_not_added_up_in_bfloat16() -> None:
+    """Catches a sum in bfloat16, which stops growing where a chunk is less than half of its last bit."""
+    count = 1024
+    hidden = torch.ones(count, H, dtype=torch.bfloat16)
+    weight = torch.zeros(V, H, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.zeros(count, dtype=torch.long)
+    vocab_parallel_linear_cross_entropy(SINGLE, hidden, weight, None, target, vocab_size=V, chunk_size=1).backward()
+    assert weight.grad is not None
+    # Each chunk's part and the sum are rounded once, to 8 bits.
+    torch.testing.assert_close(weight.grad[0].float(), torch.full((H,), 1 / V - 1), rtol=2**-7, atol=0.0)
