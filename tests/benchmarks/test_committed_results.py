@@ -1,4 +1,4 @@
-"""What benchmarks/README.md claims of committed results, and that these can be drawn again."""
+"""What the documents claim of committed results, and that these can be drawn again."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from benchmarks import (
     bench_model_sizes,
     bench_pretrain_gpt2,
     bench_training_step,
+    profile_training_step,
+    readme_table,
 )
-from benchmarks.peers.targets import reached
+from benchmarks.peers.derived import CARD
+from benchmarks.peers.report import markdown
+from benchmarks.peers.targets import TARGETS, reached
+from benchmarks.peers.workload import GPU_WORKLOADS, WORKLOADS
 from benchmarks.records import RESULTS, read
 
 
@@ -119,3 +124,22 @@ def test_committed_results(tmp_path: Path, name: str) -> None:
         main(["--redraw", "--output", str(tmp_path)])
         image = (tmp_path / f"{name}.png").read_bytes()
         assert (image[:4], len(image) > 10_000) == (b"\x89PNG", True)
+
+
+def test_the_documents_have_what_was_measured() -> None:
+    """Catches a README, a docs/performance.md or a table of results with other figures than the committed ones."""
+    training = read(RESULTS / "training_step.json")
+    assert (RESULTS / "training_step.md").read_text() == markdown(training)
+    table = readme_table.block(training, read(RESULTS / "decoding.json"))
+    assert table in readme_table.README.read_text(encoding="utf-8")
+    profile = profile_training_step.markdown(read(RESULTS / "profile.json"))
+    assert profile in (readme_table.README.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+def test_targets_name_what_is_measured() -> None:
+    """Catches a target that is never looked at because its workload or a configuration is misspelled."""
+    measured = " ".join(bench_training_step.CONFIGURATIONS.values()).split()
+    for target in TARGETS:
+        assert target.workload in {**WORKLOADS, **GPU_WORKLOADS}
+        assert target.ours in measured
+        assert target.peer in (*measured, CARD)

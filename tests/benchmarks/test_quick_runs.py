@@ -5,88 +5,177 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
+from types import ModuleType
 
 import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast, GPT2TokenizerFast
 
 from benchmarks import (
     bench_decoding,
+    bench_finetune_squad,
     bench_layernorm_placement,
     bench_loading,
     bench_loss_gradient,
+    bench_model_sizes,
+    bench_pretrain_gpt2,
     bench_rank_checks,
     bench_recomputation,
+    bench_training_step,
     bench_wikitext103,
 )
-from benchmarks.records import read
+from benchmarks.articles import hold_out, read_articles
+from benchmarks.command_line import make_parser, parse
+from benchmarks.records import RESULTS, read
 
 
-def _layernorm_placement(output: Path, out: str) -> None:
-    """Catches both placements trained as one."""
+def _trains_each_placement(output: Path) -> bool:
     runs = read(output / "layernorm_placement.json")["runs"]
     expected = [(2, "post"), (2, "pre"), (1, "post"), (1, "pre")]
     assert [(run["panel"]["layers"], run["placement"]) for run in runs] == expected
-    assert len({tuple(run["masked_lm_loss"]) for run in runs}) == 4
-    assert all(len(run["masked_lm_loss"]) == len(run["sentence_order_loss"]) == 3 for run in runs)
-    image = (output / "layernorm_placement.png").read_bytes()
-    assert (image[:4], len(image) > 10_000) == (b"\x89PNG", True)
+    return len({tuple(run["masked_lm_loss"]) for run in runs}) == 4
 
 
-def _wikitext103(output: Path, out: str) -> None:
-    """Catches a ratio the wrong way round."""
-    report = json.loads(out)
+def _is_the_right_way_round(output: Path) -> bool:
+    report = read(output / "wikitext103.json")
     seconds = report["seconds_per_window"]
-    assert report["ratio"] == pytest.approx(seconds["loop"] / seconds["evaluation"], rel=1e-4)
-    assert report["loop_windows"] == 4
+    return bool(report["ratio"] == pytest.approx(seconds["loop"] / seconds["evaluation"], rel=1e-4))
 
 
-def _decoding(output: Path, out: str) -> None:
-    """Catches competitors that decode different tokens, which the script refuses."""
-    assert "times the tokens per second" in (output / "decoding.md").read_text()
-
-
-def _loading(output: Path, out: str) -> None:
-    """Catches a way of loading that is not measured."""
-    assert (output / "loading.md").read_text().count("| ours-tp") == 3
-
-
-def _recomputation(output: Path, out: str) -> None:
-    """Catches a table that lacks a line, and choices that compute something else, which the script refuses."""
-    lines = (output / "recomputation.md").read_text().splitlines()
-    assert sum(line.startswith("| bf16 autocast |") for line in lines) == 4
-
-
-def _loss_gradient(output: Path, out: str) -> None:
-    """Catches gradients that are less exact than stock's."""
-    assert max(row["ratio"] for row in read(output / "loss_gradient.json")["rows"]) < 1.1
-
-
-def _rank_checks(output: Path, out: str) -> None:
-    """Catches a comparison of ranks that is not measured."""
-    assert read(output / "rank_checks.json")["seconds"]["exchange"] > 0
+# The arguments of a script, and what its results have to be.
+_SCRIPTS: dict[ModuleType, tuple[list[str], Callable[[Path], bool]]] = {
+    bench_layernorm_placement: (["--workers", "1"], _trains_each_placement),
+    bench_wikitext103: ([], _is_the_right_way_round),
+    bench_decoding: ([], lambda output: "times the tokens per second" in (output / "decoding.md").read_text()),
+    bench_loading: ([], lambda output: (output / "loading.md").read_text().count("| ours-tp") == 3),
+    bench_recomputation: (
+        ["--precisions", "bf16 autocast"],
+        lambda output: (output / "recomputation.md").read_text().count("\n| bf16 autocast |") == 4,
+    ),
+    bench_loss_gradient: (
+        [],
+        lambda output: max(row["ratio"] for row in read(output / "loss_gradient.json")["rows"]) < 1.1,
+    ),
+    bench_rank_checks: ([], lambda output: read(output / "rank_checks.json")["seconds"]["exchange"] > 0),
+}
+_FAST = (bench_layernorm_placement, bench_wikitext103)
 
 
 @pytest.mark.parametrize(
-    ("main", "arguments", "check"),
-    [
-        (bench_layernorm_placement.main, ["--workers", "1"], _layernorm_placement),
-        (bench_wikitext103.main, [], _wikitext103),
-        pytest.param(bench_decoding.main, [], _decoding, marks=pytest.mark.slow),
-        pytest.param(bench_loading.main, [], _loading, marks=pytest.mark.slow),
-        pytest.param(
-            bench_recomputation.main, ["--precisions", "bf16 autocast"], _recomputation, marks=pytest.mark.slow
-        ),
-        pytest.param(bench_loss_gradient.main, [], _loss_gradient, marks=pytest.mark.slow),
-        pytest.param(bench_rank_checks.main, [], _rank_checks, marks=pytest.mark.slow),
-    ],
-    ids=["layernorm_placement", "wikitext103", "decoding", "loading", "recomputation", "loss_gradient", "rank_checks"],
+    "script",
+    [pytest.param(script, marks=[] if script in _FAST else pytest.mark.slow) for script in _SCRIPTS],
+    ids=lambda script: script.__name__,
 )
-def test_it_measures(
-    main: Callable[[list[str]], None],
-    arguments: list[str],
-    check: Callable[[Path, str], None],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Catches a benchmark that no longer runs, and what its own check says."""
-    main(["--quick", *arguments, "--output", str(tmp_path)])
-    check(tmp_path, capsys.readouterr().out)
+def test_it_measures(script: ModuleType, tmp_path: Path) -> None:
+    """Catches a benchmark that no longer runs, or loses a line of its results."""
+    arguments, is_right = _SCRIPTS[script]
+    script.main(["--quick", *arguments, "--output", str(tmp_path)])
+    assert is_right(tmp_path)
+
+
+def test_a_quick_run_leaves_the_committed_results() -> None:
+    """Catches a try-out that replaces the figures of a whole run."""
+    parser = make_parser("Measures.", "quick")
+    assert parse(parser, [], "name")[1] == RESULTS / "name.json"
+    assert parse(parser, ["--quick"], "name")[1].parent != RESULTS
+
+
+def _compare(directory: Path, *arguments: str) -> None:
+    bench_training_step.main([*arguments, "--rounds", "2", "--max-foreign-cores", "inf", "--output", str(directory)])
+
+
+@pytest.mark.slow
+def test_a_comparison_survives_a_competitor_that_fails(tmp_path: Path) -> None:
+    """Catches a run that is lost when one competitor does not run."""
+    names = ["ours-tp1-1t", "stock-eager-tp1-1t", "stock-eager-tp2-1t"]
+    _compare(tmp_path, "--workloads", "gpt2-tiny", "--configurations", *names)
+    result = read(tmp_path / "training_step.json")["gpt2-tiny"]
+    assert [len(result["configurations"][name]["samples"]) for name in names[:2]] == [2, 2]
+    assert result["failed"] == {"stock-eager-tp2-1t": "ValueError: stock transformers computes on 1 rank, not 2"}
+    assert "| ours-tp1-1t / stock-eager-tp1-1t |" in (tmp_path / "training_step.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gpt2", "bert"])
+def test_the_run_for_a_card_works_on_a_processor(model: str, tmp_path: Path) -> None:
+    """Catches what would only show on a rented GPU: compiled and recomputed competitors, several steps a sample."""
+    configurations = bench_training_step.CONFIGURATIONS["cuda", model].split()
+    names = [name for name in configurations if "compiled" in name or "recomputed" in name]  # the others run elsewhere
+    _compare(tmp_path, "--workloads", f"{model}-tiny", "--repetitions", "3", "--batch", "2", "--configurations", *names)
+    result = read(tmp_path / "training_step.json")[f"{model}-tiny"]
+    assert result["failed"] == {}
+    assert list(result["configurations"]) == names
+
+
+def _write_articles(file: Path, count: int, length: int | None = None) -> Path:
+    texts = [topics[name][:length] for name in sorted(topics)[:count]]
+    file.write_text("".join(f" = Title {i} = \n \n = = Part = = \n {text}\n" for i, text in enumerate(texts)))
+    return file
+
+
+@pytest.mark.parametrize("script", [bench_finetune_squad, bench_model_sizes, bench_pretrain_gpt2])
+def test_without_data_nothing_is_measured(script: ModuleType, tmp_path: Path) -> None:
+    """Catches `make bench` failing where the data is not at hand, or overwriting results."""
+    script.main(["--output", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_articles_are_held_out_whole(tmp_path: Path) -> None:
+    """Catches a section taken for an article, one that is learnt and tested on, and a test of one end of the text."""
+    articles = read_articles([_write_articles(tmp_path / "text.txt", 20)])
+    assert [article.split("\n", 1)[0] for article in articles] == [f" = Title {i} = " for i in range(20)]
+    learnt, held_out = hold_out(articles, 0.1)
+    assert held_out == [articles[0], articles[10]]
+    assert learnt == [article for article in articles if article not in held_out]
+
+
+def test_model_sizes(tmp_path: Path) -> None:
+    """Catches a benchmark that no longer runs, and sizes that learn from other batches."""
+    file = _write_articles(tmp_path / "text.txt", 10, 300)
+    bench_model_sizes.main([str(file), "--quick", "--workers=1", f"--output={tmp_path}"])
+    results = read(tmp_path / "model_sizes.json")
+    assert (results["train_articles"], results["test_articles"]) == (8, 2)
+    large, small = results["runs"]
+    assert large["parameters"] > small["parameters"]
+    assert large["batches"] == small["batches"]
+    assert all(run["perplexity"][-1] < run["perplexity"][0] for run in (large, small))
+
+
+@pytest.mark.slow
+def test_finetune_squad(tmp_path: Path) -> None:
+    """Catches a benchmark that no longer runs, or tests on articles that it has trained on."""
+    articles = []
+    for name in sorted(topics)[:16]:
+        text = " ".join(topics[name].split()[:60])
+        word = text.split()[5]
+        answer = {"text": word, "answer_start": text.index(word)}
+        questions = [{"id": name, "question": f"What of {name}?", "answers": [answer]}]
+        articles.append({"title": name, "paragraphs": [{"context": text, "qas": questions}]})
+    (tmp_path / "questions.json").write_text(json.dumps({"data": articles}), encoding="utf-8")
+    untrained = BertTokenizerFast(model_max_length=128)
+    tokenizer = untrained.train_new_from_iterator(topics.values(), 600, show_progress=False)
+    tokenizer.save_pretrained(tmp_path / "bert")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
+    options = [f"--model={tmp_path / 'bert'}", f"--output={tmp_path}", "--batch=1", "--epochs=1"]
+    bench_finetune_squad.main([str(tmp_path / "questions.json"), *options])
+    results = read(tmp_path / "finetune_squad.json")
+    assert (results["train_questions"], results["test_questions"]) == (12, 4)
+    one, two = results["runs"]
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_pretrain_gpt2(tmp_path: Path) -> None:
+    """Catches a benchmark that no longer runs, or takes a file for one document."""
+    file = _write_articles(tmp_path / "text.txt", 12, 200)
+    tokenizer = GPT2TokenizerFast().train_new_from_iterator(topics.values(), 400, show_progress=False)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    sizes = ["--layers=1", "--hidden=16", "--heads=2", "--length=16", "--batch=2", "--steps=20", "--held-out=0.2"]
+    bench_pretrain_gpt2.main([str(file), f"--tokenizer={tmp_path / 'tokenizer'}", f"--output={tmp_path}", *sizes])
+    results = read(tmp_path / "pretrain_gpt2.json")
+    assert (results["train_documents"], results["test_documents"]) == (10, 2)
+    one, two = results["runs"]
+    assert one["perplexity"] == pytest.approx(two["perplexity"], rel=1e-3)

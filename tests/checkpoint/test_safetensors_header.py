@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_megatron.checkpoint import DTYPES, itemsize, read_header, torch_dtype
+from hf_megatron.checkpoint import read_header
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 
 
@@ -20,19 +19,6 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES))
-def test_agrees_with_safetensors_on_every_dtype(tmp_path: Path, dtype: str) -> None:
-    """Catches a wrong size or a wrong torch dtype in the table of spellings."""
-    path = tmp_path / "one.safetensors"
-    tensor = torch.zeros(2, 3).to(torch_dtype(dtype))
-    save_file({"x": tensor, "scalar": torch.tensor(1.0)}, path)
-    stored = read_header(path).tensors["x"]
-    with safe_open(path, framework="pt") as f:
-        assert stored.dtype == f.get_slice("x").get_dtype() == dtype
-    assert stored.shape == (2, 3)
-    assert stored.data_stop - stored.data_start == tensor.nbytes == 6 * itemsize(dtype)
-
-
 def test_metadata_is_no_tensor(file: Path) -> None:
     """Catches ``__metadata__`` listed among the tensors."""
     header = read_header(file)
@@ -40,19 +26,15 @@ def test_metadata_is_no_tensor(file: Path) -> None:
     assert header.metadata == {"format": "pt"}
 
 
-def test_a_file_truncated_anywhere_is_refused(file: Path) -> None:
-    """Catches a truncated download that opens, and then gives zeros, garbage or a late error for its last tensors."""
+def test_a_file_of_another_length_is_refused(file: Path) -> None:
+    """Catches a truncated download that opens, and then gives zeros or garbage, and two files run together."""
     whole = file.read_bytes()
     (length,) = struct.unpack("<Q", whole[:8])
     for size in (0, 5, 8, 8 + length // 2, 8 + length, len(whole) - 40, len(whole) - 1):
         file.write_bytes(whole[:size])
         with pytest.raises(CheckpointIncompleteError, match=r"truncated.*\b" + str(size)):
             read_header(file)
-
-
-def test_a_file_that_is_too_long_is_refused(file: Path) -> None:
-    """Catches two files run together: the header describes the first one only."""
-    file.write_bytes(file.read_bytes() * 2)
+    file.write_bytes(whole * 2)
     with pytest.raises(CheckpointIncompleteError, match="too long"):
         read_header(file)
 

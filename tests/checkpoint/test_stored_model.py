@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def test_the_published_bert_is_a_pretraining_model(tmp_path: Path) -> None:
     It is spelled as it lies on the Hub: gamma and beta, and both copies of what is tied.
     """
     tensors = model_tensors(_config("BertForPreTraining"))
-    stored = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for name, tensor in tensors.items()}
-    stored = {name.replace("LayerNorm.bias", "LayerNorm.beta"): tensor for name, tensor in stored.items()}
+    old = {name: re.sub(r"weight$", "gamma", re.sub(r"bias$", "beta", name)) for name in tensors if "LayerNorm" in name}
+    stored = {old.get(name, name): tensor for name, tensor in tensors.items()}
     stored["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].clone()
     config = _config("BertForMaskedLM")
     assert _found(tmp_path, stored, config) == "BertForPreTraining"
@@ -53,23 +54,20 @@ def test_the_named_class_is_kept_where_it_has_everything(tmp_path: Path, named: 
 
 
 @pytest.mark.parametrize(
-    ("named", "stored"),
+    ("named", "stored", "num_labels", "found"),
     [
-        ("BertModel", "BertForPreTraining"),
-        ("BertModel", "BertForSequenceClassification"),
-        ("BertModel", "BertForMultipleChoice"),
-        ("BertForTokenClassification", "BertForSequenceClassification"),
+        *(("BertModel", f"BertFor{head}", 3, f"BertFor{head}") for head in ("PreTraining", "MultipleChoice")),
+        ("BertForTokenClassification", "BertForSequenceClassification", 3, "BertForSequenceClassification"),
+        # With a single label two classes have the same tensors: no guess.
+        ("BertModel", "BertForMultipleChoice", 1, ""),
     ],
 )
-def test_the_class_that_has_everything_is_found(tmp_path: Path, named: str, stored: str) -> None:
-    """Catches heads told apart by names only: one has num_labels rows and another a single one."""
-    assert _found(tmp_path, model_tensors(_config(stored)), _config(named)) == stored
-
-
-def test_a_choice_between_two_classes_is_not_made(tmp_path: Path) -> None:
-    """Catches a guess: with a single label two classes have the same tensors."""
-    tensors = model_tensors(_config("BertForMultipleChoice", num_labels=1))
-    assert _found(tmp_path, tensors, _config("BertModel", num_labels=1)) == ""
+def test_the_class_that_has_everything_is_found(
+    tmp_path: Path, named: str, stored: str, num_labels: int, found: str
+) -> None:
+    """Catches heads told apart by names only, where one has num_labels rows and another a single one, and a guess."""
+    tensors = model_tensors(_config(stored, num_labels=num_labels))
+    assert _found(tmp_path, tensors, _config(named, num_labels=num_labels)) == found
 
 
 def test_what_no_class_has_is_refused(tmp_path: Path) -> None:

@@ -11,11 +11,7 @@ from hf_megatron.commands import cli
 
 
 class Commands:
-    """Runs command lines.
-
-    Args:
-        capfd: Sees what they print.
-    """
+    """Runs command lines, of which ``capfd`` sees what they print."""
 
     def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
         self._capfd = capfd

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
 from pathlib import Path
@@ -25,10 +24,7 @@ def test_committed_cards_are_what_the_script_writes(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("sys.argv", ["generate.py", "--output", str(tmp_path)])
     runpy.run_path(str(_CARDS / "generate.py"), run_name="__main__")
     written = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
-    assert written == {
-        path.name: path.read_text(encoding="utf-8") for path in _CARDS.glob("*.md") if path.stem in PRESETS
-    }
-    assert set(written) == {f"{name}.md" for name in PRESETS}
+    assert written == {f"{name}.md": (_CARDS / f"{name}.md").read_text(encoding="utf-8") for name in PRESETS}
 
 
 def _check(card: ModelCard, headings: tuple[str, ...]) -> None:
@@ -70,4 +66,3 @@ def test_a_model_that_the_planner_does_not_know_gets_a_card_too(tmp_path: Path) 
     source = save_stock(tmp_path / "stock", activation_function="quick_gelu")
     convert(source, tmp_path / "hub", to="hub")
     assert "| activation | quick_gelu |" in (tmp_path / "hub/README.md").read_text()
-    assert json.loads((tmp_path / "hub/config.json").read_text())["activation_function"] == "quick_gelu"

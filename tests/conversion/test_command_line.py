@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect as introspection
 import json
 import os
 import shutil
@@ -10,12 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import hf_megatron
 from hf_megatron.commands import cli
-from hf_megatron.commands.quickstart import quickstart
 from hf_megatron_conversion import convert, converter, inspection
 from tests.conversion.checkpoints import read_config, read_tensors, save_stock, write_hub
 from tests.conversion.commands import Commands
@@ -26,13 +24,15 @@ def test_convert(tied: Path, tmp_path: Path, command: Commands) -> None:
     """Catches keys that scripts rely on gone missing, or wrong."""
     code, result, _ = command.run("convert", tied, tmp_path / "tp", "--to", "tp", "--tp", "4", "--verify")
     assert code == 0
-    assert result["source"] == str(tied)
-    assert result["destination"] == str(tmp_path / "tp")
-    assert result["tensors"] == len(read_tensors(tied))
-    assert result["bytes_written"] == sum(path.stat().st_size for path in (tmp_path / "tp").iterdir())
+    expected: dict[str, Any] = {
+        "source": str(tied),
+        "destination": str(tmp_path / "tp"),
+        "tensors": len(read_tensors(tied)),
+    }
+    expected |= {"bytes_written": sum(path.stat().st_size for path in (tmp_path / "tp").iterdir()), "verified": True}
+    assert {key: result[key] for key in expected} == expected
     assert result["seconds"] > 0
     assert result["peak_rss_bytes"] > 10**7
-    assert result["verified"] is True
     code, result, _ = command.run("convert", tmp_path / "tp", tmp_path / "hub", "--to", "hub", "--dry-run")
     assert (code, result["verified"], (tmp_path / "hub").exists()) == (0, None, False)
 
@@ -48,21 +48,15 @@ def test_inspect(to: str, tp_size: int, model_type: str, untied: Path, tmp_path:
     parameters = sum(tensor.numel() for tensor in tensors.values())
     code, result, _ = command.run("inspect", path)
     assert code == 0
-    assert result == {
+    expected: dict[str, Any] = {
         "format": to,
         "architecture": "gpt2",
         "model_class": "GPT2LMHeadModel",
         "model_type": model_type,
-        "layernorm_placement": "pre",
-        "tp_size": tp_size,
-        "num_parameters": parameters,
-        "num_tensors": len(tensors),
-        "dtype": "float32",
-        "bytes": 4 * parameters,
-        "vocab_size": 131,
-        "checkpoint_version": None,
-        "dropped": [],
     }
+    expected |= {"layernorm_placement": "pre", "tp_size": tp_size, "num_parameters": parameters, "dtype": "float32"}
+    expected |= {"num_tensors": len(tensors), "bytes": 4 * parameters, "vocab_size": 131}
+    assert result == {**expected, "checkpoint_version": None, "dropped": []}
 
 
 def test_verify(tied: Path, untied: Path, command: Commands) -> None:
@@ -100,12 +94,6 @@ def _config(**entries: object) -> Callable[[Path], object]:
     return lambda source: (source / "config.json").write_text(json.dumps({**read_config(source), **entries}))
 
 
-def _lose_shards(source: Path) -> None:
-    index = {"metadata": {}, "weight_map": {"transformer.wte.weight": "model-00001-of-00002.safetensors"}}
-    (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    (source / "model.safetensors").unlink()
-
-
 def _change_tensors(source: Path) -> None:
     tensors = read_tensors(source)
     del tensors["transformer.ln_f.bias"]
@@ -118,17 +106,14 @@ def _change_tensors(source: Path) -> None:
     ("damage", "tp_size", "told"),
     [
         (lambda source: os.truncate(source / "model.safetensors", 200_000), 2, ["truncated"]),
-        (lambda source: (source / "model.safetensors").unlink(), 2, ["no weights"]),
-        (lambda source: (source / "config.json").unlink(), 2, ["config.json"]),
         (lambda source: (source / "config.json").write_text("{"), 2, ["config.json", "JSON"]),
         (_config(model_type="llama"), 2, ["llama", "gpt2"]),
         (_config(n_head=25, n_embd=50), 2, ["num_attention_heads=25", "tp_size=2", "1, 5 or 25"]),
-        (_lose_shards, 2, ["model-00001-of-00002.safetensors", "missing"]),
         (_change_tensors, 2, ["transformer.ln_f.bias", "transformer.h.7.unheard_of", "[5, 48]", "[32, 48]"]),
         # Before a download, or hours of reading, what the configuration alone decides.
         (lambda source: (source / "model.safetensors").unlink(), 5, ["num_attention_heads=12"]),
     ],
-    ids=["truncated", "no weights", "no config", "no json", "llama", "25 heads", "index", "tensors", "degree"],
+    ids=["truncated", "no json", "llama", "25 heads", "tensors", "degree"],
 )
 def test_bad_source(
     damage: Callable[[Path], object], tp_size: int, told: list[str], tied: Path, tmp_path: Path, command: Commands
@@ -192,24 +177,11 @@ def test_defects_are_not_dressed_up(tied: Path, command: Commands, monkeypatch: 
         cli.run(["inspect", str(tied)])
 
 
-@pytest.mark.parametrize("arguments", [["inspect", "{tied}"], ["plan", "gpt2-8.3b", "--tp", "8", "--gpus", "64"]])
-def test_a_look_needs_neither_torch_nor_transformers(arguments: list[str], tied: Path) -> None:
-    """Catches an import that makes a look at a header, or a plan, wait for seconds."""
-    watched = (
-        "import sys; from hf_megatron.commands.cli import run; code = run(sys.argv[1:]); "
-        "sys.exit(code or bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
-    )
-    process = [sys.executable, "-c", watched, *(argument.format(tied=tied) for argument in arguments)]
+@pytest.mark.parametrize("arguments", ["--help", "inspect {tied}", "plan gpt2-8.3b --tp 8 --gpus 64"])
+def test_a_look_imports_nothing_heavy(arguments: str, tied: Path) -> None:
+    """Catches an import that makes `--help`, shell completion, a look at a header or a plan wait for seconds."""
+    heavy = {"datasets", "matplotlib", "numpy", "safetensors", "torch", "transformers"}
+    watched = "import sys; from hf_megatron.commands.cli import run; code = run(sys.argv[1:]); "
+    watched += f"sys.exit(code or bool({heavy} & set(sys.modules)))"
+    process = [sys.executable, "-c", watched, *arguments.format(tied=tied).split()]
     assert subprocess.run(process, env=environment(), check=False, stdout=subprocess.DEVNULL).returncode == 0
-
-
-def test_quickstart_is_offered_with_its_options(command: Commands) -> None:
-    """Catches the command line and the quickstart drifting apart."""
-    assert {"tp_size", "output", "overwrite", "say"} <= set(introspection.signature(quickstart).parameters)
-    code, out, _ = command.show("quickstart", "--help")
-    assert (code, "--tp" in out, "--output" in out) == (0, True, True)
-
-
-def test_version(command: Commands) -> None:
-    """Catches a version that is another than the package's, or that takes a subcommand to ask for."""
-    assert command.show("--version") == (0, f"hf-megatron {hf_megatron.__version__}\n", "")

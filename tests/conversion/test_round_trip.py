@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -185,16 +188,23 @@ def test_side_files_come_along(tied: Path, tmp_path: Path) -> None:
     assert "every tensor was read back" in card
 
 
-def test_tokenizer_takes_the_place_of_the_sources(tied: Path, tmp_path: Path) -> None:
-    """Catches a mixture of two tokenizers' files."""
+def test_what_is_given_takes_the_place_of_the_sources(tied: Path, tmp_path: Path) -> None:
+    """Catches a mixture of two tokenizers' files, and a --config that is read but not used.
+
+    Without architectures in it the first class is assumed.
+    """
     source, tokenizer = tmp_path / "source", tmp_path / "tokenizer"
-    shutil.copytree(tied, source)
+    shutil.copytree(tied, source, ignore=shutil.ignore_patterns("*.json"))
     (source / "vocab.json").write_text("{}")
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("{}")
-    convert(source, tmp_path / "hub", to="hub", tokenizer=tokenizer)
-    assert (tmp_path / "hub/tokenizer.json").is_file()
-    assert not (tmp_path / "hub/vocab.json").exists()
+    config = {**read_config(tied), "architectures": None, "layer_norm_epsilon": 0.25}
+    (tmp_path / "other.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "tp", to="tp", tp_size=2, config=tmp_path / "other.json", tokenizer=tokenizer)
+    assert (tmp_path / "tp/tokenizer.json").is_file()
+    assert not (tmp_path / "tp/vocab.json").exists()
+    assert read_config(tmp_path / "tp")["layer_norm_epsilon"] == 0.25
+    assert read_config(tmp_path / "tp")["architectures"] == ["MegatronGPT2LMHeadModel"]
 
 
 def test_snapshot_of_the_hub_cache(tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,61 +234,82 @@ def test_snapshot_of_the_hub_cache(tied: Path, tmp_path: Path, monkeypatch: pyte
     assert "`some/gpt2` (hub)" in (tmp_path / "hub/README.md").read_text()
 
 
-def test_config_takes_the_place_of_the_sources(tied: Path, tmp_path: Path) -> None:
-    """Catches a --config that is read but not used: without architectures the first class is assumed."""
-    source = tmp_path / "source"
-    shutil.copytree(tied, source, ignore=shutil.ignore_patterns("*.json"))
-    config = {**read_config(tied), "architectures": None, "layer_norm_epsilon": 0.25}
-    (tmp_path / "other.json").write_text(json.dumps(config))
-    convert(source, tmp_path / "tp", to="tp", tp_size=2, config=tmp_path / "other.json")
-    assert read_config(tmp_path / "tp")["layer_norm_epsilon"] == 0.25
-    assert read_config(tmp_path / "tp")["architectures"] == ["MegatronGPT2LMHeadModel"]
-
-
-def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_model(tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a tensor, or a file, read whole: with a small bound every read stays below it."""
     monkeypatch.setattr("hf_megatron_conversion.tensors._SLICE_BYTES", 4096)
     # What lies in one piece on both sides the kernel copies; that needs none of this process's memory, in any amount.
     monkeypatch.setattr("hf_megatron_conversion.files._COPY_BYTES", 4096)
-    source = save_stock(tmp_path / "stock")
-    sizes = []
+    progress = MagicMock()
+    convert(tied, tmp_path / "tp", to="tp", tp_size=2, verify=True, progress=progress)
+    assert 0 < max(call.args[0] for call in progress.advance.call_args_list) <= 8192  # headers included
+    assert verify(tied, tmp_path / "tp").equal
 
-    class Recorder:
-        def begin(self, task: str, total_bytes: int) -> None:
-            sizes.append(0)
 
-        def advance(self, num_bytes: int) -> None:
-            sizes.append(num_bytes)
+def test_what_the_named_class_lacks_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches the published BERT refused, or its pooler and second head lost on the way, or kept without a word."""
+    source = save_stock(tmp_path / "stock", model_class=transformers.BertForPreTraining)
+    write_hub(source, read_tensors(source), {**read_config(source), "architectures": ["BertForMaskedLM"]})
+    assert inspect(source).model_class == "BertForPreTraining"
+    with caplog.at_level("WARNING", logger="hf_megatron_conversion"):
+        tp, hub = there_and_back(source, tmp_path, 2)
+    assert "taken for a BertForPreTraining" in caplog.text
+    assert "BertForMaskedLM" in caplog.text
+    assert read_config(tp)["architectures"] == ["MegatronBertForPreTraining"]
+    assert read_config(hub)["architectures"] == ["BertForPreTraining"]
+    assert hub_bytes(hub) == hub_bytes(source)
+    assert verify(source, tp, logits=True).equal
 
-    convert(source, tmp_path / "tp", to="tp", tp_size=2, verify=True, progress=Recorder())
-    assert max(sizes) <= 8192  # headers included
-    assert verify(source, tmp_path / "tp").equal
+
+# In a process that ignores PYTHONPATH and the current directory, and refuses to import this package besides.
+_LOAD = """
+import json, sys
+sys.modules["hf_megatron"] = sys.modules["hf_megatron_conversion"] = None
+import torch
+from transformers import AutoModelForCausalLM
+ids = torch.arange(20).unsqueeze(0)
+report = []
+for path in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    keys = [sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")]
+    report.append([type(model).__name__, keys, model(ids).logits.double().sum().item()])
+print(json.dumps(report))
+"""
+
+
+def test_stock_transformers_loads_hub_directories(tied: Path, untied: Path, tmp_path: Path) -> None:
+    """Catches names, config entries or metadata that only our classes understand."""
+    paths = []
+    for source in (tied, untied):
+        tp, _ = there_and_back(source, tmp_path / f"from-{source.name}", 4)
+        convert(tp, tmp_path / source.name, to="hub", max_shard_size="100KB")
+        paths += [str(source), str(tmp_path / source.name)]
+    report = json.loads(subprocess.check_output([sys.executable, "-I", "-c", _LOAD, *paths], text=True))
+    for original, converted in zip(report[::2], report[1::2], strict=True):
+        assert converted == original
+        assert converted[:2] == ["GPT2LMHeadModel", [[], [], []]]
 
 
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
+    # From 26 words on, each of six ranks has rows.
+    sizes=st.fixed_dictionaries(
+        {
+            "vocab_size": st.integers(26, 45),
+            "n_head": st.sampled_from([6, 12]),
+            "n_inner": st.none() | st.integers(26, 40),
+            "n_layer": st.integers(1, 2),
+            "tie_word_embeddings": st.booleans(),
+        }
+    ),
     head_dim=st.integers(1, 3),
-    heads=st.sampled_from([6, 12]),
-    vocab_size=st.integers(26, 45),  # from 26 on, each of six ranks has rows
-    inner=st.none() | st.integers(26, 40),
-    layers=st.integers(1, 2),
-    tied=st.booleans(),
     degrees=st.lists(st.sampled_from([1, 2, 3, 6]), min_size=1, max_size=4),
 )
 def test_any_shape_any_degrees(
-    tmp_path_factory: pytest.TempPathFactory,
-    head_dim: int,
-    heads: int,
-    vocab_size: int,
-    inner: int | None,
-    layers: int,
-    tied: bool,
-    degrees: list[int],
+    tmp_path_factory: pytest.TempPathFactory, sizes: dict[str, Any], head_dim: int, degrees: list[int]
 ) -> None:
     """Catches sizes that happen to work in the other tests: uneven vocabularies and inner sizes, one-wide heads."""
     directory = tmp_path_factory.mktemp("any")
-    sizes: dict[str, Any] = {"n_embd": heads * head_dim, "n_head": heads, "n_inner": inner, "n_layer": layers}
-    source = save_stock(directory / "stock", vocab_size=vocab_size, tie_word_embeddings=tied, **sizes)
+    source = save_stock(directory / "stock", **sizes, n_embd=sizes["n_head"] * head_dim)
     hub = there_and_back(source, directory, *degrees, verify=True)[-1]
     assert (hub / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()

@@ -34,10 +34,7 @@ def test_mnli_tables(tmp_path: Path) -> None:
 
 def test_mnli_json_lines(tmp_path: Path) -> None:
     """Catches the other official form of MultiNLI refused."""
-    rows = [
-        {"gold_label": "contradiction", "sentence1": "Up", "sentence2": "Down", "pairID": "1"},
-        {"gold_label": "-", "sentence1": "Up", "sentence2": "Left", "pairID": "2"},
-    ]
+    rows = [{"gold_label": label, "sentence1": "Up", "sentence2": "Down"} for label in ("contradiction", "-")]
     file = tmp_path / "multinli_1.0_dev_matched.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     assert read_sentence_pairs(_MNLI, file) == [{"first": "Up", "second": "Down", "label": 2}]

@@ -30,22 +30,16 @@ def _the(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(token_id)
 
 
-def _words_by_word_ids(encoding: Any, special: set[int]) -> list[range]:
-    """The reference: what the tokenizer itself says about which tokens are of one word."""
-    words: dict[int, range] = {}
-    for position, (word, token) in enumerate(zip(encoding.word_ids(), encoding["input_ids"], strict=True)):
-        if word is not None and token not in special:
-            start = words[word].start if word in words else position
-            words[word] = range(start, position + 1)
-    return list(words.values())
-
-
 def test_words_are_the_tokenizers(tokenizer: PreTrainedTokenizerBase) -> None:
     """Catches words torn apart or glued together."""
-    masking = NgramMasking(tokenizer)
     encoding = tokenizer("An unforgettable expression: don't you \u4f60 say (1.5e-3) self.assertEqual?")
-    words = masking.words(encoding["input_ids"])
-    assert words == _words_by_word_ids(encoding, set(tokenizer.all_special_ids))
+    words = NgramMasking(tokenizer).words(encoding["input_ids"])
+    # What the tokenizer itself says about which tokens are of one word.
+    expected: dict[int, range] = {}
+    for position, (word, token) in enumerate(zip(encoding.word_ids(), encoding["input_ids"], strict=True)):
+        if word is not None and token not in tokenizer.all_special_ids:
+            expected[word] = range(expected[word].start if word in expected else position, position + 1)
+    assert words == list(expected.values())
     assert max(map(len, words)) > 2
 
 
@@ -69,11 +63,15 @@ def test_a_cut_word_starts_after_a_special_token(tokenizer: PreTrainedTokenizerB
     assert NgramMasking(tokenizer).words(token_ids) == [range(1, 2), range(2, 3), range(4, 6)]
 
 
-@pytest.mark.parametrize("max_ngram", [1, 3])
-def test_whole_words_in_runs(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], max_ngram: int) -> None:
-    """Catches parts of words, runs with holes, over special tokens or of too many words, and overlapping ones."""
-    masking = NgramMasking(tokenizer, max_ngram=max_ngram)
+@pytest.mark.parametrize(("max_ngram", "probability"), [(1, 0.15), (3, 0.15), (3, 0.4)])
+def test_whole_words_in_runs(
+    tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], max_ngram: int, probability: float
+) -> None:
+    """Catches parts of words, runs with holes, over special tokens or of too many words, overlapping ones, and more
+    tokens than asked for, none at all, or far fewer than could be had."""
+    masking = NgramMasking(tokenizer, max_ngram=max_ngram, mlm_probability=probability)
     seen = set()
+    num_chosen = num_tokens = 0
     for token_ids in sequences:
         words = masking.words(token_ids)
         starts, stops = [word.start for word in words], [word.stop for word in words]
@@ -83,23 +81,14 @@ def test_whole_words_in_runs(tokenizer: PreTrainedTokenizerBase, sequences: list
             assert 1 <= num_words <= max_ngram
             assert not set(tokenizer.all_special_ids) & {token_ids[position] for position in ngram}
             seen.add(num_words)
-        positions = list(chain(*ngrams))
+        positions, length = list(chain(*ngrams)), sum(map(len, words))
         assert len(positions) == len(set(positions))
-    assert seen == set(range(1, max_ngram + 1))
-
-
-@pytest.mark.parametrize("probability", [0.15, 0.4])
-def test_number_of_tokens(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], probability: float) -> None:
-    """Catches more tokens than asked for, none at all, and far fewer than could be had."""
-    masking = NgramMasking(tokenizer, mlm_probability=probability)
-    num_chosen = num_tokens = 0
-    for token_ids in sequences:
-        words = masking.words(token_ids)
-        chosen = sum(map(len, masking.choose(token_ids)))
-        most = probability * sum(map(len, words))
-        assert 1 <= chosen <= max(most, min(map(len, words)))  # the shortest word, where no word fits
+        assert (
+            1 <= len(positions) <= max(probability * length, min(map(len, words)))
+        )  # where no word fits, the shortest
         if len(token_ids) > 50:
-            num_chosen, num_tokens = num_chosen + chosen, num_tokens + sum(map(len, words))
+            num_chosen, num_tokens = num_chosen + len(positions), num_tokens + length
+    assert seen == set(range(1, max_ngram + 1))
     assert num_chosen / num_tokens > 0.95 * probability  # sequences are whole, so that some end just below it
 
 
@@ -158,15 +147,6 @@ def test_eighty_ten_ten(tokenizer: PreTrainedTokenizerBase) -> None:
     assert kept / 50_000 == pytest.approx(0.1, abs=0.006)
     ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
     assert set(counts) == ordinary - {ids}  # about 8 of each
-
-
-def test_random_stream_given_or_default(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> None:
-    """Catches numbers that come from elsewhere than the generator, which would differ between ranks."""
-    masking = NgramMasking(tokenizer)
-    torch.manual_seed(5)
-    by_default = [masking.choose(token_ids) for token_ids in sequences[:20]]
-    generator = torch.Generator().manual_seed(5)
-    assert [masking.choose(token_ids, generator) for token_ids in sequences[:20]] == by_default
 
 
 def test_tokenizers_without_words_or_mask_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:

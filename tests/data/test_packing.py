@@ -9,25 +9,11 @@ from hypothesis import strategies as st
 from hf_megatron.errors import DataError
 from hf_megatron.paper.data import PackedDocuments
 
-_END = 99
-
-
-def test_documents_follow_each_other() -> None:
-    """Catches a document without its end, an empty one with one, and sequences cut at the ends of documents."""
-    packed = PackedDocuments([[1, 2, 3], [], [4], [5, 6, 7, 8]], length=4, end_of_document=_END)
-    assert [packed[i]["input_ids"].tolist() for i in range(len(packed))] == [
-        [1, 2, 3, _END],
-        [_END, 4, _END, 5],
-        [5, 6, 7, 8],
-    ]
-    with pytest.raises(IndexError):
-        packed[3]
-
 
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 9), min_size=3, max_size=20), length=st.integers(2, 7))
 def test_every_token_is_predicted_once(sizes: list[int], length: int) -> None:
-    """Catches tokens that are lost or learnt twice where one sequence ends and the next begins."""
+    """Catches tokens lost or learnt twice between sequences, a document without its end, and an empty one with one."""
     documents = [list(range(10 * i, 10 * i + size)) for i, size in enumerate([9, *sizes])]
     tokens = [token for document in documents if document for token in [*document, 1000]]
     packed = PackedDocuments(documents, length=length, end_of_document=1000)
@@ -45,4 +31,4 @@ def test_every_token_is_predicted_once(sizes: list[int], length: int) -> None:
 def test_too_little_text_is_refused(documents: list[list[int]], length: int) -> None:
     """Catches a data set of nothing, over which training would end at once."""
     with pytest.raises(DataError, match=rf"tokens do not make a sequence of {length}"):
-        PackedDocuments(documents, length=length, end_of_document=_END)
+        PackedDocuments(documents, length=length, end_of_document=99)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import DataCollatorForMultipleChoice, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_megatron.errors import DataError
 from hf_megatron.paper.data import RaceQuestion, RaceQuestions, read_race
@@ -72,14 +72,6 @@ def test_long_texts_are_cut(tokenizer: PreTrainedTokenizerBase) -> None:
     assert [types.index(1) for types in short["token_type_ids"]] == [
         len(tokenizer(f"What? {option}")["input_ids"]) for option in _OPTIONS
     ]
-
-
-def test_batches(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Catches examples that the collator of transformers does not take."""
-    questions = RaceQuestions([_question(), _question("Why is that so?", "D")], tokenizer)
-    batch = DataCollatorForMultipleChoice(tokenizer)([questions[0], questions[1]])
-    assert batch["input_ids"].shape[:2] == (2, 4)
-    assert batch["labels"].tolist() == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -40,16 +40,7 @@ def test_perplexity_is_the_slow_loop_s(tp_size: int, model_dir: Path, pool: Pool
     assert _evaluate(model_dir, 1, stride=WINDOW)["loss"] != pytest.approx(sum(losses) / len(losses), rel=1e-3)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_batches_do_not_matter(batch_size: int, model_dir: Path) -> None:
-    """Catches windows lost at the end of a batch."""
-    model, tokenizer = load(model_dir)
-    one, many = (evaluate_wikitext103(model, tokenizer, TEXT, batch_size=size) for size in (3, batch_size))
-    assert many.perplexity == pytest.approx(one.perplexity, rel=1e-6)
-    assert many.examples == one.examples
-
-
-@pytest.mark.parametrize("num_tokens", [2, 5, 1024, 1025, 1026, 1056, 1057, 1058, 1088, 5000])
+@pytest.mark.parametrize("num_tokens", [2, 5, 1024, 1025, 1026, 1056, 1057, 1058, 1088, 5000, 270_330])
 def test_windows_predict_every_token_once(num_tokens: int) -> None:
     """Catches an end that is cut off, windows longer than the model, and context shorter than the stride leaves."""
     found = list(windows(num_tokens, 1024, 32))
@@ -61,14 +52,8 @@ def test_windows_predict_every_token_once(num_tokens: int) -> None:
     assert all(window.length <= 1024 for window in found)
     assert [later.start - earlier.start for earlier, later in pairwise(found)] == [32] * (len(found) - 1)
     assert all(window.length - window.predictions == 992 for window in found[1:])
-
-
-def test_windows_of_the_paper_s_test_set() -> None:
-    """Catches a count that differs from the paper's: 270,329 predictions."""
-    found = list(windows(270_330, 1024, 32))
-    assert sum(window.predictions for window in found) == 270_329
-    assert found[0] == Window(0, 1024, 1024)
-    assert len(found) == 8_417
+    if num_tokens == 270_330:  # the paper's test set
+        assert (found[0], len(found)) == (Window(0, 1024, 1024), 8_417)
 
 
 @pytest.mark.parametrize(
@@ -76,10 +61,7 @@ def test_windows_of_the_paper_s_test_set() -> None:
     [
         ("a 1 @,@ 000 @.@ 5 well @-@ known", "a 1,000.5 well-known"),
         ("one , two ; three : four . Five ! Six ? Seven", "one, two; three: four. Five! Six? Seven"),
-        (
-            "he said \" yes , indeed \" and ( much later ) ' no ' [ sic ] { x }",
-            "he said \"yes, indeed\" and (much later) 'no' [sic] {x}",
-        ),
+        ("he said \" yes , so \" and ( later ) ' no ' [ sic ] { x }", "he said \"yes, so\" and (later) 'no' [sic] {x}"),
         ("the keeper 's house , the keepers ' house", "the keeper's house, the keepers' house"),
         (" \n = Title = \n \n = = Section = = \n = = = Sub = = = \n", "\n= Title =\n\n== Section ==\n=== Sub ===\n"),
         ("21 \N{DEGREE SIGN} N of it", "21\N{DEGREE SIGN}N of it"),
@@ -90,18 +72,11 @@ def test_detokenizer(tokenised: str, text: str) -> None:
     assert detokenize_wikitext(tokenised) == text
 
 
-def test_the_head_is_computed_only_where_a_loss_is_taken(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_is_computed_only_where_a_loss_is_taken(model_dir: Path) -> None:
     """Catches logits of whole windows, which cost more than all layers of a small model."""
     model, tokenizer = load(model_dir)
     rows: list[int] = []
-    head = model.lm_head.forward
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        rows.append(hidden.shape[:-1].numel())
-        logits: torch.Tensor = head(hidden)
-        return logits
-
-    monkeypatch.setattr(model.lm_head, "forward", forward)
+    model.lm_head.register_forward_pre_hook(lambda _, hidden: rows.append(hidden[0].shape[:-1].numel()))
     result = evaluate_wikitext103(model, tokenizer, TEXT, stride=8)
     assert sum(rows) == result.tokens
 
@@ -112,11 +87,7 @@ def test_models_that_cannot_leave_logits_out_are_evaluated_too(model_dir: Path) 
 
     class Wrapped:
         config, device = model.config, model.device
-
-        def forward(self, input_ids: torch.Tensor) -> Any:
-            return model(input_ids)
-
-        __call__ = forward
+        forward = __call__ = staticmethod(lambda input_ids: model(input_ids))
 
     ids, positions = torch.arange(20).view(2, 10), torch.tensor([3, 9])
     with torch.no_grad():

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.repository import ROOT
+from tests.repository import environment
 
 _HEAVY = {"numpy", "safetensors", "torch", "transformers"}
 
 
 def _run(program: str) -> set[str]:
     """The words that a program prints in a fresh interpreter."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'conversion'}"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True)
-    return set(done.stdout.split())
+    return set(subprocess.check_output([sys.executable, "-c", program], env=environment(), text=True).split())
 
 
 @pytest.mark.parametrize(
     "statement",
     [
         "import hf_megatron",
-        "import hf_megatron.partition",
-        "import hf_megatron.architectures",
-        "import hf_megatron.checkpoint",
-        "import hf_megatron.planning",
+        "import hf_megatron.partition, hf_megatron.architectures, hf_megatron.checkpoint, hf_megatron.planning",
         "from hf_megatron_conversion import convert, inspect, verify",
     ],
 )

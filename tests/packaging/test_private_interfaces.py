@@ -8,7 +8,6 @@ import inspect
 import pkgutil
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,16 +83,11 @@ def test_all_private_names_are_in_the_table() -> None:
     known = {interface.name for interface in PRIVATE_INTERFACES}
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in _SOURCES}
     own = {name for tree in trees.values() for node in ast.walk(tree) for name in _defined(node)}
-    used = {*_names_in_the_source(trees, own | _OUR_MARKS), *_overridden_names(own)}
+    used = {(name, p.name) for p, tree in trees.items() for n in ast.walk(tree) for name in _used(n, own | _OUR_MARKS)}
+    used |= set(_overridden_names(own))
     assert sorted(f"{name} in {place}" for name, place in used if name not in known) == []
     text = "".join(path.read_text(encoding="utf-8") for path in _SOURCES if path.name != "private_interfaces.py")
     assert [name for name in known if name not in text] == [], "the table has names that are not used any more"
-
-
-def _names_in_the_source(trees: dict[Path, ast.Module], own: set[str]) -> Iterator[tuple[str, str]]:
-    for path, tree in trees.items():
-        for node in ast.walk(tree):
-            yield from ((name, path.name) for name in _used(node, own))
 
 
 def _is_private(name: object) -> bool:

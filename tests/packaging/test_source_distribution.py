@@ -36,14 +36,10 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_it_has_every_file_of_the_repository(unpacked: Path) -> None:
-    """Catches a folder that MANIFEST.in does not know: documents, tests or constraints that packagers miss."""
+def test_it_has_every_file_and_the_version_of_the_code(unpacked: Path) -> None:
+    """Catches a folder that MANIFEST.in does not know, as of documents or tests, and metadata with another version."""
     expected = {str(path.relative_to(ROOT)) for path in repository_files()} - _NOT_SHIPPED
     assert sorted(name for name in expected if not (unpacked / name).is_file()) == []
-
-
-def test_it_has_the_version_of_the_code(unpacked: Path) -> None:
-    """Catches metadata with a version of its own."""
     assert unpacked.name == f"hf_megatron-{hf_megatron.__version__}"
     assert f"\nVersion: {hf_megatron.__version__}\n" in (unpacked / "PKG-INFO").read_text(encoding="utf-8")
 

@@ -45,8 +45,3 @@ def times_covered(shape: Shape, boxes: Sequence[Box]) -> torch.Tensor:
     for box in boxes:
         count[box.slices] += 1
     return count
-
-
-def is_inside(shape: Shape, box: Box) -> bool:
-    """Whether the box lies inside a tensor of this shape."""
-    return all(start >= 0 and start + size <= n for start, size, n in zip(box.offset, box.shape, shape, strict=True))

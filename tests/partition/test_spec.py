@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from hypothesis import given
@@ -39,24 +37,14 @@ def _reference(spec: Spec, tensor: torch.Tensor, tp_size: int) -> list[torch.Ten
 @unhurried
 @given(cuts())
 def test_shards_are_what_torch_chunk_gives(cut: tuple[Spec, Shape, int]) -> None:
-    """Catches uneven sizes spread otherwise or padded, gaps, mixed-up blocks, and a wrong order of ranks."""
+    """Catches uneven sizes spread otherwise, gaps, mixed-up blocks, a wrong order of ranks, and a wrong merge."""
     spec, shape, tp_size = cut
     tensor = _numbered(shape)
     shards = spec.split(tensor, tp_size)
-    references = _reference(spec, tensor, tp_size)
-    assert len(shards) == tp_size
-    for rank, (shard, reference) in enumerate(zip(shards, references, strict=True)):
+    for rank, (shard, reference) in enumerate(zip(shards, _reference(spec, tensor, tp_size), strict=True)):
         assert torch.equal(shard, reference)
         assert spec.shard_shape(shape, tp_size, rank) == tuple(reference.shape)
-
-
-@unhurried
-@given(cuts())
-def test_merge_undoes_split(cut: tuple[Spec, Shape, int]) -> None:
-    """Catches a merge that puts shards or blocks together in another order than split took them apart."""
-    spec, shape, tp_size = cut
-    tensor = _numbered(shape)
-    assert torch.equal(spec.merge(spec.split(tensor, tp_size)), tensor)
+    assert torch.equal(spec.merge(shards), tensor)
 
 
 @pytest.mark.parametrize("spec", [Replicated(), Split(0), Split(1), VocabSplit(), FusedSplit(0, 2), FusedSplit(1, 3)])
@@ -69,23 +57,15 @@ def test_every_bit_survives(spec: Spec) -> None:
 
 @unhurried
 @given(cuts())
-def test_ranks_together_hold_everything_once(cut: tuple[Spec, Shape, int]) -> None:
-    """Catches elements that no rank or two ranks hold, and a replicated tensor that is not whole."""
+def test_boxes_hold_everything_once(cut: tuple[Spec, Shape, int]) -> None:
+    """Catches elements that no rank or two ranks hold, or a directory, and empty boxes in it."""
     spec, shape, tp_size = cut
     boxes = [box for rank in range(tp_size) for box in spec.boxes(shape, tp_size, rank)]
     copies = tp_size if isinstance(spec, Replicated) else 1
     assert bool((times_covered(shape, boxes) == copies).all())
-
-
-@unhurried
-@given(cuts())
-def test_stored_boxes_tile_the_shape(cut: tuple[Spec, Shape, int]) -> None:
-    """Catches a directory that lacks elements or holds them twice, and empty boxes in it."""
-    spec, shape, tp_size = cut
-    boxes = spec.stored_boxes(shape, tp_size)
-    assert bool((times_covered(shape, boxes) == 1).all())
-    assert tiling_error(shape, boxes) is None
-    assert all(box.numel for box in boxes)
+    stored = spec.stored_boxes(shape, tp_size)
+    assert tiling_error(shape, stored) is None
+    assert all(box.numel for box in stored)
 
 
 def test_a_fused_tensor_is_stored_as_one_box_per_rank() -> None:
@@ -120,22 +100,11 @@ def test_intersection_is_what_both_cover(data: st.DataObject) -> None:
     assert common == second.intersection(first)
 
 
-def test_narrowed_speaks_of_the_full_tensor() -> None:
-    """Catches coordinates relative to the box."""
-    box = Box((2, 4), (6, 8)).narrowed(1, 5, 7)
-    assert box == Box((2, 5), (6, 2))
-    assert box.slices == (slice(2, 8), slice(5, 7))
-    assert box.numel == 12
-
-
 @pytest.mark.parametrize("spec", [Split(0), VocabSplit()])
 def test_a_rank_without_rows_is_refused(spec: Spec) -> None:
     """Catches an empty shard, on which a maximum over the vocabulary fails far from the cause."""
-    message = (
-        "wte.weight has 5 entries along dim 0; cut over tp_size=4 ranks the last rank would hold none. "
-        "Choose a tp_size of 3, or another that leaves every rank at least one."
-    )
-    with pytest.raises(PartitionError, match=re.escape(message)):
+    message = r"wte\.weight has 5 entries along dim 0; .*tp_size=4 .* would hold none\. Choose a tp_size of 3"
+    with pytest.raises(PartitionError, match=message):
         spec.check("wte.weight", (5, 2), 4)
     for tp_size in (1, 2, 3, 5):
         spec.check("wte.weight", (5, 2), tp_size)

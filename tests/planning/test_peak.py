@@ -26,12 +26,8 @@ _SIZES = {
 }
 # Kind, precision, recomputation, attention, degree.
 _Case = tuple[str, str, Recompute, Any, int]
-_WAYS = (("sdpa", 1), ("eager", 1), ("sdpa", 2))
-_GRID = [
-    (*case, *way)
-    for case in itertools.product(("gpt2", "bert-mlm"), ("fp32", "bf16"), get_args(Recompute))
-    for way in _WAYS
-]
+_AXES = (("gpt2", "bert-mlm"), ("fp32", "bf16"), get_args(Recompute), (("sdpa", 1), ("eager", 1), ("sdpa", 2)))
+_GRID = [(*case, *way) for *case, way in itertools.product(*_AXES)]
 _QUICK: list[_Case] = [
     ("gpt2", "fp32", "none", "sdpa", 1),
     ("gpt2", "bf16", "selective", "sdpa", 2),

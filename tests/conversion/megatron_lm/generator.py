@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import pickle
 import random
 import sys
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -33,46 +31,27 @@ HEAD_DIM = HIDDEN // HEADS
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A model as one Megatron-LM would have trained and saved it.
+    """A model as one Megatron-LM would have trained and saved it."""
 
-    Attributes:
-        kind: ``gpt`` or ``bert``.
-        version: ``checkpoint_version``; None for none.
-        tp: Tensor-parallel degree.
-        pp: Number of pipeline stages.
-        names: ``first`` (transformer, attention), ``second`` (encoder, self_attention), ``flat`` (GPT-2 of 2019),
-            ``core`` and ``te`` (Megatron-core with its own layers, or transformer-engine's).
-        is_post: ``--apply-residual-connection-post-layernorm``.
-        gelu: ``erf`` everywhere, ``fused`` (tanh in the layers only) or ``openai`` (tanh everywhere).
-        eps: Of the LayerNorms.
-        has_binary_head: Whether a BERT has its second head, token types and pooler.
-        is_untied: Whether a GPT has a head of its own.
-        divisor: ``--make-vocab-size-divisible-by``.
-        has_arguments: Whether the files say how the model was trained.
-        is_zip: Whether torch 1.6 or later saved it.
-        dtype: Of the weights.
-        chunks: Model chunks per stage, of an interleaved pipeline.
-        layers: Number of layers.
-        extra_arguments: Besides those of ``arguments_of``, or in their place.
-    """
-
-    kind: str = "gpt"
-    version: float | None = 3.0
+    kind: str = "gpt"  # or "bert"
+    version: float | None = 3.0  # checkpoint_version; None for none
     tp: int = 2
     pp: int = 1
+    # first (transformer, attention), second (encoder, self_attention), flat (GPT-2 of 2019), core and te (Megatron-core
+    # with its own layers, or transformer-engine's)
     names: str = "second"
-    is_post: bool = False
-    gelu: str = "erf"
+    is_post: bool = False  # --apply-residual-connection-post-layernorm
+    gelu: str = "erf"  # everywhere; "fused" (tanh in the layers only) or "openai" (tanh everywhere)
     eps: float = 1e-5
-    has_binary_head: bool = True
-    is_untied: bool = False
-    divisor: int = 16
+    has_binary_head: bool = True  # whether a BERT has its second head, token types and pooler
+    is_untied: bool = False  # whether a GPT has a head of its own
+    divisor: int = 16  # --make-vocab-size-divisible-by
     has_arguments: bool = True
-    is_zip: bool = True
+    is_zip: bool = True  # whether torch 1.6 or later saved it
     dtype: torch.dtype = torch.float32
-    chunks: int = 1
+    chunks: int = 1  # per stage, of an interleaved pipeline
     layers: int = LAYERS
-    extra_arguments: tuple[tuple[str, Any], ...] = ()
+    extra_arguments: tuple[tuple[str, Any], ...] = ()  # besides those of arguments_of, or in their place
 
     @property
     def is_bert(self) -> bool:
@@ -116,11 +95,9 @@ def make_weights(variant: Variant, seed: int = 0) -> Tensors:
 # --- The equations.
 
 
-def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
-    return 0.5 * x * (1 + torch.tanh(0.7978845608 * x * (1 + 0.044715 * x**2)))
-
-
-def _erf_gelu(x: torch.Tensor) -> torch.Tensor:
+def _gelu(is_tanh: bool, x: torch.Tensor) -> torch.Tensor:
+    if is_tanh:
+        return 0.5 * x * (1 + torch.tanh(0.7978845608 * x * (1 + 0.044715 * x**2)))
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
@@ -146,7 +123,6 @@ def forward(
         visible = (mask[:, None, :, None] * mask[:, None, None, :]).bool()
     else:
         visible = torch.ones(length, length).tril().bool()
-    gelu = _erf_gelu if variant.gelu == "erf" else _tanh_gelu
     x = w["words"][ids] + w["positions"][:length]
     if "types" in w:
         x = x + w["types"][types]
@@ -160,12 +136,14 @@ def forward(
         context = (torch.softmax(scores, dim=-1) @ heads[2]).transpose(1, 2).flatten(2)
         x = (y if variant.is_post else x) + linear(context, f"{layer}.out")
         z = norm(x, f"{layer}.norm2")
-        x = (z if variant.is_post else x) + linear(gelu(linear(z, f"{layer}.up")), f"{layer}.down")
+        x = (z if variant.is_post else x) + linear(
+            _gelu(variant.gelu != "erf", linear(z, f"{layer}.up")), f"{layer}.down"
+        )
     x = norm(x, "norm")
     if not variant.is_bert:
         return [x @ w["head" if variant.is_untied else "words"].T]
-    head_gelu = _tanh_gelu if variant.gelu == "openai" else _erf_gelu
-    logits = [norm(head_gelu(linear(x, "lm.dense")), "lm.norm") @ w["words"].T + w["lm.bias"]]
+    hidden = _gelu(variant.gelu == "openai", linear(x, "lm.dense"))
+    logits = [norm(hidden, "lm.norm") @ w["words"].T + w["lm.bias"]]
     if variant.has_binary_head:
         logits.append(linear(torch.tanh(linear(x[:, 0], "pooler")), "binary"))
     return logits
@@ -280,8 +258,7 @@ _LAYER = {
     "second": ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
 }
 _NORMS = {
-    "first": ("input_layernorm.{}", "post_attention_layernorm.{}"),
-    "second": ("input_layernorm.{}", "post_attention_layernorm.{}"),
+    **dict.fromkeys(("first", "second"), ("input_layernorm.{}", "post_attention_layernorm.{}")),
     "core": ("input_layernorm.{}", "pre_mlp_layernorm.{}"),
     "te": ("self_attention.linear_qkv.layer_norm_{}", "mlp.linear_fc1.layer_norm_{}"),
 }
@@ -370,23 +347,14 @@ def foreign(name: str, **state: Any) -> Any:
     return instance
 
 
-@contextmanager
-def foreign_modules(*instances: Any) -> Iterator[None]:
-    """While the context lasts, the classes of these instances can be pickled by name."""
-    added: list[str] = []
-    for cls in map(type, instances):
-        parts = cls.__module__.split(".")
-        for name in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
-            if name not in sys.modules:
-                sys.modules[name] = types.ModuleType(name)
-                added.append(name)
-        setattr(sys.modules[cls.__module__], cls.__name__, cls)
-        assert pickle.dumps(cls)
-    try:
-        yield
-    finally:
-        for name in added:
-            del sys.modules[name]
+def save_foreign(path: Path, content: Any, is_zip: bool, *instances: Any) -> None:
+    """``save``, while the classes of these instances can be pickled by name."""
+    with patch.dict(sys.modules):
+        for cls in map(type, instances):
+            for name in accumulate(cls.__module__.split("."), "{}.{}".format):
+                sys.modules.setdefault(name, types.ModuleType(name))
+            setattr(sys.modules[cls.__module__], cls.__name__, cls)
+        save(path, content, is_zip)
 
 
 def inputs(variant: Variant) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

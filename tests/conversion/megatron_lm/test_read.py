@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import hf_megatron
 from hf_megatron.errors import CheckpointError
 from hf_megatron_conversion import convert, inspect
+from tests.conversion.checkpoints import read_config
 from tests.conversion.megatron_lm.generator import (
     FFN,
     HEADS,
@@ -24,6 +25,7 @@ from tests.conversion.megatron_lm.generator import (
     LAYERS,
     POSITIONS,
     VOCAB,
+    Tensors,
     Variant,
     content_of,
     forward,
@@ -53,19 +55,16 @@ _SAVED = [
 ]
 
 
-def hub_config(directory: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    return config
-
-
-def assert_converts(tmp_path: Path, variant: Variant, **options: Any) -> None:
-    """Write, convert to a hub directory, run that, and compare with the equations."""
-    weights = make_weights(variant)
-    source = write(tmp_path / "source", variant, weights)
+def assert_converts(
+    tmp_path: Path, variant: Variant, weights: Tensors | None = None, source: Path | None = None, **options: Any
+) -> None:
+    """Write, if there is no source, convert to a hub directory, run that, and compare with the equations."""
+    weights = make_weights(variant) if weights is None else weights
+    source = source or write(tmp_path / "source", variant, weights)
     convert(source, tmp_path / "hub", to="hub", **{"vocab_size": VOCAB, **options})
     ids, mask, types = inputs(variant)
     expected = forward(variant, weights, ids, mask, types)
-    config = hub_config(tmp_path / "hub")
+    config = read_config(tmp_path / "hub")
     assert config["vocab_size"] == VOCAB
     assert config["dtype"] == str(variant.dtype).removeprefix("torch.")
     class_name = config["architectures"][0]
@@ -79,6 +78,7 @@ def assert_converts(tmp_path: Path, variant: Variant, **options: Any) -> None:
         outputs = model(ids, **arguments).to_tuple()
     assert outputs[0].shape == expected[0].shape
     assert (outputs[0] - expected[0])[mask.bool()].abs().max() < TOLERANCE
+    assert not variant.is_bert or len(outputs) == len(expected)
     if len(expected) > 1:
         assert (outputs[1] - expected[1]).abs().max() < TOLERANCE
 
@@ -128,6 +128,11 @@ _VARIANTS = {
         Variant(is_untied=True),
         Variant(is_untied=True, names="core"),
     ],
+    "token types added where Megatron-LM had none, and a head that is looked for in vain": [
+        Variant(kind="bert", has_binary_head=False, version=version, names=names, is_post=is_post)
+        for version, names in ((None, "first"), (3.0, "second"))
+        for is_post in (False, True)
+    ],
     "the stock class's default of eps in place of what the model was trained with": [
         Variant(**kind, eps=eps) for kind in _KINDS.values() for eps in (1e-12, 1e-3)
     ],
@@ -144,18 +149,6 @@ def test_every_variant(tmp_path: Path, caught: str, variant: Variant) -> None:
     assert_converts(tmp_path, variant)
 
 
-@pytest.mark.parametrize("is_post", [False, True])
-@pytest.mark.parametrize("version", [None, 3.0])
-def test_bert_without_second_head(tmp_path: Path, version: float | None, is_post: bool) -> None:
-    """Catches token types added where Megatron-LM had none, and a head that is looked for in vain."""
-    names = "first" if version is None else "second"
-    assert_converts(
-        tmp_path, Variant(kind="bert", has_binary_head=False, version=version, names=names, is_post=is_post)
-    )
-    name = "BertForMaskedLM" if is_post else "MegatronBertForMaskedLM"
-    assert hub_config(tmp_path / "hub")["architectures"] == [name]
-
-
 def test_core_calls_eps_otherwise(tmp_path: Path) -> None:
     """Catches the newer name of the argument overlooked, so that the default stands."""
     variant = Variant(names="core", eps=0.01, tp=1)
@@ -164,7 +157,7 @@ def test_core_calls_eps_otherwise(tmp_path: Path) -> None:
     content["args"].norm_epsilon = 0.01
     save(tmp_path / "source/iter_0000001/mp_rank_00/model_optim_rng.pt", content)
     convert(tmp_path / "source", tmp_path / "hub", to="hub", vocab_size=VOCAB)
-    assert hub_config(tmp_path / "hub")["layer_norm_epsilon"] == 0.01
+    assert read_config(tmp_path / "hub")["layer_norm_epsilon"] == 0.01
 
 
 @pytest.mark.parametrize("kind", list(_KINDS))
@@ -174,11 +167,10 @@ def test_without_arguments(tmp_path: Path, kind: str) -> None:
     # The names, and the activation, of the versions without arguments.
     names, gelu = ("flat", "openai") if is_gpt else ("first", "erf")
     variant = Variant(**_KINDS[kind], version=None, names=names, gelu=gelu, has_arguments=False, is_zip=False)
-    config = {
-        "gpt": {"model_type": "gpt2", "n_head": HEADS},
-        "bert-pre": {"model_type": "megatron-bert", "num_attention_heads": HEADS},
-        "bert-post": {"model_type": "bert", "num_attention_heads": HEADS, "layer_norm_eps": 1e-5},
-    }[kind]
+    config: dict[str, Any] = {"model_type": {"gpt": "gpt2", "bert-pre": "megatron-bert", "bert-post": "bert"}[kind]}
+    config["n_head" if is_gpt else "num_attention_heads"] = HEADS
+    if kind == "bert-post":
+        config["layer_norm_eps"] = 1e-5
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="how many attention heads"):
@@ -190,42 +182,31 @@ def test_the_stock_default_of_eps_is_no_choice(tmp_path: Path) -> None:
     """Catches 1e-12 taken from a config.json that transformers wrote, which such models were not trained with."""
     sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "intermediate_size": FFN}
     config = transformers.MegatronBertConfig(**sizes, num_attention_heads=HEADS, max_position_embeddings=POSITIONS)
-    assert config.layer_norm_eps == 1e-12
     config.save_pretrained(tmp_path)
     variant = Variant(kind="bert", version=None, names="first", has_arguments=False)
     assert_converts(tmp_path, variant, config=tmp_path / "config.json")
 
 
-def _assert_same_model(tmp_path: Path, *contents: dict[str, Any]) -> None:
-    """Files of one rank each, which have to become the same hub directory."""
-    found = set()
-    for number, content in enumerate(contents):
-        save(tmp_path / f"{number}/release/mp_rank_00/model_optim_rng.pt", content)
-        convert(tmp_path / f"{number}", tmp_path / f"hub-{number}", to="hub", vocab_size=VOCAB)
-        found.add((tmp_path / f"hub-{number}/model.safetensors").read_bytes())
-    assert len(found) == 1
-
-
-def test_wrappers_in_the_names(tmp_path: Path) -> None:
-    """Catches a model saved inside DistributedDataParallel and a half-precision wrapper."""
-    weights = make_weights(Variant(tp=1))
-    nested = content_of(Variant(tp=1), weights, 0, 0)
+def test_other_ways_to_save_the_same(tmp_path: Path) -> None:
+    """Catches the names of wrappers, and a shard that was saved as a view read as if its columns were all there are."""
+    plain, nested, flat, views = (
+        content_of(Variant(tp=1, names=names), make_weights(Variant(tp=1)), 0, 0)
+        for names in ("second", "second", "core", "second")
+    )
     nested["model"] = {"module": {"module": nested["model"]}}
-    flat = content_of(Variant(tp=1, names="core"), weights, 0, 0)
     flat["model"] = {f"module.{name}": tensor for name, tensor in flat["model"].items()}
-    _assert_same_model(tmp_path, content_of(Variant(tp=1), weights, 0, 0), nested, flat)
-
-
-def test_views_of_larger_tensors(tmp_path: Path) -> None:
-    """Catches a shard that was saved as a view, its columns read as if they followed each other."""
-    plain, views = (content_of(Variant(tp=1), make_weights(Variant(tp=1)), 0, 0) for _ in range(2))
     layers = views["model"]["language_model"]["encoder"]
     for name, tensor in layers.items():
         if tensor.dim() == 2:
             wide = torch.full((tensor.shape[0], tensor.shape[1] + 5), 9.0)
             wide[:, 3:-2] = tensor
             layers[name] = wide[:, 3:-2]
-    _assert_same_model(tmp_path, plain, views)
+    found = set()
+    for number, content in enumerate((plain, nested, flat, views)):
+        save(tmp_path / f"{number}/release/mp_rank_00/model_optim_rng.pt", content)
+        convert(tmp_path / f"{number}", tmp_path / f"hub-{number}", to="hub", vocab_size=VOCAB)
+        found.add((tmp_path / f"hub-{number}/model.safetensors").read_bytes())
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("style", ["grouped", "spaced"])
@@ -239,13 +220,7 @@ def test_layers_that_share_parameters(tmp_path: Path, style: str) -> None:
         full |= {f"{layer}{name[1:]}": weights[name] for name in weights if name.startswith(f"{shared}.")}
     arguments = {"num_layers": 4, "num_unique_layers": 2, "param_sharing_style": style}
     source = write(tmp_path / "source", replace(stored, extra_arguments=tuple(arguments.items())), weights)
-    convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB)
-    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hub", dtype=torch.float64).eval()
-    expanded = replace(stored, layers=4)
-    ids, mask, types = inputs(expanded)
-    with torch.no_grad():
-        difference = model(ids).logits - forward(expanded, full, ids, mask, types)[0]
-    assert difference.abs().max() < TOLERANCE
+    assert_converts(tmp_path, replace(stored, layers=4), full, source)
 
 
 def test_config_says_what_the_arguments_say(tmp_path: Path) -> None:

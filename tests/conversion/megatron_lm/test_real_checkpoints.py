@@ -22,6 +22,7 @@ from hf_megatron_conversion import convert
 from hf_megatron_conversion.formats import read_model
 from hf_megatron_conversion.formats.base import Given
 from hf_megatron_conversion.formats.megatron_lm import Opened
+from tests.conversion.checkpoints import read_config
 
 _CASES = sorted(path.parent for path in Path(os.environ["HF_MEGATRON_REAL_CHECKPOINTS"]).glob("*/meta.json"))
 assert _CASES, "HF_MEGATRON_REAL_CHECKPOINTS names a directory without checkpoints"
@@ -49,16 +50,9 @@ def _config(case: Path, meta: dict[str, Any], directory: Path) -> Path | None:
 def test_logits_are_megatron_lm_s(case: Path, tmp_path: Path) -> None:
     """Catches anything in which this package's idea of Megatron-LM is not what Megatron-LM does."""
     meta = json.loads((case / "meta.json").read_text())
-    conversion = convert(
-        case / "src",
-        tmp_path / "hub",
-        to="hub",
-        vocab_size=meta["vocab_size"],
-        config=_config(case, meta, tmp_path),
-        verify=True,
-    )
-    assert conversion.verified
-    config = json.loads((tmp_path / "hub/config.json").read_text())
+    options = {"vocab_size": meta["vocab_size"], "config": _config(case, meta, tmp_path)}
+    assert convert(case / "src", tmp_path / "hub", to="hub", verify=True, **options).verified
+    config = read_config(tmp_path / "hub")
     name = config["architectures"][0]
     library: Any = transformers
     if "prediction_head_act" in config:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,9 @@ from tests.conversion.megatron_lm.generator import (
     Variant,
     content_of,
     foreign,
-    foreign_modules,
     make_weights,
     save,
+    save_foreign,
     write,
 )
 
@@ -85,17 +83,9 @@ def test_models_that_are_none_of_ours(tmp_path: Path, weights: Tensors, argument
 
 def test_what_is_switched_off_is_no_reason(tmp_path: Path, weights: Tensors) -> None:
     """Catches arguments refused for being there: newer files have all of them, with these values."""
-    arguments = {
-        "swiglu": False,
-        "group_query_attention": False,
-        "num_query_groups": 1,
-        "num_experts": None,
-        "normalization": "LayerNorm",
-        "position_embedding_type": "learned_absolute",
-        "rotary_percent": 1.0,
-        "kv_channels": HIDDEN // HEADS,
-        "window_size": None,
-    }
+    arguments: dict[str, Any] = {"swiglu": False, "num_experts": None, "rotary_percent": 1.0, "window_size": None}
+    arguments |= {"group_query_attention": False, "num_query_groups": 1, "kv_channels": HIDDEN // HEADS}
+    arguments |= {"normalization": "LayerNorm", "position_embedding_type": "learned_absolute"}
     source = write(tmp_path / "source", Variant(extra_arguments=tuple(arguments.items())), weights)
     convert(source, tmp_path / "out", to="hub", vocab_size=VOCAB)
 
@@ -131,57 +121,17 @@ def test_missing_ranks_and_stages(tmp_path: Path, variant: Variant, lost: list[s
     assert [part for part in told if part not in message] == []
 
 
-def test_ranks_of_different_saves(tmp_path: Path, source: Path, weights: Tensors) -> None:
-    """Catches half a model of one iteration and half of another, and ranks of another degree left behind."""
-    _change(source, 1, lambda content: content.update(iteration=900))
-    assert "iteration is 1000 in 1 files, 900 in 1 files" in _refusal(source, tmp_path)
-    wider = write(tmp_path / "wider", Variant(tp=4), weights)
-    write(wider, Variant(tp=2), weights)
-    assert "tensor_model_parallel_size is 2 and 4" in _refusal(wider, tmp_path)
-
-
-def test_shapes_that_do_not_fit(tmp_path: Path, source: Path) -> None:
-    """Catches shards of different sizes joined to something that nobody has trained."""
-
-    def cut(content: dict[str, Any]) -> None:
-        layers = content["model"]["language_model"]["encoder"]
-        layers[name] = layers[name][:-1]
-
-    name = "layers.1.mlp.dense_h_to_4h.weight"
-    _change(source, 1, cut)
-    told = f"1 tensors differ between ranks: {name} is float32 [24, 32] on rank 0, float32 [23, 32] on rank 1"
-    assert told in _refusal(source, tmp_path)
-
-
-def test_names_that_are_not_known(tmp_path: Path, source: Path) -> None:
-    """Catches tensors left out because nobody knows what they are."""
-
-    def add(content: dict[str, Any]) -> None:
-        content["model"]["language_model"]["encoder"]["layers.0.mlp.gate.weight"] = torch.zeros(2)
-        content["model"]["adapter"] = {"weight": torch.zeros(2)}
-
-    _change(source, 0, add)
-    message = _refusal(source, tmp_path)
-    assert ("layers.0.mlp.gate.weight" in message, "adapter.weight" in message) == (True, True)
-
-
-def test_a_bert_of_2019(tmp_path: Path) -> None:
-    """Catches a fork of another BERT, with names of its own, taken for Megatron's."""
-    model = {"bert.encoder.layer.0.attention.self.query.weight": torch.zeros(4, 4)}
-    save(tmp_path / "source/iter_0000001/mp_rank_00/model_optim_rng.pt", {"model": model, "iteration": 1})
-    assert "bert.encoder.layer.0.attention.self.query.weight" in _refusal(tmp_path / "source", tmp_path)
+def test_ranks_of_different_degrees(tmp_path: Path, weights: Tensors) -> None:
+    """Catches ranks of another degree left behind."""
+    source = write(tmp_path / "source", Variant(tp=4), weights)
+    write(source, Variant(tp=2), weights)
+    assert "tensor_model_parallel_size is 2 and 4" in _refusal(source, tmp_path)
 
 
 def test_everything_is_said_at_once(tmp_path: Path, weights: Tensors, command: Commands) -> None:
-    """Catches a user sent from one error to the next: one message, exit code 2, nothing written."""
-    arguments = {
-        "swiglu": True,
-        "use_rotary_position_embeddings": True,
-        "normalization": "RMSNorm",
-        "num_experts": 4,
-        "group_query_attention": True,
-        "num_query_groups": 2,
-    }
+    """Catches a user sent from one error to the next, and a model of tensors that are of different saves, of different
+    sizes, unknown or not there."""
+    arguments = {"swiglu": True, "use_rotary_position_embeddings": True, "normalization": "RMSNorm", "num_experts": 4}
     variant = Variant(tp=4, version=7.0, extra_arguments=tuple(arguments.items()))
     source = write(tmp_path / "source", variant, weights)
     _change(source, 2, lambda content: content["model"].update({f"adapter{i}": torch.zeros(1) for i in range(30)}))
@@ -256,22 +206,20 @@ class Calls:
 
 
 def _malicious(marker: Path) -> dict[str, tuple[Any, str]]:
-    touch = f"open({str(marker)!r}, 'w').close()"
+    command = f"touch {marker}"
     return {
-        "os.system": (Calls(os.system, f"touch {marker}"), "os.system"),
-        "eval": (Calls(builtins.eval, touch), "builtins.eval"),
-        "exec": (Calls(builtins.exec, touch), "builtins.exec"),
+        "os.system": (Calls(os.system, command), "os.system"),
+        "eval": (Calls(builtins.eval, f"open({str(marker)!r}, 'w').close()"), "builtins.eval"),
         "nested": (
-            Calls(Calls(builtins.getattr, Calls(builtins.__import__, "os"), "system"), f"touch {marker}"),
+            Calls(Calls(builtins.getattr, Calls(builtins.__import__, "os"), "system"), command),
             "a callable that the pickle computes, builtins.__import__, builtins.getattr",
         ),
-        "popen": (Calls(subprocess.Popen, ["touch", str(marker)]), "subprocess.Popen"),
         "unknown": (foreign("somewhere.Unknown", x=1), "somewhere.Unknown"),
     }
 
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("which", ["os.system", "eval", "exec", "nested", "popen", "unknown"])
+@pytest.mark.parametrize("which", ["os.system", "eval", "nested", "unknown"])
 @pytest.mark.parametrize("where", ["args", "model", "beside"])
 def test_unsafe_pickles(
     tmp_path: Path, weights: Tensors, monkeypatch: pytest.MonkeyPatch, which: str, where: str, is_zip: bool
@@ -287,8 +235,7 @@ def test_unsafe_pickles(
         content["model"]["language_model"]["encoder"]["layers.0.x"] = value
     else:
         content["zzz"] = [value]
-    with foreign_modules(value):
-        save(tmp_path / "source/release/mp_rank_00/model_optim_rng.pt", content, is_zip)
+    save_foreign(tmp_path / "source/release/mp_rank_00/model_optim_rng.pt", content, is_zip, value)
     message = _refusal(tmp_path / "source", tmp_path)
     assert (name in message, "is refused" in message) == (True, True)
     assert not marker.exists()
@@ -306,26 +253,15 @@ def test_what_megatron_lm_saves_is_harmless(tmp_path: Path, weights: Tensors, is
     content["args"].sizes = {1, 2}
     content["optimizer"] = {"loss_scaler": scaler, "newer": newer, "state": {0: {"exp_avg": torch.zeros(3)}}}
     content["rng_state"] = [{"np_rng_state": content["np_rng_state"]}]
-    with foreign_modules(model_type, scaler, newer):
-        save(tmp_path / "source/release/mp_rank_00/model_optim_rng.pt", content, is_zip)
+    path = tmp_path / "source/release/mp_rank_00/model_optim_rng.pt"
+    save_foreign(path, content, is_zip, model_type, scaler, newer)
     convert(tmp_path / "source", tmp_path / "out", to="hub", vocab_size=VOCAB)
-
-
-def test_an_unsafe_file_is_named_without_being_loaded(tmp_path: Path, weights: Tensors, command: Commands) -> None:
-    """Catches a scan that stops at the first global it does not like."""
-    marker = tmp_path / "ran"
-    content = content_of(Variant(tp=1), weights, 0, 0)
-    (content["a"], first), (content["b"], second) = (_malicious(marker)[name] for name in ("os.system", "eval"))
-    save(tmp_path / "source/release/mp_rank_00/model_optim_rng.pt", content)
-    message = command.refusal("inspect", tmp_path / "source")
-    assert (first in message, second in message) == (True, True)
-    assert not marker.exists()
 
 
 def test_truncated_files(tmp_path: Path, weights: Tensors) -> None:
     """Catches a torn copy that loads up to where it was torn."""
     for is_zip in (True, False):
-        source = write(tmp_path / f"{is_zip}", replace(Variant(), is_zip=is_zip), weights)
+        source = write(tmp_path / f"{is_zip}", Variant(is_zip=is_zip), weights)
         file = source / FILE.format(1)
         whole = file.read_bytes()
         for size in (0, 3, 100, len(whole) // 2, len(whole) - 1):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,6 @@ def hub(tmp_path: Path, source: Path) -> Path:
         Variant(kind="bert", has_binary_head=False, gelu="openai", names="second"),
         Variant(kind="bert", gelu="fused", names="core"),
     ],
-    ids=["0", "1.0", "untied", "stages", "bert", "post", "no-binary-head", "core"],
 )
 def test_the_equations(tmp_path: Path, variant: Variant) -> None:
     """Catches a reference that is wrong itself: it equals the independent one, computed without any shards."""
@@ -76,27 +74,25 @@ def test_a_right_conversion_passes(tmp_path: Path, source: Path, command: Comman
     assert result["loss_a"] == pytest.approx(result["loss_b"], abs=1e-7)
 
 
-def _wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = merge.fused_qkv
-    monkeypatch.setattr(reader, "fused_qkv", lambda shards, size, version: original(shards, size, 0.0))
+def _wrong_order(shards: Any, size: Any, version: Any, original: Any = merge.fused_qkv) -> Any:
+    return original(shards, size, 0.0)
 
 
-def _wrong_eps(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = config._numerics
-    change = {"layer_norm_epsilon": 1e-12}
-    monkeypatch.setattr(config, "_numerics", lambda *arguments: {**original(*arguments), **change})
+def _wrong_eps(*arguments: Any, original: Any = config._numerics) -> Any:
+    return {**original(*arguments), "layer_norm_epsilon": 1e-12}
 
 
-def _wrong_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "activations", lambda *_, **__: arguments.Activations("gelu", "gelu"))
+_MISTAKES: list[tuple[Any, str, Any]] = [
+    (reader, "fused_qkv", _wrong_order),
+    (config, "_numerics", _wrong_eps),
+    (config, "activations", lambda *_, **__: arguments.Activations("gelu", "gelu")),
+]
 
 
-@pytest.mark.parametrize("plant", [_wrong_order, _wrong_eps, _wrong_gelu])
-def test_a_planted_mistake_fails(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]
-) -> None:
+@pytest.mark.parametrize("mistake", _MISTAKES, ids=lambda mistake: mistake[1])
+def test_a_planted_mistake_fails(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, mistake: Any) -> None:
     """Catches a --verify that compares the reader with itself: each mistake is made on both sides of the tensors."""
-    plant(monkeypatch)
+    monkeypatch.setattr(*mistake)
     conversion = convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB, verify=True)
     assert conversion.verified is False
     assert conversion.max_logit_diff is not None
@@ -106,13 +102,9 @@ def test_a_planted_mistake_fails(
 
 def test_a_planted_mistake_of_the_writer_fails(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a Megatron-LM checkpoint that reads back as it was written, in an order Megatron-LM does not use."""
-
-    def blocks(self: views.Stacked) -> torch.Tensor:
-        return torch.cat([tensor.read() for tensor in self.tensors])
-
-    monkeypatch.setattr(views.Stacked, "_make", blocks)
+    monkeypatch.setattr(views.Stacked, "_make", lambda self: torch.cat([tensor.read() for tensor in self.tensors]))
     # A reader with the same idea of the order, so that the tensors come back as they were.
-    _wrong_order(monkeypatch)
+    monkeypatch.setattr(*_MISTAKES[0])
     assert convert(hub, tmp_path / "m", to="megatron-lm", tp_size=2, verify=True).verified is False
 
 
