@@ -171,18 +171,6 @@ def test_what_is_dropped_is_named(
     assert [name for name in names if name not in dropped] == []
 
 
-@pytest.mark.parametrize("spelling", [_as_it_is, _without_prefix])
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_the_base_model_loads_from_any_head(
-    stock_dir: StockDir, tmp_path: Path, case: ModelCase, spelling: Spelling
-) -> None:
-    """Catches the base model's parameters looked for under the prefix they have in a model with a head."""
-    _spell(case, stock_dir(case), tmp_path, spelling)
-    model, info = case.load(tmp_path, head="Model", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert_all_equal(full_weights(model), full_weights(case.load(stock_dir(case)).base_model))
-
-
 def _refusal(case: ModelCase, directory: Path, tp_size: int) -> str:
     with pytest.raises(CheckpointFormatError) as caught:
         case.load(directory, tp_size)

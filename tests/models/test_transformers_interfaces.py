@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint import _hf_utils
-from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.checkpoint import is_sharded_checkpoint
@@ -185,12 +184,6 @@ def test_the_mixin_marks_models_it_cut() -> None:
     """Catches the property renamed that tells whether saving takes all ranks."""
     assert isinstance(DistributedMixin.is_distributed_loading_by_transformers, property)
     assert not MegatronGPT2LMHeadModel(GPT2.config()).is_distributed_loading_by_transformers
-
-
-def test_strided_shards_take_a_split_factor() -> None:
-    """Catches torch's private placement for fused tensors changing its arguments: the cut of Q|K|V."""
-    placement = _StridedShard(1, split_factor=3)
-    assert (placement.dim, placement.split_factor) == (1, 3)
 
 
 def test_the_format_of_tp_directories(stock_dir: StockDir, tmp_path: Path) -> None:

@@ -29,8 +29,12 @@ def _parallelize() -> None:
     fused.weight.requires_grad_(False)
     specs = {"fused.weight": FusedSplit(1, num_blocks=3), "fused.bias": Replicated(), "row.weight": Split(1)}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    assert 0.01 < before["row.weight"].std() < 0.03, "left as memory was"
+    assert not before["fused.bias"].any()
     parallelize_module(model, mesh())
     group = fused.tp_group
+    place = f", tp_size={group.size}, tp_rank={group.rank}" if group.size > 1 else ""
+    assert repr(model["row"]) == f"RowParallelLinear(in_features=14, out_features=8, bias=False{place})"
     assert (group.size, group.rank) == (mesh().size(), mesh().get_local_rank())
     assert (group.process_group is SINGLE.process_group) == (group.size == 1), "one rank communicates"
     for name, parameter in model.named_parameters():
@@ -45,5 +49,5 @@ def _parallelize() -> None:
 @pytest.mark.parametrize("tp_size", TP_SIZES)
 def test_parameters_are_cut_and_stay_whole_to_the_outside(pool: Pool, tp_size: int) -> None:
     """Catches another rank's part, a part that keeps the whole parameter in memory, a frozen parameter that learns, and
-    a module that does not get to know its group."""
+    a module that does not begin small, get to know its group, or tell its place in it."""
     pool(tp_size).run(_parallelize)
