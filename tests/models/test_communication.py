@@ -130,13 +130,6 @@ def test_recomputation_repeats_only_what_it_must(
     assert sorted(full["backward"]) == sorted([*once["backward"], *per_layer[:kept] * LAYERS])
 
 
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_one_process_communicates_with_nobody(stock_dir: StockDir, case: ModelCase) -> None:
-    """Catches a collective issued for a group of one."""
-    seen = _record_steps(case, case.heads[0], stock_dir(case), 1)
-    assert seen == {"forward": [], "backward": [], "optimizer": [], "evaluation": []}
-
-
 def _record_decoding(directory: Path, splits: bool) -> list[Collective]:
     model = GPT2.load(directory, 2, sequence_parallel=splits)
     cache = model(token_ids(B, 6), use_cache=True)[CACHE]

@@ -227,19 +227,6 @@ def test_losses_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, tp
     run_at(pool, tp_size, _compare_losses, case, stock_dir(case, case.language_model), tp_size, padding)
 
 
-def _loss_dtypes(case: ModelCase, directory: Path, tp_size: int) -> list[torch.dtype]:
-    dtypes = (torch.bfloat16, torch.float32, torch.float64)
-    return [case.load(directory, tp_size, dtype=dtype).train()(**case.batch()).loss.dtype for dtype in dtypes]
-
-
-@pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_loss_is_float32_or_better(pool: Pool, stock_dir: StockDir, case: ModelCase, tp_size: int) -> None:
-    """Catches a loss computed in bfloat16, and float64 that is cut down to float32 on the way."""
-    expected = [torch.float32, torch.float32, torch.float64]
-    assert run_at(pool, tp_size, _loss_dtypes, case, stock_dir(case), tp_size) == [expected] * tp_size
-
-
 # ---------------------------------------------------------------------- other inputs
 
 

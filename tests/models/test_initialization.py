@@ -131,22 +131,3 @@ def test_slices_come_out_of_the_blocks_they_lie_in() -> None:
             assert torch.equal(drawn[rows, slice(2, 6)], weight[rows, 2:6])
         assert torch.equal(drawn[...], weight)
     assert weight.unique().numel() == weight.numel()
-
-
-def _auto_from_config(case: ModelCase, tp_size: int) -> Tensors:
-    torch.manual_seed(60 + rank())
-    auto = case.auto(case.language_model)
-    options = {"distributed_config": {"tp_size": tp_size} if tp_size > 1 else None, "dtype": torch.float64}
-    model = auto.from_config(case.config(), **options)
-    assert type(model) is case.ours(case.language_model)
-    assert (model.tp_size or 1) == tp_size
-    assert model.config.name_or_path == ""
-    return full_weights(model)
-
-
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_auto_classes_build_the_same(pool: Pool, case: ModelCase) -> None:
-    """Catches an Auto class that builds something else, or refuses a layout as it does for stock models."""
-    expected = _auto_from_config(case, 1)
-    for weights in pool(2).run(_auto_from_config, case, 2):
-        assert_all_equal(weights, expected)

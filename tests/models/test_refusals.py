@@ -21,7 +21,7 @@ from hf_megatron.errors import (
     PartitionError,
     UnsupportedError,
 )
-from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase, StockDir, token_ids
+from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase, StockDir
 from tests.models.reference import Pool, layout, run_at
 
 Result = tuple[str, str]  # name of the exception's class and its text
@@ -100,21 +100,6 @@ def test_cross_attention(tmp_path: Path) -> None:
         GPT2.config(add_cross_attention=True)
     GPT2.save_stock(tmp_path, add_cross_attention=True)
     _assert_refused([_load(tmp_path, None)], UnsupportedError, "add_cross_attention=True")
-
-
-def _expect_refused_ids(case: ModelCase, directory: Path) -> None:
-    model = case.load(directory, 2, case.language_model).train()
-    ids = token_ids()
-    with pytest.raises(PartitionError, match=r"target 131 .*vocab_size=131"):
-        model(ids, labels=ids.clone().fill_(131))
-    with pytest.raises(IndexError, match=r"131 rows"):
-        model(ids.clone().fill_(131))
-
-
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_labels_outside_of_the_vocabulary(pool: Pool, stock_dir: StockDir, case: ModelCase) -> None:
-    """Catches a target that lies in no rank's shard and counts as a loss of its own."""
-    pool(2).run(_expect_refused_ids, case, stock_dir(case, case.language_model))
 
 
 # ---------------------------------------------------------------- files

@@ -95,15 +95,6 @@ def test_auto_classes_load_on_ranks(
             assert_all_equal(weights, expected)
 
 
-def test_a_stock_config_is_read_as_ours(stock_dir: StockDir) -> None:
-    """Catches sizes or options that are lost when a stock config.json is read."""
-    directory = stock_dir(GPT2, None, "untied")
-    ours, stock = (c.config_class.from_pretrained(directory) for c in (GPT2.ours(), GPT2.stock()))
-    assert ours.model_type == "megatron_gpt2"
-    assert {**ours.to_dict(), "model_type": "gpt2"} == stock.to_dict()
-    assert type(ours).from_dict(stock.to_dict()).model_type == "megatron_gpt2"
-
-
 @pytest.mark.parametrize("files", ["all", "vocabulary only"])
 def test_auto_tokenizer(tmp_path: Path, files: str) -> None:
     """Catches a directory of ours whose tokenizer AutoTokenizer cannot find, with and without its own config file."""

@@ -19,8 +19,6 @@ from tests.models.reference import (
     Tensors,
     assert_agrees,
     assert_all_agree,
-    assert_all_equal,
-    full_weights,
     gradients,
     reference_loss,
 )
@@ -115,22 +113,6 @@ def test_what_lies_between_the_layers_is_kept_once(pool: Pool, stock_dir: StockD
     # The inputs of all norms and of the products behind them, and the masks of all dropout.
     assert split == B * length * H * (4 * LAYERS + 1 + 2 * LAYERS + 1)
     assert whole == 2 * split
-
-
-def _save(case: ModelCase, directory: Path, destination: Path) -> None:
-    model = case.load(directory, 2, sequence_parallel=True)
-    assert model.sequence_parallel
-    model.save_pretrained(destination)
-
-
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_what_is_saved_does_not_know(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase) -> None:
-    """Catches a switch of this run that travels with the weights."""
-    pool(2).run(_save, case, stock_dir(case), tmp_path)
-    assert "sequence_parallel" not in (tmp_path / "config.json").read_text()
-    again = case.load(tmp_path)
-    assert not again.sequence_parallel
-    assert_all_equal(full_weights(again), full_weights(case.load(stock_dir(case))))
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)

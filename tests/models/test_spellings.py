@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -193,17 +192,3 @@ def test_another_head_than_the_tied_one_is_refused(
     for message in run_at(pool, tp_size, _refusal, case, tmp_path, tp_size):
         assert name in message
         assert '"tie_word_embeddings": false' in message
-
-
-class _RunsOnLoading:
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, ("true",)
-
-
-def test_a_pickle_with_code_is_refused(stock_dir: StockDir, tmp_path: Path) -> None:
-    """Catches a checkpoint that runs what it likes when it is opened."""
-    shutil.copy(stock_dir() / "config.json", tmp_path)
-    torch.save(
-        {**load_file(stock_dir() / "model.safetensors"), "extra": _RunsOnLoading()}, tmp_path / "pytorch_model.bin"
-    )
-    assert "system" in _refusal(GPT2, tmp_path, 1)

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from hf_megatron.tensor_parallel import (
-    SINGLE,
     attention_dropout,
     broadcast_from_first_rank,
     scatter_to_tensor_parallel_region,
@@ -108,13 +107,6 @@ def test_ranks_follow_the_first(pool: Pool, tp_size: int) -> None:
     assert len({tuple(state.tolist()) for state in before}) == tp_size
     assert [value.item() for value in values] == [3] * tp_size
     assert [value.item() for value in mine] == list(range(3, 3 + tp_size))
-
-
-def test_one_rank_is_in_step_with_itself() -> None:
-    """Catches a collective, which needs a process group, in a plain process."""
-    before = torch.get_rng_state()
-    synchronize_random_state(SINGLE, CPU)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def _drop_slice(p: float, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
