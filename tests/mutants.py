@@ -30,10 +30,10 @@ from tests.repository import ROOT, repository_files
 
 _LIST = r"""
 @ hf_megatron/tensor_parallel/mappings.py -> tests/tensor_parallel/test_mappings.py
-# test_reduce_sums_forward_and_passes_the_gradient_on: g does not sum
+# test_regions_sum_cut_and_join: g does not sum
 - partial(_all_reduced, group), _same)
 + _same, _same)
-# test_reduce_sums_forward_and_passes_the_gradient_on: g sums the gradient once more, which is whole already
+# test_regions_sum_cut_and_join: g sums the gradient once more, which is whole already
 - partial(_all_reduced, group), _same)
 + partial(_all_reduced, group), partial(_all_reduced, group))
 # test_copy_sums_the_gradients: f leaves gradients partial sums
@@ -42,10 +42,10 @@ _LIST = r"""
 # test_backward_of_copy_leaves_sibling_gradient_alone: f sums in place, and so changes a gradient that others hold
 - total = tensor.clone(memory_format=torch.contiguous_format)
 + total = tensor.contiguous()
-# test_entering_sums_the_gradients_of_each_part: sequence parallelism: a slice of a partial sum for the sum's slice
+# test_regions_sum_cut_and_join: sequence parallelism: a slice of a partial sum for the sum's slice
 - partial(_gathered, group, dim, size), partial(_reduce_scattered, group, dim))
 + partial(_gathered, group, dim, size), partial(_sliced, group, dim))
-# test_leaving_keeps_this_ranks_part_of_the_sum: sequence parallelism: the gradient is not gathered
+# test_regions_sum_cut_and_join: sequence parallelism: the gradient is not gathered
 - gather = partial(_gathered, group, dim, tensor.shape[dim])
 + gather = _same
 @ hf_megatron/tensor_parallel/linear.py -> tests/tensor_parallel/test_linear.py

@@ -285,12 +285,10 @@ GPT2 = ModelCase(
     shared_bias=3,
     has_token_types=False,
 )
-ARCHITECTURES = (
-    GPT2,
-    ModelCase("bert-pre", BERT_PRE, **_BERT),
-    ModelCase("bert-post", BERT_POST, ends_with_norm=True, **_BERT),
-)
-BERTS = ARCHITECTURES[1:]
+PRE = ModelCase("bert-pre", BERT_PRE, **_BERT)
+POST = ModelCase("bert-post", BERT_POST, ends_with_norm=True, **_BERT)
+BERTS = (PRE, POST)
+ARCHITECTURES = (GPT2, *BERTS)
 
 
 def named(name: str) -> ModelCase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -31,28 +32,24 @@ def _cache(ids: torch.Tensor = IDS) -> Any:
 
 
 @pytest.mark.parametrize(("case", "head"), CLASSES)
-def test_unknown_arguments_are_refused(case: ModelCase, head: str) -> None:
-    """Catches a misspelled argument that changes nothing, in training as in evaluation."""
+def test_arguments_without_a_use_are_refused(case: ModelCase, head: str) -> None:
+    """Catches a misspelled argument, an encoder's states or one of two caches left out of the computation without a
+    word, and a cache that BERT would fill and never read."""
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"no_such_argument": 1}, r"got no_such_argument, which neither it nor .* \(sdpa\)"),
+        *(
+            ({n: torch.ones(2, 5)}, f"{n}: .* leave it out")
+            for n in ("encoder_hidden_states", "encoder_attention_mask")
+        ),
+    ]
+    if head == "LMHeadModel":
+        refused.append(({name: _cache() for name in BOTH_NAMES}, "the same argument; give one"))
+    if not case.is_causal:
+        refused += [({name: _cache()}, "past_key_values: these models are encoders") for name in BOTH_NAMES]
     model = _model(case, head)
-    for is_training in (False, True):
-        with pytest.raises(TypeError, match=r"got no_such_argument, which neither it nor .* \(sdpa\)"):
-            model.train(is_training)(input_ids=_ids(head), no_such_argument=1)
-
-
-@pytest.mark.parametrize(("case", "head"), CLASSES)
-@pytest.mark.parametrize("argument", ["encoder_hidden_states", "encoder_attention_mask"])
-def test_there_is_no_cross_attention(case: ModelCase, head: str, argument: str) -> None:
-    """Catches an encoder's states that are left out of the computation without a word."""
-    with pytest.raises(UnexpectedArgumentError, match=f"{argument}: .* leave it out"):
-        _model(case, head)(input_ids=_ids(head), **{argument: torch.ones(2, 5)})
-
-
-@pytest.mark.parametrize("head", BERTS[0].heads)
-@pytest.mark.parametrize("argument", BOTH_NAMES)
-def test_an_encoder_has_no_cache(head: str, argument: str) -> None:
-    """Catches a cache that BERT would fill and never read."""
-    with pytest.raises(UnexpectedArgumentError, match="past_key_values: these models are encoders"):
-        _model(BERTS[0], head)(input_ids=_ids(head), **{argument: _cache()})
+    for (given, message), is_training in itertools.product(refused, (False, True)):
+        with pytest.raises(UnexpectedArgumentError, match=message):
+            model.train(is_training)(input_ids=_ids(head), **given)
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # by the forwards of stock heads
@@ -66,12 +63,6 @@ def test_the_cache_under_either_name(head: str) -> None:
         assert cache.get_seq_length() == 5
     assert torch.equal(*answers)
     assert not torch.equal(answers[0], model(IDS[:, 4:], cache=None)[0])
-
-
-def test_two_caches_are_refused() -> None:
-    """Catches one of two caches left out."""
-    with pytest.raises(UnexpectedArgumentError, match="the same argument; give one"):
-        _model(GPT2)(IDS, cache=_cache(), past_key_values=_cache())
 
 
 def test_the_bounds_of_packed_sequences_need_flash_attention() -> None:

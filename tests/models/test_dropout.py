@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models.architectures import ARCHITECTURES, GPT2, LAYERS, B, ModelCase, S, StockDir, positions
+from tests.models.architectures import ARCHITECTURES, GPT2, LAYERS, POST, PRE, B, ModelCase, S, StockDir, positions
 from tests.models.reference import (
     Pool,
     Tensors,
@@ -28,19 +27,7 @@ from tests.models.reference import (
 from tests.tiers import quick
 
 P_ATTENTION, P_HIDDEN = 0.3, 0.1
-PRE, POST = ARCHITECTURES[1:]
 LAYOUTS = [(1, False), (2, False), (2, True), (4, False), (4, True)]  # tp_size, and whether sequences are split
-
-
-@pytest.fixture(scope="module")
-def dropout_dir(tmp_path_factory: pytest.TempPathFactory) -> StockDir:
-    """A function from an architecture to a stock model with dropout everywhere."""
-
-    @cache
-    def directory(case: ModelCase) -> Path:
-        return case.save_stock(tmp_path_factory.mktemp(case.name), **case.dropout(P_ATTENTION, P_HIDDEN))
-
-    return directory
 
 
 @dataclass
@@ -61,7 +48,7 @@ def _train(
     checkpointing: dict[str, Any] | None = None,
 ) -> _Steps:
     torch.manual_seed(1 + rank())  # loading puts the ranks in step with rank 0
-    options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": attention}
+    options = {"dtype": torch.float64, "attn_implementation": attention, **case.dropout(P_ATTENTION, P_HIDDEN)}
     model = case.load(directory, tp_size, sequence_parallel=splits, **options).train()
     if checkpointing is not None:
         model.activation_checkpointing_enable(checkpointing)
@@ -101,11 +88,11 @@ def _watch(model: nn.Module) -> None:
     ),
 )
 def test_masks_are_those_of_one_process(
-    pool: Pool, dropout_dir: StockDir, case: ModelCase, attention: str, tp_size: int, splits: bool
+    pool: Pool, stock_dir: StockDir, case: ModelCase, attention: str, tp_size: int, splits: bool
 ) -> None:
     """Catches masks that depend on the rank, the kernel or the split, and replicated activations that drop apart."""
-    expected = _train(case, dropout_dir(case), "eager", 1)
-    for steps in run_at(pool, tp_size, _train, case, dropout_dir(case), attention, tp_size, splits):
+    expected = _train(case, stock_dir(case), "eager", 1)
+    for steps in run_at(pool, tp_size, _train, case, stock_dir(case), attention, tp_size, splits):
         assert_agrees("losses", steps.losses, expected.losses)
         assert_all_agree("gradient", steps.gradients, expected.gradients)
         assert torch.equal(steps.random_state, expected.random_state)
@@ -125,10 +112,10 @@ def test_masks_are_those_of_one_process(
     ),
 )
 def test_checkpointing_changes_nothing(
-    pool: Pool, dropout_dir: StockDir, case: ModelCase, attention: str, tp_size: int, splits: bool
+    pool: Pool, stock_dir: StockDir, case: ModelCase, attention: str, tp_size: int, splits: bool
 ) -> None:
     """Catches a recomputation that drops other elements than the forward pass did: silently wrong gradients."""
-    job = (case, dropout_dir(case), attention, tp_size, splits)
+    job = (case, stock_dir(case), attention, tp_size, splits)
     expected = run_at(pool, tp_size, _train, *job)[0]
     for reentrant, recompute in itertools.product((False, True), ("full", "selective")):
         options = {"use_reentrant": reentrant, "recompute": recompute}
@@ -151,16 +138,16 @@ def _probabilities(case: ModelCase, directory: Path, tp_size: int, attention_dro
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_every_head_has_a_mask_of_its_own(pool: Pool, dropout_dir: StockDir, case: ModelCase) -> None:
+def test_every_head_has_a_mask_of_its_own(pool: Pool, stock_dir: StockDir, case: ModelCase) -> None:
     """Catches heads masked alike, as in the paper's runs, another probability, and a mean that dropout shifts."""
-    dropped = _probabilities(case, dropout_dir(case), 1, P_ATTENTION)
-    for probabilities in run_at(pool, 2, _probabilities, case, dropout_dir(case), 2, P_ATTENTION):
+    dropped = _probabilities(case, stock_dir(case), 1, P_ATTENTION)
+    for probabilities in run_at(pool, 2, _probabilities, case, stock_dir(case), 2, P_ATTENTION):
         assert_agrees("probabilities", probabilities, dropped)
     visible = torch.ones(S, S).tril().bool() if case.is_causal else torch.ones(S, S).bool()
     is_dropped = (dropped == 0)[..., visible]  # [L, B, N, visible]
     assert is_dropped.double().mean().item() == pytest.approx(P_ATTENTION, abs=0.03)
     assert len({tuple(pattern) for pattern in is_dropped.flatten(0, 2).int().tolist()}) == LAYERS * B * 12
-    whole = _probabilities(case, dropout_dir(case), 1, 0.0)[0]
+    whole = _probabilities(case, stock_dir(case), 1, 0.0)[0]
     torch.testing.assert_close(dropped[0], torch.where(dropped[0] == 0, 0.0, whole / (1 - P_ATTENTION)))
 
 
@@ -193,13 +180,13 @@ def test_dropout_stands_where_stock_has_it(pool: Pool, tmp_path: Path, case: Mod
 
 
 def _evaluate(case: ModelCase, directory: Path, tp_size: int) -> None:
-    model = case.load(directory, tp_size)
+    model = case.load(directory, tp_size, **case.dropout(P_ATTENTION, P_HIDDEN))
     first, second = (model(**case.batch()).loss for _ in range(2))
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_evaluation_drops_nothing(pool: Pool, dropout_dir: StockDir, case: ModelCase, tp_size: int) -> None:
+def test_evaluation_drops_nothing(pool: Pool, stock_dir: StockDir, case: ModelCase, tp_size: int) -> None:
     """Catches dropout that does not ask whether the model is being trained."""
-    run_at(pool, tp_size, _evaluate, case, dropout_dir(case), tp_size)
+    run_at(pool, tp_size, _evaluate, case, stock_dir(case), tp_size)

@@ -73,6 +73,7 @@ def _train_and_save(case: ModelCase, stock_directory: Path, directory: Path, siz
     assert_all_agree("weight", weights, full_weights(stock))
     ours.save_pretrained(directory / "hub")
     ours.save_pretrained(directory / "tp", distributed_checkpoint=True)
+    assert "sequence_parallel" not in (directory / "hub" / "config.json").read_text()
     stored = load_file(directory / "hub" / "model.safetensors")
     assert_all_equal(stored, {name: value for name, value in weights.items() if name in stored})
     assert stored.keys() == load_file(stock_directory / "model.safetensors").keys()

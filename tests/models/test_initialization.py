@@ -11,11 +11,9 @@ import pytest
 import torch
 
 from hf_megatron.models import initialization
-from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase
+from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, ModelCase
 from tests.models.reference import Pool, Tensors, assert_all_equal, assert_replicas_equal, full_weights, rank, run_at
 from tests.tiers import quick
-
-PRE, POST = ARCHITECTURES[1:]
 
 
 def _build(case: ModelCase, head: str, seed: int | None, tp_size: int, fsdp_size: int = 1) -> Tensors:
@@ -35,26 +33,29 @@ def _build(case: ModelCase, head: str, seed: int | None, tp_size: int, fsdp_size
 
 
 @pytest.mark.parametrize(
-    ("case", "tp_size", "fsdp_size", "seed"),
-    quick(
-        ((case, *at, seed) for case in ARCHITECTURES for at in ((2, 1), (4, 1), (2, 2), (1, 2)) for seed in (3, None)),
-        [(GPT2, 4, 1, 3), (GPT2, 2, 1, None), (GPT2, 2, 2, 3), (PRE, 4, 1, None), (POST, 2, 2, 3)],
-    ),
+    ("case", "head", "tp_size", "fsdp_size", "seed"),
+    [
+        *quick(
+            (
+                (case, case.heads[0], *at, seed)
+                for case in ARCHITECTURES
+                for at in ((2, 1), (4, 1), (2, 2), (1, 2))
+                for seed in (3, None)
+            ),
+            [
+                *((GPT2, GPT2.heads[0], *at) for at in ((4, 1, 3), (2, 1, None), (2, 2, 3))),
+                *((PRE, PRE.heads[0], 4, 1, None), (POST, POST.heads[0], 2, 2, 3)),
+            ],
+        ),
+        *((case, head, 2, 1, 3) for case in (GPT2, POST) for head in case.heads[1:]),
+    ],
 )
 def test_weights_do_not_depend_on_the_layout(
-    pool: Pool, case: ModelCase, tp_size: int, fsdp_size: int, seed: int | None
+    pool: Pool, case: ModelCase, head: str, tp_size: int, fsdp_size: int, seed: int | None
 ) -> None:
     """Catches shards drawn rank by rank, from a stream that depends on what was drawn before, or filled once cut."""
-    expected = _build(case, case.heads[0], seed, 1)
-    for weights in run_at(pool, tp_size * fsdp_size, _build, case, case.heads[0], seed, tp_size, fsdp_size):
-        assert_all_equal(weights, expected)
-
-
-@pytest.mark.parametrize(("case", "head"), [(case, head) for case in (GPT2, POST) for head in case.heads[1:]])
-def test_heads_do_not_depend_on_the_layout(pool: Pool, case: ModelCase, head: str) -> None:
-    """Catches a head's parameters drawn from another stream than the body's, or not at all."""
-    expected = _build(case, head, 3, 1)
-    for weights in pool(2).run(_build, case, head, 3, 2):
+    expected = _build(case, head, seed, 1)
+    for weights in run_at(pool, tp_size * fsdp_size, _build, case, head, seed, tp_size, fsdp_size):
         assert_all_equal(weights, expected)
 
 
@@ -128,50 +129,3 @@ def test_slices_come_out_of_the_blocks_they_lie_in() -> None:
             assert torch.equal(drawn[rows, slice(2, 6)], weight[rows, 2:6])
         assert torch.equal(drawn[...], weight)
     assert weight.unique().numel() == weight.numel()
-
-
-def _auto_from_config(case: ModelCase, tp_size: int) -> Tensors:
-    torch.manual_seed(60 + rank())
-    auto = case.auto(case.language_model)
-    options = {"distributed_config": {"tp_size": tp_size} if tp_size > 1 else None, "dtype": torch.float64}
-    model = auto.from_config(case.config(), **options)
-    assert type(model) is case.ours(case.language_model)
-    assert (model.tp_size or 1) == tp_size
-    assert model.config.name_or_path == ""
-    return full_weights(model)
-
-
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_auto_classes_build_the_same(pool: Pool, case: ModelCase) -> None:
-    """Catches an Auto class that builds something else, or refuses a layout as it does for stock models."""
-    expected = _auto_from_config(case, 1)
-    for weights in pool(2).run(_auto_from_config, case, 2):
-        assert_all_equal(weights, expected)
-
-
-def _train_from_scratch(case: ModelCase, head: str, tp_size: int) -> list[float]:
-    torch.manual_seed(4)
-    config = case.config(**case.dropout(0.1, 0.1))
-    model = case.build(tp_size, head=head, config=config, dtype=torch.float64, seed=5)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    losses = []
-    for _ in range(12):
-        loss = model(**case.batch(head)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-@pytest.mark.parametrize(
-    ("case", "tp_size"),
-    quick(((case, tp_size) for case in ARCHITECTURES for tp_size in (2, 4)), [(GPT2, 2), (POST, 2)]),
-)
-def test_training_from_scratch_is_the_same_at_every_degree(pool: Pool, case: ModelCase, tp_size: int) -> None:
-    """Catches parameters that the forward does not use, and building that draws from the stream of dropout."""
-    for head in dict.fromkeys((case.heads[0], case.language_model)):
-        expected = _train_from_scratch(case, head, 1)
-        assert expected[-1] < expected[0] - 0.5
-        for losses in pool(tp_size).run(_train_from_scratch, case, head, tp_size):
-            assert losses == pytest.approx(expected, rel=1e-9)

@@ -18,13 +18,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from hf_megatron.checkpoint import LazyTensor
 from hf_megatron.partition import Box, Replicated
-from tests.models.architectures import ARCHITECTURES, GPT2, H, ModelCase, StockDir
+from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, H, ModelCase, StockDir
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, rank
 from tests.tiers import quick
 
 Reads = dict[str, list[Box]]
-
-PRE, POST = ARCHITECTURES[1:]
 
 
 @contextmanager

@@ -17,23 +17,11 @@ _MODELS = [*((case, case.language_model) for case in ARCHITECTURES), (GPT2, "For
 _MODELS += [(BERTS[0], "ForPreTraining")]
 
 
-def _cpu_offload(load: Callable[..., Any], folder: Path) -> Any:
-    return accelerate.cpu_offload(load(), execution_device="cpu")
-
-
-def _disk_offload(load: Callable[..., Any], folder: Path) -> Any:
-    return accelerate.disk_offload(load(), folder, execution_device="cpu")
-
-
-def _map_to(device: str) -> Callable[..., Any]:
-    return lambda load, folder: load(device_map={"": device}, offload_folder=folder)
-
-
 WAYS: dict[str, Callable[..., Any]] = {
-    "cpu_offload": _cpu_offload,
-    "disk_offload": _disk_offload,
-    "device_map cpu": _map_to("cpu"),
-    "device_map disk": _map_to("disk"),
+    "cpu_offload": lambda load, folder: accelerate.cpu_offload(load(), execution_device="cpu"),
+    "disk_offload": lambda load, folder: accelerate.disk_offload(load(), folder, execution_device="cpu"),
+    "device_map cpu": lambda load, folder: load(device_map={"": "cpu"}, offload_folder=folder),
+    "device_map disk": lambda load, folder: load(device_map={"": "disk"}, offload_folder=folder),
     "device_map auto": lambda load, folder: load(device_map="auto", offload_folder=folder),
 }
 GPU_WAYS: dict[str, Callable[..., Any]] = {

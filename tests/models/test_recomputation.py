@@ -66,13 +66,8 @@ def test_what_is_computed_again(case: ModelCase) -> None:
     model.activation_checkpointing_disable()
     assert not model.is_activation_checkpointing
     assert _computed(model) == once
-
-
-def test_the_old_name() -> None:
-    """Catches an option that only the new one of transformers' two names for it takes."""
-    model = _model()
     with pytest.warns(FutureWarning, match="activation_checkpointing_enable"):
-        model.gradient_checkpointing_enable(SELECTIVE)
+        model.gradient_checkpointing_enable(SELECTIVE)  # the old name
     assert _computed(model)["attention"] == 2 * LAYERS
 
 
@@ -87,29 +82,20 @@ def test_a_fused_kernel_is_left_to_itself(case: ModelCase) -> None:
     assert attend.call_count == LAYERS
 
 
-def test_generation_is_what_it_was() -> None:
-    """Catches a cache of keys and values that is left out, or filled twice, where nothing is trained."""
-    model = _model().eval()
-    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(2, 5)}
-    expected = model.generate(IDS[:, :5], **options)
-    model.activation_checkpointing_enable(SELECTIVE)
-    assert torch.equal(model.generate(IDS[:, :5], **options), expected)
-    cache = model(input_ids=IDS[:, :5], use_cache=True)[CACHE]
-    assert cache.get_seq_length() == 5
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_generation_is_what_it_was(recompute: str, is_training: bool) -> None:
+    """Catches a cache of keys and values left out, or filled twice, where nobody trains: each step would see one token.
 
-
-def test_a_model_in_training_mode_generates_with_its_cache() -> None:
-    """Catches a cache of keys and values left out where layers are checkpointed in training and nobody trains.
-
-    Each step would then see one token. (transformers 5.23 goes without a cache here, and sees all of them.)
+    (In training mode transformers 5.23 goes without a cache, and sees all of them.)
     """
-    model = _model().train()
+    model = _model().train(is_training)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(2, 5)}
     expected = model.generate(IDS[:, :5], **options)
-    model.activation_checkpointing_enable()
+    model.activation_checkpointing_enable({"recompute": recompute})
     assert torch.equal(model.generate(IDS[:, :5], **options), expected)
+    cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        cache = DynamicCache(config=model.config)
         model(input_ids=IDS[:, :5], **{CACHE: cache})
     assert cache.get_seq_length() == 5
 

@@ -21,7 +21,7 @@ from hf_megatron.errors import (
     PartitionError,
     UnsupportedError,
 )
-from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase, StockDir, token_ids
+from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase, StockDir
 from tests.models.reference import Pool, layout, run_at
 
 Result = tuple[str, str]  # name of the exception's class and its text
@@ -102,21 +102,6 @@ def test_cross_attention(tmp_path: Path) -> None:
     _assert_refused([_load(tmp_path, None)], UnsupportedError, "add_cross_attention=True")
 
 
-def _expect_refused_ids(case: ModelCase, directory: Path) -> None:
-    model = case.load(directory, 2, case.language_model).train()
-    ids = token_ids()
-    with pytest.raises(PartitionError, match=r"target 131 .*vocab_size=131"):
-        model(ids, labels=ids.clone().fill_(131))
-    with pytest.raises(IndexError, match=r"131 rows"):
-        model(ids.clone().fill_(131))
-
-
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_labels_outside_of_the_vocabulary(pool: Pool, stock_dir: StockDir, case: ModelCase) -> None:
-    """Catches a target that lies in no rank's shard and counts as a loss of its own."""
-    pool(2).run(_expect_refused_ids, case, stock_dir(case, case.language_model))
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -136,51 +121,25 @@ def test_tensors_of_another_shape(pool: Pool, stock_dir: StockDir, tmp_path: Pat
     _assert_refused(run_at(pool, tp_size, _load, tmp_path, layout(tp_size)), CheckpointShapeError, *phrases)
 
 
-def test_a_truncated_file(stock_dir: StockDir, tmp_path: Path) -> None:
-    """Catches a download that broke off."""
-    shutil.copytree(stock_dir(), tmp_path, dirs_exist_ok=True)
-    content = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(content[:-100])
-    _assert_refused([_load(tmp_path, None)], CheckpointIncompleteError, "model.safetensors", "truncated")
-
-
-@pytest.fixture(scope="module")
-def tp_dir(pool: Pool, stock_dir: StockDir, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """A function from a degree to a tp directory of it; not to be written to."""
-    root = tmp_path_factory.mktemp("tp")
-    for tp_size in (2, 4):
-        pool(tp_size).run(GPT2.save_distributed, stock_dir(), root / str(tp_size), tp_size)
-    return lambda tp_size: root / str(tp_size)
-
-
 def _shard(index: int) -> str:
     return f"shard-{index:05d}-model-00001-of-00001.safetensors"
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize("lost", [1, 2, 3, 4])
-def test_a_lost_shard(pool: Pool, tp_dir: Callable[[int], Path], tmp_path: Path, lost: int, tp_size: int) -> None:
-    """Catches what stock loads without a word: every cut tensor shorter, or its last part left as memory was."""
-    shutil.copytree(tp_dir(4), tmp_path, dirs_exist_ok=True)
-    (tmp_path / _shard(lost)).unlink()
-    results = run_at(pool, tp_size, _load, tmp_path, layout(tp_size))
-    for name in ("wte.weight", "h.0.attn.c_attn.weight", "h.1.mlp.c_proj.weight"):
-        _assert_refused(results, CheckpointIncompleteError, f"transformer.{name}")
-
-
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_two_models_in_one_directory(
-    pool: Pool, stock_dir: StockDir, tp_dir: Callable[[int], Path], tmp_path: Path, tp_size: int
-) -> None:
-    """Catches two saves that stock puts together to a model that was never trained, or one chosen silently."""
-    shutil.copytree(tp_dir(2), tmp_path / "whole")
-    shutil.copy(stock_dir() / "model.safetensors", tmp_path / "whole")
-    results = run_at(pool, tp_size, _load, tmp_path / "whole", layout(tp_size))
-    _assert_refused(results, CheckpointFormatError, "model.safetensors", _shard(1))
-    for degree in (4, 2):
-        shutil.copytree(tp_dir(degree), tmp_path / "parts", dirs_exist_ok=True)
-    results = run_at(pool, tp_size, _load, tmp_path / "parts", layout(tp_size))
-    _assert_refused(results, CheckpointIncompleteError, GPT2.embedding, "overlap")
+def test_files_that_do_not_make_up_one_model(pool: Pool, stock_dir: StockDir, tmp_path: Path, tp_size: int) -> None:
+    """Catches what stock loads without a word: tensors cut short or left as memory was, and two saves put together."""
+    two, four, both = (tmp_path / name for name in ("2", "4", "both"))
+    for degree, directory in ((4, four), (2, two)):
+        pool(degree).run(GPT2.save_distributed, stock_dir(), directory, degree)
+        shutil.copytree(directory, both, dirs_exist_ok=True)
+    shutil.copy(stock_dir() / "model.safetensors", two)
+    (four / _shard(3)).unlink()
+    for directory, error, phrases in (
+        (two, CheckpointFormatError, ("model.safetensors", _shard(1))),
+        (both, CheckpointIncompleteError, (GPT2.embedding, "overlap")),
+        (four, CheckpointIncompleteError, ("transformer.wte.weight", "transformer.h.0.attn.c_attn.weight")),
+    ):
+        _assert_refused(run_at(pool, tp_size, _load, directory, layout(tp_size)), error, *phrases)
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -40,22 +39,6 @@ def test_auto_classes(stock_dir: StockDir, tmp_path: Path, case: ModelCase, head
     assert type(AutoConfig.from_pretrained(stock)) is case.stock().config_class
     assert type(auto.from_config(case.stock_config())) is case.stock(head)
     assert type(auto.from_pretrained(stock)) is case.stock(head)
-
-
-def test_only_configurations_of_ours_are_registered() -> None:
-    """Catches an entry under a stock class: what is registered takes precedence over what transformers ships."""
-    auto = importlib.import_module("transformers.models.auto.auto_factory")
-    mappings = [
-        value
-        for module in ("modeling_auto", "tokenization_auto")
-        for value in vars(importlib.import_module(f"transformers.models.auto.{module}")).values()
-        if isinstance(value, auto._LazyAutoMapping)
-    ]
-    registered = {config_class for mapping in mappings for config_class in mapping._extra_content}
-    assert {case.ours().config_class for case in ARCHITECTURES} <= registered
-    assert {config_class.__module__.split(".")[0] for config_class in registered} == {"hf_megatron"}
-    types = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING._extra_content
-    assert all(name.startswith("megatron_") for name in types)
 
 
 @pytest.mark.parametrize(
@@ -110,15 +93,6 @@ def test_auto_classes_load_on_ranks(
     for results in run_at(pool, tp_size, _auto_load, case, stock_dir(case), tmp_path, tp_size):
         for weights in results:
             assert_all_equal(weights, expected)
-
-
-def test_a_stock_config_is_read_as_ours(stock_dir: StockDir) -> None:
-    """Catches sizes or options that are lost when a stock config.json is read."""
-    directory = stock_dir(GPT2, None, "untied")
-    ours, stock = (c.config_class.from_pretrained(directory) for c in (GPT2.ours(), GPT2.stock()))
-    assert ours.model_type == "megatron_gpt2"
-    assert {**ours.to_dict(), "model_type": "gpt2"} == stock.to_dict()
-    assert type(ours).from_dict(stock.to_dict()).model_type == "megatron_gpt2"
 
 
 @pytest.mark.parametrize("files", ["all", "vocabulary only"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,35 +12,24 @@ from transformers.distributed import DistributedConfig
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel import HiddenDropout, ReplicatedLayerNorm, local
-from tests.models.architectures import (
-    ARCHITECTURES,
-    BERTS,
-    GPT2,
-    LAYERS,
-    B,
-    H,
-    ModelCase,
-    S,
-    StockDir,
-    token_ids,
-)
+from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, LAYERS, B, H, ModelCase, S, StockDir, token_ids
 from tests.models.collectives import Recorder
 from tests.models.reference import (
     Pool,
     Tensors,
     assert_agrees,
     assert_all_agree,
-    assert_all_equal,
-    full_weights,
     gradients,
     reference_loss,
 )
 
 
-def _accumulate(directory: Path, checkpointing: bool) -> None:
+def _accumulate(directory: Path, checkpointing: bool, trained: str) -> None:
     """Two micro-batches of different lengths, both forwards before the first backward."""
     stock = GPT2.load_stock(directory, dtype=torch.float64)
     ours = GPT2.load(directory, 2, sequence_parallel=True, dtype=torch.float64, attn_implementation="eager").train()
+    for name, parameter in [*stock.named_parameters(), *ours.named_parameters()]:
+        parameter.requires_grad_(re.search(trained, name) is not None)
     if checkpointing:
         ours.activation_checkpointing_enable()
     batches = [GPT2.batch(None, "right", 9), GPT2.batch(None, "none", 6)]
@@ -50,26 +40,11 @@ def _accumulate(directory: Path, checkpointing: bool) -> None:
     assert_all_agree("gradient", gradients(ours), gradients(stock))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_micro_batches_add_up(pool: Pool, stock_dir: StockDir, checkpointing: bool) -> None:
-    """Catches gradients made whole once more with each micro-batch, and a call's length that outlives the call."""
-    pool(2).run(_accumulate, stock_dir(), checkpointing)
-
-
-def _train_with_frozen_parts(directory: Path) -> None:
-    stock = GPT2.load_stock(directory, dtype=torch.float64)
-    ours = GPT2.load(directory, 2, sequence_parallel=True, dtype=torch.float64, attn_implementation="eager").train()
-    for model in (stock, ours):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("c_fc.weight" in name or "ln_2.bias" in name)
-    GPT2.stock_step(stock, GPT2.batch())[1].backward()
-    ours(**GPT2.batch()).loss.backward()
-    assert_all_agree("gradient", gradients(ours), gradients(stock))
-
-
-def test_frozen_parameters(pool: Pool, stock_dir: StockDir) -> None:
-    """Catches a collective that waits for a gradient nobody computes."""
-    pool(2).run(_train_with_frozen_parts, stock_dir())
+@pytest.mark.parametrize(("checkpointing", "trained"), [(False, ""), (True, ""), (False, r"c_fc\.weight|ln_2\.bias")])
+def test_micro_batches_add_up(pool: Pool, stock_dir: StockDir, checkpointing: bool, trained: str) -> None:
+    """Catches gradients made whole once more with each micro-batch, a call's length that outlives the call, and a
+    collective that waits for a gradient nobody computes."""
+    pool(2).run(_accumulate, stock_dir(), checkpointing, trained)
 
 
 def _gradient_of_embeddings(directory: Path, splits: bool) -> torch.Tensor:
@@ -138,22 +113,6 @@ def test_what_lies_between_the_layers_is_kept_once(pool: Pool, stock_dir: StockD
     # The inputs of all norms and of the products behind them, and the masks of all dropout.
     assert split == B * length * H * (4 * LAYERS + 1 + 2 * LAYERS + 1)
     assert whole == 2 * split
-
-
-def _save(case: ModelCase, directory: Path, destination: Path) -> None:
-    model = case.load(directory, 2, sequence_parallel=True)
-    assert model.sequence_parallel
-    model.save_pretrained(destination)
-
-
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_what_is_saved_does_not_know(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase) -> None:
-    """Catches a switch of this run that travels with the weights."""
-    pool(2).run(_save, case, stock_dir(case), tmp_path)
-    assert "sequence_parallel" not in (tmp_path / "config.json").read_text()
-    again = case.load(tmp_path)
-    assert not again.sequence_parallel
-    assert_all_equal(full_weights(again), full_weights(case.load(stock_dir(case))))
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from hf_megatron.errors import CheckpointFormatError
-from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase, StockDir
+from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, ModelCase, StockDir
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, run_at
 from tests.tiers import quick
 
 Spelling = Callable[[ModelCase, Tensors], Tensors]
 
-PRE, POST = ARCHITECTURES[1:]
 BUFFERS = {
     "gpt2": {"attn.bias": torch.ones(32, 32).tril().bool()[None, None], "attn.masked_bias": torch.tensor(-1e4)},
     "bert": {"embeddings.position_ids": torch.arange(32)[None], "embeddings.token_type_ids": torch.zeros(1, 32).long()},
@@ -171,18 +169,6 @@ def test_what_is_dropped_is_named(
     assert [name for name in names if name not in dropped] == []
 
 
-@pytest.mark.parametrize("spelling", [_as_it_is, _without_prefix])
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_the_base_model_loads_from_any_head(
-    stock_dir: StockDir, tmp_path: Path, case: ModelCase, spelling: Spelling
-) -> None:
-    """Catches the base model's parameters looked for under the prefix they have in a model with a head."""
-    _spell(case, stock_dir(case), tmp_path, spelling)
-    model, info = case.load(tmp_path, head="Model", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert_all_equal(full_weights(model), full_weights(case.load(stock_dir(case)).base_model))
-
-
 def _refusal(case: ModelCase, directory: Path, tp_size: int) -> str:
     with pytest.raises(CheckpointFormatError) as caught:
         case.load(directory, tp_size)
@@ -205,17 +191,3 @@ def test_another_head_than_the_tied_one_is_refused(
     for message in run_at(pool, tp_size, _refusal, case, tmp_path, tp_size):
         assert name in message
         assert '"tie_word_embeddings": false' in message
-
-
-class _RunsOnLoading:
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, ("true",)
-
-
-def test_a_pickle_with_code_is_refused(stock_dir: StockDir, tmp_path: Path) -> None:
-    """Catches a checkpoint that runs what it likes when it is opened."""
-    shutil.copy(stock_dir() / "config.json", tmp_path)
-    torch.save(
-        {**load_file(stock_dir() / "model.safetensors"), "extra": _RunsOnLoading()}, tmp_path / "pytorch_model.bin"
-    )
-    assert "system" in _refusal(GPT2, tmp_path, 1)

@@ -95,19 +95,6 @@ def test_targets_that_peft_chooses_are_the_same(case: Case, targets: str | None)
         assert chosen == set(stock_model(case).targeted_module_names)
 
 
-def _generate(case: Case) -> torch.Tensor:
-    tokens: torch.Tensor = our_model(case).eval().generate(**case.inputs, max_new_tokens=5, do_sample=False)
-    return tokens
-
-
-def test_generates_as_stock_peft_does(pool: Pool, gpt2: Case) -> None:
-    """Catches an adapter that is left out, or doubled, when keys and values come from the cache."""
-    stock = stock_model(gpt2).eval()
-    expected = stock.generate(**gpt2.inputs, max_new_tokens=5, do_sample=False)
-    for tokens in pool(2).run(_generate, replace(gpt2, layout={"tp_size": 2})):
-        assert torch.equal(tokens, expected)
-
-
 def _logits_of_half_precision(case: Case) -> tuple[torch.Tensor, set[torch.dtype]]:
     model = our_model(case)
     return logits(case, model), {parameter.dtype for parameter in trainable_weights(model).values()}

@@ -16,24 +16,21 @@ from tests.models.reference import Pool
 from tests.peft.adapters import Case, our_base, our_model, stock_base, stock_model
 
 
-@pytest.mark.parametrize("targets", [["c_attn"], ["wte"], r".*\.mlp\..*"])
-def test_plain_peft_names_this_module(gpt2: Case, targets: Any) -> None:
-    """Catches the plain call, whose adapters would be cut wrong, or its error, which names layers nobody has."""
-    with pytest.raises(UnsupportedError, match=r"hf_megatron\.peft\.get_peft_model"):
-        peft.get_peft_model(our_base(gpt2), LoraConfig(target_modules=targets))
-
-
-@pytest.mark.parametrize("targets", [["classifier"], "all-linear"])
-def test_plain_peft_on_replicated_layers_names_this_module(classifier: Case, targets: Any) -> None:
-    """Catches replicated layers, which are linear layers to peft, and their adapters no DTensors."""
-    with pytest.raises(UnsupportedError, match=r"hf_megatron\.peft\.get_peft_model"):
-        peft.get_peft_model(our_base(classifier), LoraConfig(target_modules=targets))
-
-
-def test_plain_peft_finds_no_linear_layer_in_gpt2(gpt2: Case) -> None:
-    """Catches a layer that looks linear to peft, which would adapt that one alone."""
-    with pytest.raises(ValueError, match="No `target_modules`"):
-        peft.get_peft_model(our_base(gpt2), LoraConfig(target_modules="all-linear"))
+@pytest.mark.parametrize(
+    ("case", "targets"),
+    [
+        *(("gpt2", targets) for targets in (["c_attn"], ["wte"], r".*\.mlp\..*", "all-linear")),
+        *(("classifier", targets) for targets in (["classifier"], "all-linear")),
+    ],
+    indirect=["case"],
+)
+def test_plain_peft_names_this_module(case: Case, targets: Any) -> None:
+    """Catches the plain call, whose adapters would be cut wrong or no DTensors, its error, which names layers nobody
+    has, and a layer of GPT-2 that looks linear to peft."""
+    finds_none = (case.head, targets) == ("LMHeadModel", "all-linear")
+    message = "No `target_modules`" if finds_none else r"hf_megatron\.peft\.get_peft_model"
+    with pytest.raises(ValueError if finds_none else UnsupportedError, match=message):
+        peft.get_peft_model(our_base(case), LoraConfig(target_modules=targets))
 
 
 def test_loading_with_plain_peft_names_this_module(gpt2: Case, tmp_path: Any) -> None:
@@ -60,16 +57,12 @@ def test_loading_with_plain_peft_names_this_module(gpt2: Case, tmp_path: Any) ->
     ids=lambda value: value.split("=")[0].split(":")[-1].strip() if isinstance(value, str) else "",
 )
 def test_unsupported_settings_are_refused_before_anything_changes(gpt2: Case, config: Any, message: str) -> None:
-    """Catches a setting that is silently left out, and a model left half adapted."""
+    """Catches a setting silently left out, a model left half adapted, and an error from within for a stock one."""
     model = our_base(gpt2)
     with pytest.raises(UnsupportedError, match=message.replace("(", r"\(")):
         get_peft_model(model, config)
     assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
     get_peft_model(model, gpt2.config)
-
-
-def test_a_stock_model_is_referred_to_peft(gpt2: Case) -> None:
-    """Catches an AttributeError from within, where the model is not one of this package."""
     with pytest.raises(UnsupportedError, match=r"use peft\.get_peft_model"):
         get_peft_model(stock_base(gpt2), gpt2.config)
 

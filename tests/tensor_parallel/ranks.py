@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from hf_megatron.tensor_parallel import TensorParallelGroup
-from tests.distributed import RankPool
-
-Pool = Callable[[int], RankPool]
+from hf_megatron.tensor_parallel import SINGLE, TensorParallelGroup
+from tests.models.reference import Pool as Pool
 
 TP_SIZES = [1, 2, 4]
 
@@ -24,16 +20,12 @@ def mesh() -> DeviceMesh:
 
 
 def group() -> TensorParallelGroup:
-    """Inside a job: all ranks as one tensor-parallel group."""
-    return TensorParallelGroup.from_mesh(mesh())
+    """Inside a job: all ranks as one tensor-parallel group. Elsewhere that of one process."""
+    return TensorParallelGroup.from_mesh(mesh()) if dist.is_initialized() else SINGLE
 
 
-def proven(is_defective: bool) -> AbstractContextManager[object]:
-    """Around a check that runs on a correct form and on a defective one: it must hold for one and fail for the other.
-
-    Without the second, a check that cannot fail would look like one that finds nothing wrong.
-    """
-    return pytest.raises(AssertionError) if is_defective else nullcontext()
+def values(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def same_on_all_ranks(values: Sequence[torch.Tensor]) -> torch.Tensor:

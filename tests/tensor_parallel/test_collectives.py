@@ -72,6 +72,7 @@ def _start(
 def test_ranks_that_outnumber_the_cores_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches ranks that ask all the time and so keep those they wait for from computing."""
     monkeypatch.setattr(cpu, "_CORES", 2)
+    monkeypatch.setattr(cpu, "POLLING_SECONDS", 60.0)
     for local_world_size, questions in (("2", 3), ("3", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
         work = _Work([False, False, True])

@@ -1,9 +1,11 @@
-"""Products whose communication travels while other products are computed; their values are tested with the layers."""
+"""Products whose communication travels while other products are computed; their values are tested with the models."""
 
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,29 +32,14 @@ def _order(num_layers: int) -> tuple[list[str], list[bool]]:
     layers = [ColumnParallelLinear(4, 6) for _ in range(num_layers)]
     for layer in layers:
         layer.set_tensor_parallel(group())
-    x = torch.ones(3, 4, requires_grad=True)
-    output = torch.cat(column_parallel_linear(x, None, *layers))
-    are_async = []
-    original: Any = dist.all_reduce
-
-    def all_reduce(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
-        are_async.append(async_op)
-        return original(*args, async_op=async_op, **kwargs)
-
-    dist.all_reduce = all_reduce
-    try:
-        with _Order() as order:
-            output.sum().backward()
-    finally:
-        dist.all_reduce = original
-    return order.names, are_async
+    output = torch.cat(column_parallel_linear(torch.ones(3, 4, requires_grad=True), None, *layers))
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce, _Order() as order:
+        output.sum().backward()
+    return order.names, [call.kwargs["async_op"] for call in all_reduce.call_args_list]
 
 
-def test_the_sum_travels_while_the_weights_gradients_are_computed(pool: Pool) -> None:
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_the_sum_travels_while_the_weights_gradients_are_computed(pool: Pool, num_layers: int) -> None:
     """Catches a sum that is waited for before the next product, or begun after it, or for each layer."""
-    for names, are_async in pool(2).run(_order, 1):
-        assert names == ["addmm_", "allreduce_", "mm"]
-        assert are_async == [True]
-    for names, are_async in pool(2).run(_order, 3):
-        assert names == ["addmm_", "addmm_", "addmm_", "allreduce_", "mm", "mm", "mm"]
-        assert are_async == [True]
+    expected = (["addmm_"] * num_layers + ["allreduce_"] + ["mm"] * num_layers, [True])
+    assert pool(2).run(_order, num_layers) == [expected] * 2

@@ -146,9 +146,9 @@ def make_trainer(run: Run, log: Log | None = None, **options: Any) -> MegatronTr
     return MegatronTrainer(model, arguments, callbacks=callbacks, **{**data, **options})
 
 
-def train(run: Run) -> tuple[list[Step], Tensors]:
+def train(run: Run, **options: Any) -> tuple[list[Step], Tensors]:
     """Train; returns the log and the full weights afterwards."""
-    trainer, steps = _train(run)
+    trainer, steps = _train(run, **options)
     return steps, full_weights(trainer.model)
 
 
@@ -163,9 +163,9 @@ def train_with_moments(run: Run) -> tuple[list[Step], Tensors]:
     return steps, state
 
 
-def _train(run: Run) -> tuple[MegatronTrainer, list[Step]]:
+def _train(run: Run, **options: Any) -> tuple[MegatronTrainer, list[Step]]:
     log = Log()
-    trainer = make_trainer(run, log)
+    trainer = make_trainer(run, log, **options)
     trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
     return trainer, log.steps
 

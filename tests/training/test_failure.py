@@ -96,27 +96,17 @@ def _diverge(run: Run) -> tuple[str, dict[str, torch.Tensor]]:
     return f"{caught.value} {caught.value.__notes__}", full_weights(trainer.model)
 
 
-def _stop_after_four(run: Run) -> dict[str, torch.Tensor]:
-    trainer = make_trainer(run)
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = state.global_step == 4
-
-    trainer.add_callback(Stop())
-    trainer.train()
-    return full_weights(trainer.model)
-
-
 @pytest.mark.parametrize("layout", layouts("tp2", "one", "tp2 x fsdp2"))
 def test_a_step_that_would_spoil_the_weights_is_not_taken(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches weights, and then checkpoints, of nothing but nan, and ranks of which only one notices."""
-    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(layout, {}))
+    arguments = {"lr_scheduler_type": "constant"}
+    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(layout, {}), arguments=arguments)
     message, weights = on_ranks(pool, _diverge, run)
     assert message.startswith("step 5: the norm of the gradients is nan, the loss ")
     assert "those after step 4" in message
     assert "checkpoint-3; train(resume_from_checkpoint=True)" in message
-    before = on_ranks(pool, _stop_after_four, replace(run, output=tmp_path / "stopped"))
+    stopped = replace(run, output=tmp_path / "stopped", arguments={**arguments, "max_steps": 4})
+    _, before = on_ranks(pool, train, stopped)
     assert_all_equal(weights, before)
 
 

@@ -6,21 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from transformers import EvalPrediction, ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hf_megatron import MegatronTrainer
 from hf_megatron.errors import UnsupportedError
 from tests.models.reference import Pool, rank
 from tests.training.runs import (
-    DROPOUT,
     LAYOUTS,
-    Log,
     Run,
-    Step,
     assert_same_steps,
     examples,
     layouts,
@@ -30,7 +26,6 @@ from tests.training.runs import (
 )
 
 Example = dict[str, torch.Tensor]
-LAYOUT_NAMES = layouts("tp2", "tp2 x fsdp2")
 
 
 def _uneven_examples() -> list[Example]:
@@ -46,60 +41,20 @@ def _padded(batch: list[Example]) -> Example:
     }
 
 
-def _train(run: Run, options: dict[str, Any]) -> list[Step]:
-    log = Log()
-    trainer = make_trainer(run, log, **options)
-    trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
-    return log.steps
-
-
-@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("layout", layouts("tp2", "tp2 x fsdp2"))
 def test_grouping_by_length_gives_every_layout_the_same_batches(
     pool: Pool, gpt2: Path, tmp_path: Path, layout: str
 ) -> None:
     """Catches ranks of a group with batches of different examples, or lengths, whose collectives do not fit."""
-    options = {"train_dataset": _uneven_examples(), "data_collator": _padded}
+    options: dict[str, Any] = {"train_dataset": _uneven_examples(), "data_collator": _padded}
     arguments = {"save_strategy": "no", "max_steps": 4, "train_sampling_strategy": "group_by_length"}
     run = Run(gpt2, tmp_path, arguments=arguments)
-    expected = _train(run, options)
+    expected, _ = train(run, **options)
     assert len({step.tokens for step in expected}) > 1
-    steps = on_ranks(pool, _train, replace(run, layout=LAYOUTS[layout]), options)
+    steps, _ = on_ranks(pool, train, replace(run, layout=LAYOUTS[layout]), **options)
     if "x" in layout:  # data-parallel ranks pad their own parts, to other lengths
         steps = [replace(step, tokens=e.tokens) for step, e in zip(steps, expected, strict=True)]
     assert_same_steps(steps, expected)
-
-
-@pytest.mark.parametrize("layout", LAYOUT_NAMES)
-def test_gradient_checkpointing_changes_no_number(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
-    """Catches recomputed activations with other dropout masks, and collectives that are not repeated."""
-    arguments = {"save_strategy": "no", "max_steps": 3}
-    run = Run(gpt2, tmp_path, layout=LAYOUTS[layout], config=DROPOUT, arguments=arguments)
-    expected = on_ranks(pool, _train, run, {})
-    again = replace(run, arguments={**run.arguments, "gradient_checkpointing": True})
-    assert on_ranks(pool, _train, again, {}) == expected
-
-
-def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    labels = np.asarray(prediction.label_ids)[:, 1:]
-    guesses = np.asarray(prediction.predictions)[:, :-1].argmax(-1)
-    is_counted = labels != -100
-    return {"accuracy": float((guesses == labels)[is_counted].mean()), "examples": float(len(labels))}
-
-
-def _evaluate(run: Run) -> dict[str, float]:
-    trainer = make_trainer(replace(run, arguments={"save_strategy": "no"}), compute_metrics=_accuracy)
-    metrics: dict[str, float] = trainer.evaluate(examples(11, seed=1))
-    return metrics
-
-
-@pytest.mark.parametrize("layout", layouts("tp2"))
-def test_metrics_are_computed_from_every_example_once(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
-    """Catches a metric over examples that are counted once per rank."""
-    run = Run(gpt2, tmp_path)
-    expected = _evaluate(run)
-    metrics = on_ranks(pool, _evaluate, replace(run, layout=LAYOUTS[layout]))
-    assert metrics["eval_examples"] == expected["eval_examples"] == 11
-    assert metrics["eval_accuracy"] == expected["eval_accuracy"]
 
 
 class Counter(TrainerCallback, ExportableState):

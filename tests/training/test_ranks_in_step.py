@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from hf_megatron import MegatronTrainer
@@ -52,15 +52,6 @@ class After(TrainerCallback):
 
 def _draw(control: Any, model: nn.Module) -> None:
     torch.rand(1)
-
-
-def _load(control: Any, model: nn.Module) -> None:
-    """A data loader draws a seed for its workers from the default generator."""
-    next(iter(DataLoader(examples(4))))  # type: ignore[arg-type]
-
-
-def _dropout(control: Any, model: nn.Module) -> None:
-    nn.functional.dropout(torch.ones(3))
 
 
 def _shift(control: Any, model: nn.Module) -> None:
@@ -121,38 +112,52 @@ def _message(run: Run, action: Any = None, step: int = 3, every: int = 2, **opti
     return "nothing was noticed"
 
 
-CALLBACKS: dict[str, tuple[Any, str]] = {
-    "a stray random number": (_draw, "random generator of the CPU: rank 1 differs from rank 0"),
-    "a data loader of its own": (_load, "random generator of the CPU: rank 1 differs from rank 0"),
-    "dropout outside of the model": (_dropout, "random generator of the CPU: rank 1 differs from rank 0"),
-    "a weight that it changes": (_shift, "parameter transformer.ln_f.weight: rank 1 differs from rank 0"),
-    "all weights that it changes": (_scale, "more"),
-}
-
-
-@pytest.mark.parametrize("case", CALLBACKS)
-def test_what_a_callback_of_one_rank_does_is_found(pool: Pool, gpt2: Path, tmp_path: Path, case: str) -> None:
-    """Catches replicated parameters that drift apart, and dropout masks that differ."""
-    action, expected = CALLBACKS[case]
-    message = on_ranks(pool, _message, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], config=DROPOUT), action)
+@pytest.mark.parametrize(
+    ("action", "step", "every", "saves", "expected"),
+    [
+        (_draw, 3, 2, "steps", "random generator of the CPU: rank 1 differs from rank 0"),
+        (_shift, 3, 2, "steps", "parameter transformer.ln_f.weight: rank 1 differs from rank 0"),
+        (_scale, 3, 2, "steps", "more"),
+        (_draw, 5, 100, "no", "At: the end of training, after step 6"),
+        (_draw, 2, 100, "steps", "At: before the checkpoint of step 3"),
+    ],
+)
+def test_what_a_callback_of_one_rank_does_is_found(
+    pool: Pool, gpt2: Path, tmp_path: Path, action: Any, step: int, every: int, saves: str, expected: str
+) -> None:
+    """Catches replicated parameters that drift apart, dropout masks that differ, and a model returned, or a checkpoint
+    written by parts, all the same."""
+    run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments={"save_strategy": saves}, config=DROPOUT)
+    message = on_ranks(pool, _message, run, action, step, every)
     assert expected in message
-    assert "They were equal at: before the step after step 2." in message or "before the checkpoint" in message
+    assert f"They were equal at: before the step after step {2 if every == 2 else 0}." in message
     assert "On rank 0 of 2" in message
+    assert not list(tmp_path.glob("*checkpoint*"))
+
+
+_DIFFERS = "batch['input_ids']: rank 1 differs from rank 0"
 
 
 @pytest.mark.parametrize(
-    ("step", "saves", "expected"),
-    [(5, "no", "At: the end of training, after step 6"), (2, "steps", "At: before the checkpoint of step 3")],
+    ("options", "arguments", "expected"),
+    [
+        ({"train_dataset": _own_examples}, {}, _DIFFERS),
+        ({"train_dataset": _own_examples}, {"eval_on_start": True}, f"At: before the step after step 0. {_DIFFERS}"),
+        ({"train_dataset": _other_from_the_fifth_batch}, {}, "differs from rank 0"),
+        ({"train_dataset": _more_examples}, {}, "number of steps in an epoch (6, 7 on ranks 0, 1)"),
+        ({"data_collator": _masked}, {}, _DIFFERS),
+        ({"data_collator": _longer}, {}, _DIFFERS),
+        ({"train_dataset": Shorter}, {}, "number of batches (1, 0 on ranks 0, 1)"),
+    ],
 )
-def test_ranks_are_compared_at_the_end_and_before_a_checkpoint(
-    pool: Pool, gpt2: Path, tmp_path: Path, step: int, saves: str, expected: str
+def test_data_that_depend_on_the_rank_are_found(
+    pool: Pool, gpt2: Path, tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any], expected: str
 ) -> None:
-    """Catches a model returned, or a checkpoint written by parts, although its ranks have drifted apart."""
-    run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments={"save_strategy": saves}, config=DROPOUT)
-    message = on_ranks(pool, _message, run, _draw, step, 100)
+    """Catches groups that compute parts of different examples, ranks that wait for one that read less, and a first
+    batch not compared because one of an evaluation was."""
+    message = on_ranks(pool, _message, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments=arguments), **options)
     assert expected in message
-    assert "They were equal at: before the step after step 0" in message
-    assert not list(tmp_path.glob("*checkpoint*"))
+    assert "The usual cause: a" in message
 
 
 @pytest.mark.parametrize("layout", layouts("tp2 x fsdp2", "tp2 x replicate2"))
@@ -167,34 +172,6 @@ def _draw_on_the_last_rank(run: Run) -> None:
     trainer = make_trainer(run, rank_check_steps=2)
     trainer.add_callback(After(3, _draw))
     trainer.train()
-
-
-DATA: dict[str, tuple[dict[str, Any], str]] = {
-    "data set": ({"train_dataset": _own_examples}, "batch['input_ids']: rank 1 differs from rank 0"),
-    "data set, from its fifth batch": ({"train_dataset": _other_from_the_fifth_batch}, "differs from rank 0"),
-    "length of the data set": ({"train_dataset": _more_examples}, "number of steps in an epoch (6, 7 on ranks 0, 1)"),
-    "masks of the collator": ({"data_collator": _masked}, "batch['input_ids']: rank 1 differs from rank 0"),
-    "lengths of the collator": ({"data_collator": _longer}, "batch['input_ids']: rank 1 differs from rank 0"),
-    "end of a stream": ({"train_dataset": Shorter}, "number of batches (1, 0 on ranks 0, 1)"),
-}
-
-
-@pytest.mark.parametrize("case", DATA)
-def test_data_that_depend_on_the_rank_are_found(pool: Pool, gpt2: Path, tmp_path: Path, case: str) -> None:
-    """Catches groups that compute parts of different examples, and ranks that wait for one that read less."""
-    options, expected = DATA[case]
-    message = on_ranks(pool, _message, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]), **options)
-    assert expected in message
-    assert "The usual cause: a" in message
-
-
-def test_an_evaluation_before_the_first_step_takes_nothing_from_the_training_data(
-    pool: Pool, gpt2: Path, tmp_path: Path
-) -> None:
-    """Catches a first batch that is not compared, because one of the evaluation data was."""
-    run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments={"eval_on_start": True})
-    message = on_ranks(pool, _message, run, train_dataset=_own_examples)
-    assert "At: before the step after step 0. batch['input_ids']" in message
 
 
 def _sample_by_rank(trainer: MegatronTrainer) -> None:

@@ -15,19 +15,19 @@ import torch
 from torch.utils.data import IterableDataset
 
 from hf_megatron.errors import RanksDifferError, UnsupportedError
-from tests.models.reference import Pool, assert_all_equal, full_weights, rank
+from tests.models.reference import Pool, assert_all_equal, rank
 from tests.tiers import quick
 from tests.training.runs import (
     DROPOUT,
     LAYOUTS,
     NUM_EXAMPLES,
-    Log,
     Run,
     Step,
     assert_same_steps,
     examples,
     make_trainer,
     on_ranks,
+    train,
 )
 
 Example = dict[str, torch.Tensor]
@@ -89,11 +89,8 @@ STREAMS = {"shuffled": Shuffled, "generated": Generated, "hub": _hub_stream}
 
 def _train(run: Run, stream: str) -> tuple[list[Step], dict[str, torch.Tensor]]:
     """Ten steps, of which the seventh begins the second pass."""
-    log = Log()
-    arguments = {"max_steps": 10, "save_steps": 4, **run.arguments}
-    trainer = make_trainer(replace(run, arguments=arguments), log, train_dataset=STREAMS[stream]())
-    trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
-    return log.steps, full_weights(trainer.model)
+    run = replace(run, arguments={"max_steps": 10, "save_steps": 4, **run.arguments})
+    return train(run, train_dataset=STREAMS[stream]())
 
 
 @pytest.mark.parametrize(
