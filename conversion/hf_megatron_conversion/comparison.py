@@ -13,7 +13,7 @@ from hf_megatron.checkpoint import DTYPES
 from hf_megatron.partition import Box
 from hf_megatron_conversion.files import Progress, Silent
 from hf_megatron_conversion.formats import format_of, read_model
-from hf_megatron_conversion.formats.base import Given, Model, warn_of_padding
+from hf_megatron_conversion.formats.base import Model, SourceOptions, warn_of_padding
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.tensors import Readable, bounded, num_bytes, raw_bytes
 
@@ -102,8 +102,8 @@ def _read_both(a: Path, b: Path) -> tuple[Model, Model]:
     return (model_a if model_a.has_known_vocab_size else read_model(a, _hint(model_b))), model_b
 
 
-def _hint(model: Model) -> Given:
-    return Given(hint=model.config if model.has_known_vocab_size else None)
+def _hint(model: Model) -> SourceOptions:
+    return SourceOptions(hint=model.config if model.has_known_vocab_size else None)
 
 
 def compare(a: Mapping[str, Readable], b: Mapping[str, Readable], progress: Progress) -> tuple[dict[str, str], float]:

@@ -19,7 +19,7 @@ from hf_megatron_conversion.comparison import compare, finite
 from hf_megatron_conversion.conversion_plan import ConversionPlan, Options, check_options, make_plan
 from hf_megatron_conversion.files import Progress, Silent, write_files
 from hf_megatron_conversion.formats import FormatName, format_of, read_model
-from hf_megatron_conversion.formats.base import Given, Model, ModelType, warn_of_padding
+from hf_megatron_conversion.formats.base import Model, ModelType, SourceOptions, warn_of_padding
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.tensors import dtype_code
 
@@ -129,7 +129,7 @@ def convert(
         model_type=model_type,
         verify=verify,
     )
-    given = Given(
+    given = SourceOptions(
         config=None if config is None else read_json(Path(config)), vocab_size=vocab_size, tokenizer=options.tokenizer
     )
     target = AtomicDirectory(destination, replace=overwrite)
@@ -160,7 +160,7 @@ def convert(
     )
 
 
-def _open(source: str | Path, target: Path, options: Options, given: Given) -> Model:
+def _open(source: str | Path, target: Path, options: Options, given: SourceOptions) -> Model:
     """Open the source, after refusing what can be refused without its weights."""
     directory = source_directory(source, config_only=True)
     resolved = directory.resolve()

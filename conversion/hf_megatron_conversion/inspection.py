@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_megatron_conversion.card import dtype_names
 from hf_megatron_conversion.formats import FormatName, read_model
-from hf_megatron_conversion.formats.base import Given, warn_of_padding
+from hf_megatron_conversion.formats.base import SourceOptions, warn_of_padding
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.tensors import num_bytes
 
@@ -55,7 +55,7 @@ def inspect(path: str | Path) -> Inspection:
         CheckpointError: It is no checkpoint, or incomplete.
         UnsupportedError: A model that is not offered here.
     """
-    model = read_model(source_directory(path), Given(is_only_described=True))
+    model = read_model(source_directory(path), SourceOptions(is_only_described=True))
     warn_of_padding(model)
     tensors = model.tensors.values()
     return Inspection(

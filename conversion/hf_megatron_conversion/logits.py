@@ -20,7 +20,7 @@ import transformers
 import hf_megatron
 from hf_megatron.errors import CheckpointFormatError, HfMegatronError
 from hf_megatron_conversion.formats.base import Model
-from hf_megatron_conversion.formats.megatron_lm import Opened
+from hf_megatron_conversion.formats.megatron_lm import MegatronCheckpoint
 from hf_megatron_conversion.megatron_forward import megatron_outputs
 from hf_megatron_conversion.sample import sample_ids
 from hf_megatron_conversion.tensors import Readable
@@ -82,7 +82,7 @@ def outputs(
     """
     token_types = torch.zeros_like(ids)
     token_types[:, ids.shape[1] // 2 :] = 1
-    if isinstance(model.opened, Opened) and not is_stock:
+    if isinstance(model.opened, MegatronCheckpoint) and not is_stock:
         return megatron_outputs(model.opened, ids, token_types, dtype)
     if "MultipleChoice" in model.model_class.stock:
         ids, token_types = ids.unsqueeze(1), token_types.unsqueeze(1)  # [B, number of choices, S]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from hf_megatron.architectures.table import ERF_GELUS
 from hf_megatron.checkpoint import torch_dtype
-from hf_megatron_conversion.formats.megatron_lm import Opened
+from hf_megatron_conversion.formats.megatron_lm import MegatronCheckpoint
 from hf_megatron_conversion.formats.megatron_lm.names import has_second_head
 
 Gelu = Callable[[torch.Tensor], torch.Tensor]
@@ -31,7 +31,7 @@ _TANH_SCALE = 0.79788456  # as Megatron-LM's kernel has it
 
 
 def megatron_outputs(
-    opened: Opened, ids: torch.Tensor, token_types: torch.Tensor, dtype: str | None = None
+    opened: MegatronCheckpoint, ids: torch.Tensor, token_types: torch.Tensor, dtype: str | None = None
 ) -> list[torch.Tensor]:
     """What Megatron-LM's GPT or BERT computes for ids [B, S] without padding, and for BERT their token types [B, S].
 
@@ -42,7 +42,7 @@ def megatron_outputs(
 
 
 class _Forward:
-    def __init__(self, opened: Opened, dtype: str | None) -> None:
+    def __init__(self, opened: MegatronCheckpoint, dtype: str | None) -> None:
         config, arguments, table = opened.config, opened.arguments, opened.table
         self._opened, self._dtype, self._table, self._sizes = opened, dtype, table, table.sizes(config)
         self._head_dim = self._sizes["hidden_size"] // self._sizes["num_attention_heads"]

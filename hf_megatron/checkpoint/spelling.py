@@ -22,7 +22,7 @@ _OLD_SUFFIXES = {".gamma": ".weight", ".beta": ".bias"}
 
 
 @dataclass(frozen=True, slots=True)
-class Canonical:
+class CanonicalTensors:
     """Stored tensors under the names of a model class's state dict, and what did not fit."""
 
     tensors: dict[str, LazyTensor]  # that the class has, by its names, shapes not necessarily right
@@ -50,7 +50,7 @@ def respelled(name: str, known: Mapping[str, object], base_prefix: str) -> str |
 
 def canonicalise(
     tensors: Mapping[str, LazyTensor], table: Architecture, config: Mapping[str, Any], model_class: ModelClass
-) -> Canonical:
+) -> CanonicalTensors:
     """Rename stored tensors to the names of ``model_class`` under ``config``.
 
     Reads no data, unless a copy of a tied tensor has to be compared with the original. CheckpointFormatError if a
@@ -82,7 +82,7 @@ def canonicalise(
         else:
             # One tensor under two names is stored once, and nothing says under which of the two.
             found[original] = copy
-    return Canonical(
+    return CanonicalTensors(
         tensors={name: found[name] for name in expected if name in found},
         dropped=tuple(dropped),
         unknown=tuple(unknown),
@@ -97,7 +97,7 @@ def canonicalise(
 
 def stored_model(
     tensors: Mapping[str, LazyTensor], table: Architecture, config: Mapping[str, Any]
-) -> tuple[ModelClass, Canonical]:
+) -> tuple[ModelClass, CanonicalTensors]:
     """Find the model class of the stored tensors, and rename the tensors to its names.
 
     This is the class that config.json names, unless there are additional tensors and exactly one other class has them
@@ -112,7 +112,7 @@ def stored_model(
     return exact[0] if len(exact) == 1 else (named, canonical)
 
 
-def require_complete(canonical: Canonical) -> None:
+def require_complete(canonical: CanonicalTensors) -> None:
     """Raise an error that lists every problem unless the checkpoint is exactly one complete model.
 
     CheckpointIncompleteError if anything is missing, else CheckpointFormatError.

@@ -112,7 +112,7 @@ def _config_of(model: str) -> Mapping[str, Any]:
     from hf_megatron.architectures.presets import PRESETS, preset_named
     from hf_megatron.checkpoint import read_json
     from hf_megatron_conversion.formats import format_of, read_model
-    from hf_megatron_conversion.formats.base import Given
+    from hf_megatron_conversion.formats.base import SourceOptions
     from hf_megatron_conversion.source import source_directory
 
     if model.lower() in PRESETS:
@@ -125,7 +125,7 @@ def _config_of(model: str) -> Mapping[str, Any]:
         raise UnsupportedError(f"{error} Presets are {', '.join(PRESETS)}.") from error
     if format_of(directory).has_config:
         return read_json(directory / "config.json")
-    return read_model(directory, Given(is_only_described=True)).config
+    return read_model(directory, SourceOptions(is_only_described=True)).config
 
 
 def _numbers(planned: TrainingPlan) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class LoadingMixin:
     ) -> tuple[dict[str, LazyTensor], tuple[Mismatch, ...]]:
         """The stored tensors under this model's names, whatever the spelling, and those of another shape, left out."""
         config = self.config.to_dict()
-        canonical = canonicalise(stored, self.partition_table, config, self._partition_class())
+        canonical = canonicalise(stored, self.architecture, config, self._model_class())
         ignored = {name for name, _, _ in canonical.mismatched}
         if canonical.dropped:
             logger.warning_once(f"Not used by this model, and dropped: {', '.join(canonical.dropped)}.")

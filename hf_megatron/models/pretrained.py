@@ -49,19 +49,19 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
     _initialization_seed: int | None = None
 
     @classmethod
-    def partition_table_of(cls, config: PreTrainedConfig) -> Architecture:
+    def architecture_of(cls, config: PreTrainedConfig) -> Architecture:
         """The table for a configuration."""
         raise NotImplementedError
 
     @property
-    def partition_table(self) -> Architecture:
+    def architecture(self) -> Architecture:
         """The table of this model's architecture."""
-        return self.partition_table_of(self.config)  # type: ignore[attr-defined]
+        return self.architecture_of(self.config)  # type: ignore[attr-defined]
 
-    def _partition_class(self) -> ModelClass:
+    def _model_class(self) -> ModelClass:
         """This model's row of the table; a subclass of one of our classes is treated as that class."""
         for python_class in type(self).__mro__:
-            for model_class in self.partition_table.classes:
+            for model_class in self.architecture.classes:
                 if python_class.__name__ == model_class.ours:
                     return model_class
         raise UnsupportedError(f"{type(self).__name__} does not derive from a class of this package.")
@@ -71,7 +71,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
         refuse_quantization(getattr(config, "quantization_config", None))
         distributed_config = getattr(config, "distributed_config", None)
         if distributed_config is not None:
-            self.partition_table_of(config).check_degree(config.to_dict(), distributed_config.tp_size)
+            self.architecture_of(config).check_degree(config.to_dict(), distributed_config.tp_size)
         PreTrainedModel.__init__(self, config)
 
     @classmethod

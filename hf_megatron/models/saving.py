@@ -128,7 +128,7 @@ class SavingMixin(HubMixin):
     def _save_files(self: Any, directory: Path, *args: Any, is_writer: bool, stock: bool, **kwargs: Any) -> None:
         super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
         if is_writer and (directory / "config.json").is_file():
-            rewrite_config(directory, self.partition_table, self._partition_class().ours, stock=stock)
+            rewrite_config(directory, self.architecture, self._model_class().ours, stock=stock)
 
     def save_distributed_checkpoint(
         self, model_to_save: nn.Module, save_directory: str | os.PathLike[str], **kwargs: Any

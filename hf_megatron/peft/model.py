@@ -59,7 +59,7 @@ class _MegatronPeftModel(PeftModel):
 
     def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type:
         # Written to adapter_config.json if there is no task type.
-        stock: type = getattr(transformers, self.get_base_model()._partition_class().stock)
+        stock: type = getattr(transformers, self.get_base_model()._model_class().stock)
         return stock
 
     def add_adapter(self, adapter_name: str, peft_config: LoraConfig, *args: Any, **kwargs: Any) -> None:

@@ -67,7 +67,7 @@ def _fill_in(model: MegatronModelMixin, config: LoraConfig) -> None:
     named = dict(model.named_modules())  # type: ignore[attr-defined]
     config.fan_in_fan_out = any(getattr(module, "weight_layout", "") == "in_out" for module in named.values())
     if config.target_modules is None:
-        config.target_modules = set(DEFAULT_TARGETS[model.partition_table.name])
+        config.target_modules = set(DEFAULT_TARGETS[model.architecture.name])
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         heads = ("score", "classifier") if config.task_type == peft.TaskType.SEQ_CLS else ()
         config.target_modules = {

@@ -74,7 +74,7 @@ class CheckpointingTrainer(GuardedTrainer):
         super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:
             directory = Path(output_dir or self.args.output_dir)
-            rewrite_config(directory, model.partition_table, model._partition_class().ours, stock=True)
+            rewrite_config(directory, model.architecture, model._model_class().ours, stock=True)
         if self.is_distributed_loading_by_transformers:
             barrier()
         if self.args.push_to_hub and not _internal_call:

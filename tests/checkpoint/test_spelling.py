@@ -9,7 +9,7 @@ import torch
 
 from hf_megatron.architectures import GPT2
 from hf_megatron.checkpoint import canonicalise, model_class_of, open_checkpoint, require_complete
-from hf_megatron.checkpoint.spelling import Canonical
+from hf_megatron.checkpoint.spelling import CanonicalTensors
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 from tests.checkpoint.directories import CONFIG, Tensors, model_tensors, write_hub
 
@@ -23,12 +23,12 @@ def config_of(name: str) -> dict[str, Any]:
     return {**CONFIG, "architectures": [name]}
 
 
-def canonical(directory: Path, tensors: Tensors, config: dict[str, Any] = CONFIG) -> Canonical:
+def canonical(directory: Path, tensors: Tensors, config: dict[str, Any] = CONFIG) -> CanonicalTensors:
     checkpoint = open_checkpoint(write_hub(directory, tensors, config))
     return canonicalise(checkpoint.tensors, GPT2, config, model_class_of(GPT2, config))
 
 
-def assert_is(result: Canonical, tensors: Tensors) -> None:
+def assert_is(result: CanonicalTensors, tensors: Tensors) -> None:
     """The result is complete and holds exactly these tensors under the model's names."""
     require_complete(result)
     assert list(result.tensors) == list(tensors)

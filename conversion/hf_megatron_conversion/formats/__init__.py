@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
-    from hf_megatron_conversion.formats.base import Format, Given, Model
+    from hf_megatron_conversion.formats.base import Format, Model, SourceOptions
 
 __all__ = ["FormatName", "format_named", "format_of", "read_model"]
 
@@ -33,7 +33,7 @@ def format_named(name: FormatName) -> Format:
     return result
 
 
-def read_model(directory: Path, given: Given | None = None) -> Model:
+def read_model(directory: Path, given: SourceOptions | None = None) -> Model:
     """Open a checkpoint of any format; headers only, no weights.
 
     Raises:
@@ -41,7 +41,7 @@ def read_model(directory: Path, given: Given | None = None) -> Model:
         UnsupportedError: A model that is not offered here.
     """
     if given is None:
-        given = import_module("hf_megatron_conversion.formats.base").Given()
+        given = import_module("hf_megatron_conversion.formats.base").SourceOptions()
     return format_of(directory).read(directory, given)
 
 

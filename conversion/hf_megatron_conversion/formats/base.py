@@ -25,7 +25,7 @@ ModelType = Literal["stock", "megatron"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class SourceOptions:
     """What is known of a checkpoint from outside of its directory."""
 
     config: Mapping[str, Any] | None = None  # a config.json from the user, which takes the place of the directory's
@@ -84,7 +84,7 @@ class Format(Protocol):
     def recognises(self, directory: Path) -> bool:
         """Whether the directory is of this format, by the names of its files."""
 
-    def read(self, directory: Path, given: Given) -> Model:
+    def read(self, directory: Path, given: SourceOptions) -> Model:
         """Open a directory of this format."""
 
     def weight_files(self, target: Target) -> Sequence[OutputFile]:
@@ -101,7 +101,7 @@ def warn_of_padding(model: Model) -> None:
         )
 
 
-def read_transformers_directory(directory: Path, given: Given) -> Model:
+def read_transformers_directory(directory: Path, given: SourceOptions) -> Model:
     """Open a directory in one of the two formats that are transformers' own, which hold no padding."""
     checkpoint = open_checkpoint(directory, given.config)
     table = table_for(checkpoint.config)

@@ -13,7 +13,7 @@ from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import Box
 from hf_megatron_conversion.files import CopiedFile, OutputFile, Part, SafetensorsFile, TextFile
 from hf_megatron_conversion.formats import FormatName
-from hf_megatron_conversion.formats.base import Given, Model, ModelType, Target, read_transformers_directory
+from hf_megatron_conversion.formats.base import Model, ModelType, SourceOptions, Target, read_transformers_directory
 from hf_megatron_conversion.tensors import Readable
 
 _INDEX = "model.safetensors.index.json"
@@ -32,7 +32,7 @@ class HubFormat:
     def recognises(self, directory: Path) -> bool:
         return True  # what is no other format is read as this one, whose reader says what is wrong
 
-    def read(self, directory: Path, given: Given) -> Model:
+    def read(self, directory: Path, given: SourceOptions) -> Model:
         return read_transformers_directory(directory, given)
 
     def weight_files(self, target: Target) -> Sequence[OutputFile]:

@@ -15,7 +15,7 @@ from hf_megatron.checkpoint.sharded import is_shard
 from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.files import CopiedFile, OutputFile, Part, SafetensorsFile
 from hf_megatron_conversion.formats import FormatName
-from hf_megatron_conversion.formats.base import Given, Model, ModelType, Target, read_transformers_directory
+from hf_megatron_conversion.formats.base import Model, ModelType, SourceOptions, Target, read_transformers_directory
 
 
 class TpFormat:
@@ -29,7 +29,7 @@ class TpFormat:
     def recognises(self, directory: Path) -> bool:
         return directory.is_dir() and any(is_shard(path) for path in directory.iterdir())
 
-    def read(self, directory: Path, given: Given) -> Model:
+    def read(self, directory: Path, given: SourceOptions) -> Model:
         return read_transformers_directory(directory, given)
 
     def weight_files(self, target: Target) -> Sequence[OutputFile]:

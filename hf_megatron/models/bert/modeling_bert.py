@@ -309,7 +309,7 @@ class MegatronBertPreTrainedModel(MegatronModelMixin, BertPreTrainedModel):
     }
 
     @classmethod
-    def partition_table_of(cls, config: MegatronBertConfig) -> Architecture:
+    def architecture_of(cls, config: MegatronBertConfig) -> Architecture:
         return _table(config)
 
     def _init_pretrained(self, config: MegatronBertConfig) -> None:

@@ -171,7 +171,7 @@ class MegatronGPT2PreTrainedModel(MegatronModelMixin, GPT2PreTrainedModel):
     }
 
     @classmethod
-    def partition_table_of(cls, config: MegatronGPT2Config) -> Architecture:
+    def architecture_of(cls, config: MegatronGPT2Config) -> Architecture:
         return GPT2
 
     def _initial_std(self, name: str) -> float:

@@ -20,8 +20,8 @@ import transformers
 import hf_megatron
 from hf_megatron_conversion import convert
 from hf_megatron_conversion.formats import read_model
-from hf_megatron_conversion.formats.base import Given
-from hf_megatron_conversion.formats.megatron_lm import Opened
+from hf_megatron_conversion.formats.base import SourceOptions
+from hf_megatron_conversion.formats.megatron_lm import MegatronCheckpoint
 from tests.conversion.checkpoints import read_config
 
 _CASES = sorted(path.parent for path in Path(os.environ["HF_MEGATRON_REAL_CHECKPOINTS"]).glob("*/meta.json"))
@@ -36,8 +36,8 @@ def _optional(path: Path) -> torch.Tensor | None:
 
 def _config(case: Path, meta: dict[str, Any], directory: Path) -> Path | None:
     """A config.json with the number of heads, for files from before v1.0, which do not say it."""
-    described = read_model(case / "src", Given(is_only_described=True))
-    assert isinstance(described.opened, Opened)
+    described = read_model(case / "src", SourceOptions(is_only_described=True))
+    assert isinstance(described.opened, MegatronCheckpoint)
     if described.opened.arguments is not None:
         return None
     name = "num_attention_heads" if meta["kind"] == "bert" else "n_head"

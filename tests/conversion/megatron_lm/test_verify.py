@@ -15,7 +15,7 @@ import transformers
 import hf_megatron
 from hf_megatron_conversion import convert, logits, sample, verify
 from hf_megatron_conversion.formats import read_model
-from hf_megatron_conversion.formats.base import Given
+from hf_megatron_conversion.formats.base import SourceOptions
 from hf_megatron_conversion.formats.megatron_lm import arguments, config, merge, reader, views
 from hf_megatron_conversion.megatron_forward import megatron_outputs
 from tests.conversion.checkpoints import read_config, read_tensors, write_hub
@@ -54,9 +54,9 @@ def hub(tmp_path: Path, source: Path) -> Path:
 def test_the_equations(tmp_path: Path, variant: Variant) -> None:
     """Catches a reference that is wrong itself: it equals the independent one, computed without any shards."""
     weights = make_weights(variant)
-    model = read_model(write(tmp_path / "source", variant, weights), Given(vocab_size=VOCAB))
+    model = read_model(write(tmp_path / "source", variant, weights), SourceOptions(vocab_size=VOCAB))
     ids, mask, types = inputs(variant)
-    assert isinstance(model.opened, reader.Opened)
+    assert isinstance(model.opened, reader.MegatronCheckpoint)
     computed = megatron_outputs(model.opened, ids[:1], types[:1])
     for a, b in zip(computed, forward(variant, weights, ids[:1], mask[:1], types[:1]), strict=True):
         assert (a - b).abs().max() < 1e-7

@@ -15,13 +15,13 @@ from pathlib import Path
 from hf_megatron.checkpoint import read_json
 from hf_megatron_conversion.files import OutputFile
 from hf_megatron_conversion.formats import FormatName
-from hf_megatron_conversion.formats.base import Given, Model, ModelType, Target
-from hf_megatron_conversion.formats.megatron_lm.config import Outside
+from hf_megatron_conversion.formats.base import Model, ModelType, SourceOptions, Target
+from hf_megatron_conversion.formats.megatron_lm.config import ExternalFacts
 from hf_megatron_conversion.formats.megatron_lm.ranks import is_megatron_lm
-from hf_megatron_conversion.formats.megatron_lm.reader import Opened, open_megatron_lm
+from hf_megatron_conversion.formats.megatron_lm.reader import MegatronCheckpoint, open_megatron_lm
 from hf_megatron_conversion.tokenizer_files import tokenizer_facts
 
-__all__ = ["MegatronLmFormat", "Opened"]
+__all__ = ["MegatronCheckpoint", "MegatronLmFormat"]
 
 
 class MegatronLmFormat:
@@ -35,7 +35,7 @@ class MegatronLmFormat:
     def recognises(self, directory: Path) -> bool:
         return is_megatron_lm(directory)
 
-    def read(self, directory: Path, given: Given) -> Model:
+    def read(self, directory: Path, given: SourceOptions) -> Model:
         return open_megatron_lm(directory, _outside(directory, given))
 
     def weight_files(self, target: Target) -> Sequence[OutputFile]:
@@ -44,14 +44,14 @@ class MegatronLmFormat:
         return megatron_lm_files(target)
 
 
-def _outside(directory: Path, given: Given) -> Outside:
+def _outside(directory: Path, given: SourceOptions) -> ExternalFacts:
     """What is known from outside of the ranks' files: from the user, or from files beside them."""
     beside = directory / "config.json"
     config = given.config
     if config is None:
         config = read_json(beside) if beside.is_file() else given.hint
     facts = tokenizer_facts(given.tokenizer or directory)
-    return Outside(
+    return ExternalFacts(
         config=config,
         is_asked_for=given.config is not None,
         vocab_size=given.vocab_size,

@@ -35,7 +35,7 @@ _IDENTITY = ("model_type", "architectures", "torch_dtype", "vocab_size", "tie_wo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class DetectedModel:
     """What the tensors show of the model."""
 
     table: Architecture
@@ -49,7 +49,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outside:
+class ExternalFacts:
     """What is known from outside of the ranks' files."""
 
     config: Mapping[str, Any] | None = None  # from the user, or from beside the checkpoint
@@ -61,7 +61,7 @@ class Outside:
 
 
 def config_of(
-    found: Found, arguments: Arguments | None, given: Outside, problems: list[str]
+    found: DetectedModel, arguments: Arguments | None, given: ExternalFacts, problems: list[str]
 ) -> tuple[dict[str, Any], Architecture, bool]:
     """The stock config.json of a Megatron-LM checkpoint, and its table.
 
@@ -110,7 +110,7 @@ def _table(
     return table, {}
 
 
-def _class_name(found: Found, table: Architecture, given: Mapping[str, Any]) -> str:
+def _class_name(found: DetectedModel, table: Architecture, given: Mapping[str, Any]) -> str:
     """A BERT without its second head is a masked language model; one with it may be taken for that."""
     fitting = [
         known
@@ -122,7 +122,7 @@ def _class_name(found: Found, table: Architecture, given: Mapping[str, Any]) -> 
 
 
 def _sizes(
-    found: Found,
+    found: DetectedModel,
     table: Architecture,
     arguments: Arguments,
     given: Mapping[str, Any],
@@ -159,7 +159,7 @@ def _sizes(
 
 
 def _numerics(
-    found: Found, arguments: Arguments | None, given: Mapping[str, Any], table: Architecture, is_asked_for: bool
+    found: DetectedModel, arguments: Arguments | None, given: Mapping[str, Any], table: Architecture, is_asked_for: bool
 ) -> dict[str, Any]:
     """What no tensor shows: eps, activations, dropout, the scale of initialisation."""
     stated = arguments or {}
@@ -191,7 +191,9 @@ def _numerics(
     return own | {"initializer_range": stated.get("init_method_std", 0.02)} | rest
 
 
-def _vocab_size(found: Found, arguments: Arguments, given: Outside, problems: list[str]) -> tuple[int, bool]:
+def _vocab_size(
+    found: DetectedModel, arguments: Arguments, given: ExternalFacts, problems: list[str]
+) -> tuple[int, bool]:
     """The vocabulary without padding, from the first source that knows it, and whether one does."""
     rows = found.padded_vocab_size
     beside = (given.config or {}).get("vocab_size")

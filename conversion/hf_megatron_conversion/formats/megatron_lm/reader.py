@@ -19,7 +19,7 @@ from hf_megatron_conversion.formats.megatron_lm.arguments import (
     stored_layers,
     unsupported,
 )
-from hf_megatron_conversion.formats.megatron_lm.config import Found, Outside, config_of
+from hf_megatron_conversion.formats.megatron_lm.config import DetectedModel, ExternalFacts, config_of
 from hf_megatron_conversion.formats.megatron_lm.merge import fused_qkv, joined, one_of_qkv
 from hf_megatron_conversion.formats.megatron_lm.names import COLUMN, ROW, VOCABULARY, megatron_names, split_layer
 from hf_megatron_conversion.formats.megatron_lm.ranks import Rank, iteration_directory, open_ranks
@@ -34,7 +34,7 @@ _SECOND_HEAD = ("pooler.dense.weight", "pooler.dense.bias", "binary_head.weight"
 
 
 @dataclass(frozen=True)
-class Opened:
+class MegatronCheckpoint:
     """A Megatron-LM checkpoint as it is stored."""
 
     config: dict[str, Any]  # a config.json of the stock library
@@ -46,7 +46,7 @@ class Opened:
     is_core: bool  # whether Megatron-core saved it
 
 
-def open_megatron_lm(directory: Path, given: Outside) -> Model:
+def open_megatron_lm(directory: Path, given: ExternalFacts) -> Model:
     """Open a checkpoint as a stock model; nothing but the pickles in its files is read.
 
     Raises:
@@ -88,7 +88,7 @@ def open_megatron_lm(directory: Path, given: Outside) -> Model:
         has_known_vocab_size=has_known_vocab_size,
         # Where generation stops, null if nobody knows it.
         generation_config={n: config[n] for n in ("bos_token_id", "eos_token_id")} if table.is_causal else None,
-        opened=Opened(config, table, model_class, version, shards, arguments, found.is_core),
+        opened=MegatronCheckpoint(config, table, model_class, version, shards, arguments, found.is_core),
     )
 
 
@@ -100,7 +100,7 @@ def _refusal(directory: Path, problems: Sequence[str]) -> CheckpointError:
 
 def _found(
     stored: Shards, ranks: Mapping[tuple[int, int], Rank], arguments: Arguments, problems: list[str]
-) -> Found | None:
+) -> DetectedModel | None:
     """What the tensors show; None if those that show it are not there."""
     table = architecture_of(stored, arguments, problems)
     needed = (_WORDS, _POSITIONS, _FIRST_QKV, _FIRST_UP)
@@ -124,7 +124,7 @@ def _found(
     }
     if _TOKEN_TYPES in stored:
         sizes["num_token_types"] = stored[_TOKEN_TYPES][0].shape[0]
-    return Found(
+    return DetectedModel(
         table=table,
         is_core=is_core,
         sizes=sizes,
