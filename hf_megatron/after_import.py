@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 
@@ -19,7 +18,10 @@ def after_import(package: str, function: Callable[[], object]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one package as the other finders do, and has its loader call a function at the end."""
+    """Finds one package as the other finders do, and has its loader call a function after the first import.
+
+    It stays until then: many libraries look for a package without importing it, and an import may fail.
+    """
 
     def __init__(self, package: str, function: Callable[[], object]) -> None:
         self._package, self._function = package, function
@@ -29,18 +31,24 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name != self._package:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._function)
+            spec.loader = _Loader(spec.loader, self)
         return spec
+
+    def finish(self) -> None:
+        """The package has been imported."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+            self._function()
 
 
 class _Loader(Loader):
-    """Loads a module with its own loader, which it leaves in the module, and then calls a function."""
+    """Loads a module with its own loader, which it leaves in the module, and then tells the finder."""
 
-    def __init__(self, loader: Loader, function: Callable[[], object]) -> None:
-        self._loader, self._function = loader, function
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self._loader, self._finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -49,4 +57,4 @@ class _Loader(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        self._function()
+        self._finder.finish()

@@ -129,7 +129,8 @@ def column_parallel_linear(
     """
     group, layout, blocks = layers[0].tp_group, layers[0].weight_layout, layers[0]._bias_blocks
     weights = [local(layer.weight) for layer in layers]
-    biases = [None if layer.bias is None else in_region(layer.bias, region) for layer in layers]
+    where = region if blocks else None  # a bias that is split sees all positions, and its gradient is whole
+    biases = [None if layer.bias is None else in_region(layer.bias, where) for layer in layers]
     is_trained = group.size > 1 and torch.is_grad_enabled()
     if blocks and (region is not None or not is_trained):  # with a region, see `SequenceParallelRegion.sharing`
         biases, blocks = [_part_of_bias(bias, group, blocks).reshape(-1) for bias in biases if bias is not None], 0

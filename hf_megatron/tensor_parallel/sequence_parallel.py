@@ -92,5 +92,5 @@ class SequenceParallelRegion:
 
 
 def in_region(parameter: torch.Tensor, region: SequenceParallelRegion | None) -> torch.Tensor:
-    """A parameter as a plain tensor; taken from the region if it is replicated and shared there."""
-    return local(parameter) if region is None else region.shared.get(id(parameter), local(parameter))
+    """A replicated parameter as a plain tensor; with a region the copy shared there, whose gradient is summed."""
+    return local(parameter) if region is None else region.shared[id(parameter)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,11 +31,27 @@ def test_imports_are_light(statement: str) -> None:
     assert not _HEAVY & _run(f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})")
 
 
-@pytest.mark.parametrize("packages", ["hf_megatron, transformers", "transformers, hf_megatron"])
-def test_auto_classes_know_our_models(packages: str) -> None:
-    """Catches models that are registered in one order of the imports only."""
+_LOOK = "import hf_megatron, importlib.util; importlib.util.find_spec('transformers')"  # as accelerate and peft do
+
+
+@pytest.mark.parametrize("first", ["import hf_megatron", "import transformers, hf_megatron", _LOOK])
+def test_auto_classes_know_our_models(first: str) -> None:
+    """Catches models that are registered in one order of the imports only, or not where somebody looked first."""
     program = (
-        f"import {packages}; config = transformers.AutoConfig.for_model('megatron_gpt2', n_embd=8, n_head=1)\n"
+        f"{first}; import transformers\n"
+        "config = transformers.AutoConfig.for_model('megatron_gpt2', n_embd=8, n_head=1)\n"
         "print(type(transformers.AutoModel.from_config(config)).__name__)"
     )
     assert _run(program) == {"MegatronGPT2Model"}
+
+
+def test_a_failed_import_is_not_the_last(tmp_path: Path) -> None:
+    """Catches a function that is called for an import that failed, or not for the one that succeeds after it."""
+    (tmp_path / "package.py").write_text("import sys\nif sys.argv[1:] == []: raise OSError('not now')\n")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from hf_megatron.after_import import after_import\n"
+        "after_import('package', lambda: print('called'))\n"
+        "try: import package\nexcept OSError: print('failed')\n"
+        "sys.argv.append('now'); import package; print(type(package.__loader__).__name__)"
+    )
+    assert _run(program) == {"failed", "called", "SourceFileLoader"}

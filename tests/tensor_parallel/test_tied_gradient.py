@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_megatron.tensor_parallel import SINGLE, VocabParallelEmbedding, vocab_parallel_linear_cross_entropy
-from hf_megatron.tensor_parallel.cpu import TiedGradient
+from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
+from hf_megatron.tensor_parallel import SINGLE, VocabParallelEmbedding, cpu, vocab_parallel_linear_cross_entropy
+from hf_megatron.tensor_parallel.cpu import TiedGradient, row_blocks
 from tests.tensor_parallel.ranks import assert_close
 
 V, H, PADDING = 13, 6, 3
@@ -64,6 +66,23 @@ def test_gradient_is_that_of_two(padding: int | None, use: dict[str, Any]) -> No
     expected, _ = _gradient(is_tied=False, padding=padding, **use)
     actual, _ = _gradient(is_tied=True, padding=padding, **use)
     assert_close(actual, expected)
+
+
+def test_the_switch_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a path for CPUs that is taken whatever the switch says, and one that changes numbers."""
+    model = MegatronGPT2LMHeadModel.from_config(MegatronGPT2Config(vocab_size=V, n_embd=H, n_layer=1, n_head=2), seed=0)
+    gradients = []
+    for is_on in (True, False):
+        monkeypatch.setattr(cpu, "TUNED", is_on)
+        assert len(row_blocks(torch.empty(2**17, 4))) == (2 if is_on else 1)
+        model.zero_grad()
+        with patch("hf_megatron.models.heads.TiedGradient", wraps=TiedGradient) as tied:
+            torch.manual_seed(0)
+            model(input_ids=IDS, labels=IDS).loss.backward()
+        assert tied.call_count == is_on
+        assert model.transformer.wte.weight.grad is not None
+        gradients.append(model.transformer.wte.weight.grad)
+    assert_close(gradients[0], gradients[1], 1e-6)
 
 
 def test_no_second_gradient_is_made() -> None:
