@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import time
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -28,6 +31,7 @@ class TensorParallelGroup:
     @classmethod
     def from_mesh(cls, mesh: DeviceMesh) -> TensorParallelGroup:
         """The group of a one-dimensional device mesh."""
+        _wait_for_gloo_at_exit()
         if mesh.size() == 1:
             return SINGLE
         return cls(mesh.get_group(), mesh.size(), mesh.get_local_rank())
@@ -39,6 +43,16 @@ class TensorParallelGroup:
 
 SINGLE = TensorParallelGroup(None, 1, 0)
 """One process that holds everything; with it no layer communicates."""
+
+
+@cache
+def _wait_for_gloo_at_exit() -> None:
+    """Let gloo's threads release the tensors of the last collectives before Python shuts down.
+
+    A thread that does so later aborts the process, after all its work is done and even after
+    ``destroy_process_group`` (pytorch/pytorch#190489).
+    """
+    atexit.register(time.sleep, 0.1)
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
