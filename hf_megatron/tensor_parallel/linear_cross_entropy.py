@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel.collectives import start_all_reduce
 from hf_megatron.tensor_parallel.cpu import TiedGradient
-from hf_megatron.tensor_parallel.cross_entropy import Softmax, Vocabulary, check_target, mean_scale, wide
+from hf_megatron.tensor_parallel.cross_entropy import Softmax, Vocabulary, check_target, mean_scale
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
 # Number of logits per chunk. Smaller chunks save little memory but read and write the weight gradient more often.
@@ -80,7 +80,7 @@ def vocab_parallel_linear_cross_entropy(
     device = hidden_states.device.type
     is_cast = torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if is_cast else hidden_states.dtype
-    scale = mean_scale(is_counted, num_items_in_batch, wide(dtype), hidden_states.device)
+    scale = mean_scale(is_counted, num_items_in_batch, dtype)
     if not torch.compiler.is_compiling():  # the number of tokens that count is unknown at compile time
         counted = is_counted.nonzero()[:, 0]
         hidden_states, target, is_counted = (x.index_select(0, counted) for x in (hidden_states, target, is_counted))
@@ -136,10 +136,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses = gradients.add(chunk, target[chunk], share[chunk])
             total += torch.where(is_counted[chunk], losses, 0.0).sum()
         ctx.save_for_backward(*gradients.finish())
-        ctx.tied, ctx.dtypes = (
-            head.tied,
-            tuple(None if tensor is None else tensor.dtype for tensor in (hidden_states, weight, bias)),
-        )
+        ctx.tied = head.tied
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_states, weight, bias)]
         return total * scale
 
     @staticmethod
@@ -188,15 +186,9 @@ class _Gradients:
         self._unfinished: list[Callable[[], Any]] = []
 
     def add(self, chunk: slice, target: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        """Add a chunk.
+        """Add a chunk of C tokens with their targets [C], replicated; returns their losses [C], replicated.
 
-        Args:
-            chunk: Where its C tokens are.
-            target: [C], replicated.
-            share: [C], what each token's loss is multiplied by in what gradients are taken of.
-
-        Returns:
-            The losses [C], replicated.
+        ``share`` [C] is what each token's loss is multiplied by in what gradients are taken of.
         """
         hidden = self.hidden_states[chunk]
         logits = F.linear(hidden, self.weight, self.bias)  # [C, V_p], split on dim 1
