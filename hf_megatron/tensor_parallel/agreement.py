@@ -41,21 +41,13 @@ class RankComparison:
         """Create a comparison that does not wait for a GPU; every rank of every tensor-parallel group must call it."""
         if dist.get_backend(group) == "gloo":
             return cls(group, torch.device("cpu"))
-        size, own = dist.get_world_size(group), None
-        for first in range(0, dist.get_world_size(), size):
-            ranks = list(range(first, first + size))
-            created = dist.new_group(ranks, backend="gloo")
-            own = created if dist.get_rank() in ranks else own
-        assert own is not None
+        own, _ = dist.new_subgroups(dist.get_world_size(group), backend="gloo")
         return cls(own, torch.device("cpu"))
 
     def agree(self, place: str, facts: Mapping[str, Any], wishes: int = 0) -> int:
         """Compare what comes next on each rank, and facts by name, small values or digests, across all ranks.
 
-        Returns the bits of ``wishes`` that any rank has set.
-
-        Raises:
-            RanksDifferError: Places or facts differ.
+        Returns the bits of ``wishes`` that any rank has set; RanksDifferError if places or facts differ.
 
         Collective: all-gather over the group of two integers; if they differ also of the facts.
         """

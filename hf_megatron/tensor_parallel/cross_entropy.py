@@ -52,18 +52,18 @@ def vocab_parallel_cross_entropy(
     """
     logits, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1).to(logits.device)
     vocabulary = Vocabulary(group, vocab_size, label_smoothing)
-    check_target(target, vocab_size, ignore_index)
-    is_counted = target != ignore_index
+    is_counted = counted_targets(target, vocab_size, ignore_index)
     scale = mean_scale(is_counted, num_items_in_batch, logits.dtype)
     loss: torch.Tensor = _CrossEntropy.apply(vocabulary, logits, target, is_counted, scale)
     return loss
 
 
-def check_target(target: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Raise PartitionError if a target is neither a token of the vocabulary nor ``ignore_index``."""
+def counted_targets(target: torch.Tensor, vocab_size: int, ignore_index: int) -> torch.Tensor:
+    """Which targets are not ``ignore_index``; PartitionError if one of these is no token of the vocabulary."""
     # A target outside of every shard would silently yield a loss of log(sum). Reading the result back would stall a
     # GPU, and a compiled graph cannot raise, so there the device asserts.
-    is_valid = ((target >= 0) & (target < vocab_size)) | (target == ignore_index)
+    is_counted = target != ignore_index
+    is_valid = ((target >= 0) & (target < vocab_size)) | ~is_counted
     if target.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(is_valid.all(), "a target is neither a token of the vocabulary nor ignore_index")
     elif not bool(is_valid.all()):
@@ -72,6 +72,7 @@ def check_target(target: torch.Tensor, vocab_size: int, ignore_index: int) -> No
             f"target {wrong} is neither a token id below vocab_size={vocab_size} nor ignore_index={ignore_index}; "
             "check that the tokenizer belongs to this model."
         )
+    return is_counted
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -55,18 +55,12 @@ class _ParallelLinear(ParallelModule):
         self.weight_layout = weight_layout
         shape = (in_features, out_features) if weight_layout == "in_out" else (out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
         self._specs = dict(specs or self._usual_specs())
-        self.reset_parameters()
+        nn.init.normal_(self.weight, std=0.02)  # as in GPT-2 and BERT; models initialize it once more
 
     def _usual_specs(self) -> Mapping[str, Spec]:
         raise NotImplementedError
-
-    def reset_parameters(self) -> None:
-        """Initialize weights from N(0, 0.02) and the bias with zero, as in GPT-2 and BERT; models reinitialize them."""
-        nn.init.normal_(self.weight, std=0.02)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     def partition_specs(self) -> Mapping[str, Spec]:
         return self._specs
