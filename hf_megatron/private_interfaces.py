@@ -30,9 +30,7 @@ _METRIC = "evaluate.module.EvaluationModule"
 # owner.name(parameters): what breaks
 _TABLE: Mapping[str, str] = {
     # transformers: building, loading and saving
-    f"{_MODEL}._from_config(config)": (
-        "from_config with distributed_config and seed, which the Auto classes call as well"
-    ),
+    f"{_MODEL}._from_config(config)": "from_config with distributed_config and seed, also from the Auto classes",
     f"{_MODEL}._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)": (
         "reading checkpoints by slices and under any spelling"
     ),
@@ -42,9 +40,7 @@ _TABLE: Mapping[str, str] = {
     ),
     f"{_MODEL}._finalize_model_loading(model, load_config, loading_info)": "drawing what a tp directory does not hold",
     f"{_MODEL}._init_weights(self, module)": "initial weights that do not depend on the layout",
-    "transformers.core_model_loading.set_param_for_module._is_hf_initialized": (
-        "telling loaded weights from those to draw: loaded ones would be drawn anew"
-    ),
+    "transformers.core_model_loading.set_param_for_module._is_hf_initialized": "drawing no loaded weights anew",
     "transformers.distributed.checkpoint._save_model_checkpoint_distributed(model, checkpoint_dir)": (
         "saving a whole model as a tp directory"
     ),
@@ -70,9 +66,7 @@ _TABLE: Mapping[str, str] = {
     "transformers.modeling_layers.GradientCheckpointingLayer.__init_subclass__._gradient_checkpointing_func": (
         "selective recomputation"
     ),
-    "transformers.generation.utils.GenerationMixin._get_stopping_criteria(self)": (
-        "ranks that stop generating together, at max_time or by criteria of the caller's"
-    ),
+    "transformers.generation.utils.GenerationMixin._get_stopping_criteria(self)": "ranks that stop generating together",
     # transformers: Trainer
     f"{_TRAINER}._get_dataloader(self, dataset, description, batch_size, sampler_fn, is_training, dataloader_key)": (
         "streams that every layout reads alike"
@@ -86,16 +80,12 @@ _TABLE: Mapping[str, str] = {
     f"{_TRAINER}._get_grad_norm(self, model, grad_norm)": "ending a run before inf or nan reaches the weights",
     f"{_TRAINER}._save_checkpoint(self, model, trial)": "checkpoints with optimizer state that resume at any layout",
     f"{_TRAINER}._get_output_dir(self, trial)": "the place of checkpoints, in a search for hyper-parameters too",
-    f"{_TRAINER}._get_num_items_in_batch(self, batch_samples, device)": (
-        "noticing a stream that ends earlier on one rank"
-    ),
+    f"{_TRAINER}._get_num_items_in_batch(self, batch_samples, device)": "noticing a stream that ends early on one rank",
     f"{_TRAINER}._maybe_log_save_evaluate(self)": "doing on all ranks what a callback of one of them asks for",
     f"{_TRAINER}._save_scaler(self, output_dir)": "the loss scale in checkpoints",
     f"{_TRAINER}._load_scaler(self, checkpoint)": "the loss scale of a resumed run",
     f"{_TRAINER}._push_from_checkpoint(self, checkpoint_folder)": "hub_strategy",
-    f"{_TRAINER}._load_from_checkpoint(self, resume_from_checkpoint, model)": (
-        "resuming the weights, each rank reading its slices"
-    ),
+    f"{_TRAINER}._load_from_checkpoint(self, resume_from_checkpoint, model)": "resuming weights, each rank its slices",
     f"{_TRAINER}._load_best_model(self)": "load_best_model_at_end",
     f"{_TRAINER}._load_optimizer_and_scheduler(self, checkpoint)": "resuming optimizer and scheduler at another layout",
     f"{_TRAINER}._load_rng_state(self, checkpoint)": "resuming the random stream",
@@ -103,9 +93,7 @@ _TABLE: Mapping[str, str] = {
     "accelerate.parallelism_config.ParallelismConfig._validate_accelerator(self, accelerator)": (
         "training with tensor parallelism on CPUs"
     ),
-    "peft.peft_model.PeftModel._get_base_model_class(self, is_prompt_tuning)": (
-        "the base model that an adapter's file names"
-    ),
+    "peft.peft_model.PeftModel._get_base_model_class(self, is_prompt_tuning)": "the base model in an adapter's file",
     "peft.LoraConfig._register_custom_module(self, mapping)": "LoRA on parallel layers",
     f"{_LORA}._get_in_out_features(self, module)": "LoRA on parallel layers",
     f"{_LORA}.reset_lora_parameters._hf_tp_plan": "refusing plain peft, which takes a parallel layer for a stock one",
@@ -116,13 +104,9 @@ _TABLE: Mapping[str, str] = {
     "torch.distributed.tensor.placement_types._StridedShard": "the cut of the fused Q, K and V",
     f"{_C10D}._world": "giving up on a rank that does not come: the list of groups",
     f"{_C10D}._set_pg_timeout(timeout, group)": "giving up on a rank that does not come after ddp_timeout",
-    "torch._C._autograd._get_current_graph_task_keep_graph": (
-        "retain_graph=True in a backward pass through the fused loss, whose gradients must then stay as they are"
-    ),
+    "torch._C._autograd._get_current_graph_task_keep_graph": "retain_graph=True through the fused head and loss",
     "torch._C._autograd": "where the name above is",
-    "torch.amp.grad_scaler.GradScaler._unscale_grads_(self, optimizer)": (
-        "float16: a step that all ranks skip when one overflows"
-    ),
+    "torch.amp.grad_scaler.GradScaler._unscale_grads_(self, optimizer)": "float16: a step that all ranks skip together",
     "torch._assert_async": "refusing token ids and labels out of range on a GPU",
     "torch.Tensor._use_count": "waiting until gloo has let go of a tensor",
     "torch._C": "telling whether a graph is kept for another backward pass",
@@ -130,10 +114,8 @@ _TABLE: Mapping[str, str] = {
     "torch._utils._rebuild_tensor_v2": "writing Megatron-LM's files",
     # Python, numpy
     "pickle._compat_pickle": "reading protocol 2's names, which are those of Python 2",
-    "numpy._core": "resuming the random stream: the name in the allow list of the pickle that holds it",
-    "numpy._core.multiarray._reconstruct": (
-        "resuming the random stream: the name in the allow list of the pickle that holds it"
-    ),
+    "numpy._core": "resuming the random stream: in the allow list of its pickle",
+    "numpy._core.multiarray._reconstruct": "resuming the random stream: in the allow list of its pickle",
 }
 
 
