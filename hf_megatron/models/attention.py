@@ -18,11 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_megatron.errors import PartitionError
-from hf_megatron.tensor_parallel import (
-    ParallelModule,
-    TensorParallelGroup,
-    attention_dropout,
-)
+from hf_megatron.tensor_parallel import ParallelModule, TensorParallelGroup, attention_dropout
 from hf_megatron.tensor_parallel.random import private_cuda_stream
 
 
@@ -88,38 +84,19 @@ class ParallelAttention(ParallelModule):
         recompute: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend with this rank's heads.
+        """Attend with this rank's heads: queries [B, S_q, H_p], keys and values [B, S, H_p], split by heads.
 
-        Args:
-            query: [B, S_q, H_p], split by heads.
-            key: [B, S, H_p], split by heads.
-            value: [B, S, H_p], split by heads.
-            attention_mask: Broadcastable to [B, N_p, S_q, S_k], boolean (True: attend) or additive, replicated.
-            past_key_values: Cache that holds and receives this rank's heads of this layer.
-            recompute: A function like ``torch.utils.checkpoint.checkpoint`` with which to recompute the attention in
-                the backward pass; None stores its intermediate results. Fused kernels store none anyway.
-            **kwargs: For the attention kernel.
+        The mask is broadcastable to [B, N_p, S_q, S_k], boolean (True: attend) or additive, replicated. The cache holds
+        and receives this rank's heads of this layer. ``recompute`` is a function like
+        ``torch.utils.checkpoint.checkpoint`` with which to recompute the attention in the backward pass; None stores
+        its intermediate results. Fused kernels store none anyway. ``kwargs`` are for the kernel.
 
-        Returns:
-            The context [B, S_q, H_p], split by heads, and the probabilities [B, N_p, S_q, S_k] where the kernel
-            keeps them.
+        Returns the context [B, S_q, H_p], split by heads, and the probabilities [B, N_p, S_q, S_k] where the kernel
+        keeps them.
         """
         query, key, value = (self.split_heads(x) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
-        context, probabilities = self._kernel(query, key, value, attention_mask, recompute, **kwargs)
-        return context.reshape(*context.shape[:-2], -1).contiguous(), probabilities
-
-    def _kernel(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        recompute: Callable[..., Any] | None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map queries, keys and values [B, N_p, S, D] to the context [B, S_q, N_p, D] and optional probabilities."""
         dropout = self.dropout_p if self.training else 0.0
         is_causal = self.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         implementation = self.config._attn_implementation
@@ -127,14 +104,14 @@ class ParallelAttention(ParallelModule):
             # sdpa draws dropout masks from the default generator, which would give every rank the same masks. CPUs
             # have no fused kernel with dropout, so drawing per head costs nothing there.
             explicit = self._explicit if recompute is None else partial(recompute, self._explicit)
-            return explicit(query, key, value, mask, dropout, is_causal)
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
-        stream = private_cuda_stream(query.device, self.first_head) if dropout else nullcontext()
-        with stream:
-            output: tuple[torch.Tensor, torch.Tensor | None] = kernel(
-                self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
-        return output
+            context, probabilities = explicit(query, key, value, attention_mask, dropout, is_causal)
+        else:
+            kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
+            with private_cuda_stream(query.device, self.first_head) if dropout else nullcontext():
+                context, probabilities = kernel(
+                    self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+                )
+        return context.reshape(*context.shape[:-2], -1).contiguous(), probabilities
 
     def _explicit(
         self,
@@ -145,7 +122,7 @@ class ParallelAttention(ParallelModule):
         dropout: float,
         is_causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eager attention: materializes the probabilities, with one dropout mask per global head."""
+        """Eager attention on [B, N_p, S, D]: materializes the probabilities, with one dropout mask per global head."""
         if self.upcast and self.config._attn_implementation == "eager":
             with torch.autocast(query.device.type, enabled=False):
                 scores = torch.matmul(query.float() * self.scaling, key.float().transpose(-1, -2))

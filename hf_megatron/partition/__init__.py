@@ -6,14 +6,4 @@ Pure: importing this package touches neither torch nor transformers, opens no fi
 from hf_megatron.partition.spec import Box, FusedSplit, Replicated, Shape, Spec, Split, VocabSplit, chunk_range
 from hf_megatron.partition.tiling import tiling_error
 
-__all__ = [
-    "Box",
-    "FusedSplit",
-    "Replicated",
-    "Shape",
-    "Spec",
-    "Split",
-    "VocabSplit",
-    "chunk_range",
-    "tiling_error",
-]
+__all__ = ["Box", "FusedSplit", "Replicated", "Shape", "Spec", "Split", "VocabSplit", "chunk_range", "tiling_error"]

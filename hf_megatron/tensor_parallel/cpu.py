@@ -41,12 +41,8 @@ def wait_for(work: dist.Work, aliases: Sequence[torch.Tensor], group_size: int) 
 
     Gloo runs on its own thread, which holds references to the tensors for a moment after the work is done. If it holds
     the last reference, it must delete a Python object; if the process exits at that moment, the process crashes with
-    "terminate called without an active exception" (pytorch issue 190489).
-
-    Args:
-        work: The handle of the collective.
-        aliases: The tensors that it was called with, held by nobody else.
-        group_size: Number of ranks in the group.
+    "terminate called without an active exception" (pytorch issue 190489). ``aliases`` are the tensors that the
+    collective was called with, held by nobody else.
     """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", group_size))
     with suppress(RuntimeError):  # not implemented by gloo's reduce-scatter
@@ -82,14 +78,8 @@ class TiedGradient:
     The gradient of the lookups has a few rows. As a dense tensor, mostly zeros, it would take as long to fill and to
     add as a layer takes to compute; autograd adds a sparse one to a copy of the head's, which takes as long.
 
-    Each forward of a model creates one.
-
-    Args:
-        weight: [V_p, H], split on dim 0; a plain tensor.
-
-    Attributes:
-        for_lookups: The weight, for :meth:`look_up`.
-        for_head: The weight, for the head, which passes its gradient to :meth:`claim`.
+    Each forward of a model creates one, of the weight [V_p, H], split on dim 0, a plain tensor. The head multiplies
+    with ``for_head``, and passes its gradient to :meth:`claim`.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:

@@ -42,7 +42,7 @@ def _check(interface: PrivateInterface) -> None:
     path = f"{interface.owner}.{interface.name}"
     _, _, owner = _resolve(interface.owner)
     assert _has(owner, interface.name), f"{path} is gone. It serves {interface.breaks}."
-    if interface.parameters is not None:
+    if interface.parameters:
         found = list(inspect.signature(getattr(owner, interface.name)).parameters)
         assert tuple(found[: len(interface.parameters)]) == interface.parameters, (
             f"{path} takes {found} now, not {list(interface.parameters)}. It serves {interface.breaks}."
