@@ -23,8 +23,6 @@ A pool that failed is thrown away; the next job starts a fresh one. A job that e
 catch it itself (`with pytest.raises(...)` inside the job), which keeps the pool.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import gc

@@ -12,8 +12,6 @@ In the list, a line that begins with
     +  is what takes its place.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

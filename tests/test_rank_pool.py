@@ -1,7 +1,5 @@
 """The rank pool itself: every other distributed test relies on what it reports."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Which cases of a grid every change has to pass, and which only `make test-all` runs."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the documents claim of committed results, and that these can be drawn again."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

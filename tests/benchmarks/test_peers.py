@@ -1,7 +1,5 @@
 """What a comparison with peers rests on: all of them compute the same, and nothing else disturbs them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import repeat
 from math import nan

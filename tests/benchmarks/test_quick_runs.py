@@ -1,7 +1,5 @@
 """The scripts of benchmarks/, each by its command line on something small."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The collator: the batch it makes, and that it can be made again, elsewhere too."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace

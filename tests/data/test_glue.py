@@ -1,7 +1,5 @@
 """MNLI and QQP in their official files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

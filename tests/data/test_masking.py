@@ -1,7 +1,5 @@
 """Whole-word n-gram masking: what is chosen, and what stands in its place."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import chain
 from typing import Any

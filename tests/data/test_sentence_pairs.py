@@ -1,7 +1,5 @@
 """Sentence-order pairs: what is cut from documents, and how."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import accumulate, pairwise
 from typing import Any

@@ -1,7 +1,5 @@
 """Questions on a text: reading them, cutting them into windows, and finding the answers in logits."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -12,8 +12,6 @@ Lines that call `make` are not executed, as that would set up an environment and
 would do is looked at instead.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """LAMBADA accuracy against a loop that is slow and obviously right."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The fine-tuning examples: they learn what there is to learn, write what they promise, and do so by any launcher."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

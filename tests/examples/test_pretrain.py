@@ -1,7 +1,5 @@
 """The pretraining examples: they learn, resume, and learn the same on ranks."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

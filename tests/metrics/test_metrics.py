@@ -1,7 +1,5 @@
 """The metrics of the fine-tuning tasks, loaded as evaluate modules, against a slow restatement of the definitions."""
 
-from __future__ import annotations
-
 import random
 import socket
 from typing import Any

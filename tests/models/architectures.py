@@ -3,8 +3,6 @@
 Models are tiny, with weights that make every mistake visible.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Fixtures for the tests of the models."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

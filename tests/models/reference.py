@@ -4,8 +4,6 @@ Checks that run on ranks call these functions there; they raise AssertionError w
 rewrite the asserts of a rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """Arguments of a forward: each has a use or is refused by its name, and the cache may have either of its two names."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What ranks send each other in a training step: the collectives of the paper, of the paper's sizes, and no others."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Compiled models against eager ones, in training and in inference."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Training until a model is sure, in bfloat16: where a gradient that is lost in rounding shows, and only there."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

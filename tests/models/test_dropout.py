@@ -1,7 +1,5 @@
 """Dropout: the same masks at every degree, so that training with it can be compared and repeated."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 from pathlib import Path

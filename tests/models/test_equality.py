@@ -1,7 +1,5 @@
 """The numbers of the stock classes, for every head and layout: outputs, loss, every gradient, and the next weights."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 from pathlib import Path

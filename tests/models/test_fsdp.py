@@ -1,7 +1,5 @@
 """Tensor parallelism under FSDP2: a data-parallel step is the step that one process makes on the whole batch."""
 
-from __future__ import annotations
-
 import itertools
 from math import prod
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Generation: the tokens of the stock model, and the same tokens on every rank."""
 
-from __future__ import annotations
-
 import itertools
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Loading: each rank reads its own slices of the files and holds its own part of the model."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Models whose weights wait on the host or on disk, or lie on several devices: accelerate's hooks bring them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What activation checkpointing computes again: whole layers, or attention only. Dropout's tests have the numbers."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

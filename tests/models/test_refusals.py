@@ -1,7 +1,5 @@
 """What the models do not do, they refuse: before any weight is read, with the numbers and the way out."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The Auto classes: ours for our ``model_type``, and stock transformers as if this package were not there."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Saving: what stock transformers loads, what any other layout loads, and what conversion makes of either."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sequence parallelism beyond numbers, dropout and collectives, which the tests of these try with and without it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

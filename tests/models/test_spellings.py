@@ -1,7 +1,5 @@
 """Stock directories as they are found: the many names and files of one and the same model."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

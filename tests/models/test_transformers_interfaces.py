@@ -4,8 +4,6 @@ The private names are in ``hf_megatron/private_interfaces.py``. A failure here a
 look at; the other tests of the models then say whether the change matters.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The vocabulary: sizes that no degree divides, the decoder's bias, the padding token's row, and other sizes."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any

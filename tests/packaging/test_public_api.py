@@ -1,7 +1,5 @@
 """What a user can rely on importing."""
 
-from __future__ import annotations
-
 import hf_megatron
 from tests.repository import ROOT
 

@@ -1,7 +1,5 @@
 """The tables of GPT-2 and of BERT, one for each placement of its LayerNorms, against the stock models."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Whether the pieces of a stored tensor are exactly the tensor: what stands between a bad directory and nonsense."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Adapted models that the tests compare: ours at any layout, and stock peft's on the stock model, from one seed."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """An adapted model computes what stock peft computes on the stock model, at every degree."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

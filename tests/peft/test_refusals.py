@@ -1,7 +1,5 @@
 """What adapters on a cut model do not have is refused by name, before the model is touched."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Adapters on disk are ordinary ones, whichever side wrote them, and merged weights are ordinary weights."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

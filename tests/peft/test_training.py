@@ -1,7 +1,5 @@
 """MegatronTrainer trains adapters: the same steps at every layout, and checkpoints that hold the adapter alone."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Small models to plan and to measure, and the plan of exactly what is measured."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Planned bytes are measured bytes: weights, gradients and Adam's state exactly, activations within 2%."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 from typing import Any, get_args

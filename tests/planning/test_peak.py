@@ -1,7 +1,5 @@
 """The planned peak is what the allocator saw: within 10%, on a CPU even without the weights that are always there."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

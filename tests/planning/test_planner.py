@@ -1,7 +1,5 @@
 """Time, scaling, layouts and machines; the paper's own scaling figures as the reference."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

@@ -1,7 +1,5 @@
 """The paper's models by name: their sizes, and the model classes built from them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Planned collectives are the ones that ranks really issue."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What the ranks of a group ask of each other, beside the facts that training compares."""
 
-from __future__ import annotations
-
 import torch.distributed as dist
 
 from hf_megatron.tensor_parallel.agreement import RankComparison

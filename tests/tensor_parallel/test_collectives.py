@@ -1,10 +1,8 @@
 """Beginning a collective, and waiting for it."""
 
-from __future__ import annotations
-
 import threading
 import time
-from typing import Any
+from typing import Any, Self
 from unittest.mock import patch
 
 import pytest
@@ -42,7 +40,7 @@ class _Work:
     def __init__(self, answers: list[bool], error: str | None = None) -> None:
         self.answers, self.error, self.waits = answers, error, 0
 
-    def get_future(self) -> _Work:
+    def get_future(self) -> Self:
         return self
 
     def done(self) -> bool:

@@ -1,7 +1,5 @@
 """The loss of logits that are cut along the vocabulary against torch's on the whole logits."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Shards of different sizes, frozen weights, and other cases at the edge of the layers and the loss."""
 
-from __future__ import annotations
-
 from unittest.mock import patch
 
 import pytest

@@ -1,7 +1,5 @@
 """The embedding that is cut along the vocabulary."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """The two linear layers against plain products: output, and the gradient of the input, the weight and the bias."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

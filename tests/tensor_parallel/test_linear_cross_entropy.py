@@ -1,7 +1,5 @@
 """Head and loss in one against torch's on the whole logits."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The region functions: what they do forward and backward, and that they leave alone what they were given."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from unittest.mock import patch

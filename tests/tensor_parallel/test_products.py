@@ -1,7 +1,5 @@
 """Products whose communication travels while other products are computed; their values are tested with the models."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest.mock import patch
 

@@ -1,7 +1,5 @@
 """Dropout that is the same at every degree, and one random stream that stays in step on all ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

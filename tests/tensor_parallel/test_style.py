@@ -1,7 +1,5 @@
 """Modules that are cut on their own, and the group they get to know."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """The gradient of a weight that embeds words and predicts them, added up in one tensor on a CPU."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest.mock import patch
 

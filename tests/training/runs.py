@@ -1,7 +1,5 @@
 """Training runs that the tests compare: tiny models, a fixed data set, one log entry per step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod

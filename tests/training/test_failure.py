@@ -1,7 +1,5 @@
 """What a run does that cannot go on: ranks that fail or hang, numbers that are none, and what it leaves behind."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Half precision: bfloat16, and float16 with a loss scale that all ranks share."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Trainer's arguments do under tensor parallelism what they do in one process."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What reaches the Hub, with every way to save; the Hub is one that writes down what it is given."""
 
-from __future__ import annotations
-
 import fnmatch
 from concurrent.futures import Future
 from pathlib import Path, PurePosixPath

@@ -3,8 +3,6 @@
 Each case ends in our own error that says what differs, or right; none in a hang, and none in a model that is nobody's.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable, Iterator

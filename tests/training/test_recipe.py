@@ -1,7 +1,5 @@
 """The paper's recipes, as Trainer carries them out."""
 
-from __future__ import annotations
-
 from math import cos, pi, sqrt
 from pathlib import Path
 

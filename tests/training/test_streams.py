@@ -1,7 +1,5 @@
 """Streams of examples: the same batches at every layout, and a resumed run that goes on where it stopped."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from dataclasses import replace

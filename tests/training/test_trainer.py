@@ -1,7 +1,5 @@
 """MegatronTrainer: the same numbers at every layout, and checkpoints that resume at any of them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

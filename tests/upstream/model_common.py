@@ -5,8 +5,6 @@ transformers' source distribution, completed by the modules in ``stand_ins``. Wh
 run: the tests of generation, of export, of pipelines and of FSDP.
 """
 
-from __future__ import annotations
-
 import unittest
 from typing import Any, ClassVar
 from unittest import mock

@@ -4,8 +4,6 @@ The tests come from transformers' source distribution of the installed version, 
 kept in ``.cache``, or in the folder that the environment variable ``HF_MEGATRON_CACHE`` names.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import subprocess

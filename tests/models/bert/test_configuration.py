@@ -1,7 +1,5 @@
 """The configuration: what it takes from stock ones, gives back to them, and refuses."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

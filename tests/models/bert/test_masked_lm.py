@@ -1,7 +1,5 @@
 """The pretraining heads: which positions are computed, and the order of sentences."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

