@@ -79,13 +79,14 @@ def test_other_vocabularies_and_targets(pool: Pool, tp_size: int) -> None:
 
 @pytest.mark.parametrize("tp_size", TP_SIZES)
 def test_extreme_logits(pool: Pool, tp_size: int) -> None:
-    """Catches exponentials that overflow for want of the maximum over all ranks, and a product of zero and infinity
-    where a token that is suppressed stands in for another rank's target."""
+    """Catches exponentials that overflow for want of the maximum over all ranks, a product of zero and infinity where
+    a token that is suppressed stands in for another rank's target, and nan where all tokens of a rank are."""
     logits = _logits()
     logits[0, 0] = logits[1, 100] = logits[2, 5] = 1e5
     logits[3:, [0, 34, 66, 100]] = -torch.inf
+    logits[4, : V - 5] = -torch.inf  # on 4 ranks all but the last one's
     target = torch.where(TARGET == 0, 1, TARGET)
-    target[6] = 67
+    target[4], target[6] = V - 1, 67
     _check(pool, tp_size, logits, target)
 
 

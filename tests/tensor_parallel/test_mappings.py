@@ -11,10 +11,7 @@ import torch.distributed as dist
 from hf_megatron.partition import Split
 from hf_megatron.tensor_parallel import (
     SINGLE,
-    ColumnParallelLinear,
-    SequenceParallelRegion,
     TensorParallelGroup,
-    column_parallel_linear,
     copy_to_tensor_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_parallel_region,
@@ -22,7 +19,6 @@ from hf_megatron.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
     scatter_to_tensor_parallel_region,
 )
-from hf_megatron.tensor_parallel.collectives import start_all_gather
 from tests.tensor_parallel.ranks import TP_SIZES, Pool, assert_close, group, same_on_all_ranks, values
 
 SHAPE = (5, 6, 7)  # over 4 ranks: 2, 2, 1, 0; 2, 2, 2, 0; 2, 2, 2, 1
@@ -163,46 +159,3 @@ def test_gradient_of_a_parameter_does_not_keep_the_activations(pool: Pool) -> No
     """Catches a bias whose gradient is a view of the buffer it shared with the activations' gradient: until
     ``zero_grad`` every layer would hold one more tensor of the activations' size."""
     assert pool(2).run(_bytes_behind_small_gradient) == [8 * 8] * 2
-
-
-# ---------------------------------------------------------------------- products behind a gather
-
-
-def _multiply(is_transposed: bool, is_fused: bool, is_frozen: bool) -> list[torch.Tensor | None]:
-    """Two products of one split input, and the gradients of input and weights."""
-    tp = group()
-    shard = Split(1).shard(values(0, *SHAPE), tp.size, tp.rank).clone().requires_grad_()
-    weights = [values(5 + tp.rank + 10 * i, 7, 4 + i).requires_grad_(not is_frozen) for i in range(2)]
-    if is_fused:
-        layers = []
-        for weight in weights:
-            layer = ColumnParallelLinear(1, 1, bias=False, weight_layout="out_in" if is_transposed else "in_out")
-            layer.set_tensor_parallel(tp)
-            layer._parameters["weight"] = weight.t() if is_transposed else weight  # type: ignore[assignment]
-            layers.append(layer)
-        products = column_parallel_linear(shard, SequenceParallelRegion(tp, SHAPE[1]), *layers)
-    else:
-        whole = gather_from_sequence_parallel_region(tp, shard, dim=1, size=SHAPE[1])
-        products = tuple(whole @ weight for weight in weights)
-    with patch("hf_megatron.tensor_parallel.linear.start_all_gather", wraps=start_all_gather) as gather:
-        torch.stack([(product**2).sum() for product in products]).sum().backward()
-    again = 1 if is_fused and not is_frozen else 0
-    assert gather.call_count == again, f"{gather.call_count} gathers in the backward pass"
-    return [*(product.detach() for product in products), shard.grad, *(weight.grad for weight in weights)]
-
-
-@pytest.mark.parametrize(
-    ("tp_size", "is_transposed", "is_frozen"),
-    [(2, False, False), (2, True, False), (4, False, False), (4, True, False), (2, False, True)],
-)
-def test_products_behind_a_gather(pool: Pool, tp_size: int, is_transposed: bool, is_frozen: bool) -> None:
-    """Catches gradients of the products mixed up, weights taken for transposed, an input gathered for each one, and a
-    gather for gradients that nobody wants."""
-    ours, plain = (pool(tp_size).run(_multiply, is_transposed, is_fused, is_frozen) for is_fused in (True, False))
-    for actual, reference in zip(ours, plain, strict=True):
-        for tensor, value in zip(actual, reference, strict=True):
-            assert (tensor is None) == (value is None)
-            if tensor is not None and value is not None:
-                assert_close(tensor, value)
-        assert actual[2] is not None
-        assert (actual[3] is None) == is_frozen

@@ -1,11 +1,8 @@
 """Dropout that is the same at every degree, and one random stream that stays in step on all ranks."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 
 from hf_megatron.tensor_parallel import (
     attention_dropout,
@@ -62,24 +59,6 @@ def test_nothing_and_everything_dropped() -> None:
     assert attention_dropout(probabilities, 0.0, 0) is probabilities
     assert torch.equal(attention_dropout(probabilities, 1.0, 0), torch.zeros(SHAPE))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_replays_the_mask(use_reentrant: bool) -> None:
-    """Catches a recomputation with other masks, which makes the gradients those of another function."""
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return attention_dropout(torch.softmax(x, dim=-1), 0.4, 0).pow(2)
-
-    gradients = []
-    for is_checkpointed in (True, False):
-        torch.manual_seed(3)
-        scores = torch.linspace(-2, 2, 1024, dtype=torch.float64).reshape(1, 4, 16, 16).requires_grad_()
-        output: Any = checkpoint(forward, scores, use_reentrant=use_reentrant) if is_checkpointed else forward(scores)
-        output.sum().backward()
-        assert scores.grad is not None
-        gradients.append(scores.grad)
-    assert torch.equal(*gradients)
 
 
 def test_the_keep_mask_is_a_well_formed_operator() -> None:
