@@ -58,10 +58,9 @@ def _measure(case: _Case, device: str, directory: Path) -> int:
 def _planned(case: _Case, device: str) -> tuple[int, int]:
     """The peak without an optimizer, and the weights."""
     kind, precision, recompute, attention, tp_size = case
-    size = _SIZES[device]
     options = {"tp_size": tp_size, "recompute": recompute, "attention": attention, "device": device}
-    run = make_run(size=size, precision=PRECISIONS[precision], **options)
-    plan = plan_memory(make_shape(kind, size=size), run)
+    run = make_run(size=_SIZES[device], precision=PRECISIONS[precision], **options)
+    plan = plan_memory(make_shape(kind, size=_SIZES[device]), run)
     return plan.peak - plan.optimizer, plan.parameters
 
 
