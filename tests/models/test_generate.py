@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, StaticCache, StoppingCriteria
+from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from hf_megatron.errors import HfMegatronError, UnsupportedError
-from hf_megatron.models.forward_arguments import CACHE
 from tests.models.architectures import GPT2, StockDir, make_batch, token_ids
 from tests.models.reference import Pool, rank, run_at
 from tests.tiers import quick
@@ -57,25 +56,6 @@ def test_tokens_equal_stock(
 ) -> None:
     """Catches logits that are not whole, caches that hold the wrong heads, and padding that is attended to."""
     run_at(pool, tp_size, _compare_generation, stock_dir(GPT2, None, variant), tp_size, attention, sequence_parallel)
-
-
-def _compare_static_cache(directory: Path, tp_size: int) -> None:
-    stock = GPT2.load_stock(directory, dtype=torch.float64).eval()
-    ours = GPT2.load(directory, tp_size, dtype=torch.float64)
-    logits = []
-    for model in (stock, ours):
-        cache = StaticCache(config=model.config, max_cache_len=20)
-        parts = [model(part, **{CACHE: cache}, use_cache=True).logits for part in token_ids(2, 9).split([5, 3, 1], 1)]
-        logits.append(torch.cat(parts, dim=1))
-        heads = cache.layers[0].keys.shape[1]
-        assert heads == (12 if model is stock else 12 // tp_size), f"the cache holds {heads} heads"
-    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_static_cache_holds_this_ranks_heads(pool: Pool, stock_dir: StockDir, tp_size: int) -> None:
-    """Catches a preallocated cache sized for all heads on every rank."""
-    run_at(pool, tp_size, _compare_static_cache, stock_dir(), tp_size)
 
 
 def _sample(directory: Path, tp_size: int, *, stock: bool = False) -> list[list[list[int]]]:

@@ -4,6 +4,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -154,20 +155,10 @@ def test_ignored_mismatches_are_ignored_on_all_ranks(pool: Pool, stock_dir: Stoc
         assert_all_equal(weights, expected)
 
 
-class _Keeper(logging.Handler):
-    """Keeps what is logged from WARNING upwards."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
 def _messages(case: ModelCase, directories: dict[str, Path]) -> list[str]:
     """What is logged on this rank while each head is loaded from its own directory."""
-    keeper = _Keeper()
+    keeper = BufferingHandler(1000)
+    keeper.setLevel(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("transformers", "hf_megatron")]
     for logger in loggers:
         logger.addHandler(keeper)
@@ -175,7 +166,7 @@ def _messages(case: ModelCase, directories: dict[str, Path]) -> list[str]:
         case.load(directory, 2, head)
     for logger in loggers:
         logger.removeHandler(keeper)
-    return keeper.messages
+    return [record.getMessage() for record in keeper.buffer]
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)

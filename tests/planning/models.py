@@ -40,17 +40,10 @@ def make_config(kind: str, *, dropout: float = 0.1, size: Size = SMALL) -> Any:
     return case.config(**sizes, **inner, **case.dropout(dropout, dropout), **changes)
 
 
-def make_model(
-    kind: str,
-    tp_size: int,
-    *,
-    dropout: float = 0.1,
-    sequence_parallel: bool = False,
-    size: Size = SMALL,
-    **options: Any,
-) -> Any:
+def make_model(kind: str, tp_size: int, *, dropout: float = 0.1, size: Size = SMALL, **options: Any) -> Any:
+    """In training mode; `sequence_parallel` may be one of the options."""
     config = make_config(kind, dropout=dropout, size=size)
-    split = layout(tp_size, sequence_parallel=sequence_parallel)
+    split = layout(tp_size, sequence_parallel=options.pop("sequence_parallel", False))
     case, head, _ = KINDS[kind]
     return case.ours(head).from_config(config, distributed_config=split, **options).train()
 
