@@ -4,20 +4,19 @@ Models are tiny, with weights that make every mistake visible.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 
 from hf_megatron.architectures import BERT_POST, BERT_PRE, Architecture
 from hf_megatron.architectures import GPT2 as GPT2_TABLE
-from tests.models.reference import Batch, layout, loss_of, reference_loss
-
-StockDir = Callable[..., Path]  # from an architecture, a head and a variant; not to be written to
+from tests.models.reference import Batch, layout, loss_of, rank, reference_loss
 
 # 12 heads can be cut over 2, 3, 4 and 6 ranks; the vocabulary, a prime, over none of them evenly.
 B, S, H, V, LAYERS = 3, 9, 48, 131, 2
@@ -236,6 +235,26 @@ def make_batch(padding: str = "none", vocab_size: int = V) -> Batch:
 def positions(batch: Batch) -> torch.Tensor:
     """Which positions [B, S] are no padding."""
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().flatten(0, -2)
+
+
+@dataclass(frozen=True)
+class StockDir:
+    """From an architecture, a head and a variant to a directory that stock saved; not to be written to.
+
+    It travels to the ranks, which have to ask for the same ones.
+    """
+
+    root: Path
+
+    def __call__(self, case: ModelCase | None = None, head: str | None = None, variant: str = "base") -> Path:
+        case = case or GPT2
+        path = self.root / f"{case.name}-{head or ''}-{variant}"
+        if rank() == 0 and not path.is_dir():
+            with torch.random.fork_rng(devices=[]):
+                case.save_stock(path, head, **case.variants[variant])
+        if dist.is_initialized():
+            dist.barrier()
+        return path
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_megatron.models.forward_arguments import CACHE
+from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, ModelCase, StockDir, positions, token_ids
 from tests.models.reference import (
     Pool,
@@ -187,10 +188,19 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-def _compare_losses(case: ModelCase, directory: Path, tp_size: int, padding: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "tp_size", "padding"),
+    quick(
+        itertools.product(ARCHITECTURES, (1, 2, 4), ("none", "right", "left")),
+        [*zip(ARCHITECTURES, (4, 2, 1), ("left", "right", "none"), strict=True), (GPT2, 2, "none")],
+    ),
+)
+@on_live_ranks()
+def test_losses_equal_stock(stock_dir: StockDir, case: ModelCase, tp_size: int, padding: str) -> None:
+    """Catches an option dropped on the way, ignored labels that count, and a mean over the wrong number of tokens."""
     head = case.language_model
-    stock = case.load_stock(directory, head, dtype=torch.float64, attention="sdpa")
-    ours = case.load(directory, tp_size, head, dtype=torch.float64)
+    stock = case.load_stock(stock_dir(case, head), head, dtype=torch.float64, attention="sdpa")
+    ours = case.load(stock_dir(case, head), tp_size, head, dtype=torch.float64)
     inputs, labels = case.inputs(head, padding), case.labels(head, padding)["labels"]
     logits = stock(**inputs).logits
     unused = next(token for token in range(131) if token not in {*labels.unique().tolist(), *SHIFTED.unique().tolist()})
@@ -213,25 +223,22 @@ def _compare_losses(case: ModelCase, directory: Path, tp_size: int, padding: str
                 assert_agrees(f"{name}: in evaluation", ours.eval()(**inputs, **given).loss, expected)
 
 
-@pytest.mark.parametrize(
-    ("case", "tp_size", "padding"),
-    quick(
-        itertools.product(ARCHITECTURES, (1, 2, 4), ("none", "right", "left")),
-        [*zip(ARCHITECTURES, (4, 2, 1), ("left", "right", "none"), strict=True), (GPT2, 2, "none")],
-    ),
-)
-def test_losses_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, tp_size: int, padding: str) -> None:
-    """Catches an option dropped on the way, ignored labels that count, and a mean over the wrong number of tokens."""
-    run_at(pool, tp_size, _compare_losses, case, stock_dir(case, case.language_model), tp_size, padding)
-
-
 # ---------------------------------------------------------------------- other inputs
 
 
-def _compare_inputs(case: ModelCase, directory: Path, at: Layout) -> None:
+@pytest.mark.parametrize(
+    ("case", "at"),
+    quick(
+        itertools.product(ARCHITECTURES, LAYOUTS),
+        [*itertools.product(ARCHITECTURES, LAYOUTS[1:4:2]), (GPT2, Layout(1))],
+    ),
+)
+@on_live_ranks()
+def test_inputs_equal_stock(stock_dir: StockDir, case: ModelCase, at: Layout) -> None:
+    """Catches arguments that are dropped on the way, and token types or positions that are made up wrongly."""
     head = case.language_model
-    stock = case.load_stock(directory, head, dtype=torch.float64)
-    ours = case.load(directory, head=head, **_options(at, KERNELS[0]))
+    stock = case.load_stock(stock_dir(case, head), head, dtype=torch.float64)
+    ours = case.load(stock_dir(case, head), head=head, **_options(at, KERNELS[0]))
     ids, padded = token_ids(), case.inputs(head)["attention_mask"].bool()
     everywhere = torch.ones_like(padded)
     embeddings = torch.randn(3, 9, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -250,21 +257,13 @@ def _compare_inputs(case: ModelCase, directory: Path, at: Layout) -> None:
         assert_outputs_agree(str(list(inputs)), ours(**inputs), stock(**inputs), valid)
 
 
-@pytest.mark.parametrize(
-    ("case", "at"),
-    quick(
-        itertools.product(ARCHITECTURES, LAYOUTS),
-        [*itertools.product(ARCHITECTURES, LAYOUTS[1:4:2]), (GPT2, Layout(1))],
-    ),
-)
-def test_inputs_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, at: Layout) -> None:
-    """Catches arguments that are dropped on the way, and token types or positions that are made up wrongly."""
-    run_at(pool, at.tp_size, _compare_inputs, case, stock_dir(case, case.language_model), at)
-
-
-def _compare_calls(case: ModelCase, head: str, directory: Path, tp_size: int) -> None:
-    stock = case.load_stock(directory, head, dtype=torch.float64).eval()
-    ours = case.load(directory, head=head, **_options(Layout(tp_size), KERNELS[0]))
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize(("case", "head"), _HEADS)
+@on_live_ranks()
+def test_calls_are_understood_as_by_stock(stock_dir: StockDir, case: ModelCase, head: str, tp_size: int) -> None:
+    """Catches `model(ids, mask, types)` understood in another order, and a tuple with another order or more in it."""
+    stock = case.load_stock(stock_dir(case, head), head, dtype=torch.float64).eval()
+    ours = case.load(stock_dir(case, head), head=head, **_options(Layout(tp_size), KERNELS[0]))
     inputs, labels = case.inputs(head), case.labels(head)
     valid = positions(inputs)
     places = list(inspect.signature(stock.forward).parameters)
@@ -278,17 +277,21 @@ def _compare_calls(case: ModelCase, head: str, directory: Path, tp_size: int) ->
     assert_outputs_agree("tuple", named, expected, valid)
 
 
-@pytest.mark.parametrize(("case", "head"), _HEADS)
-def test_calls_are_understood_as_by_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, head: str) -> None:
-    """Catches `model(ids, mask, types)` understood in another order, and a tuple with another order or more in it."""
-    for tp_size in (1, 2):
-        run_at(pool, tp_size, _compare_calls, case, head, stock_dir(case, head), tp_size)
+@pytest.mark.parametrize(
+    ("head", "at"),
+    quick(
+        itertools.product(GPT2.heads, LAYOUTS),
+        [*((head, LAYOUTS[1 + 2 * (i % 2)]) for i, head in enumerate(GPT2.heads)), ("LMHeadModel", Layout(2, True))],
+    ),
+)
+@on_live_ranks()
+def test_cached_steps_equal_stock(stock_dir: StockDir, head: str, at: Layout) -> None:
+    """Catches a cache whose length, heads or mask a rank gets wrong, be it given or made.
 
-
-def _compare_cached_steps(head: str, directory: Path, at: Layout) -> None:
-    """A first part that fills the cache, then two tokens at once, then one; with a cache given, or made."""
-    stock = GPT2.load_stock(directory, head, dtype=torch.float64).eval()
-    ours = GPT2.load(directory, head=head, **_options(at, KERNELS[0]))
+    A first part fills the cache, then come two tokens at once, then one.
+    """
+    stock = GPT2.load_stock(stock_dir(GPT2, head), head, dtype=torch.float64).eval()
+    ours = GPT2.load(stock_dir(GPT2, head), head=head, **_options(at, KERNELS[0]))
     for is_given in (True, False):
         caches = [DynamicCache(config=model.config) if is_given else None for model in (stock, ours)]
         for part in token_ids().split([6, 2, 1], dim=1):
@@ -298,18 +301,6 @@ def _compare_cached_steps(head: str, directory: Path, at: Layout) -> None:
             )
             assert_outputs_agree("with a cache", actual, expected, torch.ones_like(part).bool())
             caches = [expected.get(CACHE, caches[0]), actual.get(CACHE, caches[1])]
-
-
-@pytest.mark.parametrize(
-    ("head", "at"),
-    quick(
-        itertools.product(GPT2.heads, LAYOUTS),
-        [*((head, LAYOUTS[1 + 2 * (i % 2)]) for i, head in enumerate(GPT2.heads)), ("LMHeadModel", Layout(2, True))],
-    ),
-)
-def test_cached_steps_equal_stock(pool: Pool, stock_dir: StockDir, head: str, at: Layout) -> None:
-    """Catches a cache whose length, heads or mask a rank gets wrong."""
-    run_at(pool, at.tp_size, _compare_cached_steps, head, stock_dir(GPT2, head), at)
 
 
 def _share_of_equal_probabilities(is_ours: bool, upcast: bool, directory: Path) -> float:

@@ -11,6 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCri
 from transformers.generation.streamers import BaseStreamer
 
 from hf_megatron.errors import HfMegatronError, UnsupportedError
+from tests.live import on_live_ranks
 from tests.models.architectures import GPT2, StockDir, make_batch, token_ids
 from tests.models.reference import Pool, rank, run_at
 from tests.tiers import quick
@@ -25,10 +26,20 @@ def _prompts(padding: str) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _compare_generation(directory: Path, tp_size: int, attention: str, sequence_parallel: bool) -> None:
+@pytest.mark.parametrize(
+    ("variant", "attention", "tp_size", "splits"),
+    quick(
+        [*itertools.product(("base", "untied"), ("sdpa", "eager"), (2, 4), (False, True)), ("base", "sdpa", 1, False)],
+        [("base", "sdpa", 1, False), ("untied", "eager", 2, False), ("base", "sdpa", 2, True)],
+    ),
+)
+@on_live_ranks()
+def test_tokens_equal_stock(stock_dir: StockDir, variant: str, attention: str, tp_size: int, splits: bool) -> None:
+    """Catches logits that are not whole, caches that hold the wrong heads, and padding that is attended to."""
+    directory = stock_dir(GPT2, None, variant)
     stock = GPT2.load_stock(directory, dtype=torch.float64, attention=attention).eval()
     load: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": attention}
-    ours = GPT2.load(directory, tp_size, sequence_parallel=sequence_parallel, **load)
+    ours = GPT2.load(directory, tp_size, sequence_parallel=splits, **load)
     for options in (
         {"do_sample": False},
         {"do_sample": False, "use_cache": False},
@@ -42,20 +53,6 @@ def _compare_generation(directory: Path, tp_size: int, attention: str, sequence_
             expected = stock.generate(**prompts, **limits, **options)
             actual = ours.generate(**prompts, **limits, **options)
             assert torch.equal(actual, expected), f"{options}, padding {padding}: {actual} instead of {expected}"
-
-
-@pytest.mark.parametrize(
-    ("variant", "attention", "tp_size", "sequence_parallel"),
-    quick(
-        [*itertools.product(("base", "untied"), ("sdpa", "eager"), (2, 4), (False, True)), ("base", "sdpa", 1, False)],
-        [("base", "sdpa", 1, False), ("untied", "eager", 2, False), ("base", "sdpa", 2, True)],
-    ),
-)
-def test_tokens_equal_stock(
-    pool: Pool, stock_dir: StockDir, variant: str, attention: str, tp_size: int, sequence_parallel: bool
-) -> None:
-    """Catches logits that are not whole, caches that hold the wrong heads, and padding that is attended to."""
-    run_at(pool, tp_size, _compare_generation, stock_dir(GPT2, None, variant), tp_size, attention, sequence_parallel)
 
 
 def _sample(directory: Path, tp_size: int, *, stock: bool = False) -> list[list[list[int]]]:
@@ -106,15 +103,11 @@ def test_continuous_batching(stock_dir: StockDir, attention: str) -> None:
     assert batched == alone
 
 
-def _batch_on_ranks(directory: Path) -> None:
-    model = GPT2.load(directory, 2)
-    with pytest.raises(UnsupportedError, match="tp_size=2"):
-        model.generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=2))
-
-
-def test_continuous_batching_on_ranks_is_refused(pool: Pool, stock_dir: StockDir) -> None:
+@on_live_ranks(2)
+def test_continuous_batching_on_ranks_is_refused(stock_dir: StockDir) -> None:
     """Catches results that are empty: the paged cache has room for all heads, and each rank has some."""
-    pool(2).run(_batch_on_ranks, stock_dir())
+    with pytest.raises(UnsupportedError, match="tp_size=2"):
+        GPT2.load(stock_dir(), 2).generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=2))
 
 
 # ---------------------------------------------------------------------- ranks that stop together

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from hf_megatron.errors import DestinationError, UnsupportedError
+from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, ModelCase, StockDir
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, rank, run_at
 from tests.tiers import quick
@@ -148,32 +149,25 @@ def test_a_distributed_save_replaces_the_old_one_whole(pool: Pool, stock_dir: St
     assert_all_equal(_stored(directory), load_file(stock_dir(GPT2, None, "untied") / "model.safetensors"))
 
 
-def _save_on_one_rank(stock: Path, directory: Path) -> None:
-    model = GPT2.load(stock)
-    if rank() == 0:
-        model.save_pretrained(directory)
-    dist.barrier()
-    assert (directory / "model.safetensors").is_file()
-
-
-def test_a_whole_model_may_be_saved_by_one_rank_alone(pool: Pool, stock_dir: StockDir, tmp_path: Path) -> None:
+@on_live_ranks(2, timeout=30)
+def test_a_whole_model_may_be_saved_by_one_rank_alone(stock_dir: StockDir, tmp_path: Path) -> None:
     """Catches a barrier that waits for ranks that never come, as under DDP."""
-    pool(2).run(_save_on_one_rank, stock_dir(), tmp_path / "saved", timeout=30)
+    model = GPT2.load(stock_dir())
+    if rank() == 0:
+        model.save_pretrained(tmp_path / "saved")
+    dist.barrier()
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
 
 
-def _save_twice(stock: Path, directory: Path) -> None:
-    """A full save, changed weights, and a save of a state dict the caller chose."""
-    model = GPT2.load(stock, 2)
-    model.save_pretrained(directory / "first", is_main_process=rank() == 0)
+@on_live_ranks(2)
+def test_arguments_of_stock_are_honoured(stock_dir: StockDir, tmp_path: Path) -> None:
+    """Catches `is_main_process` and `state_dict` lost on the way to the stock method."""
+    model = GPT2.load(stock_dir(), 2)
+    model.save_pretrained(tmp_path / "first", is_main_process=rank() == 0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
-    model.save_pretrained(directory / "second", state_dict=model.state_dict())
-
-
-def test_arguments_of_stock_are_honoured(pool: Pool, stock_dir: StockDir, tmp_path: Path) -> None:
-    """Catches `is_main_process` and `state_dict` lost on the way to the stock method."""
-    pool(2).run(_save_twice, stock_dir(), tmp_path)
+    model.save_pretrained(tmp_path / "second", state_dict=model.state_dict())
     original = load_file(stock_dir() / "model.safetensors")
     assert_all_equal(_stored(tmp_path / "first"), original)
     assert_all_equal(_stored(tmp_path / "second"), {name: 2 * value for name, value in original.items()})
