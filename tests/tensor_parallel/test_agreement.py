@@ -3,14 +3,11 @@
 import torch.distributed as dist
 
 from hf_megatron.tensor_parallel.agreement import RankComparison
-from tests.tensor_parallel.ranks import Pool
+from tests.live import on_live_ranks
 
 
-def _wish() -> int:
-    assert dist.group.WORLD is not None
-    return RankComparison.on_cpu(dist.group.WORLD).agree("here", {}, 1 << dist.get_rank())
-
-
-def test_every_rank_is_heard(pool: Pool) -> None:
+@on_live_ranks(2)
+def test_every_rank_is_heard() -> None:
     """Catches wishes of which only one rank's counts: who asks for a checkpoint may be any of them."""
-    assert pool(2).run(_wish) == [0b11, 0b11]
+    assert dist.group.WORLD is not None
+    assert RankComparison.on_cpu(dist.group.WORLD).agree("here", {}, 1 << dist.get_rank()) == 0b11

@@ -12,10 +12,14 @@ import torch.distributed as dist
 from hf_megatron.tensor_parallel import cpu
 from hf_megatron.tensor_parallel.collectives import start_all_gather, start_all_reduce
 from hf_megatron.tensor_parallel.group import SINGLE
-from tests.tensor_parallel.ranks import Pool, group
+from tests.live import on_live_ranks
+from tests.tensor_parallel.ranks import group
 
 
-def _wait_for_a_late_rank(polling_seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.mark.parametrize("polling_seconds", [0.0, 0.01, 10.0])
+@on_live_ranks(2)
+def test_a_late_rank_is_waited_for(polling_seconds: float) -> None:
+    """Catches a tensor that is handed out unfinished when the time for asking is over, and asking that never ends."""
     tp = group()
     total, shard = torch.full((3,), float(tp.rank)), torch.full((2,), float(tp.rank))
     if tp.rank == 0:
@@ -23,15 +27,8 @@ def _wait_for_a_late_rank(polling_seconds: float) -> tuple[torch.Tensor, torch.T
     with patch.multiple(cpu, POLLING_SECONDS=polling_seconds, _CORES=2):
         wait, gather = start_all_reduce(tp, total), start_all_gather(tp, shard, 0, 2 * tp.size, is_async=False)
         wait()
-        return total, gather()
-
-
-@pytest.mark.parametrize("polling_seconds", [0.0, 0.01, 10.0])
-def test_a_late_rank_is_waited_for(pool: Pool, polling_seconds: float) -> None:
-    """Catches a tensor that is handed out unfinished when the time for asking is over, and asking that never ends."""
-    for total, gathered in pool(2).run(_wait_for_a_late_rank, polling_seconds):
         assert total.tolist() == [1.0] * 3
-        assert gathered.tolist() == [0.0, 0.0, 1.0, 1.0]
+        assert gather().tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
 class _Work:

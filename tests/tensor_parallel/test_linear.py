@@ -1,12 +1,10 @@
 """The two linear layers against plain products: output, and the gradient of the input, the weight and the bias."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hf_megatron.partition import FusedSplit, Replicated, Spec, Split
@@ -16,7 +14,9 @@ from hf_megatron.tensor_parallel import (
     local,
     parallelize_module,
 )
-from tests.tensor_parallel.ranks import TP_SIZES, Pool, assert_close, mesh, same_on_all_ranks, values
+from tests.live import on_live_ranks
+from tests.models.reference import assert_same_on_all_ranks
+from tests.tensor_parallel.ranks import TP_SIZES, assert_close, mesh, values
 
 B, S = 2, 3
 IN, OUT, BLOCKS = 10, 14, 3  # over 4 ranks: 3, 3, 3, 1 and 4, 4, 4, 2
@@ -76,57 +76,37 @@ CASES = [
 ]
 
 
-def _gradient_of(parameter: nn.Parameter) -> torch.Tensor:
-    gradient = parameter.grad
-    assert isinstance(parameter, DTensor)
-    assert isinstance(gradient, DTensor)
-    assert gradient.placements == parameter.placements  # not partial: optimizers would reduce it again and again
-    return gradient.to_local()
-
-
-def _run(case: Case, has_frozen_input: bool) -> dict[str, torch.Tensor]:
-    layer = parallelize_module(case.layer(), mesh())
-    assert isinstance(layer, ColumnParallelLinear | RowParallelLinear)
-    size, rank = layer.tp_group.size, layer.tp_group.rank
-    x = case.specs["input"].shard(values(0, B, S, IN), size, rank).clone().requires_grad_(not has_frozen_input)
-    output = layer(x)
-    output.backward(case.specs["output"].shard(values(3, B, S, case.out_features), size, rank))
-    results = {"output": output.detach(), "weight": _gradient_of(layer.weight)}
-    if x.grad is not None:
-        results["input"] = x.grad
-    if layer.bias is not None:
-        results["bias"] = _gradient_of(layer.bias)
-    return results
-
-
-def _reference(case: Case, has_frozen_input: bool) -> dict[str, torch.Tensor]:
-    x = values(0, B, S, IN).requires_grad_()
-    weight = case.full_weight().requires_grad_()
-    bias = values(2, case.out_features).requires_grad_()
-    product = x @ (weight if case.layout == "in_out" else weight.t())
-    output = product + bias if case.has_bias else product
-    output.backward(values(3, B, S, case.out_features))
-    results = {"output": output.detach(), "weight": weight.grad, "input": x.grad, "bias": bias.grad}
-    if has_frozen_input:
-        del results["input"]
-    return {name: value for name, value in results.items() if value is not None}
-
-
-def _whole(spec: Spec, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return same_on_all_ranks(parts) if isinstance(spec, Replicated) else spec.merge(parts)
-
-
 @pytest.mark.parametrize("has_frozen_input", [False, True], ids=["", "frozen_input"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("tp_size", TP_SIZES)
-def test_linear_layers_equal_plain_products(pool: Pool, tp_size: int, case: Case, has_frozen_input: bool) -> None:
+@pytest.mark.parametrize("world_size", TP_SIZES)
+@on_live_ranks()
+def test_linear_layers_equal_plain_products(world_size: int, case: Case, has_frozen_input: bool) -> None:
     """Catches a cut along the wrong dimension, mixed-up Q, K and V, a bias that is added once per rank, gradients of
     replicated tensors that stay partial sums or differ between ranks, and one that depends on the input having one."""
-    results = pool(tp_size).run(_run, case, has_frozen_input)
-    expected = _reference(case, has_frozen_input)
-    assert results[0].keys() == expected.keys()
-    for name, value in expected.items():
-        assert_close(_whole(case.specs[name], [result[name] for result in results]), value)
+    whole = {"input": values(0, B, S, IN), "weight": case.full_weight(), "bias": values(2, case.out_features)}
+    x, weight, bias = (tensor.requires_grad_() for tensor in whole.values())
+    expected = x @ (weight if case.layout == "in_out" else weight.t()) + (bias if case.has_bias else 0)
+    expected.backward(values(3, B, S, case.out_features))
+
+    layer: Any = parallelize_module(case.layer(), mesh())
+
+    def part(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return case.specs[name].shard(tensor.detach(), layer.tp_group.size, layer.tp_group.rank)
+
+    shard = part("input", x).clone().requires_grad_(not has_frozen_input)
+    output = layer(shard)
+    output.backward(part("output", values(3, B, S, case.out_features)))
+    assert_close(output.detach(), part("output", expected))
+    for name, tensor in {"input": shard, **dict(layer.named_parameters())}.items():
+        gradient = tensor.grad
+        assert (gradient is None) == (name == "input" and has_frozen_input)
+        if isinstance(tensor, DTensor):
+            assert gradient.placements == tensor.placements  # not partial: optimizers would sum it again and again
+            gradient = gradient.to_local()
+        if gradient is not None:
+            assert_close(gradient, part(name, whole[name].grad))
+            if isinstance(case.specs[name], Replicated):
+                assert_same_on_all_ranks(name, gradient)
 
 
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
