@@ -10,7 +10,7 @@ from hf_megatron.models.forward_arguments import CACHE
 from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, LAYERS, B, H, ModelCase, S, StockDir, V, token_ids
 from tests.models.collectives import Collective, Recorder
 from tests.models.reference import Pool, run_at
-from tests.tiers import quick
+from tests.tiers import cases
 
 Steps = dict[str, list[Collective]]
 
@@ -83,23 +83,21 @@ def _expected(case: ModelCase, head: str, tp_size: int, splits: bool) -> Steps:
     return {"forward": forward, "backward": backward, "optimizer": [], "evaluation": evaluation}
 
 
-@pytest.mark.parametrize(
-    ("case", "head", "tp_size", "splits"),
-    quick(
-        (
-            (case, head, tp_size, splits)
-            for case in ARCHITECTURES
-            for head in (*dict.fromkeys((case.heads[0], case.language_model)), CLASSIFIER)
-            for tp_size, splits in itertools.product((2, 4), (False, True))
-        ),
-        [
-            *((case, case.heads[0], 4, False) for case in ARCHITECTURES),
-            *((case, CLASSIFIER, 2, True) for case in BERTS),
-            *((GPT2, "LMHeadModel", tp_size, True) for tp_size in (2, 4)),
-            (GPT2, "LMHeadModel", 2, False),
-            (ARCHITECTURES[2], CLASSIFIER, 2, False),
-        ],
+@cases(
+    "case, head, tp_size, splits",
+    (
+        (case, head, tp_size, splits)
+        for case in ARCHITECTURES
+        for head in (*dict.fromkeys((case.heads[0], case.language_model)), CLASSIFIER)
+        for tp_size, splits in itertools.product((2, 4), (False, True))
     ),
+    [
+        *((case, case.heads[0], 4, False) for case in ARCHITECTURES),
+        *((case, CLASSIFIER, 2, True) for case in BERTS),
+        *((GPT2, "LMHeadModel", tp_size, True) for tp_size in (2, 4)),
+        (GPT2, "LMHeadModel", 2, False),
+        (ARCHITECTURES[2], CLASSIFIER, 2, False),
+    ],
 )
 def test_collectives_of_a_training_step(
     pool: Pool, stock_dir: StockDir, case: ModelCase, head: str, tp_size: int, splits: bool

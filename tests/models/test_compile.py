@@ -8,25 +8,23 @@ import torch
 from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase
 from tests.models.reference import assert_agrees, gradients
-from tests.tiers import quick
+from tests.tiers import cases
 
 BERT = ARCHITECTURES[1]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler uses parts of torch that torch deprecates
-@pytest.mark.parametrize(
-    ("case", "tp_size", "backend", "recompute", "splits"),
-    quick(
-        [
-            *((case, tp_size, "aot_eager", None, False) for case in (GPT2, BERT) for tp_size in (1, 2)),
-            *((GPT2, tp_size, "aot_eager", "selective", False) for tp_size in (1, 2)),
-            *((BERT, tp_size, "inductor", "selective", False) for tp_size in (1, 2)),
-            (GPT2, 2, "inductor", None, False),
-            (BERT, 1, "inductor", None, False),
-            (GPT2, 2, "aot_eager", None, True),
-        ],
-        [(GPT2, 2, "aot_eager", None, False)],
-    ),
+@cases(
+    "case, tp_size, backend, recompute, splits",
+    [
+        *((case, tp_size, "aot_eager", None, False) for case in (GPT2, BERT) for tp_size in (1, 2)),
+        *((GPT2, tp_size, "aot_eager", "selective", False) for tp_size in (1, 2)),
+        *((BERT, tp_size, "inductor", "selective", False) for tp_size in (1, 2)),
+        (GPT2, 2, "inductor", None, False),
+        (BERT, 1, "inductor", None, False),
+        (GPT2, 2, "aot_eager", None, True),
+    ],
+    [(GPT2, 2, "aot_eager", None, False)],
 )
 @on_live_ranks(timeout=280)
 def test_a_model_is_one_graph_that_equals_eager(

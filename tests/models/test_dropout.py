@@ -23,7 +23,7 @@ from tests.models.reference import (
     rank,
     run_at,
 )
-from tests.tiers import quick
+from tests.tiers import cases
 
 P_ATTENTION, P_HIDDEN = 0.3, 0.1
 LAYOUTS = [(1, False), (2, False), (2, True), (4, False), (4, True)]  # tp_size, and whether sequences are split
@@ -69,19 +69,17 @@ def _watch(model: nn.Module) -> None:
     layers[-1].register_forward_hook(lambda _, __, out: assert_same_on_all_ranks("output", tree_leaves(out)[0]))
 
 
-@pytest.mark.parametrize(
-    ("case", "attention", "tp_size", "splits"),
-    quick(
-        ((case, attention, *at) for case in ARCHITECTURES for attention in ("eager", "sdpa") for at in LAYOUTS),
-        [
-            *((case, "sdpa", 1, False) for case in ARCHITECTURES),
-            *((GPT2, "sdpa", 2, splits) for splits in (False, True)),
-            (GPT2, "eager", 4, False),
-            (PRE, "eager", 4, True),
-            (POST, "sdpa", 4, False),
-            (POST, "sdpa", 2, True),
-        ],
-    ),
+@cases(
+    "case, attention, tp_size, splits",
+    ((case, attention, *at) for case in ARCHITECTURES for attention in ("eager", "sdpa") for at in LAYOUTS),
+    [
+        *((case, "sdpa", 1, False) for case in ARCHITECTURES),
+        *((GPT2, "sdpa", 2, splits) for splits in (False, True)),
+        (GPT2, "eager", 4, False),
+        (PRE, "eager", 4, True),
+        (POST, "sdpa", 4, False),
+        (POST, "sdpa", 2, True),
+    ],
 )
 def test_masks_are_those_of_one_process(
     pool: Pool, stock_dir: StockDir, case: ModelCase, attention: str, tp_size: int, splits: bool
@@ -94,18 +92,16 @@ def test_masks_are_those_of_one_process(
         assert torch.equal(steps.random_state, expected.random_state)
 
 
-@pytest.mark.parametrize(
-    ("case", "attention", "tp_size", "splits"),
-    quick(
-        ((case, attention, *at) for case in ARCHITECTURES for attention in ("eager", "sdpa") for at in LAYOUTS[:3]),
-        [
-            (GPT2, "eager", 1, False),
-            (GPT2, "sdpa", 2, True),
-            (PRE, "eager", 2, False),
-            (POST, "eager", 1, False),
-            (POST, "sdpa", 2, True),
-        ],
-    ),
+@cases(
+    "case, attention, tp_size, splits",
+    ((case, attention, *at) for case in ARCHITECTURES for attention in ("eager", "sdpa") for at in LAYOUTS[:3]),
+    [
+        (GPT2, "eager", 1, False),
+        (GPT2, "sdpa", 2, True),
+        (PRE, "eager", 2, False),
+        (POST, "eager", 1, False),
+        (POST, "sdpa", 2, True),
+    ],
 )
 def test_checkpointing_changes_nothing(
     pool: Pool, stock_dir: StockDir, case: ModelCase, attention: str, tp_size: int, splits: bool
@@ -154,7 +150,7 @@ _HEADS = [
 ]
 
 
-@pytest.mark.parametrize(("case", "head"), quick(_HEADS, [x for x in _HEADS if x[1] == "Model" or x[0] is POST]))
+@cases("case, head", _HEADS, [x for x in _HEADS if x[1] == "Model" or x[0] is POST])
 @on_live_ranks(2)
 def test_dropout_stands_where_stock_has_it(stock_dir: StockDir, case: ModelCase, head: str) -> None:
     """Catches dropout that is missing, applied twice, or on the wrong side of a residual or a norm.

@@ -25,7 +25,7 @@ from tests.models.reference import (
     reference_loss,
     run_at,
 )
-from tests.tiers import quick
+from tests.tiers import cases
 
 Kernel = tuple[torch.dtype, str]  # dtype and attention implementation
 
@@ -128,9 +128,7 @@ _QUICK_HEADS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "head", "at"), quick(((*head, at) for head in _HEADS for at in LAYOUTS), _QUICK_HEADS)
-)
+@cases("case, head, at", ((*head, at) for head in _HEADS for at in LAYOUTS), _QUICK_HEADS)
 def test_heads_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, head: str, at: Layout) -> None:
     """Catches a wrong cut, a reduction missing or done twice, a misplaced norm, and outputs of one rank's part only."""
     kernels = KERNELS if at.tp_size < 4 else KERNELS[:2]
@@ -141,21 +139,19 @@ def test_heads_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, hea
 _VARIANTS = [(case, variant) for case in ARCHITECTURES for variant in case.variants if variant != "base"]
 
 
-@pytest.mark.parametrize(
-    ("case", "variant", "at"),
-    quick(
-        (
-            (*variant, at)
-            for variant in _VARIANTS
-            for at in (*LAYOUTS, Layout(3))
-            if not (at.splits and variant[1] == "chunked")  # is refused
-        ),
-        [
-            *((*variant, Layout(2)) for variant in _VARIANTS),
-            *((case, "untied", Layout(2, True)) for case in ARCHITECTURES),
-            (GPT2, "uneven_n_inner", Layout(4)),
-        ],
+@cases(
+    "case, variant, at",
+    (
+        (*variant, at)
+        for variant in _VARIANTS
+        for at in (*LAYOUTS, Layout(3))
+        if not (at.splits and variant[1] == "chunked")  # is refused
     ),
+    [
+        *((*variant, Layout(2)) for variant in _VARIANTS),
+        *((case, "untied", Layout(2, True)) for case in ARCHITECTURES),
+        (GPT2, "uneven_n_inner", Layout(4)),
+    ],
 )
 def test_variants_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, variant: str, at: Layout) -> None:
     """Catches an entry of the configuration that is ignored, and cuts that only work for sizes that divide."""
@@ -188,12 +184,10 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("case", "tp_size", "padding"),
-    quick(
-        itertools.product(ARCHITECTURES, (1, 2, 4), ("none", "right", "left")),
-        [*zip(ARCHITECTURES, (4, 2, 1), ("left", "right", "none"), strict=True), (GPT2, 2, "none")],
-    ),
+@cases(
+    "case, tp_size, padding",
+    itertools.product(ARCHITECTURES, (1, 2, 4), ("none", "right", "left")),
+    [*zip(ARCHITECTURES, (4, 2, 1), ("left", "right", "none"), strict=True), (GPT2, 2, "none")],
 )
 @on_live_ranks()
 def test_losses_equal_stock(stock_dir: StockDir, case: ModelCase, tp_size: int, padding: str) -> None:
@@ -226,12 +220,10 @@ def test_losses_equal_stock(stock_dir: StockDir, case: ModelCase, tp_size: int, 
 # ---------------------------------------------------------------------- other inputs
 
 
-@pytest.mark.parametrize(
-    ("case", "at"),
-    quick(
-        itertools.product(ARCHITECTURES, LAYOUTS),
-        [*itertools.product(ARCHITECTURES, LAYOUTS[1:4:2]), (GPT2, Layout(1))],
-    ),
+@cases(
+    "case, at",
+    itertools.product(ARCHITECTURES, LAYOUTS),
+    [*itertools.product(ARCHITECTURES, LAYOUTS[1:4:2]), (GPT2, Layout(1))],
 )
 @on_live_ranks()
 def test_inputs_equal_stock(stock_dir: StockDir, case: ModelCase, at: Layout) -> None:
@@ -277,12 +269,10 @@ def test_calls_are_understood_as_by_stock(stock_dir: StockDir, case: ModelCase, 
     assert_outputs_agree("tuple", named, expected, valid)
 
 
-@pytest.mark.parametrize(
-    ("head", "at"),
-    quick(
-        itertools.product(GPT2.heads, LAYOUTS),
-        [*((head, LAYOUTS[1 + 2 * (i % 2)]) for i, head in enumerate(GPT2.heads)), ("LMHeadModel", Layout(2, True))],
-    ),
+@cases(
+    "head, at",
+    itertools.product(GPT2.heads, LAYOUTS),
+    [*((head, LAYOUTS[1 + 2 * (i % 2)]) for i, head in enumerate(GPT2.heads)), ("LMHeadModel", Layout(2, True))],
 )
 @on_live_ranks()
 def test_cached_steps_equal_stock(stock_dir: StockDir, head: str, at: Layout) -> None:

@@ -4,7 +4,6 @@ import itertools
 from math import prod
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -21,7 +20,7 @@ from tests.models.reference import (
     full_weights,
     gradients,
 )
-from tests.tiers import quick
+from tests.tiers import cases
 
 LAYOUTS = {
     "tp2 x fsdp2": {"tp_size": 2, "fsdp_size": 2},
@@ -78,15 +77,13 @@ def _train_and_save(case: ModelCase, stock_directory: Path, directory: Path, siz
     assert_all_equal(full_weights(case.load(directory / "tp")), weights)
 
 
-@pytest.mark.parametrize(
-    ("case", "variant", "layout"),
-    quick(
-        [
-            *itertools.product(ARCHITECTURES, ("base",), LAYOUTS),
-            *((case, "untied", "tp2 x fsdp2") for case in ARCHITECTURES),
-        ],
-        [(GPT2, "untied", "tp2 x fsdp2"), (ARCHITECTURES[1], "base", "tp2 x fsdp2")],
-    ),
+@cases(
+    "case, variant, layout",
+    [
+        *itertools.product(ARCHITECTURES, ("base",), LAYOUTS),
+        *((case, "untied", "tp2 x fsdp2") for case in ARCHITECTURES),
+    ],
+    [(GPT2, "untied", "tp2 x fsdp2"), (ARCHITECTURES[1], "base", "tp2 x fsdp2")],
 )
 def test_training_equals_one_process(
     pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, layout: str

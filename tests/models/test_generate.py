@@ -14,7 +14,7 @@ from hf_megatron.errors import HfMegatronError, UnsupportedError
 from tests.live import on_live_ranks
 from tests.models.architectures import GPT2, StockDir, make_batch, token_ids
 from tests.models.reference import Pool, rank, run_at
-from tests.tiers import quick
+from tests.tiers import cases
 
 
 def _prompts(padding: str) -> dict[str, torch.Tensor]:
@@ -26,12 +26,10 @@ def _prompts(padding: str) -> dict[str, torch.Tensor]:
     return batch
 
 
-@pytest.mark.parametrize(
-    ("variant", "attention", "tp_size", "splits"),
-    quick(
-        [*itertools.product(("base", "untied"), ("sdpa", "eager"), (2, 4), (False, True)), ("base", "sdpa", 1, False)],
-        [("base", "sdpa", 1, False), ("untied", "eager", 2, False), ("base", "sdpa", 2, True)],
-    ),
+@cases(
+    "variant, attention, tp_size, splits",
+    [*itertools.product(("base", "untied"), ("sdpa", "eager"), (2, 4), (False, True)), ("base", "sdpa", 1, False)],
+    [("base", "sdpa", 1, False), ("untied", "eager", 2, False), ("base", "sdpa", 2, True)],
 )
 @on_live_ranks()
 def test_tokens_equal_stock(stock_dir: StockDir, variant: str, attention: str, tp_size: int, splits: bool) -> None:

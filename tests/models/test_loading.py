@@ -20,7 +20,7 @@ from hf_megatron.partition import Box, Replicated
 from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, H, ModelCase, StockDir
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, rank
-from tests.tiers import quick
+from tests.tiers import cases
 
 Reads = dict[str, list[Box]]
 
@@ -57,15 +57,13 @@ def _check_reads(case: ModelCase, directory: Path, tp_size: int) -> Tensors:
     return full_weights(model)
 
 
-@pytest.mark.parametrize(
-    ("case", "variant", "tp_size"),
-    quick(
-        (
-            *itertools.product(ARCHITECTURES, ("base", "untied"), (2, 4)),
-            *((GPT2, "uneven_n_inner", tp_size) for tp_size in (2, 4)),
-        ),
-        [(GPT2, "base", 2), (GPT2, "uneven_n_inner", 4), (PRE, "base", 4), (POST, "untied", 2)],
+@cases(
+    "case, variant, tp_size",
+    (
+        *itertools.product(ARCHITECTURES, ("base", "untied"), (2, 4)),
+        *((GPT2, "uneven_n_inner", tp_size) for tp_size in (2, 4)),
     ),
+    [(GPT2, "base", 2), (GPT2, "uneven_n_inner", 4), (PRE, "base", 4), (POST, "untied", 2)],
 )
 def test_a_rank_reads_and_holds_its_slices_only(
     pool: Pool, stock_dir: StockDir, case: ModelCase, variant: str, tp_size: int
@@ -109,16 +107,14 @@ def _load_another_head(case: ModelCase, head: str, directory: Path, tp_size: int
 _OTHER_HEADS = [(case, head) for case in ARCHITECTURES for head in case.heads if head != case.language_model]
 
 
-@pytest.mark.parametrize(
-    ("case", "head"),
-    quick(
-        _OTHER_HEADS,
-        [
-            *((GPT2, head) for head in ("Model", "ForTokenClassification")),
-            *((PRE, head) for head in ("Model", "ForQuestionAnswering")),
-            (POST, "ForPreTraining"),
-        ],
-    ),
+@cases(
+    "case, head",
+    _OTHER_HEADS,
+    [
+        *((GPT2, head) for head in ("Model", "ForTokenClassification")),
+        *((PRE, head) for head in ("Model", "ForQuestionAnswering")),
+        (POST, "ForPreTraining"),
+    ],
 )
 def test_another_head_is_put_on_the_stored_body(pool: Pool, stock_dir: StockDir, case: ModelCase, head: str) -> None:
     """Catches a fresh head or pooler that every rank draws for itself, and a body that is not loaded under it."""

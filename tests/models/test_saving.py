@@ -14,7 +14,7 @@ from hf_megatron.errors import DestinationError, UnsupportedError
 from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, ModelCase, StockDir
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, rank, run_at
-from tests.tiers import quick
+from tests.tiers import cases
 
 
 def _save(
@@ -47,9 +47,8 @@ _SAVED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "head", "variant", "tp_size"),
-    quick(_SAVED, [saved for saved in _SAVED if saved[0] is not PRE or saved[2] == "untied"]),
+@cases(
+    "case, head, variant, tp_size", _SAVED, [saved for saved in _SAVED if saved[0] is not PRE or saved[2] == "untied"]
 )
 def test_stock_loads_what_is_saved(
     pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, head: str, variant: str, tp_size: int
@@ -104,12 +103,10 @@ def _load_weights(case: ModelCase, directory: Path, tp_size: int, fsdp_size: int
     return full_weights(model)
 
 
-@pytest.mark.parametrize(
-    ("case", "variant", "saved_at"),
-    quick(
-        itertools.product(ARCHITECTURES, ("base", "untied"), ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2))),
-        [(GPT2, "base", (3, 1)), (GPT2, "untied", (2, 2)), (POST, "untied", (2, 2))],
-    ),
+@cases(
+    "case, variant, saved_at",
+    itertools.product(ARCHITECTURES, ("base", "untied"), ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2))),
+    [(GPT2, "base", (3, 1)), (GPT2, "untied", (2, 2)), (POST, "untied", (2, 2))],
 )
 def test_a_tp_directory_loads_at_any_layout(
     pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, saved_at: tuple[int, int]

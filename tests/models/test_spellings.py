@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, ModelCase, StockDir
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, run_at
-from tests.tiers import quick
+from tests.tiers import cases
 
 Spelling = Callable[[ModelCase, Tensors], Tensors]
 
@@ -120,9 +120,7 @@ def _load(case: ModelCase, directories: list[Path], tp_size: int, stock: Path) -
             raise AssertionError(f"{directory.name}: {error}") from error
 
 
-@pytest.mark.parametrize(
-    ("case", "tp_size"), quick(itertools.product(ARCHITECTURES, (1, 2)), [(GPT2, 1), (GPT2, 2), (PRE, 1), (POST, 2)])
-)
+@cases("case, tp_size", itertools.product(ARCHITECTURES, (1, 2)), [(GPT2, 1), (GPT2, 2), (PRE, 1), (POST, 2)])
 def test_spellings_load(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, tp_size: int) -> None:
     """Catches parameters that are drawn at random because their names in the file are others."""
     directories = [tmp_path / f"{i}{getattr(spelling, '__name__', '')}" for i, (spelling, *_) in enumerate(SPELLINGS)]

@@ -24,7 +24,7 @@ from tests.models.reference import (
     rank,
     run_at,
 )
-from tests.tiers import quick
+from tests.tiers import cases
 
 
 def _vocabulary(case: ModelCase, weights: Tensors) -> list[str]:
@@ -93,9 +93,10 @@ def test_published_sizes_survive_everything(pool: Pool, tmp_path: Path, case: Mo
 # ---------------------------------------------------------------- the padding token
 
 
-@pytest.mark.parametrize(
-    ("padding", "tp_size"),
-    quick(itertools.product((0, 70, V - 1, None), (1, 2, 4)), [(0, 1), (0, 2), (70, 2), (V - 1, 2), (None, 1)]),
+@cases(
+    "padding, tp_size",
+    itertools.product((0, 70, V - 1, None), (1, 2, 4)),
+    [(0, 1), (0, 2), (70, 2), (V - 1, 2), (None, 1)],
 )
 @on_live_ranks()
 def test_the_padding_row_is_not_trained(padding: int | None, tp_size: int) -> None:

@@ -42,14 +42,10 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", layouts("tp2 x fsdp2", "tp2", "tp2 x replicate2"))
 def test_every_layout_takes_the_same_steps(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches adapters that a layout trains otherwise; under tensor parallelism alone with dropout on."""
-    tp_only = "x" not in layout
-    run = Run(
-        gpt2,
-        tmp_path / "one",
-        config=DROPOUT if tp_only else {},
-        lora=LORA if tp_only else {**LORA, "lora_dropout": 0.0},
-        arguments={"label_smoothing_factor": 0.1},
+    dropout: dict[str, Any] = (
+        {"config": DROPOUT, "lora": LORA} if "x" not in layout else {"lora": {**LORA, "lora_dropout": 0.0}}
     )
+    run = Run(gpt2, tmp_path / "one", arguments={"label_smoothing_factor": 0.1}, **dropout)
     expected, weights = train(run)
     cut = replace(run, output=tmp_path / "cut", layout=LAYOUTS[layout])
     steps, cut_weights = on_ranks(pool, train, cut)

@@ -13,7 +13,7 @@ from hf_megatron.planning.run import Recompute
 from hf_megatron.tensor_parallel import linear_cross_entropy
 from tests.models.reference import Pool, run_at
 from tests.planning.models import KINDS, forward, local, make_model, make_run, make_shape, num_bytes
-from tests.tiers import quick
+from tests.tiers import cases
 
 
 def _measure_state(kind: str, tp_size: int, precision: str) -> tuple[int, int, int]:
@@ -29,18 +29,16 @@ def _measure_state(kind: str, tp_size: int, precision: str) -> tuple[int, int, i
     return sum(map(num_bytes, parameters)), gradients, states
 
 
-@pytest.mark.parametrize(
-    ("precision", "kind", "tp_size"),
-    quick(
-        itertools.product(("fp32", "bf16"), ("gpt2", "gpt2-inner", "bert-pre", "bert-mlm"), (1, 2, 4)),
-        [
-            ("fp32", "gpt2", 1),
-            ("bf16", "gpt2", 2),
-            ("fp32", "gpt2-inner", 4),
-            ("bf16", "bert-pre", 4),
-            ("fp32", "bert-mlm", 2),
-        ],
-    ),
+@cases(
+    "precision, kind, tp_size",
+    itertools.product(("fp32", "bf16"), ("gpt2", "gpt2-inner", "bert-pre", "bert-mlm"), (1, 2, 4)),
+    [
+        ("fp32", "gpt2", 1),
+        ("bf16", "gpt2", 2),
+        ("fp32", "gpt2-inner", 4),
+        ("bf16", "bert-pre", 4),
+        ("fp32", "bert-mlm", 2),
+    ],
 )
 def test_weights_gradients_and_optimizer(kind: str, precision: str, tp_size: int, pool: Pool) -> None:
     """Catches a tensor that is counted as cut and is not, uneven shards, and state that Adam keeps besides."""

@@ -14,7 +14,7 @@ from hf_megatron.planning import PRECISIONS, plan_memory
 from hf_megatron.planning.run import Recompute
 from tests.models.reference import Pool, run_at
 from tests.planning.models import Size, forward, make_model, make_run, make_shape, num_bytes
-from tests.tiers import quick
+from tests.tiers import cases
 
 # Large enough that what a layer keeps for a moment does not count for more than in a real model. A GPU's allocator has
 # the workspaces of its libraries too, tens of megabytes.
@@ -64,7 +64,7 @@ def _planned(case: _Case, device: str) -> tuple[int, int]:
     return plan.peak - plan.optimizer, plan.parameters
 
 
-@pytest.mark.parametrize(("kind", "precision", "recompute", "attention", "tp_size"), quick(_GRID, _QUICK))
+@cases("kind, precision, recompute, attention, tp_size", _GRID, _QUICK)
 def test_a_cpu(
     kind: str, precision: str, recompute: Recompute, attention: str, tp_size: int, pool: Pool, tmp_path: Path
 ) -> None:

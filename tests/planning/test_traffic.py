@@ -11,7 +11,7 @@ from hf_megatron.planning.traffic import Collective, seconds
 from tests.models.collectives import Recorder
 from tests.models.reference import Pool
 from tests.planning.models import forward, make_model, make_run, make_shape
-from tests.tiers import quick
+from tests.tiers import cases
 
 _OPERATIONS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 
@@ -27,17 +27,10 @@ def _record(kind: str, tp_size: int, recompute: bool, sequence_parallel: bool) -
     return Counter((_OPERATIONS[name], size * tp_size if "scatter" in name else size) for name, size in recorder.seen)
 
 
-@pytest.mark.parametrize(
-    ("kind", "tp_size", "recompute", "sequence_parallel"),
-    quick(
-        itertools.product(("gpt2", "bert-pre", "bert-post"), (2, 4), (False, True), (False, True)),
-        [
-            ("gpt2", 2, False, False),
-            ("gpt2", 2, True, True),
-            ("bert-pre", 2, True, False),
-            ("bert-post", 2, False, True),
-        ],
-    ),
+@cases(
+    "kind, tp_size, recompute, sequence_parallel",
+    itertools.product(("gpt2", "bert-pre", "bert-post"), (2, 4), (False, True), (False, True)),
+    [("gpt2", 2, False, False), ("gpt2", 2, True, True), ("bert-pre", 2, True, False), ("bert-post", 2, False, True)],
 )
 def test_collectives_of_a_step(kind: str, recompute: bool, sequence_parallel: bool, tp_size: int, pool: Pool) -> None:
     """Catches a collective that is planned and not issued, issued and not planned, or of another size."""

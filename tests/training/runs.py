@@ -15,7 +15,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_megatron
 from hf_megatron import MegatronTrainer
-from tests.models.reference import Pool, Tensors, full, full_weights
+from tests.models.reference import Pool, Tensors, full, full_weights, rank
 
 _T = TypeVar("_T")
 
@@ -155,9 +155,8 @@ def train_with_moments(run: Run) -> tuple[list[Step], Tensors]:
     trainer, steps = _train(run)
     state = full_weights(trainer.model)
     for name, parameter in trainer.model.named_parameters():
-        state |= {
-            f"{kind} of {name}": full(value).clone() for kind, value in trainer.optimizer.state[parameter].items()
-        }
+        moments = trainer.optimizer.state[parameter].items()
+        state |= {f"{kind} of {name}": full(value).clone() for kind, value in moments}
     return steps, state
 
 
@@ -175,6 +174,17 @@ def predict(run: Run) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float
     return output.predictions, output.label_ids, output.metrics["test_loss"]
 
 
+def spoil_a_gradient(trainer: Any, parameter: torch.Tensor, step: int, value: float) -> None:
+    """Let one element of the last rank's part of a parameter's gradient be inf or nan in a step."""
+
+    def spoil(parameter: torch.Tensor) -> None:
+        gradient: Any = getattr(parameter.grad, "_local_tensor", parameter.grad)
+        if trainer.state.global_step + 1 == step and rank() == trainer.args.world_size - 1:
+            gradient.view(-1)[0] = value
+
+    parameter.register_post_accumulate_grad_hook(spoil)
+
+
 def on_ranks(pool: Pool, job: Callable[..., _T], run: Run, *arguments: Any, **options: Any) -> _T:
     """Rank 0's result of a job at the run's layout; without a layout it runs in this process."""
     if not run.layout:
@@ -183,10 +193,8 @@ def on_ranks(pool: Pool, job: Callable[..., _T], run: Run, *arguments: Any, **op
 
 
 def assert_same_steps(steps: list[Step], expected: list[Step], tolerance: float = 1e-5) -> None:
-    assert [(s.step, s.tokens, s.learning_rate) for s in steps] == [
-        (e.step, e.tokens, e.learning_rate) for e in expected
-    ]
     for s, e in zip(steps, expected, strict=True):
+        assert (s.step, s.tokens, s.learning_rate) == (e.step, e.tokens, e.learning_rate)
         assert (s.loss, s.grad_norm) == pytest.approx((e.loss, e.grad_norm), rel=tolerance), f"step {s.step}"
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from hf_megatron.errors import RanksDifferError, UnsupportedError
 from tests.models.reference import Pool, assert_all_equal, rank
-from tests.tiers import quick
+from tests.tiers import cases
 from tests.training.runs import (
     DROPOUT,
     LAYOUTS,
@@ -91,15 +91,13 @@ def _train(run: Run, stream: str) -> tuple[list[Step], dict[str, torch.Tensor]]:
     return train(run, train_dataset=STREAMS[stream]())
 
 
-@pytest.mark.parametrize(
-    ("stream", "layout"),
-    quick(
-        [
-            *(("shuffled", layout) for layout in ("tp2", "tp2 x fsdp2", "tp2 x replicate2")),
-            *((stream, "tp2 x fsdp2") for stream in ("generated", "hub")),
-        ],
-        [("shuffled", "tp2")],
-    ),
+@cases(
+    "stream, layout",
+    [
+        *(("shuffled", layout) for layout in ("tp2", "tp2 x fsdp2", "tp2 x replicate2")),
+        *((stream, "tp2 x fsdp2") for stream in ("generated", "hub")),
+    ],
+    [("shuffled", "tp2")],
 )
 def test_every_layout_reads_the_same_batches(pool: Pool, gpt2: Path, tmp_path: Path, stream: str, layout: str) -> None:
     """Catches a stream that is dealt out to the ranks of a group, that all groups read the same part of, or whose
@@ -111,9 +109,10 @@ def test_every_layout_reads_the_same_batches(pool: Pool, gpt2: Path, tmp_path: P
     assert_same_steps(steps, expected)
 
 
-@pytest.mark.parametrize(
-    ("layout", "accumulation"),
-    quick([("tp2", 1), ("one", 2), ("tp2", 2), ("tp2 x replicate2", 1), ("tp2 x fsdp2", 2)], [("tp2", 1)]),
+@cases(
+    "layout, accumulation",
+    [("tp2", 1), ("one", 2), ("tp2", 2), ("tp2 x replicate2", 1), ("tp2 x fsdp2", 2)],
+    [("tp2", 1)],
 )
 def test_resuming_changes_no_bit(pool: Pool, gpt2: Path, tmp_path: Path, layout: str, accumulation: int) -> None:
     """Catches a stream that starts over after resuming, is skipped by too much, or by the steps of all passes."""

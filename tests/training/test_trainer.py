@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from hf_megatron import MegatronGPT2LMHeadModel, MegatronTrainer
 from hf_megatron.errors import CheckpointIncompleteError
 from tests.models.architectures import BERTS
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, reference_loss
-from tests.tiers import quick
+from tests.tiers import cases
 from tests.training.runs import (
     DROPOUT,
     GLOBAL_BATCH,
@@ -65,13 +65,10 @@ def in_one_process(
 _CLASSES = ("MegatronGPT2LMHeadModel", "MegatronBertForMaskedLM")
 
 
-@pytest.mark.parametrize(
-    ("model_class", "layout", "accumulation"),
-    quick(
-        # Of BERT the harder half: what a batch of it predicts is another number in each part.
-        [case for case in product(_CLASSES, LAYOUTS, (1, 2)) if case[0] == _CLASSES[0] or case[2] == 2],
-        [(_CLASSES[0], "tp2 x fsdp2, split sequences", 2)],
-    ),
+@cases(
+    "model_class, layout, accumulation",
+    [case for case in product(_CLASSES, LAYOUTS, (1, 2)) if case[0] == _CLASSES[0] or case[2] == 2],
+    [(_CLASSES[0], "tp2 x fsdp2, split sequences", 2)],
 )
 def test_every_layout_logs_the_same_steps(
     pool: Pool,
@@ -152,7 +149,7 @@ _MOVES = [
 ]
 
 
-@pytest.mark.parametrize(("first", "second"), quick(_MOVES, _MOVES[:1]))
+@cases("first, second", _MOVES, _MOVES[:1])
 def test_resuming_at_another_layout(pool: Pool, gpt2: Path, tmp_path: Path, first: str, second: str) -> None:
     """Catches optimizer state that belongs to a layout: other moments, or a fresh optimizer without a word."""
     run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(first, {}), arguments=TWENTY)
@@ -175,15 +172,11 @@ def test_a_checkpoint_without_optimizer_state_says_so(gpt2: Path, tmp_path: Path
 
 def test_an_interrupted_save_is_no_checkpoint(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a half-written directory under a checkpoint's name, which the next run would resume from."""
-
-    def break_off(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
     run = Run(gpt2, tmp_path / "run")
     trainer = make_trainer(replace(run, arguments={"save_steps": 2, "max_steps": 2}))
     trainer.train()
     with monkeypatch.context() as patch:
-        patch.setattr("hf_megatron.training.checkpoints.finish_checkpoint", break_off)
+        patch.setattr("hf_megatron.training.checkpoints.finish_checkpoint", Mock(side_effect=KeyboardInterrupt))
         trainer = make_trainer(replace(run, arguments={"save_steps": 4, "max_steps": 4}))
         with pytest.raises(KeyboardInterrupt):
             trainer.train(resume_from_checkpoint=True)
