@@ -162,9 +162,7 @@ def several_windows(tokenizer: PreTrainedTokenizerBase) -> QuestionWindows:
 
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10**6), longest=st.sampled_from([1, 3, 30, 100]), most=st.sampled_from([1, 5, 20]))
-def test_answers_equal_a_search_of_all_spans(
-    several_windows: QuestionWindows, seed: int, longest: int, most: int
-) -> None:
+def test_answers_equal_a_full_search(several_windows: QuestionWindows, seed: int, longest: int, most: int) -> None:
     """Catches spans that end before they start, are too long, lie in the question or in the padding, and a no-answer
     score that is not of the window that is least sure."""
     generator = np.random.default_rng(seed)

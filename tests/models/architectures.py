@@ -131,18 +131,11 @@ class ModelCase:
         attention = attention if model_class._supports_sdpa else "eager"
         return model_class.from_pretrained(directory, attn_implementation=attention, **options).train()
 
-    def load(
-        self,
-        directory: Path,
-        tp_size: int = 1,
-        head: str | None = None,
-        *,
-        fsdp_size: int = 1,
-        sequence_parallel: bool = False,
-        **options: Any,
-    ) -> Any:
-        """Our model, cut over the ranks of this call."""
-        split = layout(tp_size, fsdp_size, sequence_parallel=sequence_parallel)
+    def load(self, directory: Path, tp_size: int = 1, head: str | None = None, **options: Any) -> Any:
+        """Our model, cut over the ranks of this call; an option may be one of :func:`layout`."""
+        split = layout(
+            tp_size, **{name: options.pop(name) for name in options.keys() & {"fsdp_size", "sequence_parallel"}}
+        )
         return self.ours(head).from_pretrained(directory, distributed_config=split, **options)
 
     def build(
@@ -182,25 +175,16 @@ class ModelCase:
             "ForMultipleChoice": {"labels": torch.tensor([0, 1, 1])},
             "ForTokenClassification": {"labels": torch.where(labels == -100, -100, labels % 3)},
             # The position behind the last one means that there is no answer.
-            "ForQuestionAnswering": {
-                "start_positions": torch.tensor([1, 9, 2]),
-                "end_positions": torch.tensor([3, 9, 3]),
-            },
+            "ForQuestionAnswering": dict(
+                zip(("start_positions", "end_positions"), torch.tensor([[1, 9, 2], [3, 9, 3]]), strict=True)
+            ),
         }
         return of_heads[head or self.heads[0]]
 
-    def batch(
-        self,
-        head: str | None = None,
-        padding: str = "right",
-        length: int = S,
-        *,
-        vocab_size: int = V,
-        pad_token_id: int | None = 0,
-    ) -> Batch:
-        """Inputs and labels, cut to the first positions."""
-        batch = self.inputs(head, padding, vocab_size=vocab_size, pad_token_id=pad_token_id)
-        batch |= self.labels(head, padding, vocab_size=vocab_size)
+    def batch(self, head: str | None = None, padding: str = "right", length: int = S, **tokens: Any) -> Batch:
+        """Inputs and labels, cut to the first positions; of `tokens` see :meth:`inputs`."""
+        batch = self.inputs(head, padding, **tokens)
+        batch |= self.labels(head, padding, vocab_size=tokens.get("vocab_size", V))
         return {name: x[..., :length].contiguous() if x.shape[-1] == S else x for name, x in batch.items()}
 
     def stock_step(self, model: Any, batch: Batch, **options: Any) -> tuple[Any, torch.Tensor]:

@@ -110,9 +110,7 @@ def test_collectives_of_a_training_step(
 
 @pytest.mark.parametrize("splits", [False, True])
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_recomputation_repeats_only_what_it_must(
-    pool: Pool, stock_dir: StockDir, case: ModelCase, splits: bool
-) -> None:
+def test_recomputation_repeats_what_it_must(pool: Pool, stock_dir: StockDir, case: ModelCase, splits: bool) -> None:
     """Catches recomputation that sends more than a layer without its last output, and selective one that sends.
 
     A layer that ends with a norm needs that norm's input for its gradient, and so all of the layer's collectives.

@@ -217,9 +217,6 @@ def test_losses_equal_stock(stock_dir: StockDir, case: ModelCase, tp_size: int, 
                 assert_agrees(f"{name}: in evaluation", ours.eval()(**inputs, **given).loss, expected)
 
 
-# ---------------------------------------------------------------------- other inputs
-
-
 @cases(
     "case, at",
     itertools.product(ARCHITECTURES, LAYOUTS),

@@ -108,9 +108,6 @@ def test_continuous_batching_on_ranks_is_refused(stock_dir: StockDir) -> None:
         GPT2.load(stock_dir(), 2).generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=2))
 
 
-# ---------------------------------------------------------------------- ranks that stop together
-
-
 class _StopsOnOneRank(StoppingCriteria):
     """Ends all sequences at a length, on the last rank alone."""
 

@@ -65,9 +65,7 @@ def _check_reads(case: ModelCase, directory: Path, tp_size: int) -> Tensors:
     ),
     [(GPT2, "base", 2), (GPT2, "uneven_n_inner", 4), (PRE, "base", 4), (POST, "untied", 2)],
 )
-def test_a_rank_reads_and_holds_its_slices_only(
-    pool: Pool, stock_dir: StockDir, case: ModelCase, variant: str, tp_size: int
-) -> None:
+def test_ranks_read_their_slices(pool: Pool, stock_dir: StockDir, case: ModelCase, variant: str, tp_size: int) -> None:
     """Catches a rank that reads a tensor whole to keep a part, holds a view of it, or reads anything twice."""
     pool(tp_size).run(_check_reads, case, stock_dir(case, None, variant), tp_size)
 
@@ -85,17 +83,12 @@ def test_under_fsdp_a_rank_reads_its_block_only(stock_dir: StockDir, case: Model
 
 
 @pytest.mark.parametrize("case", [GPT2, POST])
-def test_a_tp_directory_is_read_by_slices_at_another_degree(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase
-) -> None:
+def test_a_tp_directory_is_read_by_slices(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase) -> None:
     """Catches resharding that gathers: four ranks read their boxes out of what two ranks saved."""
     pool(2).run(case.save_distributed, stock_dir(case), tmp_path / "tp2", 2)
     expected = full_weights(case.load(stock_dir(case), dtype=torch.float64))
     for weights in pool(4).run(_check_reads, case, tmp_path / "tp2", 4):
         assert_all_equal(weights, expected)
-
-
-# ---------------------------------------------------------------------- another head, and what is said
 
 
 def _load_another_head(case: ModelCase, head: str, directory: Path, tp_size: int) -> tuple[Tensors, dict[str, Any]]:

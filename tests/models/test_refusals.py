@@ -75,9 +75,7 @@ def test_a_vocabulary_that_leaves_a_rank_without_rows(pool: Pool, case: ModelCas
         (4, {"tp_size": 2, "dp_replicate_size": 4}, 8),
     ],
 )
-def test_a_world_of_another_size(
-    pool: Pool, stock_dir: StockDir, num_ranks: int, sizes: dict[str, int], needed: int
-) -> None:
+def test_other_world_sizes(pool: Pool, stock_dir: StockDir, num_ranks: int, sizes: dict[str, int], needed: int) -> None:
     """Catches a mesh that leaves ranks over, which would wait for the others forever."""
     results = run_at(pool, num_ranks, _load, stock_dir(), DistributedConfig(**sizes))
     there_are = f"there are {num_ranks}"
@@ -98,9 +96,6 @@ def test_cross_attention(tmp_path: Path) -> None:
         GPT2.config(add_cross_attention=True)
     GPT2.save_stock(tmp_path, add_cross_attention=True)
     _assert_refused([_load(tmp_path, None)], UnsupportedError, "add_cross_attention=True")
-
-
-# ---------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

@@ -81,9 +81,7 @@ def _auto_load(case: ModelCase, stock: Path, directory: Path, tp_size: int) -> l
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("case", [GPT2, BERTS[1]])
-def test_auto_classes_load_on_ranks(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, tp_size: int
-) -> None:
+def test_auto_loads_on_ranks(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, tp_size: int) -> None:
     """Catches the Auto class going its own way with ``config=`` or ``distributed_config=``."""
     pool(2).run(case.save_distributed, stock_dir(case), tmp_path, 2)
     expected = full_weights(case.load(stock_dir(case)))

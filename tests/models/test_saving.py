@@ -17,16 +17,8 @@ from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights
 from tests.tiers import cases
 
 
-def _save(
-    case: ModelCase,
-    source: Path,
-    directory: Path,
-    tp_size: int,
-    fsdp_size: int = 1,
-    head: str | None = None,
-    **options: Any,
-) -> None:
-    case.load(source, tp_size, head, fsdp_size=fsdp_size).save_pretrained(directory, **options)
+def _save(case: ModelCase, source: Path, directory: Path, tp_size: int, fsdp_size: int = 1, **options: Any) -> None:
+    case.load(source, tp_size, options.pop("head", None), fsdp_size=fsdp_size).save_pretrained(directory, **options)
     assert (directory / "config.json").is_file(), "a rank went on before the directory was complete"
 
 
@@ -64,9 +56,7 @@ def test_stock_loads_what_is_saved(
 
 
 @pytest.mark.parametrize(("case", "head"), [(case, head) for case in ARCHITECTURES for head in case.heads[:2]])
-def test_config_says_what_was_asked(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, head: str
-) -> None:
+def test_config_says_what_is_asked(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, head: str) -> None:
     """Catches a layout, or anything else of ours, that leaks into a stock config.json; and a placement that is lost."""
     stock = stock_dir(case, head)
     original = json.loads((stock / "config.json").read_text())
@@ -91,9 +81,6 @@ def test_saving_in_several_files(pool: Pool, stock_dir: StockDir, tmp_path: Path
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert_all_equal(_stored(tmp_path), load_file(stock_dir() / "model.safetensors"))
     assert_all_equal(full_weights(GPT2.load(tmp_path)), full_weights(GPT2.load(stock_dir())))
-
-
-# ---------------------------------------------------------------------- tp directories
 
 
 def _load_weights(case: ModelCase, directory: Path, tp_size: int, fsdp_size: int = 1) -> Tensors:
@@ -170,9 +157,7 @@ def test_arguments_of_stock_are_honoured(stock_dir: StockDir, tmp_path: Path) ->
     assert_all_equal(_stored(tmp_path / "second"), {name: 2 * value for name, value in original.items()})
 
 
-def test_distributed_saves_that_are_refused(
-    stock_dir: StockDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_distributed_saves(stock_dir: StockDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a directory that claims to be stock and is not, and a working directory that is deleted under us."""
     model = GPT2.load(stock_dir())
     with pytest.raises(UnsupportedError, match="stock=True with distributed_checkpoint=True"):

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_micro_batches_add_up(stock_dir: StockDir, checkpointing: bool, trained:
     """Catches gradients made whole once more with each micro-batch, a call's length that outlives the call, and a
     collective that waits for a gradient nobody computes: two lengths, both forwards before the first backward."""
     stock = GPT2.load_stock(stock_dir(), dtype=torch.float64)
-    options = {"dtype": torch.float64, "attn_implementation": "eager"}
+    options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
     ours = GPT2.load(stock_dir(), 2, sequence_parallel=True, **options).train()
     for name, parameter in [*stock.named_parameters(), *ours.named_parameters()]:
         parameter.requires_grad_(re.search(trained, name) is not None)
@@ -45,7 +46,7 @@ def test_micro_batches_add_up(stock_dir: StockDir, checkpointing: bool, trained:
 @on_live_ranks(2)
 def test_gradient_of_given_embeddings(stock_dir: StockDir) -> None:
     """Catches a gradient that covers this rank's positions only."""
-    found = []
+    found: list[Any] = []
     for splits in (False, True):
         model = GPT2.load(stock_dir(), 2, sequence_parallel=splits, dtype=torch.float64).train()
         embeddings = torch.randn(B, S, H, generator=torch.Generator().manual_seed(3)).double().requires_grad_()

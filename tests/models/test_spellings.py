@@ -32,7 +32,7 @@ def _write(tensors: Tensors, file: Path) -> None:
 
 def _several(save: Callable[[Tensors, Path], None], tensors: Tensors, file: Path) -> None:
     """Three files and their index in place of one."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(3):
         part = {name: tensors[name] for name in list(tensors)[i::3]}
         name = f"{file.stem}-{i + 1:05d}-of-00003{file.suffix}"
@@ -130,9 +130,7 @@ def test_spellings_load(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: M
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_what_is_dropped_is_named(
-    stock_dir: StockDir, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: ModelCase
-) -> None:
+def test_dropped_names(stock_dir: StockDir, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: ModelCase) -> None:
     """Catches tensors that vanish without a word."""
     _spell(case, stock_dir(case), tmp_path, *SPELLINGS[1])
     transformers_logging.warning_once.cache_clear()

@@ -82,9 +82,7 @@ def test_our_forward_takes_what_the_stock_one_takes(case: ModelCase, head: str) 
     assert [name for name in names if name != "region"] == expected
 
 
-def test_loading_hands_over_what_the_loader_overrides_need(
-    stock_dir: StockDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_hands_over_what_loader_overrides_need(stock_dir: StockDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches from_pretrained loading by another way than `_load_pretrained_model`, or returning something else."""
     seen: list[Any] = []
     original = MegatronGPT2LMHeadModel._load_pretrained_model

@@ -90,9 +90,6 @@ def test_published_sizes_survive_everything(pool: Pool, tmp_path: Path, case: Mo
         assert torch.equal(model.get_parameter(name), saved[other])
 
 
-# ---------------------------------------------------------------- the padding token
-
-
 @cases(
     "padding, tp_size",
     itertools.product((0, 70, V - 1, None), (1, 2, 4)),
@@ -112,15 +109,10 @@ def test_the_padding_row_is_not_trained(padding: int | None, tp_size: int) -> No
     assert (full(weight.grad) == 0).all(dim=1).nonzero().flatten().tolist() == expected
 
 
-# ---------------------------------------------------------------- another size
-
-
 @pytest.mark.parametrize("options", [{"new_num_tokens": 140}, {"new_num_tokens": 100}, {"pad_to_multiple_of": 64}])
 @pytest.mark.parametrize("variant", ["base", "untied"])
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_resizing_in_one_process(
-    stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, options: dict[str, int]
-) -> None:
+def test_resizing(stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, options: dict[str, int]) -> None:
     """Catches a head, a decoder or a bias that keeps the old size, and new rows that are not those of stock."""
     for head in dict.fromkeys((case.heads[0], case.language_model)):
         resized = []

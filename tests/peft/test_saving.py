@@ -92,9 +92,7 @@ def test_saving_replaces_the_adapter_and_nothing_else(pool: Pool, gpt2: Case, tm
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_an_interrupted_save_leaves_the_old_adapter(
-    gpt2: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_save_keeps_the_old_adapter(gpt2: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a file that is written in place, and cut off."""
     model = our_model(gpt2)
     model.save_pretrained(tmp_path / "adapter")

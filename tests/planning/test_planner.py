@@ -193,9 +193,7 @@ def test_sharded_data_parallelism_divides_weights_and_state() -> None:
         ),
     ],
 )
-def test_impossible_runs_are_refused(
-    config: dict[str, Any], changes: dict[str, Any], error: type[Exception], told: str
-) -> None:
+def test_impossible_runs(config: dict[str, Any], changes: dict[str, Any], error: type[Exception], told: str) -> None:
     """Catches a plan of what the models refuse, a guess at memory, and a traceback where a checkpoint is converted."""
     with pytest.raises(error, match=told):
         plan(_shape("gpt2-355m", **config), Run(**changes), _DGX2)

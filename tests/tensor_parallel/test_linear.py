@@ -90,7 +90,7 @@ def test_linear_layers_equal_plain_products(world_size: int, case: Case, has_fro
 
     layer: Any = parallelize_module(case.layer(), mesh())
 
-    def part(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def part(name: str, tensor: Any) -> torch.Tensor:
         return case.specs[name].shard(tensor.detach(), layer.tp_group.size, layer.tp_group.rank)
 
     shard = part("input", x).clone().requires_grad_(not has_frozen_input)

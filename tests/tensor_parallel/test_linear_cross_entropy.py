@@ -41,7 +41,9 @@ def _run(
     """The loss, and the gradients of hidden states, weight and bias, of which a rank has its part."""
     tp = group()
     parts = [t if t is None or i == 0 else CUT.shard(t, tp.size, tp.rank) for i, t in enumerate(tensors)]
-    leaves = [None if part is None else part.clone().requires_grad_(i not in frozen) for i, part in enumerate(parts)]
+    leaves: list[Any] = [
+        None if part is None else part.clone().requires_grad_(i not in frozen) for i, part in enumerate(parts)
+    ]
     hidden, weight, bias = leaves
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         loss = vocab_parallel_linear_cross_entropy(tp, hidden, weight, bias, target, vocab_size=V, **options)
@@ -62,7 +64,7 @@ def _reference(
 ) -> Tensors:
     """The same by torch, with bfloat16 tensors in float32."""
     wide = [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
-    leaves = [None if t is None else t.clone().requires_grad_(i not in frozen) for i, t in enumerate(wide)]
+    leaves: list[Any] = [None if t is None else t.clone().requires_grad_(i not in frozen) for i, t in enumerate(wide)]
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         logits = F.linear(*leaves)
     logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -101,9 +101,6 @@ def test_one_rank_communicates_nothing() -> None:
     assert all(region.function(SINGLE, x, 0) is x for region in REGIONS.values())
 
 
-# ---------------------------------------------------------------------- copy
-
-
 @pytest.mark.parametrize("world_size", TP_SIZES)
 @on_live_ranks()
 def test_copy_sums_the_gradients(world_size: int) -> None:

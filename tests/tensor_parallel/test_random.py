@@ -85,9 +85,10 @@ def test_ranks_follow_the_first(world_size: int) -> None:
 @on_live_ranks()
 def test_slices_are_dropped_as_the_whole_is(world_size: int, size: int, p: float) -> None:
     """Catches a mask drawn for the slice, which is another one and leaves the ranks' streams at different places."""
-    tp, whole, results = group(), torch.randn(3, size, 7, generator=torch.Generator().manual_seed(1)), []
-    for x in (whole, scatter_to_tensor_parallel_region(tp, whole, dim=1)):
-        x = x.clone().requires_grad_()
+    tp, whole = group(), torch.randn(3, size, 7, generator=torch.Generator().manual_seed(1))
+    results: list[tuple[torch.Tensor, ...]] = []
+    for given in (whole, scatter_to_tensor_parallel_region(tp, whole, dim=1)):
+        x = given.clone().requires_grad_()
         torch.manual_seed(12)
         dropped = torch.nn.functional.dropout(x, p) if not results else sliced_dropout(tp, x, p, dim=-2, size=size)
         dropped.sum().backward()

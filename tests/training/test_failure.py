@@ -32,9 +32,6 @@ class AtStep(TrainerCallback):
             self.action()
 
 
-# ---------------------------------------------------------------------- ranks
-
-
 def _fail() -> None:
     raise ValueError("the first cause")
 
@@ -68,9 +65,6 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(pool: Pool, gpt2: Path
     assert "On rank 0 of 2, in step 5. A collective failed" in str(caught.value)
 
 
-# ---------------------------------------------------------------------- numbers that are none
-
-
 def _diverge(run: Run) -> tuple[str, dict[str, torch.Tensor]]:
     trainer = make_trainer(run)
     spoil_a_gradient(trainer, list(trainer.model.parameters())[-1], step=5, value=torch.nan)
@@ -93,9 +87,7 @@ def test_a_step_that_would_spoil_the_weights_is_not_taken(pool: Pool, gpt2: Path
     assert_all_equal(weights, before)
 
 
-def test_a_loss_that_does_no_harm_is_reported_with_its_step(
-    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_harmless_loss_is_reported_with_its_step(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a nan that Trainer's filter keeps out of the log, so that nobody hears of it."""
     warnings: list[str] = []
     monkeypatch.setattr("hf_megatron.training.trainer.logger.warning", warnings.append)
@@ -111,9 +103,6 @@ def test_a_loss_that_does_no_harm_is_reported_with_its_step(
     assert len(warnings) == 1
     assert warnings[0].startswith("Step 2: the norm of the gradients is")
     assert "the loss inf on rank 0" in warnings[0]
-
-
-# ---------------------------------------------------------------------- what lies around
 
 
 def _checkpoint(directory: Path, content: str) -> None:
@@ -150,9 +139,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> N
         (7, None, "12345"),
     ],
 )
-def test_the_newest_checkpoints_and_the_best_one_are_kept(
-    tmp_path: Path, limit: int | None, best: int | None, kept: str
-) -> None:
+def test_the_newest_and_the_best_are_kept(tmp_path: Path, limit: int | None, best: int | None, kept: str) -> None:
     """Catches the last or the best checkpoint deleted, and one more or less than asked for."""
     for step in range(1, 6):
         _checkpoint(tmp_path / f"checkpoint-{step}", "")

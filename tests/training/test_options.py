@@ -34,9 +34,7 @@ def _padded(batch: list[Example]) -> Example:
 
 
 @pytest.mark.parametrize("layout", layouts("tp2", "tp2 x fsdp2"))
-def test_grouping_by_length_gives_every_layout_the_same_batches(
-    pool: Pool, gpt2: Path, tmp_path: Path, layout: str
-) -> None:
+def test_grouping_by_length_is_the_same_at_every_layout(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches ranks of a group with batches of different examples, or lengths, whose collectives do not fit."""
     uneven = [{name: value[: 4 + i % 9] for name, value in e.items()} for i, e in enumerate(examples())]
     options: dict[str, Any] = {"train_dataset": uneven, "data_collator": _padded}
@@ -118,9 +116,7 @@ def test_what_trainer_counts_per_process_is_refused(gpt2: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "sgd", "adagrad", "rmsprop"])
-def test_optimizers_step_on_cut_parameters_as_on_whole_ones(
-    pool: Pool, gpt2: Path, tmp_path: Path, optimizer: str
-) -> None:
+def test_optimizers_step_on_parts_as_on_the_whole(pool: Pool, gpt2: Path, tmp_path: Path, optimizer: str) -> None:
     """Catches an optimizer that takes a part for the whole."""
     run = Run(gpt2, tmp_path / "one", arguments={"optim": optimizer, "save_strategy": "no"})
     expected, _ = train(run)

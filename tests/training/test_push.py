@@ -61,9 +61,6 @@ def _connect(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> FakeHub:
     return hub
 
 
-# ---------------------------------------------------------------------- save_pretrained
-
-
 def _save(source: Path, directory: Path, options: dict[str, Any], tp_size: int) -> tuple[list[str], list[Commit]]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         hub = _connect(monkeypatch)
@@ -125,9 +122,6 @@ def test_a_hub_that_fails_is_an_error_on_all_ranks(pool: Pool, gpt2: Path, tmp_p
     assert (tmp_path / "model").exists() == (failing == "create_commit")
 
 
-# ---------------------------------------------------------------------- Trainer
-
-
 def _train(run: Run, failing: str) -> tuple[list[Commit], dict[str, torch.Tensor], str]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         hub = _connect(monkeypatch)
@@ -142,14 +136,12 @@ def _train(run: Run, failing: str) -> tuple[list[Commit], dict[str, torch.Tensor
         return hub.commits, full_weights(trainer.model), ""
 
 
-@pytest.mark.parametrize("layout_name", ["one", "tp2"])
+@pytest.mark.parametrize("layout", ["one", "tp2"])
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "end"])
-def test_every_save_strategy_pushes_the_weights(
-    pool: Pool, gpt2: Path, tmp_path: Path, strategy: str, layout_name: str
-) -> None:
+def test_every_strategy_pushes_the_weights(pool: Pool, gpt2: Path, tmp_path: Path, strategy: str, layout: str) -> None:
     """Catches a run of days whose repository has no weights until the end."""
     arguments = {"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": "me/run", "save_steps": 3}
-    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(layout_name, {}), arguments=arguments)
+    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(layout, {}), arguments=arguments)
     commits, weights, error = on_ranks(pool, _train, run, "")
     assert error == ""
     assert len(commits) == {"every_save": 2, "end": 1}.get(strategy, 4)

@@ -62,9 +62,6 @@ class After(TrainerCallback):
             self.action(control, kwargs["model"])
 
 
-# ---------------------------------------------------------------------- what one rank does
-
-
 class Shorter(IterableDataset[Any]):
     """A stream that ends earlier on a rank."""
 
@@ -208,9 +205,6 @@ def test_what_depends_on_the_rank_is_found_from_the_start(gpt2: Path, tmp_path: 
     assert expected in str(caught.value)
 
 
-# ---------------------------------------------------------------------- what ends right
-
-
 def _steps(run: Run, action: str) -> tuple[int, list[float]]:
     """The number of steps, and the losses on the evaluation data that were logged."""
     trainer = make_trainer(run)
@@ -244,9 +238,7 @@ def _train_own(run: Run) -> list[Step]:
     return log.steps
 
 
-def test_dropout_in_a_module_of_the_users_own_is_the_same_at_every_degree(
-    pool: Pool, gpt2: Path, tmp_path: Path
-) -> None:
+def test_dropout_in_a_users_own_module_is_the_same_at_every_degree(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
     """Catches a random stream that differs on the ranks, or depends on the degree."""
     run = Run(gpt2, tmp_path / "one", config=DROPOUT, arguments={"save_strategy": "no"})
     expected = _train_own(run)

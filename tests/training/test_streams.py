@@ -136,9 +136,7 @@ def test_resuming_changes_no_bit(pool: Pool, gpt2: Path, tmp_path: Path, layout:
         ("tp2 x fsdp2", "tp4", "hub"),
     ],
 )
-def test_resuming_at_another_layout(
-    pool: Pool, gpt2: Path, tmp_path: Path, first: str, second: str, stream: str
-) -> None:
+def test_resuming_elsewhere(pool: Pool, gpt2: Path, tmp_path: Path, first: str, second: str, stream: str) -> None:
     """Catches a place in the stream that is counted in batches of one rank."""
     run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(first, {}))
     steps, _ = on_ranks(pool, _train, run, stream)

@@ -102,9 +102,7 @@ def _loss(run: Run) -> tuple[float, int]:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("layout", ["one", "tp2"])
-def test_the_loss_is_the_mean_over_what_is_predicted(
-    pool: Pool, gpt2: Path, tmp_path: Path, layout: str, smoothing: float
-) -> None:
+def test_loss_is_the_mean_of_predictions(pool: Pool, gpt2: Path, tmp_path: Path, layout: str, smoothing: float) -> None:
     """Catches a mean over the first of each row too, as in stock GPT-2, and smoothing that asks for all logits."""
     run = Run(gpt2, tmp_path, layout=LAYOUTS.get(layout, {}), arguments={"label_smoothing_factor": smoothing})
     loss, items = on_ranks(pool, _loss, run)
@@ -187,9 +185,7 @@ def test_an_interrupted_save_is_no_checkpoint(gpt2: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("layout", layouts("tp2", "one"))
-def test_best_model_at_the_end_and_the_limit_on_checkpoints(
-    pool: Pool, gpt2: Path, tmp_path: Path, layout: str
-) -> None:
+def test_best_model_at_the_end_and_limit_on_checkpoints(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches weights of the last step where the best were asked for, and a best checkpoint that was rotated away."""
     arguments = {
         "eval_strategy": "steps",
