@@ -31,6 +31,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -88,7 +89,8 @@ class _Failed(NamedTuple):
     seconds: float
 
 
-class _Rank(NamedTuple):
+@dataclass(frozen=True)
+class _Rank:
     """One live rank as the test process sees it."""
 
     index: int
