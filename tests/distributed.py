@@ -312,11 +312,7 @@ def _join_world(index: int, world_size: int, directory: Path) -> None:
 
 
 def _keep_meshes() -> None:
-    """Let all jobs of a rank have the same DeviceMesh for the same layout, as a program has one.
-
-    transformers makes two or three with every model it loads, each with process groups of its own: hundreds in the life
-    of a rank, which cost more time than most jobs take.
-    """
+    """One DeviceMesh for each layout: transformers makes several with every model, whose process groups cost time."""
     import torch.distributed as dist
 
     create = dist.init_device_mesh

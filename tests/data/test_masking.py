@@ -65,8 +65,7 @@ def test_a_cut_word_starts_after_a_special_token(tokenizer: PreTrainedTokenizerB
 def test_whole_words_in_runs(
     tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], max_ngram: int, probability: float
 ) -> None:
-    """Catches parts of words, runs with holes, over special tokens or of too many words, overlapping ones, and more
-    tokens than asked for, none at all, or far fewer than could be had."""
+    """Catches parts of words, runs with holes or of too many words, and more tokens than asked for, or too few."""
     masking = NgramMasking(tokenizer, max_ngram=max_ngram, mlm_probability=probability)
     seen = set()
     num_chosen = num_tokens = 0

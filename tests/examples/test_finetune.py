@@ -79,8 +79,7 @@ def _metrics(output: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("version", ["2.0", pytest.param("1.1", marks=pytest.mark.slow)])
 def test_squad_learns_its_answers(tmp_path: Path, tiny_bert: str, version: str) -> None:
-    """Catches labels, logits and words of an answer that do not belong together, and an answer that is given although
-    the model takes the question for unanswerable, or the reverse."""
+    """Catches labels, logits and words that do not belong together, and an answer to what is taken for unanswerable."""
     arguments = [*_squad(tmp_path, version), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=2"]
     run_here("finetune_squad", *arguments)
     metrics = _metrics(tmp_path / "out")
@@ -155,8 +154,7 @@ _EXAMPLES = {
     ],
 )
 def test_launchers(pool: Pool, tmp_path: Path, tiny_bert: str, name: str, launcher: str, processes: int) -> None:
-    """Catches a launcher whose processes do not find each other, and ranks that learn something else than one process
-    does: with four processes two groups of two share the batch."""
+    """Catches processes that do not find each other, and ranks, or groups of them, that learn something else."""
     arguments = [*_EXAMPLES[name](tmp_path), f"--model={tiny_bert}", "--epochs=1", "--tp=2"]
     if launcher == "python":
         arguments.remove("--tp=2")

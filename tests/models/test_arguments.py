@@ -31,8 +31,7 @@ def _cache(ids: torch.Tensor = IDS) -> Any:
 
 @pytest.mark.parametrize(("case", "head"), CLASSES)
 def test_arguments_without_a_use_are_refused(case: ModelCase, head: str) -> None:
-    """Catches a misspelled argument, an encoder's states or one of two caches left out of the computation without a
-    word, and a cache that BERT would fill and never read."""
+    """Catches a misspelled argument, an encoder's states or one of two caches ignored, and a cache BERT never reads."""
     refused: list[tuple[dict[str, Any], str]] = [
         ({"no_such_argument": 1}, r"got no_such_argument, which neither it nor .* \(sdpa\)"),
         *(

@@ -153,10 +153,7 @@ _HEADS = [
 @cases("case, head", _HEADS, [x for x in _HEADS if x[1] == "Model" or x[0] is POST])
 @on_live_ranks(2)
 def test_dropout_stands_where_stock_has_it(stock_dir: StockDir, case: ModelCase, head: str) -> None:
-    """Catches dropout that is missing, applied twice, or on the wrong side of a residual or a norm.
-
-    A probability of one leaves nothing to chance: what is left is what the stock class leaves.
-    """
+    """Catches dropout that is missing, doubled, or misplaced: with a probability of one, what is left tells."""
     options = {"dtype": torch.float64, **case.dropout(0.0, 1.0)}
     if case is not PRE:  # whose stock classes have no other dropout before a head
         options["classifier_dropout"] = 1.0

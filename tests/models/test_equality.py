@@ -273,10 +273,7 @@ def test_calls_are_understood_as_by_stock(stock_dir: StockDir, case: ModelCase, 
 )
 @on_live_ranks()
 def test_cached_steps_equal_stock(stock_dir: StockDir, head: str, at: Layout) -> None:
-    """Catches a cache whose length, heads or mask a rank gets wrong, be it given or made.
-
-    A first part fills the cache, then come two tokens at once, then one.
-    """
+    """Catches a cache, be it given or made, whose length, heads or mask a rank gets wrong."""
     stock = GPT2.load_stock(stock_dir(GPT2, head), head, dtype=torch.float64).eval()
     ours = GPT2.load(stock_dir(GPT2, head), head=head, **_options(at, KERNELS[0]))
     for is_given in (True, False):

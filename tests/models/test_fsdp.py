@@ -88,10 +88,7 @@ def _train_and_save(case: ModelCase, stock_directory: Path, directory: Path, siz
 def test_training_equals_one_process(
     pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, layout: str
 ) -> None:
-    """Catches two FSDP parameters for what is tied, and gradients that a mesh dimension misses or counts twice.
-
-    Also a bucket of split sequences whose parameters FSDP has not gathered, or has taken back too early.
-    """
+    """Catches two parameters for what is tied, a gradient missed or counted twice, and parameters not gathered."""
     sizes = LAYOUTS[layout]
     num_ranks = prod(value for name, value in sizes.items() if name.endswith("_size"))
     pool(num_ranks).run(_train_and_save, case, stock_dir(case, None, variant), tmp_path, sizes)

@@ -69,10 +69,7 @@ def _sample(directory: Path, tp_size: int, *, stock: bool = False) -> list[list[
 
 @pytest.mark.parametrize("tp_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sampling_is_the_same_on_all_ranks(pool: Pool, stock_dir: StockDir, tp_size: int) -> None:
-    """Catches ranks that draw for themselves: their ids diverge, then their caches, then their collectives.
-
-    All follow rank 0, so the sample is also the one that the stock model draws from rank 0's state.
-    """
+    """Catches ranks that draw for themselves: all follow rank 0, and draw what the stock model draws from its state."""
     expected = _sample(stock_dir(), 1, stock=True)
     assert run_at(pool, tp_size, _sample, stock_dir(), tp_size) == [expected] * tp_size
     assert len({str(ids) for ids in expected}) == len(expected)

@@ -84,10 +84,7 @@ def test_a_fused_kernel_is_left_to_itself(case: ModelCase) -> None:
 @pytest.mark.parametrize("is_training", [False, True])
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_generation_is_what_it_was(recompute: str, is_training: bool) -> None:
-    """Catches a cache of keys and values left out, or filled twice, where nobody trains: each step would see one token.
-
-    (In training mode transformers 5.23 goes without a cache, and sees all of them.)
-    """
+    """Catches a cache of keys and values left out, or filled twice, where nobody trains: steps would see one token."""
     model = _model().train(is_training)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(2, 5)}
     expected = model.generate(IDS[:, :5], **options)

@@ -26,8 +26,7 @@ from tests.models.reference import (
 @pytest.mark.parametrize(("checkpointing", "trained"), [(False, ""), (True, ""), (False, r"c_fc\.weight|ln_2\.bias")])
 @on_live_ranks(2)
 def test_micro_batches_add_up(stock_dir: StockDir, checkpointing: bool, trained: str) -> None:
-    """Catches gradients made whole once more with each micro-batch, a call's length that outlives the call, and a
-    collective that waits for a gradient nobody computes: two lengths, both forwards before the first backward."""
+    """Catches gradients summed once more per micro-batch, a length that outlives its call, and a sum of no gradient."""
     stock = GPT2.load_stock(stock_dir(), dtype=torch.float64)
     options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
     ours = GPT2.load(stock_dir(), 2, sequence_parallel=True, **options).train()

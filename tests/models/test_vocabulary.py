@@ -62,10 +62,7 @@ def _load(case: ModelCase, directory: Path, tp_size: int) -> Tensors:
 
 @pytest.mark.parametrize(("case", "vocab_size"), [(GPT2, 50257), (POST, 30522), (PRE, 28996)])
 def test_published_sizes_survive_everything(pool: Pool, tmp_path: Path, case: ModelCase, vocab_size: int) -> None:
-    """Catches a padded or shortened vocabulary, or a bias cut otherwise than its decoder, on any of the ways.
-
-    A step of the optimizer, both kinds of save, loading at another degree, and conversion there and back.
-    """
+    """Catches a padded or shortened vocabulary in training, saving, loading at another degree, and conversion."""
     sizes: dict[str, Any] = {"vocab_size": vocab_size, "hidden_size": 24, "num_hidden_layers": 1}
     stock = case.save_stock(tmp_path / "stock", **sizes)
     pool(4).run(_take_a_step, case, stock, tmp_path, 4)
@@ -97,8 +94,7 @@ def test_published_sizes_survive_everything(pool: Pool, tmp_path: Path, case: Mo
 )
 @on_live_ranks()
 def test_the_padding_row_is_not_trained(padding: int | None, tp_size: int) -> None:
-    """Catches a padding row that is drawn, or learns though it is attended to, and the same row of every rank's shard
-    in its place."""
+    """Catches a padding row that is drawn, or learns, and the same row of every rank's shard in its place."""
     model = PRE.build(tp_size, head="Model", config=PRE.config(pad_token_id=padding), seed=0)
     weight = model.embeddings.word_embeddings.weight
     expected = [] if padding is None else [padding]

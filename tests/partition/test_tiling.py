@@ -27,8 +27,7 @@ def _moved(box: Box, start: Sequence[int], size: Sequence[int]) -> Box:
 @unhurried
 @given(tilings(), st.data())
 def test_verdict_on_any_damage_is_the_painted_one(tiling: tuple[Shape, list[Box]], data: st.DataObject) -> None:
-    """Catches a good directory refused, and damage that passes: offsets that are wrong or negative, with or without
-    more damage that cancels out in the sums, as where one piece is gone and another there twice."""
+    """Catches a good directory refused, and damage that passes, such as one piece gone and another there twice."""
     shape, boxes = tiling
     none = [0] * len(shape)
     for _ in range(data.draw(st.integers(0, min(3, len(boxes))))):

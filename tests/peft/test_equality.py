@@ -55,10 +55,7 @@ def test_a_step_is_that_of_stock_peft(case: Case, dropout: float, tp_size: int) 
 @pytest.mark.parametrize("case", ["gpt2", "classifier"], indirect=True)
 @on_live_ranks(4)
 def test_data_parallel_ranks_average_the_gradients(case: Case, share: str) -> None:
-    """Catches adapters that each data-parallel rank trains on its own, as FSDP does not know them.
-
-    Each takes one example, twice; the mean of their losses is the whole batch's.
-    """
+    """Catches adapters that each data-parallel rank trains on its own, as FSDP does not know them."""
     stock, ours = stock_model(case), our_model(case.at(2, **{share: 2}))
     data_parallel_rank = dist.get_rank() // 2
     for _ in range(2):

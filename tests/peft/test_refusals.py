@@ -22,8 +22,7 @@ from tests.peft.adapters import Case, our_base, our_model, stock_base, stock_mod
     indirect=["case"],
 )
 def test_plain_peft_names_this_module(case: Case, targets: Any) -> None:
-    """Catches the plain call, whose adapters would be cut wrong or no DTensors, its error, which names layers nobody
-    has, and a layer of GPT-2 that looks linear to peft."""
+    """Catches the plain call, whose adapters would be cut wrong, and its own error, which names layers nobody has."""
     finds_none = (case.head, targets) == ("LMHeadModel", "all-linear")
     message = "No `target_modules`" if finds_none else r"hf_megatron\.peft\.get_peft_model"
     with pytest.raises(ValueError if finds_none else UnsupportedError, match=message):

@@ -68,10 +68,7 @@ def _planned(case: _Case, device: str) -> tuple[int, int]:
 def test_a_cpu(
     kind: str, precision: str, recompute: Recompute, attention: str, tp_size: int, pool: Pool, tmp_path: Path
 ) -> None:
-    """Catches a moment of a step that the plan does not know of, and buffers that live longer than they have to.
-
-    It also catches a way of waiting for collectives that hangs where a profiler sees a layer that is recomputed.
-    """
+    """Catches a moment of a step that the plan does not know of, buffers that live too long, and a wait that hangs."""
     case = (kind, precision, recompute, attention, tp_size)
     measured = run_at(pool, tp_size, _measure, case, "cpu", tmp_path)[0]
     planned, weights = _planned(case, "cpu")

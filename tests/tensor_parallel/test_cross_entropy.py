@@ -63,8 +63,7 @@ def _check(pool: Pool, tp_size: int, logits: torch.Tensor, target: torch.Tensor,
 def test_loss_and_gradient_equal_torchs(
     pool: Pool, tp_size: int, label_smoothing: float, num_items: torch.Tensor | float | None, dtype: torch.dtype
 ) -> None:
-    """Catches a wrong maximum, sum, mean or dtype, smoothing over this rank's tokens, ignored ones that count, a
-    gradient that ignores what follows, and a maximum subtracted in place."""
+    """Catches a wrong maximum, sum, mean or dtype, ignored tokens that count, and a maximum subtracted in place."""
     options = {"label_smoothing": label_smoothing, "num_items_in_batch": num_items}
     _check(pool, tp_size, _logits(dtype=dtype), TARGET, **options)
 

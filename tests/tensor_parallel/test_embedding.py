@@ -38,8 +38,7 @@ def test_embedding_equals_the_whole_one(world_size: int, padding_idx: int | None
 @pytest.mark.parametrize("world_size", TP_SIZES)
 @on_live_ranks()
 def test_unusual_ids(world_size: int) -> None:
-    """Catches NaN that a product with zero spreads from a row of others, a minimum of no ids, and an id of no shard
-    that becomes zeros."""
+    """Catches NaN of a row of others times zero, a minimum of no ids, and an id of no shard that becomes zeros."""
     embedding = VocabParallelEmbedding(V, H)
     with torch.no_grad():
         embedding.weight[[0, 3, 6, 9]] = float("nan")  # not looked up

@@ -127,8 +127,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, dtype: torch.dty
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-6), (torch.float16, 2**-8)], ids=str)
 def test_autocast(dtype: torch.dtype, tolerance: float) -> None:
-    """Catches products that ignore autocast, a loss in its dtype, and small gradients lost in float16 in spite of a
-    loss scale."""
+    """Catches products that ignore autocast, a loss in its dtype, and small gradients lost in float16."""
     hidden, weight, _ = _inputs(torch.float32)
     actual = _run((hidden, weight, None), autocast=dtype, scale=2.0**16)
     expected = _reference((hidden, weight, None), scale=2.0**16)

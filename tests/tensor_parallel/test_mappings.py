@@ -64,8 +64,7 @@ REGIONS = {
 @pytest.mark.parametrize("world_size", TP_SIZES)
 @on_live_ranks()
 def test_regions_sum_cut_and_join(world_size: int, name: str, dim: int) -> None:
-    """Catches sums left out or doubled, parts of another rank, padding of uneven parts, work in place, and a slice that
-    keeps the whole alive."""
+    """Catches sums left out or doubled, another rank's part, padding, work in place, a slice that holds the whole."""
     tp, region = group(), REGIONS[name]
 
     def mine(whole: torch.Tensor, is_part: bool) -> torch.Tensor:
@@ -124,8 +123,7 @@ def test_copy_sums_the_gradients(world_size: int) -> None:
 
 @on_live_ranks(2)
 def test_backward_of_copy_leaves_sibling_gradient_alone() -> None:
-    """Catches an all-reduce in place on the incoming gradient: in ``copy(x) + z`` autograd hands one tensor to both,
-    so z's gradient would be multiplied by the number of ranks."""
+    """Catches an all-reduce in place: in ``copy(x) + z`` autograd hands one incoming gradient to both."""
     x, z = values(0, *SHAPE).requires_grad_(), values(1, *SHAPE).requires_grad_()
     sibling = z * 2.0  # before the copy, so that autograd comes to it after the copy
     gradient = values(2, *SHAPE)
@@ -137,8 +135,7 @@ def test_backward_of_copy_leaves_sibling_gradient_alone() -> None:
 
 @on_live_ranks(2)
 def test_gradient_of_a_parameter_does_not_keep_the_activations() -> None:
-    """Catches a bias whose gradient is a view of the buffer it shared with the activations' gradient: until
-    ``zero_grad`` every layer would hold one more tensor of the activations' size."""
+    """Catches a bias whose gradient is a view of the buffer that it shared with the activations' gradient."""
     activations, bias = values(0, 1000, 8).requires_grad_(), values(1, 8).requires_grad_()
     torch.add(*copy_to_tensor_parallel_region(group(), activations, bias)).sum().backward()
     assert bias.grad is not None

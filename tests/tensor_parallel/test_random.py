@@ -37,8 +37,7 @@ def test_masks_do_not_depend_on_the_degree(world_size: int) -> None:
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_share_and_scale_of_what_is_kept(p: float) -> None:
-    """Catches p taken for the probability of keeping, a missing scale, masks that are not random, and a gradient
-    through another mask."""
+    """Catches p taken for what is kept, a missing scale, masks that are not random, and another mask backward."""
     torch.manual_seed(0)
     probabilities = torch.ones(4, 8, 64, 64, dtype=torch.float64, requires_grad=True)
     dropped = attention_dropout(probabilities, p, 0)
@@ -69,8 +68,7 @@ def test_the_keep_mask_is_a_well_formed_operator() -> None:
 @pytest.mark.parametrize("world_size", TP_SIZES)
 @on_live_ranks()
 def test_ranks_follow_the_first(world_size: int) -> None:
-    """Catches ranks that sample different tokens, a first rank whose stream is disturbed, and a rank's own value that
-    the first one's overwrites."""
+    """Catches ranks that sample different tokens, a first rank that is disturbed, and a value overwritten."""
     rank = dist.get_rank()
     torch.manual_seed(5 + rank)
     synchronize_random_state(group(), CPU)

@@ -25,8 +25,7 @@ def test_placements() -> None:
 @pytest.mark.parametrize("world_size", TP_SIZES)
 @on_live_ranks()
 def test_parameters_are_cut_and_stay_whole_to_the_outside(world_size: int) -> None:
-    """Catches another rank's part, a part that keeps the whole parameter in memory, a frozen parameter that learns, and
-    a module that does not begin small, get to know its group, or tell its place in it."""
+    """Catches another rank's part, one that keeps the whole alive, a frozen weight that learns, a module left large."""
     fused = ColumnParallelLinear(8, 24, weight_layout="in_out", specs=GPT2.module_specs("h.*.attn.c_attn"))
     model = nn.ModuleDict({"fused": fused, "row": RowParallelLinear(14, 8, bias=False)})  # 14 over 4: 4, 4, 4, 2
     fused.weight.requires_grad_(False)

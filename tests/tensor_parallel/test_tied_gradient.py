@@ -37,8 +37,7 @@ def _gradient(
     is_detached: bool = False,
     backwards: tuple[bool, ...] = (True,),
 ) -> tuple[torch.Tensor, int]:
-    """The weight's gradient after backward passes that do or do not begin at the head, and how many tensors of its size
-    they make."""
+    """The weight's gradient after passes that begin at the head or not, and how many tensors of its size they make."""
     torch.manual_seed(0)
     embedding = VocabParallelEmbedding(V, H, padding_idx=padding).double()
     scale = torch.ones(H, dtype=torch.float64, requires_grad=True)
@@ -59,8 +58,7 @@ def _gradient(
 @pytest.mark.parametrize("padding", [None, PADDING])
 @pytest.mark.parametrize("use", USES, ids=str)
 def test_gradient_is_that_of_two(padding: int | None, use: dict[str, Any]) -> None:
-    """Catches tokens that occur twice counted once, a padding row that learns, one of two lost where there is no
-    other, and a second backward pass that begins with the sum of the first."""
+    """Catches repeated tokens counted once, a padding row that learns, one of two gradients lost, or kept too long."""
     expected, _ = _gradient(is_tied=False, padding=padding, **use)
     actual, _ = _gradient(is_tied=True, padding=padding, **use)
     assert_close(actual, expected)

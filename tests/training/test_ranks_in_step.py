@@ -118,8 +118,7 @@ def _message(run: Run, action: str | None = None, step: int = 3, every: int = 2,
 def test_what_a_callback_of_one_rank_does_is_found(
     pool: Pool, gpt2: Path, tmp_path: Path, action: str, step: int, every: int, saves: str, expected: str
 ) -> None:
-    """Catches replicated parameters that drift apart, dropout masks that differ, and a model returned, or a checkpoint
-    written by parts, all the same."""
+    """Catches replicas and dropout masks that drift apart, and a model or a checkpoint that is written all the same."""
     run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments={"save_strategy": saves}, config=DROPOUT)
     message = on_ranks(pool, _message, run, action, step, every)
     assert expected in message
@@ -146,8 +145,7 @@ _DIFFERS = "batch['input_ids']: rank 1 differs from rank 0"
 def test_data_that_depend_on_the_rank_are_found(
     pool: Pool, gpt2: Path, tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any], expected: str
 ) -> None:
-    """Catches groups that compute parts of different examples, ranks that wait for one that read less, and a first
-    batch not compared because one of an evaluation was."""
+    """Catches ranks that compute parts of different examples or wait for others, also behind an evaluation's batch."""
     message = on_ranks(pool, _message, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments=arguments), **options)
     assert expected in message
     assert "The usual cause: a" in message

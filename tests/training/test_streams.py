@@ -100,8 +100,7 @@ def _train(run: Run, stream: str) -> tuple[list[Step], dict[str, torch.Tensor]]:
     [("shuffled", "tp2")],
 )
 def test_every_layout_reads_the_same_batches(pool: Pool, gpt2: Path, tmp_path: Path, stream: str, layout: str) -> None:
-    """Catches a stream that is dealt out to the ranks of a group, that all groups read the same part of, or whose
-    files or order depend on the layout."""
+    """Catches a stream dealt out to the ranks of a group, read alike by all groups, or ordered by the layout."""
     run = Run(gpt2, tmp_path, arguments={"save_strategy": "no"})
     expected, _ = _train(run, stream)
     assert len({step.loss for step in expected}) == 10
