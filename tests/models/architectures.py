@@ -32,31 +32,18 @@ _SHARED_VARIANTS: dict[str, dict[str, Any]] = {"base": {}, "untied": {"tie_word_
 
 @dataclass(frozen=True, eq=False)
 class ModelCase:
-    """A case of the tests; it travels to the ranks by name.
-
-    Attributes:
-        table: How it is cut, and which classes there are.
-        sizes: What its tiny configuration says beyond ``SIZES``.
-        variants: Changes of the configuration that each take a path of their own.
-        language_model: The head with a vocabulary and no other loss.
-        dropouts: Names in the configuration: of attention's dropout, then of the others'.
-        embedding_dropout: The module with the dropout of the embeddings, in the base model.
-        is_causal: Whether labels are shifted, and later positions hidden.
-        ends_with_norm: Whether a layer does so; else one norm follows the last layer.
-        shared_bias: Rows of H in the biases of Q, K and V that all ranks hold whole.
-        has_token_types: Whether inputs come with token types.
-    """
+    """A case of the tests; it travels to the ranks by name."""
 
     name: str
-    table: Architecture
-    sizes: Mapping[str, Any]
-    variants: Mapping[str, dict[str, Any]]
-    language_model: str
-    dropouts: tuple[str, ...]
-    embedding_dropout: str
-    is_causal: bool = False
-    ends_with_norm: bool = False
-    shared_bias: int = 0
+    table: Architecture  # how it is cut, and which classes there are
+    sizes: Mapping[str, Any]  # what its tiny configuration says beyond SIZES
+    variants: Mapping[str, dict[str, Any]]  # changes of the configuration that each take a path of their own
+    language_model: str  # the head with a vocabulary and no other loss
+    dropouts: tuple[str, ...]  # names in the configuration: of attention's dropout, then of the others'
+    embedding_dropout: str  # the module with the dropout of the embeddings, in the base model
+    is_causal: bool = False  # whether labels are shifted, and later positions hidden
+    ends_with_norm: bool = False  # whether a layer does so; else one norm follows the last layer
+    shared_bias: int = 0  # rows of H in the biases of Q, K and V that all ranks hold whole
     has_token_types: bool = True
 
     @property

@@ -23,22 +23,13 @@ BERT_TARGETS = ("query", "key", "value", "dense")
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its adapter.
+    """A model and its adapter."""
 
-    Attributes:
-        directory: Where the stock model lies.
-        architecture: Its architecture.
-        head: The end of its class's name.
-        layout: Sizes of the DistributedConfig; empty for one plain process.
-        lora: Arguments of the LoraConfig.
-        dtype: Of the model.
-    """
-
-    directory: Path
+    directory: Path  # where the stock model lies
     architecture: ModelCase
-    head: str
-    layout: dict[str, int] = field(default_factory=dict)
-    lora: dict[str, Any] = field(default_factory=dict)
+    head: str  # the end of its class's name
+    layout: dict[str, int] = field(default_factory=dict)  # of the DistributedConfig; empty for one plain process
+    lora: dict[str, Any] = field(default_factory=dict)  # arguments of the LoraConfig
     dtype: torch.dtype = torch.float64
 
     def at(self, tp_size: int, **sizes: int) -> Self:

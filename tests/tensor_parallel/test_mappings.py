@@ -28,18 +28,12 @@ SHAPE = (5, 6, 7)  # over 4 ranks: 2, 2, 1, 0; 2, 2, 2, 0; 2, 2, 2, 1
 
 @dataclass(frozen=True)
 class Region:
-    """A function of a group, a tensor and a dimension, and what it means.
-
-    Attributes:
-        takes_part: Whether it takes a rank's part, or a whole tensor.
-        gives_part: Whether it gives one.
-        sums: The direction in which it adds up what the ranks have.
-    """
+    """A function of a group, a tensor and a dimension, and what it means."""
 
     function: Callable[[TensorParallelGroup, torch.Tensor, int], torch.Tensor]
-    takes_part: bool = False
+    takes_part: bool = False  # of a rank, or a whole tensor
     gives_part: bool = False
-    sums: str = ""
+    sums: str = ""  # the direction in which it adds up what the ranks have
 
 
 REGIONS = {
