@@ -14,13 +14,7 @@ from hf_megatron.tensor_parallel import HiddenDropout, ReplicatedLayerNorm, loca
 from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, LAYERS, B, H, ModelCase, S, StockDir, token_ids
 from tests.models.collectives import Recorder
-from tests.models.reference import (
-    Pool,
-    assert_agrees,
-    assert_all_agree,
-    gradients,
-    reference_loss,
-)
+from tests.models.reference import Pool, assert_agrees, assert_all_agree, gradients, reference_loss
 
 
 @pytest.mark.parametrize(("checkpointing", "trained"), [(False, ""), (True, ""), (False, r"c_fc\.weight|ln_2\.bias")])

@@ -14,15 +14,7 @@ from tests.models.reference import (
     assert_replicas_equal,
     assert_same_on_all_ranks,
 )
-from tests.peft.adapters import (
-    Case,
-    logits,
-    our_base,
-    our_model,
-    stock_model,
-    trainable_gradients,
-    trainable_weights,
-)
+from tests.peft.adapters import Case, logits, our_base, our_model, stock_model, trainable_gradients, trainable_weights
 
 CASES = ("gpt2", "bert", "classifier")
 DEGREES = [2, *(pytest.param(degree, marks=pytest.mark.slow) for degree in (1, 4))]

@@ -8,12 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hf_megatron.partition import FusedSplit, Replicated, Spec, Split
-from hf_megatron.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    local,
-    parallelize_module,
-)
+from hf_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, local, parallelize_module
 from tests.live import on_live_ranks
 from tests.models.reference import assert_same_on_all_ranks
 from tests.tensor_parallel.ranks import TP_SIZES, assert_close, mesh, values

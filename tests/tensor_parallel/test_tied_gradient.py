@@ -31,11 +31,7 @@ class _Whole(TorchDispatchMode):
 
 
 def _gradient(
-    *,
-    is_tied: bool,
-    padding: int | None = None,
-    is_detached: bool = False,
-    backwards: tuple[bool, ...] = (True,),
+    *, is_tied: bool, padding: int | None = None, is_detached: bool = False, backwards: tuple[bool, ...] = (True,)
 ) -> tuple[torch.Tensor, int]:
     """The weight's gradient after passes that begin at the head or not, and how many tensors of its size they make."""
     torch.manual_seed(0)

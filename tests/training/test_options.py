@@ -14,16 +14,7 @@ from hf_megatron import MegatronTrainer
 from hf_megatron.errors import UnsupportedError
 from tests.live import on_live_ranks
 from tests.models.reference import Pool, rank
-from tests.training.runs import (
-    LAYOUTS,
-    Run,
-    assert_same_steps,
-    examples,
-    layouts,
-    make_trainer,
-    on_ranks,
-    train,
-)
+from tests.training.runs import LAYOUTS, Run, assert_same_steps, examples, layouts, make_trainer, on_ranks, train
 
 Example = dict[str, torch.Tensor]
 

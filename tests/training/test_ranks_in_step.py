@@ -182,10 +182,7 @@ _STARTS: dict[str, tuple[Callable[[MegatronTrainer], Any], str]] = {
         lambda trainer: trainer.evaluate(examples(11, seed=rank())),
         "At: the first batch of an evaluation after step 0. batch[",
     ),
-    "number": (
-        lambda trainer: trainer.evaluate(examples(5 + 4 * rank())),
-        "number of batches (2, 3 on ranks 0, 1)",
-    ),
+    "number": (lambda trainer: trainer.evaluate(examples(5 + 4 * rank())), "number of batches (2, 3 on ranks 0, 1)"),
     "weights": (
         _evaluate_other_weights,
         "parameter transformer.ln_f.weight: rank 1 differs from rank 0. They were not compared before.",

@@ -129,11 +129,7 @@ def test_resuming_changes_no_bit(pool: Pool, gpt2: Path, tmp_path: Path, layout:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "stream"),
-    [
-        ("tp2 x replicate2", "tp2", "shuffled"),
-        ("one", "tp2 x fsdp2", "generated"),
-        ("tp2 x fsdp2", "tp4", "hub"),
-    ],
+    [("tp2 x replicate2", "tp2", "shuffled"), ("one", "tp2 x fsdp2", "generated"), ("tp2 x fsdp2", "tp4", "hub")],
 )
 def test_resuming_elsewhere(pool: Pool, gpt2: Path, tmp_path: Path, first: str, second: str, stream: str) -> None:
     """Catches a place in the stream that is counted in batches of one rank."""
