@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.distributed import DistributedConfig
 
-from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining
 from hf_megatron.errors import DataError
 from hf_megatron.paper.data import DataCollatorForMegatronBertPretraining as Collator
 from hf_megatron.paper.data import NgramMasking, sentence_order_pairs
 from tests.data.conftest import Document
 from tests.distributed import RankPool
+from tests.models.architectures import PRE
 
 Batch = dict[str, torch.Tensor]
 
@@ -28,12 +27,6 @@ def examples(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> l
 
 def _is_equal(one: Batch, other: Batch) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def _tiny(tokenizer: PreTrainedTokenizerBase) -> MegatronBertConfig:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    return MegatronBertConfig(**sizes, **vocabulary, max_position_embeddings=48)
 
 
 def test_the_batch(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]) -> None:
@@ -115,7 +108,7 @@ def _batches_on_a_rank(directory: Path, examples: list[dict[str, Any]]) -> list[
     rank = torch.distributed.get_rank()
     torch.manual_seed(rank)
     with_seed = Collator(tokenizer, seed=1)(examples)
-    MegatronBertForPreTraining.from_config(_tiny(tokenizer), distributed_config=DistributedConfig(tp_size=2))
+    PRE.build(2, config=PRE.config())  # loading a model puts the ranks in step
     return [with_seed, Collator(tokenizer)(examples)]
 
 

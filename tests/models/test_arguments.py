@@ -21,10 +21,6 @@ def _model(case: ModelCase, head: str | None = None, **options: Any) -> Any:
     return case.build(head=head, config=case.config(), seed=0, **options).eval()
 
 
-def _ids(head: str) -> torch.Tensor:
-    return IDS[:, None] if head == "ForMultipleChoice" else IDS
-
-
 def _cache(ids: torch.Tensor = IDS) -> Any:
     return _model(GPT2, "Model")(ids, use_cache=True)[CACHE]
 
@@ -46,7 +42,7 @@ def test_arguments_without_a_use_are_refused(case: ModelCase, head: str) -> None
     model = _model(case, head)
     for (given, message), is_training in itertools.product(refused, (False, True)):
         with pytest.raises(UnexpectedArgumentError, match=message):
-            model.train(is_training)(input_ids=_ids(head), **given)
+            model.train(is_training)(input_ids=IDS[:, None] if head == "ForMultipleChoice" else IDS, **given)
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # by the forwards of stock heads

@@ -142,12 +142,8 @@ def test_every_head_has_a_mask_of_its_own(pool: Pool, stock_dir: StockDir, case:
     torch.testing.assert_close(dropped[0], torch.where(dropped[0] == 0, 0.0, whole / (1 - P_ATTENTION)))
 
 
-_HEADS = [
-    (case, head)
-    for case in ARCHITECTURES
-    for head in case.heads
-    if head in ("Model", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification")
-]
+_DROPPING = ("Model", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification")
+_HEADS = [(case, head) for case in ARCHITECTURES for head in case.heads if head in _DROPPING]
 
 
 @cases("case, head", _HEADS, [x for x in _HEADS if x[1] == "Model" or x[0] is POST])

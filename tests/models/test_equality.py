@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from hf_megatron.models.forward_arguments import CACHE
 from tests.live import on_live_ranks
-from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, ModelCase, StockDir, positions, token_ids
+from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, PRE, ModelCase, StockDir, positions, token_ids
 from tests.models.reference import (
     Pool,
     assert_agrees,
@@ -51,22 +51,14 @@ def _options(at: Layout, kernel: Kernel) -> dict[str, Any]:
     return {"tp_size": at.tp_size, "sequence_parallel": at.splits, "dtype": kernel[0], "attn_implementation": kernel[1]}
 
 
-def _compare(
-    case: ModelCase,
-    head: str,
-    directory: Path,
-    at: Layout,
-    kernels: list[Kernel],
-    paddings: tuple[str, ...] = ("right",),
-    lengths: tuple[int, ...] = (9,),
-) -> None:
-    """An evaluation and a step of AdamW for each combination.
+def _compare(case: ModelCase, head: str, directory: Path, at: Layout, kernels: list[Kernel], **grid: Any) -> None:
+    """An evaluation and a step of AdamW for each combination of kernels with ``paddings`` and ``lengths``.
 
     In float64 all of them are on the same weights as they develop; float32 would add up the rounding of all steps.
     """
     for kernel in kernels:
         stock: Any = None
-        for padding, length in itertools.product(paddings, lengths):
+        for padding, length in itertools.product(grid.get("paddings", ("right",)), grid.get("lengths", (9,))):
             if stock is None or kernel[0] == torch.float32:
                 stock = case.load_stock(directory, head, dtype=kernel[0], attention=kernel[1])
                 ours = case.load(directory, head=head, **_options(at, kernel))
@@ -116,14 +108,10 @@ def _compare_step(case: ModelCase, head: str, stock: Any, ours: Any, padding: st
 
 _HEADS = [(case, head) for case in ARCHITECTURES for head in case.heads]
 _QUICK_HEADS = [
-    *((*head, Layout(2)) for head in _HEADS if head[0] is not ARCHITECTURES[1]),
-    *((case, case.heads[0], Layout(1)) for case in ARCHITECTURES[:2]),
-    *((case, case.heads[0], Layout(4, True)) for case in ARCHITECTURES[:2]),
+    *((*head, Layout(2)) for head in _HEADS if head[0] is not PRE),
+    *((case, case.heads[0], at) for case in (GPT2, PRE) for at in (Layout(1), Layout(4, True))),
     *((case, "Model", Layout(4)) for case in BERTS),
-    *(
-        (ARCHITECTURES[1], head, Layout(2, True))
-        for head in ("ForMaskedLM", "ForMultipleChoice", "ForSequenceClassification")
-    ),
+    *((PRE, head, Layout(2, True)) for head in ("ForMaskedLM", "ForMultipleChoice", "ForSequenceClassification")),
     (GPT2, "ForQuestionAnswering", Layout(2, True)),
 ]
 
@@ -170,8 +158,8 @@ def test_everything_equals_stock(pool: Pool, stock_dir: StockDir, case: ModelCas
     every_remainder = (9, 8, 7, 6)  # at every degree
     for kernel in [*KERNELS, (torch.float32, "eager")]:
         paddings, lengths = (("none", "left"), every_remainder) if kernel == KERNELS[1] else (("left",), (9, 7))
-        directory = stock_dir(case, head)
-        run_at(pool, at.tp_size, _compare, case, head, directory, at, [kernel], paddings, lengths, timeout=250)
+        job = (_compare, case, head, stock_dir(case, head), at, [kernel])
+        run_at(pool, at.tp_size, *job, paddings=paddings, lengths=lengths, timeout=250)
 
 
 SHIFTED = token_ids(seed=5)

@@ -79,11 +79,6 @@ def _train_for_the_best(run: Run) -> tuple[str, dict[str, torch.Tensor]]:
     return str(trainer.state.best_model_checkpoint), trainable_weights(trainer.model)
 
 
-def _adapter_of(run: Run, directory: str) -> dict[str, torch.Tensor]:
-    base = make_trainer(replace(run, lora=None)).model
-    return trainable_weights(load_adapter(base, directory, is_trainable=True))
-
-
 def test_the_best_adapter_is_loaded_at_the_end(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
     """Catches the last step's adapter where the best was asked for, and a final one that stock peft cannot load."""
     arguments = {
@@ -96,7 +91,8 @@ def test_the_best_adapter_is_loaded_at_the_end(pool: Pool, gpt2: Path, tmp_path:
     run = Run(gpt2, tmp_path / "run", layout=LAYOUTS["tp2"], lora=LORA, arguments=arguments)
     best, weights = on_ranks(pool, _train_for_the_best, run)
     assert Path(best).name == "checkpoint-2"
-    assert_all_equal(on_ranks(pool, _adapter_of, run, best), weights)
+    base = make_trainer(replace(run, layout={}, lora=None)).model
+    assert_all_equal(trainable_weights(load_adapter(base, best, is_trainable=True)), weights)
     with quiet_peft():
         stock = PeftModel.from_pretrained(
             GPT2LMHeadModel.from_pretrained(gpt2), run.output / "final", is_trainable=True

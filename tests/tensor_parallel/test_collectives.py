@@ -1,4 +1,4 @@
-"""Beginning a collective, and waiting for it."""
+"""Beginning a collective, and waiting for it; what ranks ask of each other beside the facts that training compares."""
 
 import threading
 import time
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hf_megatron.tensor_parallel import cpu
+from hf_megatron.tensor_parallel.agreement import RankComparison
 from hf_megatron.tensor_parallel.collectives import start_all_gather, start_all_reduce
 from hf_megatron.tensor_parallel.group import SINGLE
 from tests.live import on_live_ranks
@@ -29,6 +30,13 @@ def test_a_late_rank_is_waited_for(polling_seconds: float) -> None:
         wait()
         assert total.tolist() == [1.0] * 3
         assert gather().tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
+@on_live_ranks(2)
+def test_every_rank_is_heard() -> None:
+    """Catches wishes of which only one rank's counts: who asks for a checkpoint may be any of them."""
+    assert dist.group.WORLD is not None
+    assert RankComparison.on_cpu(dist.group.WORLD).agree("here", {}, 1 << dist.get_rank()) == 0b11
 
 
 class _Work:

@@ -31,11 +31,11 @@ def _inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Ten
 
 def _run(
     tensors: Tensors,
-    target: torch.Tensor = TARGET,
+    target: Any = TARGET,
     *,
     scale: float = 1.7,
-    autocast: torch.dtype | None = None,
-    frozen: tuple[int, ...] = (),
+    autocast: Any = None,
+    frozen: Any = (),
     **options: Any,
 ) -> Tensors:
     """The loss, and the gradients of hidden states, weight and bias, of which a rank has its part."""
@@ -54,13 +54,12 @@ def _run(
 
 def _reference(
     tensors: Tensors,
-    target: torch.Tensor = TARGET,
+    target: Any = TARGET,
     *,
     scale: float = 1.7,
-    autocast: torch.dtype | None = None,
-    frozen: tuple[int, ...] = (),
-    num_items_in_batch: float | None = None,
-    label_smoothing: float = 0.0,
+    autocast: Any = None,
+    frozen: Any = (),
+    **options: Any,
 ) -> Tensors:
     """The same by torch, with bfloat16 tensors in float32."""
     wide = [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
@@ -68,8 +67,8 @@ def _reference(
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         logits = F.linear(*leaves)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    divisor = num_items_in_batch or int((target != -100).sum())
-    loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing) / divisor
+    divisor = options.pop("num_items_in_batch", None) or int((target != -100).sum())
+    loss = F.cross_entropy(logits, target, reduction="sum", **options) / divisor
     if loss.requires_grad:
         (loss * scale).backward()
     gradients = [None if leaf is None else leaf.grad for leaf in leaves]
