@@ -1,6 +1,5 @@
 """The collator: the batch it makes, and that it can be made again, elsewhere too."""
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +12,8 @@ from hf_megatron.errors import DataError
 from hf_megatron.paper.data import DataCollatorForMegatronBertPretraining as Collator
 from hf_megatron.paper.data import NgramMasking, sentence_order_pairs
 from tests.data.conftest import Document
-from tests.distributed import RankPool
 from tests.models.architectures import PRE
+from tests.models.reference import Pool
 
 Batch = dict[str, torch.Tensor]
 
@@ -113,7 +112,7 @@ def _batches_on_a_rank(directory: Path, examples: list[dict[str, Any]]) -> list[
 
 
 def test_same_batch_on_all_ranks(
-    tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], pool: Callable[[int], RankPool], tmp_path: Path
+    tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], pool: Pool, tmp_path: Path
 ) -> None:
     """Catches ranks that mask other tokens: their shards would be trained on different batches, without an error."""
     tokenizer.save_pretrained(tmp_path)

@@ -80,9 +80,8 @@ def test_whole_words_in_runs(
             seen.add(num_words)
         positions, length = list(chain(*ngrams)), sum(map(len, words))
         assert len(positions) == len(set(positions))
-        assert (
-            1 <= len(positions) <= max(probability * length, min(map(len, words)))
-        )  # where no word fits, the shortest
+        most = max(probability * length, min(map(len, words)))  # where no word fits, the shortest
+        assert 1 <= len(positions) <= most
         if len(token_ids) > 50:
             num_chosen, num_tokens = num_chosen + len(positions), num_tokens + length
     assert seen == set(range(1, max_ngram + 1))

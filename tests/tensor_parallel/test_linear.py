@@ -1,5 +1,6 @@
 """The two linear layers against plain products: output, and the gradient of the input, the weight and the bias."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,12 +64,9 @@ class Case:
         return layer
 
 
-CASES = [
-    Case(kind, layout, has_bias)
-    for kind in ("column", "row", "fused")
-    for layout in ("out_in", "in_out")
-    for has_bias in (True, False)
-]
+_KINDS: Any = ("column", "row", "fused")
+_LAYOUTS: Any = ("out_in", "in_out")
+CASES = [Case(*case) for case in itertools.product(_KINDS, _LAYOUTS, (True, False))]
 
 
 @pytest.mark.parametrize("has_frozen_input", [False, True], ids=["", "frozen_input"])
