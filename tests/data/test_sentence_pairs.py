@@ -108,12 +108,10 @@ def test_documents_without_a_pair(document: Document) -> None:
     assert _pairs(document) == []
 
 
-@pytest.mark.parametrize(
-    "document", [[[], [100], [], [101]], _numbered(1, 1), _numbered(2, 500), _numbered(*[500] * 3)]
-)
-def test_documents_of_one_pair(document: Document) -> None:
+@pytest.mark.parametrize("doc", [[[], [100], [], [101]], _numbered(1, 1), _numbered(2, 500), _numbered(*[500] * 3)])
+def test_documents_of_one_pair(doc: Document) -> None:
     """Catches empty segments, and sequences over the limit."""
-    (pair,) = _pairs(document)
+    (pair,) = _pairs(doc)
     assert all(_segments(pair))
     assert len(pair["input_ids"]) <= 32
 
