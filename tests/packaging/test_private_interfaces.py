@@ -1,7 +1,5 @@
 """The private names of other libraries that this package uses are there, as they were, and all of them are known."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

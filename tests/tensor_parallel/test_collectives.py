@@ -1,10 +1,8 @@
-"""Beginning a collective, and waiting for it."""
-
-from __future__ import annotations
+"""Beginning a collective, and waiting for it; what ranks ask of each other beside the facts that training compares."""
 
 import threading
 import time
-from typing import Any
+from typing import Any, Self
 from unittest.mock import patch
 
 import pytest
@@ -12,12 +10,17 @@ import torch
 import torch.distributed as dist
 
 from hf_megatron.tensor_parallel import cpu
+from hf_megatron.tensor_parallel.agreement import RankComparison
 from hf_megatron.tensor_parallel.collectives import start_all_gather, start_all_reduce
 from hf_megatron.tensor_parallel.group import SINGLE
-from tests.tensor_parallel.ranks import Pool, group
+from tests.live import on_live_ranks
+from tests.tensor_parallel.ranks import group
 
 
-def _wait_for_a_late_rank(polling_seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.mark.parametrize("polling_seconds", [0.0, 0.01, 10.0])
+@on_live_ranks(2)
+def test_a_late_rank_is_waited_for(polling_seconds: float) -> None:
+    """Catches a tensor that is handed out unfinished when the time for asking is over, and asking that never ends."""
     tp = group()
     total, shard = torch.full((3,), float(tp.rank)), torch.full((2,), float(tp.rank))
     if tp.rank == 0:
@@ -25,15 +28,15 @@ def _wait_for_a_late_rank(polling_seconds: float) -> tuple[torch.Tensor, torch.T
     with patch.multiple(cpu, POLLING_SECONDS=polling_seconds, _CORES=2):
         wait, gather = start_all_reduce(tp, total), start_all_gather(tp, shard, 0, 2 * tp.size, is_async=False)
         wait()
-        return total, gather()
-
-
-@pytest.mark.parametrize("polling_seconds", [0.0, 0.01, 10.0])
-def test_a_late_rank_is_waited_for(pool: Pool, polling_seconds: float) -> None:
-    """Catches a tensor that is handed out unfinished when the time for asking is over, and asking that never ends."""
-    for total, gathered in pool(2).run(_wait_for_a_late_rank, polling_seconds):
         assert total.tolist() == [1.0] * 3
-        assert gathered.tolist() == [0.0, 0.0, 1.0, 1.0]
+        assert gather().tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
+@on_live_ranks(2)
+def test_every_rank_is_heard() -> None:
+    """Catches wishes of which only one rank's counts: who asks for a checkpoint may be any of them."""
+    assert dist.group.WORLD is not None
+    assert RankComparison.on_cpu(dist.group.WORLD).agree("here", {}, 1 << dist.get_rank()) == 0b11
 
 
 class _Work:
@@ -42,7 +45,7 @@ class _Work:
     def __init__(self, answers: list[bool], error: str | None = None) -> None:
         self.answers, self.error, self.waits = answers, error, 0
 
-    def get_future(self) -> _Work:
+    def get_future(self) -> Self:
         return self
 
     def done(self) -> bool:
