@@ -167,9 +167,9 @@ _LIST = r"""
 + if not name:
 @ hf_megatron/checkpoint/unpickle.py -> tests/checkpoint/test_torch_file.py
 # test_nothing_is_imported_or_made: a module that a pickle names is imported
-- return Global(self.names[-1])
+- result = Global(module, attribute)
 + __import__(module)
-+         return Global(self.names[-1])
++         result = Global(module, attribute)
 @ hf_megatron/checkpoint/atomic_directory.py -> tests/checkpoint/test_atomic_directory.py
 # test_everything_is_on_disk_before_it_has_its_name: files are renamed before they are on disk
 - _sync(*self.path.rglob("*"), self.path)
