@@ -10,6 +10,7 @@ from __future__ import annotations
 MAX_PICKLE_BYTES = 32 * 2**20
 MAX_PICKLE_OBJECTS = 1_000_000  # that are pushed onto the stack
 MAX_PICKLE_INSTRUCTIONS = 4_000_000
+METADATA_FACTOR = 8  # by which a distributed checkpoint's .metadata may be larger: it lists each rank's part
 MAX_NESTING = 16  # dictionaries within dictionaries
 
 # Of pickles and JSON.
@@ -23,7 +24,8 @@ MAX_ZIP_DIRECTORY_BYTES = 16 * 2**20
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_TOKENIZER_JSON_BYTES = 256 * 2**20
-MAX_JSON_NESTING = 100
+MAX_TRAINER_STATE_BYTES = 256 * 2**20  # which hold what was logged in each step
+MAX_JSON_NESTING = 127  # which is serde_json's limit too
 
 MAX_SAFETENSORS_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000  # in a checkpoint

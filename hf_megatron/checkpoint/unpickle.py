@@ -12,30 +12,25 @@ Python reads the names that Python 2 had, as protocols before 3 still write them
 
 from __future__ import annotations
 
-import codecs
 import pickletools
-import re
 import struct
-import warnings
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from hf_megatron.checkpoint.budgets import (
-    MAX_INTEGER_BITS,
     MAX_KEY_LENGTH,
     MAX_NAME_LENGTH,
     MAX_PICKLE_BYTES,
     MAX_PICKLE_INSTRUCTIONS,
     MAX_PICKLE_OBJECTS,
     BudgetError,
-    is_64_bit,
     require_within,
 )
+from hf_megatron.checkpoint.pickle_literals import LITERALS, integer
 
 _MAX_LINE = 4096
-_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 _MAX_PROTOCOL = 5
 # Implementation modules and their public names.
 _ALIASES = {"posix": "os", "nt": "os"}
@@ -101,6 +96,7 @@ class Unpickled:
 
     value: Any
     names: tuple[Global, ...]
+    calls: list[Call]
 
     def refused(self, allowed: Collection[Global]) -> list[str]:
         """The dotted names of the references that are not allowed, sorted."""
@@ -116,102 +112,45 @@ def globals_in(module: str, *attributes: str) -> frozenset[Global]:
     return frozenset(Global(module, attribute) for attribute in attributes)
 
 
-def read_pickle(stream: BinaryIO, load_persistent: Callable[[Any], Any] | None = None) -> Unpickled:
+def read_pickle(stream: BinaryIO, load_persistent: Callable[[Any], Any] | None = None, *, factor: int = 1) -> Unpickled:
     """Read one pickle, from the stream's position, and leave the stream after its end.
 
     ``load_persistent`` turns a persistent id into an object; without it there must be none. UnpickleError if it is not
-    a pickle, truncated or damaged, BudgetError if it asks for more than ``budgets`` allow.
+    a pickle, truncated or damaged, BudgetError if it asks for more than ``factor`` times what ``budgets`` allow.
     """
-    machine = _Machine(stream, load_persistent)
+    machine = _Machine(stream, load_persistent, factor)
     try:
         value = machine.run()
     except (BudgetError, UnpickleError):
         raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error) as error:
         raise UnpickleError(f"it is not a pickle, or a damaged one ({type(error).__name__})") from error
-    return Unpickled(value, tuple(machine.names))
-
-
-def _integer(text: str) -> int:
-    """Of decimal digits; not of octal and hexadecimal ones, which Python reads in one place and not in another."""
-    if len(text) > MAX_INTEGER_BITS:
-        raise BudgetError(f"it has an integer of {len(text)} digits, and the limit is {MAX_INTEGER_BITS} bits")
-    if _INTEGER.fullmatch(text) is None:
-        raise ValueError("not a decimal number")
-    return _checked(int(text))
-
-
-def _checked(number: int) -> int:
-    if not is_64_bit(number):
-        raise BudgetError(f"it has an integer of {number.bit_length()} bits, and the limit is {MAX_INTEGER_BITS}")
-    return number
-
-
-def _long(data: bytes) -> int:
-    if len(data) > MAX_INTEGER_BITS // 8 + 1:  # one more for the sign
-        raise BudgetError(f"it has an integer of {8 * len(data)} bits, and the limit is {MAX_INTEGER_BITS}")
-    return _checked(int.from_bytes(data, "little", signed=True))
-
-
-def _int_or_bool(data: bytes) -> int:
-    return data == b"01" if data in (b"00", b"01") else _integer(data.decode("ascii"))
-
-
-def _quoted(data: bytes) -> str:
-    if len(data) < 2 or data[:1] not in (b"'", b'"') or data[:1] != data[-1:]:
-        raise ValueError("text without quotes")
-    # Damaged text may contain invalid escapes, about which Python warns.
-    with warnings.catch_warnings(action="ignore"):
-        return _python_2(codecs.escape_decode(data[1:-1])[0])
-
-
-def _python_2(data: bytes) -> str:
-    """Text that Python 2 wrote without saying in which encoding."""
-    return data.decode("utf-8", "backslashreplace")
-
-
-def _escaped(data: bytes) -> str:
-    text = data.decode("raw-unicode-escape")
-    text.encode()  # ValueError for half of a surrogate pair
-    return text
-
-
-# Instructions that push their argument: how it is decoded.
-_LITERALS: dict[str, Callable[[bytes], Any]] = {
-    "INT": _int_or_bool,
-    "LONG": lambda data: _integer(data.decode("ascii").removesuffix("L")),
-    "BININT": lambda data: int.from_bytes(data, "little", signed=True),
-    **dict.fromkeys(("BININT1", "BININT2"), lambda data: int.from_bytes(data, "little")),
-    **dict.fromkeys(("LONG1", "LONG4"), _long),
-    "FLOAT": float,
-    "BINFLOAT": lambda data: struct.unpack(">d", data)[0],
-    "STRING": _quoted,
-    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), _python_2),
-    "UNICODE": _escaped,
-    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), bytes.decode),
-    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"), bytes),
-}
+    return Unpickled(value, tuple(machine.names), machine.calls)
 
 
 class _Machine:
     """The pickle stack machine."""
 
-    def __init__(self, stream: BinaryIO, load_persistent: Callable[[Any], Any] | None) -> None:
+    def __init__(self, stream: BinaryIO, load_persistent: Callable[[Any], Any] | None, factor: int) -> None:
         self.names: dict[Global, None] = {}
+        self.calls: list[Call] = []
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._protocol = 0
-        self._stream, self._left = stream, MAX_PICKLE_BYTES
+        self._factor = factor
+        self._stream, self._left = stream, factor * MAX_PICKLE_BYTES
         self._load_persistent = load_persistent
 
     def run(self) -> Any:
         """Execute instructions until the one that ends the pickle; the value that is left."""
-        objects = 0
-        for _ in range(MAX_PICKLE_INSTRUCTIONS):
+        objects, max_objects = 0, self._factor * MAX_PICKLE_OBJECTS
+        max_instructions = self._factor * MAX_PICKLE_INSTRUCTIONS
+        for _ in range(max_instructions):
             name, kind = _INSTRUCTIONS[self._take(1)[0]]
             if name not in _NOT_PUSHING:
                 objects += 1
-                require_within(MAX_PICKLE_OBJECTS, objects, "objects in its pickle")
+                if objects > max_objects:
+                    raise BudgetError(f"its pickle has more than {max_objects:,} objects, which is the limit")
             argument = b"" if kind is None else self._argument(kind)
             if name == "STOP":
                 (value,) = self._stack
@@ -219,12 +158,13 @@ class _Machine:
                     raise ValueError("no value")
                 return value
             self._step(name, argument)
-        raise BudgetError(f"its pickle has more than {MAX_PICKLE_INSTRUCTIONS:,} instructions, which is the limit")
+        raise BudgetError(f"its pickle has more than {max_instructions:,} instructions, which is the limit")
 
     def _take(self, size: int) -> bytes:
         """The next bytes of the pickle; no memory is reserved for more than there can be."""
         if size > self._left:
-            require_within(MAX_PICKLE_BYTES, MAX_PICKLE_BYTES - self._left + size, "bytes in its pickle")
+            limit = self._factor * MAX_PICKLE_BYTES
+            require_within(limit, limit - self._left + size, "bytes in its pickle")
         self._left -= size
         data = self._stream.read(size)
         if len(data) < size:
@@ -246,7 +186,7 @@ class _Machine:
     def _step(self, name: str, argument: bytes) -> None:
         """Execute one instruction."""
         stack = self._stack
-        if (decode := _LITERALS.get(name)) is not None:
+        if (decode := LITERALS.get(name)) is not None:
             stack.append(decode(argument))
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
@@ -257,9 +197,9 @@ class _Machine:
         elif name == "MEMOIZE":
             self._memo[len(self._memo)] = self._top()
         elif name == "PUT":
-            self._memo[_integer(argument.decode("ascii"))] = self._top()
+            self._memo[integer(argument.decode("ascii"))] = self._top()
         elif name == "GET":
-            stack.append(self._memo[_integer(argument.decode("ascii"))])
+            stack.append(self._memo[integer(argument.decode("ascii"))])
         elif name == "PROTO":
             (self._protocol,) = argument
             if self._protocol > _MAX_PROTOCOL:
@@ -329,8 +269,10 @@ class _Machine:
             case "BUILD":
                 state = self._pop()
                 # Ignore attributes of dictionaries, such as a state dict's _metadata.
-                if isinstance(self._top(), Call):
-                    self._top().state = state
+                if isinstance(call := self._top(), Call):
+                    if call.state is not None:
+                        raise ValueError("attributes set twice")
+                    call.state = state
             case "BINPERSID" if self._load_persistent is not None:
                 self._stack.append(self._load_persistent(self._pop()))
             case _:
@@ -375,7 +317,9 @@ class _Machine:
             raise TypeError("arguments are not a tuple")
         # Plain dictionaries keep their order, so OrderedDict is read as dict.
         is_dict = function == Global("collections", "OrderedDict") and not arguments
-        self._stack.append({} if is_dict else Call(function, arguments))
+        if not is_dict:
+            self.calls.append(Call(function, arguments))
+        self._stack.append({} if is_dict else self.calls[-1])
 
     def _extend(self, items: list[Any]) -> None:
         target = self._top()
