@@ -255,6 +255,13 @@ class Architecture:
         known = ", ".join(model_class.stock for model_class in self.classes)
         raise UnsupportedError(f"{shown(name)} is not one of the {self.name} classes offered here: {known}.")
 
+    def class_of(self, config: Config) -> ModelClass:
+        """The class that a config.json names, or the first one; UnsupportedError if there is no such class here."""
+        named = config.get("architectures") or [None]
+        if not isinstance(named, list):
+            raise UnsupportedError(f"architectures={shown(named)} in the configuration is no list of class names.")
+        return self.model_class(named[0])
+
     def tensors(self, config: Config, model_class: ModelClass) -> dict[str, Tensor]:
         """Every tensor in the state dict of ``model_class`` under ``config``, by name, rule by rule."""
         sizes = self.sizes(config)

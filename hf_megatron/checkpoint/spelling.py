@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_megatron.architectures import Architecture, ModelClass
 from hf_megatron.checkpoint.lazy import LazyTensor
-from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, UnsupportedError, shown
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, shown
 
 Shape = tuple[int, ...]
 
@@ -34,10 +34,7 @@ class CanonicalTensors:
 
 def model_class_of(table: Architecture, config: Mapping[str, Any]) -> ModelClass:
     """The class that a config.json names, or the table's first one; UnsupportedError if the table lacks that class."""
-    architectures = config.get("architectures") or [None]
-    if not isinstance(architectures, list):
-        raise UnsupportedError(f"architectures={shown(architectures)} in the configuration is no list of class names.")
-    return table.model_class(architectures[0])
+    return table.class_of(config)
 
 
 def respelled(name: str, known: Mapping[str, object], base_prefix: str) -> str | None:

@@ -71,7 +71,7 @@ class ModelShape:
         return cls(
             config=config,
             table=table,
-            model_class=table.model_class((config.get("architectures") or [None])[0]),
+            model_class=table.class_of(config),
             num_layers=sizes["num_hidden_layers"],
             hidden_size=sizes["hidden_size"],
             num_heads=sizes["num_attention_heads"],

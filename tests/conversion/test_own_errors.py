@@ -224,6 +224,33 @@ def test_numbers_of_ranks(tmp_path: Path) -> None:
         inspect(tmp_path / "source")
 
 
+@pytest.mark.parametrize("value", [1.5, {"a": 1}, [], [[1]], [None]])
+def test_classes_of_other_types(tmp_path: Path, value: object) -> None:
+    """Catches what is no list of classes, looked into as if it were."""
+    variant = Variant(tp=1, layers=1)
+    write(tmp_path / "source", variant, make_weights(variant))
+    config = {"model_type": "gpt2", "architectures": value}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    inspect(tmp_path / "source")
+    source = _hub(tmp_path / "hub", architectures=value)
+    if value in ([], [None]):
+        inspect(source)
+    else:
+        with pytest.raises(UnsupportedError, match=r"is no list of class names|is not one of the gpt2 classes"):
+            inspect(source)
+
+
+@pytest.mark.timeout(60)
+def test_a_large_tracker(tmp_path: Path) -> None:
+    """Catches a file of gigabytes that is read to find a number."""
+    variant = Variant(tp=1, layers=1)
+    write(tmp_path / "source", variant, make_weights(variant))
+    tracker = tmp_path / "source" / "latest_checkpointed_iteration.txt"
+    os.truncate(tracker, 2**36)
+    with pytest.raises(CheckpointError, match=r"where an iteration or 'release' is expected"):
+        inspect(tmp_path / "source")
+
+
 @pytest.mark.timeout(60)
 def test_a_tracker_that_is_no_file(tmp_path: Path) -> None:
     """Catches a pipe that is waited for."""

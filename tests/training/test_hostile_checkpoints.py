@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -15,6 +16,7 @@ import torch
 
 from hf_megatron.checkpoint.checksums import CHECKSUMS
 from hf_megatron.errors import CheckpointError
+from hf_megatron.training.training_state import check_step
 from tests.training.runs import Run, make_trainer, train
 
 
@@ -98,6 +100,17 @@ def _large_metadata(checkpoint: Path, mark: Path) -> None:
     (checkpoint / "optimizer" / ".metadata").write_bytes(b"\x80\x02\x8b\xff\xff\x00\x00" + bytes(0xFFFF) + b".")
 
 
+def _state(name: str, content: Any) -> Callable[[Path, Path], None]:
+    return lambda checkpoint, mark: torch.save(content, checkpoint / name)
+
+
+def _trainer_state(text: str) -> Callable[[Path, Path], None]:
+    def write(checkpoint: Path, mark: Path) -> None:
+        (checkpoint / "trainer_state.json").write_text(text)
+
+    return write
+
+
 _CHANGES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "metadata": (_evil_metadata, r"\.metadata is refused: its pickle asks for '\w+\.mkdir', which could run any code"),
     "entry": (_evil_entry, "optimizer cannot be read: (?s:.*)mkdir"),
@@ -107,6 +120,11 @@ _CHANGES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "pipe": (_pipe, "is neither a file nor a directory"),
     "integer": (_large_metadata, "an integer of 524280 bits"),
     "scheduler": (_saved("scheduler.pt"), "scheduler.pt cannot be read"),
+    "nested state": (_trainer_state('{"a":' * 10**5), "trainer_state.json cannot be read"),
+    "long integer": (_trainer_state('{"global_step": %s}' % ("9" * 5000)), "trainer_state.json cannot be read"),
+    "other step": (_trainer_state('{"global_step": [[[[[[[[6]]]]]]]]}'), "is of step a list"),
+    "random state of another shape": (_state("random_state_0.pt", {"python": (1, 2, 3)}), "no state of random streams"),
+    "schedule of another shape": (_state("scheduler.pt", [1]), "scheduler.pt holds no state of a schedule"),
     "random state": (_saved("random_state_0.pt"), "random_state_0.pt cannot be read"),
 }
 
@@ -137,6 +155,15 @@ def test_what_runs_is_what_was_meant(finished: Run, tmp_path: Path) -> None:
     torch.load(tmp_path / "1" / "optimizer" / ".metadata", weights_only=False)
     assert (tmp_path / "mark-0").exists()
     assert (tmp_path / "mark-1").exists()
+
+
+def test_numbers_of_large_runs(finished: Run, tmp_path: Path) -> None:
+    """Catches a run refused because it took more than 2^64 floating-point operations."""
+    checkpoint = tmp_path / "checkpoint-6"
+    shutil.copytree(finished.output / "checkpoint-6", checkpoint)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    (checkpoint / "trainer_state.json").write_text(json.dumps({**state, "total_flos": 10**24}))
+    check_step(checkpoint)
 
 
 def test_training_arguments_are_not_read(finished: Run, tmp_path: Path) -> None:
