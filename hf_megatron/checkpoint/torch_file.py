@@ -142,7 +142,7 @@ def open_torch_file(path: Path, allowed: Collection[Global] = TENSOR_GLOBALS) ->
     except OSError as error:
         raise CheckpointIncompleteError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointIncompleteError(f"{path} cannot be read; is it truncated? {error!r}") from error
+        raise CheckpointIncompleteError(f"{path} cannot be read; is it truncated? {shown(repr(error))}") from error
 
 
 def _read_pickle(
