@@ -44,6 +44,9 @@ _TABLE: Mapping[str, str] = {
     "transformers.distributed.checkpoint._save_model_checkpoint_distributed(model, checkpoint_dir)": (
         "saving a whole model as a tp directory"
     ),
+    "transformers.distributed.checkpoint._redistribute_state_dict(state_dict, reference_state_dict)": (
+        "loading an optimizer's state, whose entries are loaded as weights only"
+    ),
     f"{_MODEL}._get_resized_lm_head(self, old_lm_head, new_num_tokens, transposed, mean_resizing)": (
         "resizing the vocabulary of a model with an untied head"
     ),
