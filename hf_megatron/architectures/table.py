@@ -24,7 +24,6 @@ ERF_GELUS = ("gelu", "gelu_python")
 # Beyond any model, so that a damaged configuration does not become a table of a billion rows.
 _MAX_LAYERS = 10_000
 _MAX_SIZE = 2**30
-_MAX_LISTED_DEGREE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,11 +233,10 @@ class Architecture:
         if tp_size < 1:
             raise PartitionError(f"tp_size={tp_size} is not a degree; choose 1 or more.")
         heads = self.sizes(config)["num_attention_heads"]
-        if heads % tp_size:
-            fitting = [str(degree) for degree in range(1, min(heads, _MAX_LISTED_DEGREE) + 1) if heads % degree == 0]
-            choices = " or ".join(filter(None, (", ".join(fitting[:-1]), fitting[-1])))
+        if tp_size > heads:
             raise PartitionError(
-                f"num_attention_heads={heads} is not divisible by tp_size={tp_size}; choose {choices}."
+                f"num_attention_heads={heads} is less than tp_size={tp_size}, and a rank would have no head of its own; "
+                f"choose {heads} or less."
             )
         for tensor in self.tensors(config, self.classes[0]).values():
             tensor.spec.check(tensor.name, tensor.shape, tp_size)

@@ -1,6 +1,6 @@
-"""Attention split by heads: each rank computes its own heads, without communication.
+"""Attention split by heads: each rank computes its own heads, without communication where the degree divides them.
 
-Shapes: B batch, S_q queries, S_k keys, N heads, N_p heads per partition, D head dim, H = N x D hidden.
+Shapes: B batch, S_q queries, S_k keys, N heads, N_p heads that a rank computes, D head dim, H = N x D hidden.
 
 Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3 and figure 3b.
 """
@@ -18,10 +18,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_megatron.errors import PartitionError
+from hf_megatron.partition import HeadCut
 from hf_megatron.tensor_parallel import (
     ParallelModule,
     TensorParallelGroup,
     attention_dropout,
+    complete_heads,
 )
 from hf_megatron.tensor_parallel.random import private_cuda_stream
 
@@ -58,23 +60,26 @@ class ParallelAttention(ParallelModule):
         self.dropout_p = float(dropout)
         self.scaling, self.is_causal, self.upcast, self.layer_idx = scaling, is_causal, upcast, layer_idx
 
+        self.head_cut = HeadCut(num_heads, head_dim, 1, 0)
+
     @property
     def num_heads_per_partition(self) -> int:
-        """N_p, the heads of this rank."""
-        return self.num_heads // self.tp_group.size
+        """N_p, the heads that this rank computes, some of them together with a neighbour."""
+        return len(self.head_cut.heads)
 
     @property
     def first_head(self) -> int:
         """Global index of this rank's first head."""
-        return self.tp_group.rank * self.num_heads_per_partition
+        return self.head_cut.heads.start
 
     def set_tensor_parallel(self, group: TensorParallelGroup) -> None:
-        if self.num_heads % group.size:
-            raise PartitionError(f"{self.num_heads} heads cannot be cut over {group.size} ranks evenly.")
+        if group.size > self.num_heads:
+            raise PartitionError(f"{self.num_heads} heads are too few for {group.size} ranks.")
         super().set_tensor_parallel(group)
+        self.head_cut = HeadCut(self.num_heads, self.head_dim, group.size, group.rank)
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, S, H_p] to [B, N_p, S, D], split by heads before and after."""
+        """[B, S, N_p x D] to [B, N_p, S, D], split by heads before and after."""
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def attend(
@@ -91,9 +96,9 @@ class ParallelAttention(ParallelModule):
         """Attend with this rank's heads.
 
         Args:
-            query: [B, S_q, H_p], split by heads.
-            key: [B, S, H_p], split by heads.
-            value: [B, S, H_p], split by heads.
+            query: [B, S_q, H_p], split on the last dim.
+            key: [B, S, H_p], split on the last dim.
+            value: [B, S, H_p], split on the last dim.
             attention_mask: Broadcastable to [B, N_p, S_q, S_k], boolean (True: attend) or additive, replicated.
             past_key_values: Cache that holds and receives this rank's heads of this layer.
             recompute: A function like ``torch.utils.checkpoint.checkpoint`` with which to recompute the attention in
@@ -101,14 +106,24 @@ class ParallelAttention(ParallelModule):
             **kwargs: For the attention kernel.
 
         Returns:
-            The context [B, S_q, H_p], split by heads, and the probabilities [B, N_p, S_q, S_k] where the kernel
-            keeps them.
+            The context [B, S_q, H_p], split on the last dim, and the probabilities [B, heads, S_q, S_k], of the heads
+            whose first column is here, where the kernel keeps them.
+
+        Collective: that of :func:`complete_heads`, if there are heads that lie on two ranks.
         """
+        cut = self.head_cut
+        if cut.is_shared:
+            query, key, value = complete_heads(self.tp_group, cut, query, key, value)
         query, key, value = (self.split_heads(x) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
         context, probabilities = self._kernel(query, key, value, attention_mask, recompute, **kwargs)
-        return context.reshape(*context.shape[:-2], -1).contiguous(), probabilities
+        context = context.reshape(*context.shape[:-2], -1)
+        if cut.is_shared:
+            context = context[..., cut.columns]
+            if probabilities is not None:
+                probabilities = probabilities[:, cut.first_here.start - cut.heads.start :]
+        return context.contiguous(), probabilities
 
     def _kernel(
         self,

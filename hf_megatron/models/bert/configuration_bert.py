@@ -71,7 +71,7 @@ class ParallelBertConfig(BertConfig):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> Self:
-        """The configuration of one of the paper's models, such as ``bert-3.9b``.
+        """The configuration of a model of the paper, such as ``bert-3.9b``, or a published one (``bert-base-uncased``).
 
         Args:
             name: See ``hf_megatron.architectures.presets``.
@@ -80,7 +80,8 @@ class ParallelBertConfig(BertConfig):
         Raises:
             UnsupportedError: There is no BERT of this name; the message lists those there are.
         """
-        return cls(**{**preset_named(name, architecture=BERT_PRE.name).sizes, **changes})
+        preset = preset_named(name, architecture=BERT_PRE.name)
+        return cls(**{**preset.table.own_config, **preset.sizes, **changes})
 
     @classmethod
     def get_config_dict(

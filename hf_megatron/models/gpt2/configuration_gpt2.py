@@ -37,7 +37,7 @@ class MegatronGPT2Config(GPT2Config):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> Self:
-        """The configuration of one of the paper's models, such as ``gpt2-8.3b``.
+        """The configuration of a model of the paper, such as ``gpt2-8.3b``, or a published one (``gpt2-xl``).
 
         Args:
             name: See ``hf_megatron.architectures.presets``.
