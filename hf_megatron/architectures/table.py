@@ -235,7 +235,7 @@ class Architecture:
         heads = self.sizes(config)["num_attention_heads"]
         if tp_size > heads:
             raise PartitionError(
-                f"num_attention_heads={heads} is less than tp_size={tp_size}: some ranks would have no head of their own; "
+                f"num_attention_heads={heads} is less than tp_size={tp_size}: some ranks would have no head; "
                 f"choose {heads} or less."
             )
         for tensor in self.tensors(config, self.classes[0]).values():
