@@ -36,23 +36,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from hf_megatron.models.bert.configuration_bert import MegatronBertConfig
-    from hf_megatron.models.bert.modeling_bert import MegatronBertModel
-    from hf_megatron.models.bert.modeling_bert_heads import (
+    from hf_megatron.models import (
+        MegatronBertConfig,
         MegatronBertForMaskedLM,
         MegatronBertForMultipleChoice,
         MegatronBertForPreTraining,
         MegatronBertForQuestionAnswering,
         MegatronBertForSequenceClassification,
         MegatronBertForTokenClassification,
-    )
-    from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
-    from hf_megatron.models.gpt2.modeling_gpt2 import MegatronGPT2Model
-    from hf_megatron.models.gpt2.modeling_gpt2_heads import (
+        MegatronBertModel,
+        MegatronGPT2Config,
         MegatronGPT2ForQuestionAnswering,
         MegatronGPT2ForSequenceClassification,
         MegatronGPT2ForTokenClassification,
         MegatronGPT2LMHeadModel,
+        MegatronGPT2Model,
     )
     from hf_megatron.training.trainer import MegatronTrainer
 

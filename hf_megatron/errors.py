@@ -1,19 +1,5 @@
 """The exceptions this package raises for its users' mistakes.
 
-    HfMegatronError(Exception)
-    |-- PartitionError(ValueError)            a size or name does not fit the parallel layout
-    |-- UnsupportedError(ValueError)          a feature that the parallel models do not have
-    |   `-- UnexpectedArgumentError(TypeError)    an argument of a forward that nothing would use
-    |-- DataError(ValueError)                 examples or a tokenizer that cannot be trained on
-    |-- ParallelStateError(RuntimeError)      process group, world size, use outside of a group
-    |   `-- RanksDifferError                  ranks of a group hold, read or do what differs and must be equal
-    |-- DivergenceError(FloatingPointError)   a training step that would make the weights inf or nan
-    `-- CheckpointError(ValueError)           a checkpoint that cannot be used or written
-        |-- CheckpointFormatError             not a format or spelling we know
-        |   `-- CheckpointShapeError(RuntimeError)  a tensor does not have the shape its configuration gives it
-        |-- CheckpointIncompleteError         a file, a shard or a part of a tensor is missing or extra
-        `-- DestinationError                  where we were asked to write is taken or unsafe
-
 Every message gives the numbers and the remedy. Each class also derives from the builtin that fits, so that
 ``except ValueError`` in existing code keeps working.
 """

@@ -11,19 +11,12 @@ transformers and hf_megatron once, ranks are forked from it, and a job then cost
     def test_sum(pool):                                   # `pool` is the fixture in conftest.py
         assert pool(4).run(_sum_of_ranks) == [6.0] * 4
 
-What a job may rely on: a gloo world of exactly `world_size` ranks, the environment variables of a launcher
-(RANK, LOCAL_RANK, WORLD_SIZE, ...), one thread, no GPU, and the same seed, default dtype and environment at the
-start of every job. What went wrong in a job is an exception in the test:
-
-- one that says which rank failed first, followed by the tracebacks of all ranks. The failing rank leaves the world,
-  so that its peers, who wait for it in a collective, come back with "connection closed" instead of waiting forever;
-- or, after `timeout` seconds, one that names the rank that hung, followed by where each rank was.
-
-A pool that failed is thrown away; the next job starts a fresh one. A job that expects an error on every rank should
-catch it itself (`with pytest.raises(...)` inside the job), which keeps the pool.
+A job may rely on a gloo world of exactly `world_size` ranks, the environment variables of a launcher (RANK, ...), one
+thread, no GPU, and the same seed, default dtype and environment at its start. What went wrong is an exception in the
+test: it names the rank that failed first, or that hung, and has the tracebacks of all. A failing rank leaves the world,
+so that peers who wait for it come back with "connection closed". The next job starts a fresh pool, unless a job that
+expects an error on every rank catches it itself.
 """
-
-from __future__ import annotations
 
 import contextlib
 import faulthandler
@@ -43,7 +36,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 _T = TypeVar("_T")
 
@@ -67,11 +60,7 @@ _MAX_GROUPS = 60
 
 
 class RankError(Exception):
-    """A job did not complete on every rank.
-
-    Attributes:
-        rank: the rank where it went wrong first.
-    """
+    """A job did not complete on every rank; `rank` is the one where it went wrong first."""
 
     def __init__(self, message: str, rank: int) -> None:
         super().__init__(message)
@@ -86,16 +75,14 @@ class RankHungError(RankError):
     """A rank did not finish in time."""
 
 
-@dataclass(frozen=True)
-class _Done:
+class _Done(NamedTuple):
     """A rank finished a job: its result, pickled, and how many process groups the rank holds now."""
 
     result: bytes
     num_groups: int
 
 
-@dataclass(frozen=True)
-class _Failed:
+class _Failed(NamedTuple):
     """A rank failed: its traceback and when it happened (`time.monotonic`, one clock for all processes)."""
 
     text: str
@@ -113,11 +100,7 @@ class _Rank:
 
 
 class RankPool:
-    """A world of `world_size` live ranks that runs jobs.
-
-    Args:
-        world_size: number of ranks. They start with the first job.
-    """
+    """A world of `world_size` live ranks that runs jobs. They start with the first job."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -125,21 +108,14 @@ class RankPool:
         self._directory: Path | None = None
 
     def run(self, job: Callable[..., _T], /, *args: Any, timeout: float = 60.0, **kwargs: Any) -> list[_T]:
-        """Run a module-level function on every rank.
+        """What a module-level function returns on every rank, by rank.
 
-        Args:
-            job: the function; it must be importable by name in the ranks.
-            *args: its positional arguments, the same for every rank. They travel by pickle.
-            timeout: seconds until a rank that has not finished counts as hung.
-            **kwargs: its keyword arguments.
-
-        Returns:
-            What the function returned, by rank. Results travel by pickle: a tensor arrives as a copy, not as shared
-            memory. A DTensor does not travel; return `to_local()` or `full_tensor()` of it.
+        The function, its arguments and results travel by pickle: a tensor arrives as a copy, not as shared memory. A
+        DTensor does not travel; return `to_local()` or `full_tensor()` of it.
 
         Raises:
             RankFailedError: a rank raised an exception or died. The failing rank's traceback comes first.
-            RankHungError: a rank did not finish within `timeout`.
+            RankHungError: a rank did not finish within `timeout` seconds.
         """
         __tracebackhide__ = True
         message = pickle.dumps((job, args, kwargs))
@@ -194,10 +170,8 @@ class RankPool:
             if not ready:
                 break
             for connection in ready:
-                assert isinstance(connection, Connection)
-                rank = waiting[connection]
-                reply = _receive(rank)
-                replies[rank.index] = reply
+                rank = waiting[connection]  # type: ignore[index]
+                reply = replies[rank.index] = _receive(rank)
                 if isinstance(reply, _Failed):
                     deadline = min(deadline, time.monotonic() + _GRACE)
 
@@ -235,15 +209,10 @@ def _failure(label: str, failed: dict[int, _Failed], stacks: dict[int, str]) -> 
 def _hang(label: str, timeout: float, stacks: dict[int, str]) -> RankHungError:
     """The error for a job that did not end. Ranks that merely wait for others in a collective are no culprits."""
     culprits = [index for index, stack in stacks.items() if not _is_in_collective(stack)]
-    if culprits:
-        order = culprits + [index for index in stacks if index not in culprits]
-        title = f"{_name_ranks(culprits)} hung in {label} after {timeout:g} s"
-    else:
-        order = list(stacks)
-        title = (
-            f"{_name_ranks(order)} hung in {label} after {timeout:g} s, each inside a collective: "
-            "the ranks did not call the same ones in the same order"
-        )
+    order = culprits + [index for index in stacks if index not in culprits]
+    title = f"{_name_ranks(culprits or order)} hung in {label} after {timeout:g} s"
+    if not culprits:
+        title += ", each inside a collective: the ranks did not call the same ones in the same order"
     sections = [f"rank {index} was at\n{stacks[index]}" for index in order]
     return RankHungError("\n".join([title, *sections]), order[0])
 
@@ -343,11 +312,7 @@ def _join_world(index: int, world_size: int, directory: Path) -> None:
 
 
 def _keep_meshes() -> None:
-    """Let all jobs of a rank have the same DeviceMesh for the same layout, as a program has one.
-
-    transformers makes two or three with every model it loads, each with process groups of its own: hundreds in the life
-    of a rank, which cost more time than most jobs take.
-    """
+    """One DeviceMesh for each layout: transformers makes several with every model, whose process groups cost time."""
     import torch.distributed as dist
 
     create = dist.init_device_mesh

@@ -12,8 +12,6 @@ In the list, a line that begins with
     +  is what takes its place.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil
@@ -118,7 +116,7 @@ _LIST = r"""
 # test_what_depends_on_the_rank_is_found_from_the_start: the guard compares nothing
 - if len(set(digests)) > 1:
 + if not digests:
-@ hf_megatron/tensor_parallel/agreement.py -> tests/tensor_parallel/test_agreement.py
+@ hf_megatron/tensor_parallel/agreement.py -> tests/tensor_parallel/test_collectives.py
 # test_every_rank_is_heard: the last rank's wishes alone are heard
 - result |= wish
 + result = wish

@@ -1,7 +1,5 @@
 """What the tests about the repository itself share: where it is and which files belong to it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

@@ -1,12 +1,9 @@
 """The rank pool itself: every other distributed test relies on what it reports."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,19 +13,14 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import initialize_distributed_mesh
 
 from tests import distributed
-from tests.distributed import RankFailedError, RankHungError, RankPool
-
-Pool = Callable[[int], RankPool]
+from tests.distributed import RankFailedError, RankHungError
+from tests.models.reference import Pool
 
 
 def _sum_over_ranks(addend: torch.Tensor, *, factor: float) -> torch.Tensor:
     total = addend * (dist.get_rank() + 1) * factor
     dist.all_reduce(total)
     return total
-
-
-def _process_id() -> int:
-    return os.getpid()
 
 
 def _go_wrong_on_last_rank(how: str) -> None:
@@ -49,10 +41,6 @@ def _fail_on_rank_0_and_spin_on_rank_1() -> None:
 
 def _call_different_collectives() -> None:
     dist.recv(torch.zeros(1), src=1 - dist.get_rank())
-
-
-def _return_a_lock() -> object:
-    return threading.Lock()
 
 
 def _litter() -> None:
@@ -88,14 +76,14 @@ def test_results_come_back_by_rank_and_as_plain_tensors(pool: Pool, world_size: 
 
 def test_ranks_stay_alive_between_jobs(pool: Pool) -> None:
     """Catches ranks that are started anew for every job, which would cost seconds per test."""
-    first = pool(2).run(_process_id)
+    first = pool(2).run(os.getpid)
     assert len({*first, os.getpid()}) == 3
-    assert pool(2).run(_process_id) == first
+    assert pool(2).run(os.getpid) == first
 
 
 def test_the_failing_rank_comes_before_its_peers(pool: Pool) -> None:
     """Catches a report headed by a peer's "connection closed", and a pool that keeps the broken world."""
-    ranks_before = pool(2).run(_process_id)
+    ranks_before = pool(2).run(os.getpid)
     with pytest.raises(RankFailedError) as caught:
         pool(2).run(_go_wrong_on_last_rank, "raise")
 
@@ -104,7 +92,7 @@ def test_the_failing_rank_comes_before_its_peers(pool: Pool) -> None:
     assert message.startswith("rank 1 failed first in tests.test_rank_pool._go_wrong_on_last_rank")
     root, peer = message.index("\nrank 1: Traceback"), message.index("\nrank 0: Traceback")
     assert root < message.index("ValueError: the root cause") < peer
-    assert not set(ranks_before) & set(pool(2).run(_process_id))
+    assert not set(ranks_before) & set(pool(2).run(os.getpid))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +110,7 @@ def test_a_killed_rank_is_named(pool: Pool, sent: str, told: str) -> None:
 
 def test_a_hang_names_the_rank_and_the_line(pool: Pool) -> None:
     """Catches a hang that stalls the whole run, or is blamed on the rank that only waits in a collective."""
-    pool(2).run(_process_id)
+    pool(2).run(os.getpid)
     with pytest.raises(RankHungError) as caught:
         pool(2).run(_go_wrong_on_last_rank, "sleep", timeout=2)
 
@@ -153,7 +141,7 @@ def test_a_hang_without_a_culprit_says_so(pool: Pool) -> None:
 def test_a_result_that_cannot_travel_is_a_failure(pool: Pool) -> None:
     """Catches a rank that dies, or never answers, because its result does not pickle."""
     with pytest.raises(RankFailedError, match=r"cannot pickle '_thread\.lock'"):
-        pool(1).run(_return_a_lock)
+        pool(1).run(threading.Lock)
 
 
 def test_jobs_start_from_the_same_state(pool: Pool) -> None:
@@ -168,7 +156,7 @@ def test_ranks_with_too_many_groups_are_replaced(pool: Pool, monkeypatch: pytest
     """Catches process groups that pile up over a session until threads or file descriptors run out."""
     monkeypatch.setattr(distributed, "_MAX_GROUPS", 5)
     littered = pool(2).run(_make_groups, 5)
-    assert not set(littered) & set(pool(2).run(_process_id))
+    assert not set(littered) & set(pool(2).run(os.getpid))
 
 
 def test_models_of_one_layout_share_their_groups(pool: Pool) -> None:

@@ -1,7 +1,5 @@
 """Which cases of a grid every change has to pass, and which only `make test-all` runs."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -19,3 +17,8 @@ def quick(cases: Iterable[tuple[Any, ...]], chosen: Collection[tuple[Any, ...]])
     if unknown:
         raise ValueError(f"not among the cases: {unknown}")
     return [pytest.param(*case, marks=() if case in chosen else pytest.mark.slow) for case in grid]
+
+
+def cases(names: str, grid: Iterable[tuple[Any, ...]], chosen: Collection[tuple[Any, ...]]) -> pytest.MarkDecorator:
+    """Parametrize a test over a grid of cases, of which those that are not `chosen` are slow."""
+    return pytest.mark.parametrize(names, quick(grid, chosen))

@@ -19,11 +19,7 @@ TABLES: tuple[Architecture, ...] = (GPT2, BERT_PRE, BERT_POST)
 
 
 def table_for(config: Mapping[str, Any]) -> Architecture:
-    """The table for a config.json, by its ``model_type``, ours or the stock one, and what it says beyond.
-
-    Raises:
-        UnsupportedError: No table for this ``model_type``.
-    """
+    """The table for a config.json, by its ``model_type``, ours or the stock one; UnsupportedError if there is none."""
     for table in TABLES:
         if table.is_for(config):
             return table

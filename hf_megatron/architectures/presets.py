@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, Architecture, ModelClass
+from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, Architecture
 from hf_megatron.architectures.table import Config
 from hf_megatron.errors import UnsupportedError
 
@@ -30,14 +30,9 @@ class Preset:
     is_of_paper: bool
 
     @property
-    def model_class(self) -> ModelClass:
-        """The class it was trained as: BERT with both pretraining heads."""
-        return self.table.classes[0]
-
-    @property
     def config(self) -> dict[str, object]:
-        """Its config.json, under our ``model_type``."""
-        return self.table.config_of(self.sizes, self.model_class, stock=False)
+        """Its config.json, under our ``model_type``; BERT has both pretraining heads."""
+        return self.table.config_of(self.sizes, self.table.classes[0], stock=False)
 
 
 # Layers, hidden size, heads.
@@ -92,11 +87,7 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def preset_named(name: str, *, architecture: str | None = None) -> Preset:
-    """A preset by its name, in small or capital letters, of an architecture if it has to be of one.
-
-    Raises:
-        UnsupportedError: There is none of this name; the message lists those there are.
-    """
+    """A preset by its name in any case, of an architecture if it has to be of one; UnsupportedError lists all names."""
     known = {n: p for n, p in PRESETS.items() if architecture in (None, p.table.name)}
     if name.lower() not in known:
         raise UnsupportedError(f"There is no preset {name!r}; choose one of {', '.join(known)}.")

@@ -163,8 +163,7 @@ class Architecture:
     def sizes(self, config: Config) -> dict[str, int]:
         """The numbers behind the names in ``TensorRule.sizes``: those of ``size_fields`` and some that follow.
 
-        Raises:
-            UnsupportedError: The models of this package cannot honour the configuration.
+        UnsupportedError if the models of this package cannot honour the configuration.
         """
         sizes: dict[str, int] = {}
         for name, where in self.size_fields.items():
@@ -206,11 +205,7 @@ class Architecture:
         )
 
     def model_class(self, name: str | None) -> ModelClass:
-        """The class of this name, stock or ours; the first class if ``name`` is None.
-
-        Raises:
-            UnsupportedError: The architecture has no such class here.
-        """
+        """The class of this name, stock or ours, or UnsupportedError; the first class if ``name`` is None."""
         if name is None:
             return self.classes[0]
         for model_class in self.classes:
@@ -254,11 +249,7 @@ class Architecture:
         return specs
 
     def rule_of(self, name: str) -> TensorRule:
-        """The rule of a concrete parameter name, with or without the base prefix.
-
-        Raises:
-            PartitionError: The name is not in the table.
-        """
+        """The rule of a concrete parameter name, with or without the base prefix; PartitionError if there is none."""
         pattern = re.sub(r"\.\d+\.", ".*.", name)
         for rule in self.rules:
             if rule.name in (pattern, pattern.removeprefix(f"{self.base_prefix}.")):

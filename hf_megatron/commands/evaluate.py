@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from hf_megatron.architectures import TABLES, Architecture
+from hf_megatron.checkpoint import read_json
 from hf_megatron.commands.console import JsonOption, messages_to_stderr, report
 from hf_megatron.commands.torchrun import run_ranks
 from hf_megatron.errors import DataError, HfMegatronError, UnsupportedError
@@ -88,22 +90,25 @@ def command(
 
 def _check_model(directory: Path, tp_size: int) -> None:
     """Refuse what can be refused without weights."""
-    from hf_megatron.architectures import TABLES
-    from hf_megatron.checkpoint import read_json
-
     found = format_of(directory)
     if not found.has_config:
         raise UnsupportedError(
             f"{directory} is in format {found.name}, which cannot be run as it is; convert it first: "
             "hf-megatron convert SRC DST --to hub."
         )
-    config = read_json(directory / "config.json")
-    table = next((table for table in TABLES if table.is_for(config)), None)
-    if table is not None and not table.is_causal:
+    table, config = _table_of(directory)
+    if table is None:
+        return
+    if not table.is_causal:
         name = table.name.upper()
         raise UnsupportedError(f"{directory} is a {name}, which sees the words that it would have to predict.")
-    if table is not None:
-        table.check_degree(config, tp_size)
+    table.check_degree(config, tp_size)
+
+
+def _table_of(directory: Path) -> tuple[Architecture | None, Mapping[str, Any]]:
+    """The table of a model, or None if it is of another architecture, and its config.json."""
+    config = read_json(directory / "config.json")
+    return next((table for table in TABLES if table.is_for(config)), None), config
 
 
 def _start_ranks(job: Mapping[str, Any], tp_size: int) -> dict[str, Any]:
@@ -162,16 +167,13 @@ def _load(directory: Path, tokenizer_directory: Path, dtype: str | None, tp_size
     from transformers.distributed import DistributedConfig
 
     import hf_megatron
-    from hf_megatron.architectures import TABLES
-    from hf_megatron.checkpoint import read_json
 
     arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if tp_size > 1:
         arguments["distributed_config"] = DistributedConfig(tp_size=tp_size)
     is_cut = tp_size > 1 or format_of(directory).name == "tp"
-    config = read_json(directory / "config.json") if is_cut else {}
-    ours = next((table.classes[0].ours for table in TABLES if table.is_for(config)), None)
-    model_class: Any = AutoModelForCausalLM if ours is None else getattr(hf_megatron, ours)
+    table = _table_of(directory)[0] if is_cut else None
+    model_class: Any = AutoModelForCausalLM if table is None else getattr(hf_megatron, table.classes[0].ours)
     try:
         model = model_class.from_pretrained(directory, **arguments).eval()
         # A directory of nothing but GPT-2's two files does not say whose they are.

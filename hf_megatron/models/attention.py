@@ -19,12 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_megatron.errors import PartitionError
 from hf_megatron.partition import HeadCut
-from hf_megatron.tensor_parallel import (
-    ParallelModule,
-    TensorParallelGroup,
-    attention_dropout,
-    complete_heads,
-)
+from hf_megatron.tensor_parallel import ParallelModule, TensorParallelGroup, attention_dropout, complete_heads
 from hf_megatron.tensor_parallel.random import private_cuda_stream
 
 
@@ -59,7 +54,6 @@ class ParallelAttention(ParallelModule):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.dropout_p = float(dropout)
         self.scaling, self.is_causal, self.upcast, self.layer_idx = scaling, is_causal, upcast, layer_idx
-
         self.head_cut = HeadCut(num_heads, head_dim, 1, 0)
 
     @property
@@ -93,23 +87,19 @@ class ParallelAttention(ParallelModule):
         recompute: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend with this rank's heads.
+        """Attend with this rank's heads: queries [B, S_q, H_p], keys and values [B, S, H_p], split on the last dim.
 
-        Args:
-            query: [B, S_q, H_p], split on the last dim.
-            key: [B, S, H_p], split on the last dim.
-            value: [B, S, H_p], split on the last dim.
-            attention_mask: Broadcastable to [B, N_p, S_q, S_k], boolean (True: attend) or additive, replicated.
-            past_key_values: Cache that holds and receives this rank's heads of this layer.
-            recompute: A function like ``torch.utils.checkpoint.checkpoint`` with which to recompute the attention in
-                the backward pass; None stores its intermediate results. Fused kernels store none anyway.
-            **kwargs: For the attention kernel.
+        The mask is broadcastable to [B, N_p, S_q, S_k], boolean (True: attend) or additive, replicated. The cache holds
+        and receives this rank's heads of this layer. ``recompute`` is a function like
+        ``torch.utils.checkpoint.checkpoint`` with which to recompute the attention in the backward pass; None stores
+        its intermediate results. Fused kernels store none anyway. ``kwargs`` are for the kernel.
 
-        Returns:
-            The context [B, S_q, H_p], split on the last dim, and the probabilities [B, heads, S_q, S_k], of the heads
-            whose first column is here, where the kernel keeps them.
+        Returns the context [B, S_q, H_p], split on the last dim, and where the kernel keeps them the probabilities
+        [B, heads, S_q, S_k], split by heads: over all ranks, each head is there once.
 
-        Collective: that of :func:`complete_heads`, if there are heads that lie on two ranks.
+        A head that lies on two ranks is computed on both. A fused kernel on a GPU draws its dropout for each rank.
+
+        Collective: those of :func:`complete_heads`, if some head lies on two ranks.
         """
         cut = self.head_cut
         if cut.is_shared:
@@ -117,24 +107,6 @@ class ParallelAttention(ParallelModule):
         query, key, value = (self.split_heads(x) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
-        context, probabilities = self._kernel(query, key, value, attention_mask, recompute, **kwargs)
-        context = context.reshape(*context.shape[:-2], -1)
-        if cut.is_shared:
-            context = context[..., cut.columns]
-            if probabilities is not None:
-                probabilities = probabilities[:, cut.first_here.start - cut.heads.start :]
-        return context.contiguous(), probabilities
-
-    def _kernel(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        recompute: Callable[..., Any] | None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map queries, keys and values [B, N_p, S, D] to the context [B, S_q, N_p, D] and optional probabilities."""
         dropout = self.dropout_p if self.training else 0.0
         is_causal = self.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         implementation = self.config._attn_implementation
@@ -142,14 +114,19 @@ class ParallelAttention(ParallelModule):
             # sdpa draws dropout masks from the default generator, which would give every rank the same masks. CPUs
             # have no fused kernel with dropout, so drawing per head costs nothing there.
             explicit = self._explicit if recompute is None else partial(recompute, self._explicit)
-            return explicit(query, key, value, mask, dropout, is_causal)
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
-        stream = private_cuda_stream(query.device, self.first_head) if dropout else nullcontext()
-        with stream:
-            output: tuple[torch.Tensor, torch.Tensor | None] = kernel(
-                self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
-        return output
+            context, probabilities = explicit(query, key, value, attention_mask, dropout, is_causal)
+        else:
+            kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
+            with private_cuda_stream(query.device, self.first_head) if dropout else nullcontext():
+                context, probabilities = kernel(
+                    self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+                )
+        context = context.reshape(*context.shape[:-2], -1)
+        if cut.is_shared:
+            context = context[..., cut.columns]
+            if probabilities is not None:
+                probabilities = probabilities[:, cut.first_here.start - cut.heads.start :]
+        return context.contiguous(), probabilities
 
     def _explicit(
         self,
@@ -160,7 +137,7 @@ class ParallelAttention(ParallelModule):
         dropout: float,
         is_causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eager attention: materializes the probabilities, with one dropout mask per global head."""
+        """Eager attention on [B, N_p, S, D]: materializes the probabilities, with one dropout mask per global head."""
         if self.upcast and self.config._attn_implementation == "eager":
             with torch.autocast(query.device.type, enabled=False):
                 scores = torch.matmul(query.float() * self.scaling, key.float().transpose(-1, -2))

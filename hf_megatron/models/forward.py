@@ -24,12 +24,8 @@ def region_of_call(
 ) -> SequenceParallelRegion | None:
     """The sequence-parallel region of this call, or None.
 
-    A sequence with fewer positions than ranks is not split; a decoding step has only one position.
-
-    Args:
-        model: A model of this package.
-        input_ids: [..., S].
-        inputs_embeds: [..., S, H], in the place of ``input_ids``.
+    A sequence [..., S], or [..., S, H] as embeddings, with fewer positions than ranks is not split; a decoding step has
+    only one position.
     """
     if not model.sequence_parallel or (input_ids is None and inputs_embeds is None):
         return None

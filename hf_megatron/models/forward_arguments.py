@@ -50,12 +50,8 @@ _CONTINUOUS_BATCHING = {
 def rename_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the key-value cache in keyword arguments to its older name, which the forwards here use.
 
-    Args:
-        arguments: Has the cache under either name. Under transformers 5.23 ``cache`` may also be the paged cache of
-            continuous batching, an argument of the attention kernel; that is left alone.
-
-    Raises:
-        UnexpectedArgumentError: Both names are given.
+    UnexpectedArgumentError if both names are given. Under transformers 5.23 ``cache`` may also be the paged cache of
+    continuous batching, an argument of the attention kernel; that is left alone.
     """
     renamed = dict(arguments)
     if "cache" not in renamed or not (CACHE == "cache" or isinstance(renamed["cache"], (Cache, type(None)))):
@@ -69,11 +65,7 @@ def rename_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_arguments(reason: str, **arguments: Any) -> None:
-    """Raise UnexpectedArgumentError for arguments that are not None.
-
-    Raises:
-        UnexpectedArgumentError: There are any; it gives the reason.
-    """
+    """Raise UnexpectedArgumentError, with the reason, if any of these arguments is not None."""
     given = [name for name, value in arguments.items() if value is not None]
     if given:
         raise UnexpectedArgumentError(f"{', '.join(given)}: {reason}; leave it out.")
@@ -82,14 +74,8 @@ def refuse_arguments(reason: str, **arguments: Any) -> None:
 def check_arguments(model: Any, named: Collection[str], arguments: Mapping[str, Any]) -> None:
     """Raise UnexpectedArgumentError for keyword arguments that nothing uses.
 
-    Args:
-        model: A base model, whose configuration says which attention kernel will run.
-        named: The arguments that its forward names.
-        arguments: The keyword arguments of a call.
-
-    Raises:
-        UnexpectedArgumentError: The forward does not name one of them, the attention kernel has no use for it, and it
-            is not listed above.
+    The base model's forward does not name them, its attention kernel has no use for them, and they are not listed
+    above.
     """
     unknown = [name for name in arguments if name not in named and name not in _ALWAYS]
     if unknown:

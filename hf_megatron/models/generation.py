@@ -77,11 +77,7 @@ class ParallelGenerationMixin(GenerationMixin):
 
     @cast(Any, wraps(GenerationMixin.init_continuous_batching))  # type: ignore[untyped-decorator]
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Stock continuous batching (``generate_batch``), in one process.
-
-        Raises:
-            UnsupportedError: The heads are cut over several ranks; the paged cache would hold all of them on each.
-        """
+        """Stock continuous batching (``generate_batch``), in one process; UnsupportedError on several ranks."""
         if self.tp_group.size > 1:
             raise UnsupportedError(
                 f"continuous batching under tensor parallelism (tp_size={self.tp_group.size}): the paged cache of "
@@ -111,11 +107,9 @@ class _SharedStreamer(BaseStreamer):
         self._comparison = model._comparison
 
     def put(self, value: torch.Tensor) -> None:
-        """Pass tokens to the streamer."""
         self._do("put", value)
 
     def end(self) -> None:
-        """End the stream."""
         self._do("end")
 
     def _do(self, method: str, *args: Any) -> None:

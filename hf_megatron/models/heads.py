@@ -31,12 +31,6 @@ class VocabParallelHead(ParallelModule):
 
     A second parameter for the same weight would be gathered and saved twice. Under FSDP2 it would also be trained
     incorrectly, without an error, if the rows do not divide evenly (two FSDP parameters for one tensor).
-
-    Args:
-        hidden_size: H.
-        vocab_size: V.
-        is_tied: Whether the weight is the word embedding's.
-        bias: Whether a head that is not tied has a bias.
     """
 
     weight: nn.Parameter | None
@@ -65,18 +59,12 @@ class VocabParallelHead(ParallelModule):
     ) -> torch.Tensor:
         """Return this rank's logits or, with labels, the loss, in less memory and time than through the logits.
 
-        Args:
-            hidden_states: [..., H], replicated; with a region [..., S_p, H], split on the sequence.
-            shared_weight: Gives the word embedding's weight [V_p, H], split on dim 0; used if the head is tied.
-            bias: A bias parameter [V], split on dim 0; used if the head is tied.
-            region: Where the hidden states come from, if they are split on the sequence.
-            labels: [...], replicated; positions with ``ignore_index`` are not computed.
-            tied: What adds the gradients of lookups and head, with labels and on a CPU.
-            **loss_arguments: See :func:`vocab_parallel_linear_cross_entropy`.
+        Hidden states [..., H], replicated, or with a region [..., S_p, H], split on the sequence, to logits [..., V_p],
+        split on the last dim. With labels [...], replicated, to the loss of
+        :func:`vocab_parallel_linear_cross_entropy`, whose arguments the others are.
 
-        Returns:
-            The logits [..., V_p], split on the last dim. With labels the loss, a scalar, replicated, in float32, or in
-            float64 for float64 hidden states.
+        A tied head uses the word embedding's weight [V_p, H], split on dim 0, which ``shared_weight`` gives, and a bias
+        parameter [V], split on dim 0, if there is one.
 
         Collective: all-reduce over tp, backward, of the hidden states' gradient; with labels, those of
         :func:`vocab_parallel_linear_cross_entropy`, all of them forward. With a region all-gather over tp, forward, and
@@ -115,13 +103,9 @@ LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "label_smoothing")  # of
 
 
 class VocabParallelLossMixin:
-    """Mixin for models with a :class:`VocabParallelHead`: in training, the head computes the loss without logits.
+    """Mixin for models with a :class:`VocabParallelHead`: in training, the head computes the loss without logits."""
 
-    Attributes:
-        fuses_head_and_loss: Set to False to get logits in training too, gathered on every rank.
-    """
-
-    fuses_head_and_loss = True
+    fuses_head_and_loss = True  # set to False to get logits in training too, gathered on every rank
     has_vocab_parallel_loss = True
     _tied_weights_keys = None  # a tied head has no parameter
 
@@ -135,8 +119,7 @@ class VocabParallelLossMixin:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, TiedGradient | None]:
         """Look up embeddings so that their gradient is added to that of a tied head; see :class:`TiedGradient`.
 
-        Returns:
-            ``input_ids``, ``inputs_embeds`` [B, S, H], one of them None; and where the gradients are added up, or None.
+        Returns ``input_ids`` and ``inputs_embeds`` [B, S, H], one of them None, and where the gradients are added up.
         """
         embedding = self.get_input_embeddings()
         weight = embedding.weight
@@ -160,19 +143,11 @@ class VocabParallelLossMixin:
         region: SequenceParallelRegion | None = None,
         tied: TiedGradient | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The loss, if there are labels; the logits, unless the loss is computed without them.
+        """The loss, a scalar, if there are labels; the logits [..., V], unless the loss is computed without them.
 
-        Args:
-            predict: The head, or a module around it with its arguments.
-            hidden_states: [..., H], replicated; with a region [..., S_p, H], split on the sequence.
-            labels: [...], as they were given, for a loss function of the user's.
-            targets: [...], what each position has to predict.
-            loss_arguments: Of the loss.
-            region: Where the hidden states come from, if they are split on the sequence.
-            tied: Where the gradients of lookups and head are added up.
-
-        Returns:
-            A scalar and [..., V], both replicated.
+        Both are replicated. ``predict`` is the head, or a module around it; ``labels`` are as they were given, for a
+        loss function of the user's, and ``targets`` what each position has to predict. For the others see
+        :meth:`VocabParallelHead.forward`.
         """
         shared_weight, vocab_size = self.get_input_embeddings().shared_weight, self.config.vocab_size
         if self._is_fused(labels):

@@ -35,12 +35,11 @@ def initialization_seed(seed: int | None) -> Iterator[None]:
 
 
 def seed_of_first_rank(device: torch.device) -> int:
-    """The seed for weights: the given one or ``torch.initial_seed()``, broadcast from rank 0.
+    """The seed for weights, that of rank 0.
 
     Collective: broadcast over the world of one integer, if a process group exists.
     """
-    requested = _requested_seed.get()
-    seed = (torch.initial_seed() if requested is None else requested) % 2**63
+    seed = local_seed()
     if dist.is_initialized() and dist.get_world_size() > 1:
         value = torch.tensor(seed, device=device)
         dist.broadcast(value, 0)
@@ -49,7 +48,7 @@ def seed_of_first_rank(device: torch.device) -> int:
 
 
 def local_seed() -> int:
-    """The seed for an unsharded model in this process."""
+    """The seed for weights in this process: the given one or ``torch.initial_seed()``."""
     requested = _requested_seed.get()
     return (torch.initial_seed() if requested is None else requested) % 2**63
 
@@ -57,12 +56,8 @@ def local_seed() -> int:
 def fill_normal(parameter: torch.Tensor, std: float, seed: int, name: str, *, zero_row: int | None = None) -> None:
     """Fill a parameter, or this rank's shard of it, from N(0, std) in place.
 
-    Args:
-        parameter: Any floating-point tensor or DTensor.
-        std: Standard deviation.
-        seed: The model's seed.
-        name: The parameter's name in the base model, which makes its stream its own.
-        zero_row: A row that is zero instead, such as an embedding's padding token; its index in the full tensor.
+    Its name in the base model makes its stream its own. ``zero_row`` of the full tensor is zero instead: an embedding's
+    padding token.
     """
     drawn = _DrawnTensor(tuple(parameter.shape), std, seed, name, zero_row)
     if isinstance(parameter, DTensor):

@@ -93,13 +93,9 @@ class LoadingMixin:
         return self._finalize_model_loading(self, load_config, loading_info)  # type: ignore[attr-defined]
 
     def load_weights(self, directory: str | os.PathLike[str]) -> None:
-        """Replace this model's weights by those of a checkpoint directory, each rank reading its own slices.
+        """Replace this model's weights by those of a Hub or ``tp`` directory of any degree, each rank its slices.
 
-        Args:
-            directory: A Hub or ``tp`` directory of this model, at any degree.
-
-        Raises:
-            CheckpointError: The directory is not complete, or not of this model.
+        CheckpointError if the directory is not complete, or not of this model.
         """
         state_dict, _ = self._canonical(open_checkpoint(Path(directory)).tensors)
         missing = [name for name, _ in self.named_parameters() if name not in state_dict]  # type: ignore[attr-defined]

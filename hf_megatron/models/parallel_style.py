@@ -35,16 +35,6 @@ ALL_PARALLEL_STYLES.register(STYLE_NAME, MegatronStyle())
 
 
 def tp_plan_of(table: Architecture, modules: tuple[str, ...] = ()) -> dict[str, str]:
-    """The base model's tensor-parallel plan: every module that holds parameters, and the given ones.
-
-    Args:
-        table: The architecture.
-        modules: Further modules that have no parameters of their own and need the group, such as the attention.
-    """
+    """The base model's tensor-parallel plan: every module that holds parameters, and those given, which have none."""
     with_parameters = dict.fromkeys(rule.module for rule in table.body)
     return dict.fromkeys((*with_parameters, *modules), STYLE_NAME)
-
-
-def head_tp_plan_of(table: Architecture, model_class: str) -> dict[str, str]:
-    """The plan for the modules of a class's head."""
-    return dict.fromkeys((rule.module for rule in table.model_class(model_class).head), STYLE_NAME)

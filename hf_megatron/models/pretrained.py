@@ -14,16 +14,11 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from hf_megatron.architectures import Architecture, ModelClass
-from hf_megatron.errors import (
-    UnsupportedError,
-)
+from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.initialization import fill_normal, initialization_seed, local_seed, seed_of_first_rank
 from hf_megatron.models.loading import LoadingMixin
-from hf_megatron.models.processes import (
-    check_distributed_config,
-    quiet_loading,
-    refuse_quantization,
-)
+from hf_megatron.models.parallel_style import STYLE_NAME
+from hf_megatron.models.processes import check_distributed_config, quiet_loading, refuse_quantization
 from hf_megatron.models.recomputation import RecomputationMixin
 from hf_megatron.models.resizing import ResizingMixin
 from hf_megatron.models.saving import SavingMixin
@@ -33,20 +28,16 @@ logger = logging.get_logger(__name__)
 
 
 class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, SavingMixin):
-    """Base of our model classes, beside the stock ``PreTrainedModel`` they derive from.
+    """Base of our model classes, beside the stock ``PreTrainedModel`` they derive from."""
 
-    Attributes:
-        tp_group: The tensor-parallel group; one rank unless the model was loaded or built on several.
-        sequence_parallel: Whether activations outside of attention and MLP are split along the sequence.
-    """
-
-    tp_group: TensorParallelGroup = SINGLE
-    sequence_parallel: bool = False
+    tp_group: TensorParallelGroup = SINGLE  # one rank unless the model was loaded or built on several
+    sequence_parallel: bool = False  # whether activations outside of attention and MLP are split along the sequence
     # Whether the loss takes num_items_in_batch and label_smoothing, as the vocabulary-parallel ones do. The losses of
     # the other heads are the stock ones, means over their own batch, and Trainer has to know.
     has_vocab_parallel_loss: ClassVar[bool] = False
     accepts_loss_kwargs: ClassVar[bool] = False
     _initialization_seed: int | None = None
+    _tp_plan: dict[str, str]
 
     @classmethod
     def architecture_of(cls, config: PreTrainedConfig) -> Architecture:
@@ -74,13 +65,17 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
             self.architecture_of(config).check_degree(config.to_dict(), distributed_config.tp_size)
         PreTrainedModel.__init__(self, config)
 
+    def init_parallel_plans(self) -> None:
+        """Same as the stock method, with the modules of this class's head."""
+        super().init_parallel_plans()  # type: ignore[misc]
+        self._tp_plan |= dict.fromkeys((rule.module for rule in self._model_class().head), STYLE_NAME)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
         """As the stock method, with ``distributed_config`` for the layout; every rank must make the call.
 
-        Raises:
-            CheckpointError: The directory is not complete, or not of this model.
-            UnsupportedError: ``quantization_config`` is given, or the configuration asks for what these models lack.
+        CheckpointError if the directory is not complete, or not of this model; UnsupportedError if
+        ``quantization_config`` is given, or the configuration asks for what these models lack.
         """
         refuse_quantization(kwargs.get("quantization_config"))
         return super().from_pretrained(*args, **kwargs)  # type: ignore[misc,no-any-return]
@@ -102,10 +97,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
             config: The model's configuration.
             distributed_config: The layout; one process if None. Every rank must make this call.
             seed: What to draw the weights from; rank 0's ``torch.initial_seed()`` if None.
-            **kwargs: ``dtype`` and ``attn_implementation``, as for ``AutoModel.from_config``.
-
-        Returns:
-            The model in training mode, as stock ``from_config`` gives it.
+            **kwargs: As for ``AutoModel.from_config``, whose model too is in training mode.
 
         Raises:
             PartitionError: The configuration cannot be cut for this degree.

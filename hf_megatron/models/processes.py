@@ -15,12 +15,7 @@ from hf_megatron.errors import ParallelStateError, UnsupportedError
 
 
 def check_distributed_config(config: DistributedConfig) -> None:
-    """Reject layouts that are unsupported or do not match the number of processes.
-
-    Raises:
-        UnsupportedError: Pipeline stages, experts, or a plan of the user's.
-        ParallelStateError: The sizes multiply to another number than there are processes.
-    """
+    """Reject pipeline stages, experts and a plan of the user's, and sizes that multiply to other than all processes."""
     if config.pp_size > 1 or config.ep_size > 1:
         raise UnsupportedError(
             f"pp_size={config.pp_size} and ep_size={config.ep_size}: these models have no pipeline stages and no "
@@ -41,11 +36,7 @@ def check_distributed_config(config: DistributedConfig) -> None:
 
 
 def refuse_quantization(quantization_config: object) -> None:
-    """Reject quantization: transformers quantizes ``nn.Linear`` modules, which these models do not have.
-
-    Raises:
-        UnsupportedError: There is a quantization_config.
-    """
+    """UnsupportedError if there is one: transformers quantizes ``nn.Linear`` modules, and these models have none."""
     if quantization_config is not None:
         raise UnsupportedError(
             "quantization_config: the layers of these models cannot be quantized. Save the model with stock=True and "
@@ -65,10 +56,7 @@ def barrier() -> None:
 
 
 def share_failure(error: BaseException | None) -> None:
-    """Raise an error on all ranks if one of them failed; every rank must call it.
-
-    Args:
-        error: What went wrong on this rank, if anything.
+    """Raise an error on all ranks if one of them failed; every rank must call it, with what went wrong there, if any.
 
     Raises:
         BaseException: ``error`` itself, where there is one.

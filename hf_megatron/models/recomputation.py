@@ -21,18 +21,12 @@ class RecomputationMixin:
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Same as the stock method, with one more option.
+        """Same as the stock method, with one more option in ``activation_checkpointing_kwargs``.
 
-        Args:
-            activation_checkpointing_kwargs: As for the stock method; and ``recompute`` may be ``"full"``, whole layers,
-                which is the default, or ``"selective"``: only the attention between the projections, which accounts for
-                most of the memory and little of the time. It has no effect with fused attention kernels, which store
-                none of it, or in compiled models, where the compiler decides.
-            *args: As for the stock method.
-            **kwargs: As for the stock method.
-
-        Raises:
-            UnsupportedError: ``recompute`` is anything else.
+        ``recompute`` may be ``"full"``, whole layers, which is the default, or ``"selective"``: only the attention
+        between the projections, which accounts for most of the memory and little of the time. It has no effect with
+        fused attention kernels, which store none of it, or in compiled models, where the compiler decides.
+        UnsupportedError if it is anything else.
         """
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         recompute = options.pop("recompute", "full")

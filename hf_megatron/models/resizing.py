@@ -18,11 +18,7 @@ class ResizingMixin:
     tp_group: TensorParallelGroup
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize the vocabulary, as the stock method does, in one process.
-
-        Raises:
-            UnsupportedError: The embedding is cut over several ranks; their shards would have to move.
-        """
+        """Resize the vocabulary as the stock method does, in one process; UnsupportedError where it is cut."""
         if isinstance(self.get_input_embeddings().weight, DTensor):  # type: ignore[attr-defined]
             raise UnsupportedError(
                 f"resize_token_embeddings needs the whole vocabulary, which is cut over {self.tp_group.size} ranks. "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hf_megatron.checkpoint import AtomicDirectory
 from hf_megatron.checkpoint.sharded import is_shard
 from hf_megatron.errors import DestinationError, UnsupportedError
 from hf_megatron.models.processes import barrier, is_first_rank, one_process_allowed, share_failure
-from hf_megatron.models.uploading import HubMixin, Upload
+from hf_megatron.models.uploading import Upload
 
 logger = logging.get_logger(__name__)
 
@@ -34,12 +35,7 @@ _WHOLE_WEIGHTS = re.compile(
 def rewrite_config(directory: Path, table: Architecture, class_name: str, *, stock: bool) -> None:
     """Set the model type and class in ``config.json`` to the stock ones or ours; keep everything else.
 
-    Args:
-        directory: Where ``config.json`` lies.
-        table: The architecture, which knows both names.
-        class_name: The saved model's class, stock's name or ours.
-        stock: Whether to write transformers' ``model_type`` and class, so that the directory loads without this
-            package.
+    ``class_name`` is the saved model's, the stock one or ours.
     """
     path = directory / "config.json"
     config = table.config_of(json.loads(path.read_text(encoding="utf-8")), table.model_class(class_name), stock=stock)
@@ -70,7 +66,7 @@ def reasons(error: CheckpointException) -> str:
     return "; ".join(f"rank {rank}: {reason}" for reason, rank in found.items())
 
 
-class SavingMixin(HubMixin):
+class SavingMixin:
     """Saving of ``MegatronModelMixin``."""
 
     def save_pretrained(
@@ -78,13 +74,9 @@ class SavingMixin(HubMixin):
     ) -> None:
         """Save as stock ``save_pretrained`` does; every rank of a distributed model must call it.
 
-        Args:
-            save_directory: Where to save.
-            *args: As for the stock method.
-            stock: Write the stock ``model_type`` and class into ``config.json``, so that the directory loads in
-                transformers without this package. The tensors are the same either way.
-            **kwargs: As for the stock method; ``distributed_checkpoint=True`` writes a ``tp`` directory, in which each
-                rank saves its own shards.
+        ``distributed_checkpoint=True`` writes a ``tp`` directory, in which each rank saves its own shards. ``stock``
+        writes the stock ``model_type`` and class into ``config.json``, so that the directory loads in transformers
+        without this package; the tensors are the same either way.
 
         Raises:
             UnsupportedError: ``stock`` together with ``distributed_checkpoint``, which no stock GPT-2 can load.
@@ -129,6 +121,17 @@ class SavingMixin(HubMixin):
         super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
         if is_writer and (directory / "config.json").is_file():
             rewrite_config(directory, self.architecture, self._model_class().ours, stock=stock)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Same as the stock method; every rank of a sharded model must call it.
+
+        The first one uploads, in one commit; if it could not, all raise ParallelStateError.
+        """
+        if not self.is_distributed_loading_by_transformers:  # type: ignore[attr-defined]
+            return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(scratch, push_to_hub=True, repo_id=repo_id, **kwargs)
+        return None
 
     def save_distributed_checkpoint(
         self, model_to_save: nn.Module, save_directory: str | os.PathLike[str], **kwargs: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,9 @@ _COMMIT = ("commit_message", "commit_description", "create_pr", "revision")
 class Upload:
     """Upload for ``save_pretrained(push_to_hub=True)``; every rank of a collective save creates one.
 
-    Args:
-        model: The model that is saved.
-        directory: Where it is saved. Only what is written from now on is uploaded: a run's checkpoints may lie there.
-        arguments: Of ``save_pretrained``; those of the upload are taken out.
-        is_collective: Whether all ranks take part; then a failure of the writer is an error on all.
-        is_writer: Whether this process writes and uploads.
-
-    Raises:
-        ParallelStateError: The writer could not create the repository.
+    Only what is written to the directory from now on is uploaded: a run's checkpoints may lie there. The upload's
+    ``arguments`` of ``save_pretrained`` are taken out of these. If all ranks take part (``is_collective``), a failure
+    of the writer is a ParallelStateError on all.
     """
 
     def __init__(
@@ -49,11 +42,7 @@ class Upload:
             self._before = self._model._get_files_timestamps(self._directory)
 
     def run(self) -> None:
-        """Upload the saved files.
-
-        Raises:
-            ParallelStateError: The writer could not.
-        """
+        """Upload the saved files; ParallelStateError if the writer could not."""
         self._settle(self._upload)
 
     def _upload(self) -> None:
@@ -74,19 +63,3 @@ class Upload:
             share_failure(error)
         elif error is not None:
             raise error
-
-
-class HubMixin:
-    """``push_to_hub`` for sharded models: a single commit of the whole model."""
-
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Same as the stock method; every rank of a sharded model must call it, and the first one uploads.
-
-        Raises:
-            ParallelStateError: The first rank could not upload.
-        """
-        if not self.is_distributed_loading_by_transformers:  # type: ignore[attr-defined]
-            return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]
-        with tempfile.TemporaryDirectory() as scratch:
-            self.save_pretrained(scratch, push_to_hub=True, repo_id=repo_id, **kwargs)  # type: ignore[attr-defined]
-        return None

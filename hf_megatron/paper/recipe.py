@@ -54,12 +54,10 @@ class Recipe:
     ) -> TrainingArguments:
         """The recipe for a machine; PartitionError if the batch does not divide into micro-batches.
 
-        Args:
-            output_dir: Where checkpoints go.
-            batch: Sequences of a step; the recipe's if None.
-            data_parallel_size: Number of processes divided by the tensor-parallel degree.
-            micro_batch: Sequences a tensor-parallel group computes at a time; its whole share of the batch if None.
-            **changes: ``TrainingArguments`` to set or to change. The warm-up is a share of the steps.
+        ``batch`` is the sequences of a step, ``data_parallel_size`` the number of processes divided by the
+        tensor-parallel degree, ``micro_batch`` the sequences a tensor-parallel group computes at a time, by default its
+        whole share of the batch. ``changes`` are ``TrainingArguments`` to set or to change; the warm-up is a share of
+        the steps.
         """
         batch = self.batch if batch is None else batch
         micro_batch = max(1, batch // data_parallel_size) if micro_batch is None else micro_batch

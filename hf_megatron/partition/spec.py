@@ -157,8 +157,7 @@ class Split(Spec):
 
     def check(self, name: str, shape: Shape, tp_size: int) -> None:
         size = shape[self.dim]
-        start, stop = chunk_range(size, tp_size, tp_size - 1)
-        if start == stop:
+        if not _fills_all_ranks(size, tp_size):
             largest = max(degree for degree in range(1, tp_size) if _fills_all_ranks(size, degree))
             raise PartitionError(
                 f"{name} has {size} entries along dim {self.dim}; cut over tp_size={tp_size} ranks the last rank would "

@@ -13,14 +13,9 @@ from hf_megatron.partition.spec import Box, Shape
 
 
 def tiling_error(shape: Shape, boxes: Sequence[Box]) -> str | None:
-    """Say how ``boxes`` fail to tile ``shape``, or None if they cover every element exactly once.
+    """Say how boxes, in any order, fail to tile a full shape, or None if they cover every element exactly once.
 
-    Args:
-        shape: The full tensor's shape.
-        boxes: The stored pieces, in any order.
-
-    Returns:
-        A phrase that names the offending sizes ("covers 66 of 131 rows ..."), fit to follow the tensor's name.
+    What it says names the offending sizes and follows the tensor's name.
     """
     whole = Box.whole(shape)
     for box in boxes:

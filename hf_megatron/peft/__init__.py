@@ -41,14 +41,10 @@ def get_peft_model(
 ) -> PeftModel:
     """Add a fresh LoRA adapter, as ``peft.get_peft_model`` does; every rank must make this call.
 
-    The initial values are those that stock peft draws from the same random state, at every degree. Every rank must call
-    the result's ``save_pretrained`` too; the first one writes.
-
-    Args:
-        model: A model of this package, at any layout; changed in place.
-        config: Which layers to adapt, and how; the defaults are peft's for the stock model.
-        adapter_name: Name of the adapter.
-        **kwargs: As for ``peft.get_peft_model``.
+    The model, of this package and at any layout, is changed in place. The configuration's defaults are peft's for the
+    stock model; ``kwargs`` are those of ``peft.get_peft_model``. The initial values are those that stock peft draws
+    from the same random state, at every degree. Every rank must call the result's ``save_pretrained`` too; the first
+    one writes.
 
     Raises:
         UnsupportedError: The configuration uses a feature that is not supported for tensor-parallel models.
@@ -79,12 +75,8 @@ def load_adapter(
 ) -> PeftModel:
     """Add an adapter that was saved here or by stock peft, as ``PeftModel.from_pretrained`` does.
 
-    Args:
-        model: As for :func:`get_peft_model`.
-        directory: Where ``adapter_config.json`` and ``adapter_model.safetensors`` lie, or a name on the Hub.
-        adapter_name: Name to give the adapter.
-        is_trainable: Whether to train it further.
-        **kwargs: For the download, such as ``revision`` and ``token``.
+    The directory has ``adapter_config.json`` and ``adapter_model.safetensors``; or it is a name on the Hub, and
+    ``kwargs`` are for the download, such as ``revision`` and ``token``.
 
     Raises:
         UnsupportedError: The adapter is not LoRA, or uses a feature not supported for tensor-parallel models.

@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hf_megatron.errors import UnsupportedError
-from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel import (
     ColumnParallelLinear,
     ReplicatedLinear,
@@ -26,6 +24,7 @@ from hf_megatron.tensor_parallel import (
     local,
     parallelize_module,
 )
+from hf_megatron.tensor_parallel.random import sliced_dropout
 
 ADAPTABLE = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 
@@ -91,7 +90,7 @@ class ParallelLora(LoraLinear):
 
 
 class _SplitDropout(nn.Dropout):
-    """Dropout on activations split on the last dim; the mask equals that of one rank for the full tensor.
+    """Dropout on activations split on the last dim, with the mask of one rank for the full tensor of ``size``.
 
     So every degree trains on the same masks, and the generators of all ranks stay in step.
     """
@@ -102,11 +101,7 @@ class _SplitDropout(nn.Dropout):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_p] to [..., in_p], split on the last dim."""
-        if not self.training:
-            return x
-        start, stop = chunk_range(self.size, self.group.size, self.group.rank)
-        mask = F.dropout(x.new_ones(*x.shape[:-1], self.size), self.p)
-        return x * mask[..., start:stop].clone()  # a copy: a view would keep the whole mask alive until backward
+        return sliced_dropout(self.group, x, self.p, dim=-1, size=self.size) if self.training else x
 
 
 def _halves_of(base: nn.Module, r: int) -> tuple[nn.Module, nn.Module]:

@@ -13,7 +13,6 @@ from hf_megatron.planning.run import Run
 from hf_megatron.planning.shape import ModelShape
 
 _KINDS = ("parameters", "gradients", "optimizer", "activations", "logits_and_loss", "communication")
-_GIGA = 1e9
 
 
 def memory_by_degree(shape: ModelShape, run: Run, degrees: Sequence[int]) -> dict[int, MemoryPlan]:
@@ -32,8 +31,7 @@ def memory_by_degree(shape: ModelShape, run: Run, degrees: Sequence[int]) -> dic
 def draw_memory(title: str, shape: ModelShape, run: Run, machine: Machine, file: Path) -> None:
     """Draw a stacked bar for each degree a node allows, a mark at its peak, and a line at what a GPU has.
 
-    Raises:
-        UnsupportedError: matplotlib is not installed, or does not write such files.
+    UnsupportedError if matplotlib is not installed, or does not write such files.
     """
     try:
         from matplotlib.figure import Figure
@@ -46,11 +44,11 @@ def draw_memory(title: str, shape: ModelShape, run: Run, machine: Machine, file:
     axes = figure.subplots()
     bottom = [0.0] * len(memory)
     for kind in _KINDS:
-        heights = [getattr(found, kind) / _GIGA for found in memory.values()]
+        heights = [getattr(found, kind) / 1e9 for found in memory.values()]
         axes.bar(labels, heights, bottom=bottom, label=kind.replace("_", " "))
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    axes.scatter(labels, [found.peak / _GIGA for found in memory.values()], color="black", label="peak", zorder=3)
-    axes.axhline(machine.usable_bytes / _GIGA, color="black", linestyle="--", label=f"usable of {machine.name}")
+    axes.scatter(labels, [found.peak / 1e9 for found in memory.values()], color="black", label="peak", zorder=3)
+    axes.axhline(machine.usable_bytes / 1e9, color="black", linestyle="--", label=f"usable of {machine.name}")
     axes.set_xlabel("tensor-parallel degree")
     axes.set_ylabel("GB per rank")
     axes.set_title(title)

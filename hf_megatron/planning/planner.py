@@ -117,10 +117,8 @@ def layouts(
     Tried are the tensor- and data-parallel degrees, FSDP, sequence parallelism and recomputation; the micro-batches per
     step follow from the global batch, by default ``run``'s micro-batches on every GPU. What ``kept`` names of the four
     stays as it is in ``run``. Best is what fits and trains most tokens per second, and of equals the plainer one; what
-    does not fit comes last, by its peak. A tensor-parallel group stays inside a node.
-
-    Raises:
-        PartitionError: No layout can have this global batch.
+    does not fit comes last, by its peak. A tensor-parallel group stays inside a node. PartitionError if no layout can
+    have this global batch.
     """
     global_batch = run.micro_batch * run.accumulation * num_ranks if global_batch is None else global_batch
     plans, refused = [], ""

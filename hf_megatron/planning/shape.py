@@ -62,9 +62,7 @@ class ModelShape:
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
         """The shape of the model that a config.json describes, ours or the stock one.
 
-        Raises:
-            UnsupportedError: A model that this package does not have, or an activation whose cost is not known here.
-            CheckpointFormatError: A dropout probability is no number from 0 to 1.
+        UnsupportedError for a model that this package does not have, or an activation whose cost is not known here.
         """
         table = table_for(config)
         sizes, activation = table.sizes(config), str(table.activation.read(config))

@@ -15,11 +15,7 @@ from hf_megatron.tensor_parallel.mappings import (
 )
 from hf_megatron.tensor_parallel.parallel_module import ParallelModule, replicated_parameters
 from hf_megatron.tensor_parallel.placement import parallelize_module
-from hf_megatron.tensor_parallel.random import (
-    attention_dropout,
-    broadcast_from_first_rank,
-    synchronize_random_state,
-)
+from hf_megatron.tensor_parallel.random import attention_dropout, broadcast_from_first_rank, synchronize_random_state
 from hf_megatron.tensor_parallel.replicated import (
     HiddenDropout,
     ReplicatedEmbedding,

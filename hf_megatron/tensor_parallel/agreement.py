@@ -30,16 +30,10 @@ _CAUSES = {
 
 
 class RankComparison:
-    """Compares values, or digests of large values, over the ranks of a tensor-parallel group.
-
-    Args:
-        group: The tensor-parallel group, or another of the same ranks.
-        device: What the group's backend communicates from.
-    """
+    """Compares values over the ranks of a group, whose backend communicates from ``device``."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._group = group
-        self._device = device
+        self._group, self._device = group, device
         self._last_equal: str | None = None
 
     @classmethod
@@ -47,27 +41,13 @@ class RankComparison:
         """Create a comparison that does not wait for a GPU; every rank of every tensor-parallel group must call it."""
         if dist.get_backend(group) == "gloo":
             return cls(group, torch.device("cpu"))
-        size, own = dist.get_world_size(group), None
-        for first in range(0, dist.get_world_size(), size):
-            ranks = list(range(first, first + size))
-            created = dist.new_group(ranks, backend="gloo")
-            own = created if dist.get_rank() in ranks else own
-        assert own is not None
+        own, _ = dist.new_subgroups(dist.get_world_size(group), backend="gloo")
         return cls(own, torch.device("cpu"))
 
     def agree(self, place: str, facts: Mapping[str, Any], wishes: int = 0) -> int:
-        """Compare the place in the code and the given facts across all ranks.
+        """Compare what comes next on each rank, and facts by name, small values or digests, across all ranks.
 
-        Args:
-            place: What comes next on this rank.
-            facts: Small values, or digests, by name.
-            wishes: Bits; those that any rank has set are returned.
-
-        Returns:
-            The wishes of all ranks.
-
-        Raises:
-            RanksDifferError: Places or facts differ.
+        Returns the bits of ``wishes`` that any rank has set; RanksDifferError if places or facts differ.
 
         Collective: all-gather over the group of two integers; if they differ also of the facts.
         """
@@ -85,17 +65,9 @@ class RankComparison:
         return result
 
     def compare(self, place: str, model: nn.Module, batch: Any = None) -> None:
-        """Compare the batch, the states of torch's random generators, and the replicated parameters.
+        """Compare a batch (nested tensors), the states of torch's random generators, and the replicated parameters.
 
-        Args:
-            place: Where the run is.
-            model: The model.
-            batch: Tensors, nested in dictionaries and lists.
-
-        Raises:
-            RanksDifferError: Any of them differs.
-
-        Collective: as :meth:`agree`.
+        Raises and communicates as :meth:`agree`.
         """
         facts = digests_of(batch, "batch")
         facts["random generator of the CPU"] = _digest(torch.get_rng_state())

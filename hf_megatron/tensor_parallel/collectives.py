@@ -25,24 +25,14 @@ else:
 
 
 def start_all_reduce(
-    group: TensorParallelGroup,
-    tensor: torch.Tensor,
-    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
-    *,
-    is_async: bool = True,
+    group: TensorParallelGroup, tensor: torch.Tensor, *, is_async: bool = True
 ) -> Callable[[], object]:
-    """Start an in-place all-reduce.
+    """Start an all-reduce in place of a contiguous partial sum, which is neither read nor written until it is whole.
 
-    Args:
-        group: The tensor-parallel group.
-        tensor: A partial sum, contiguous; the sum, replicated, once the wait is over.
-        op: What to compute instead of a sum.
-        is_async: Whether to overlap with other work. If not, a GPU saves the events that synchronize its streams.
-
-    Returns:
-        A function that waits. Until then the tensor is neither read nor written.
+    ``is_async``, here and below: whether to overlap with other work. If not, a GPU saves the events that synchronize
+    its streams.
     """
-    return _start(dist.all_reduce, tensor, op=op, group=group, is_async=is_async)
+    return _start(dist.all_reduce, tensor, group=group, is_async=is_async)
 
 
 def start_all_gather(
@@ -50,15 +40,7 @@ def start_all_gather(
 ) -> Callable[[], torch.Tensor]:
     """Start an all-gather of shards that may differ in size: padded to the largest, gathered, trimmed.
 
-    Args:
-        group: The tensor-parallel group.
-        shard: Split on ``dim`` as ``torch.chunk`` cuts ``size``.
-        dim: The dimension it is split on, not negative.
-        size: Size of that dimension when whole.
-        is_async: As for :func:`start_all_reduce`.
-
-    Returns:
-        A function that waits, and has the full tensor.
+    The shards are split on ``dim``, not negative, as ``torch.chunk`` cuts ``size``. What waits has the full tensor.
     """
     ranges = [chunk_range(size, group.size, rank) for rank in range(group.size)]
     sent = _padded(shard, dim, ranges[0][1]).contiguous()
@@ -78,14 +60,8 @@ def start_reduce_scatter(
 ) -> Callable[[], torch.Tensor]:
     """Start a reduce-scatter of slices that may differ in size: padded with zeros, reduced, trimmed.
 
-    Args:
-        group: The tensor-parallel group.
-        tensor: A partial sum, left as it is.
-        dim: The dimension to split, not negative, cut as ``torch.chunk`` cuts it.
-        is_async: As for :func:`start_all_reduce`.
-
-    Returns:
-        A function that waits, and has this rank's slice of the sum.
+    The tensor is a partial sum, left as it is. What waits has this rank's slice of the sum along ``dim``, not negative,
+    as ``torch.chunk`` cuts it.
     """
     largest = chunk_range(tensor.shape[dim], group.size, 0)[1]
     sent = torch.cat(_padded(tensor, dim, group.size * largest).chunk(group.size, dim))  # all ranks' slices in a row
@@ -144,12 +120,11 @@ def _padded(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 
 
 def _start(
-    collective: Callable[..., Any], *tensors: torch.Tensor, group: TensorParallelGroup, is_async: bool, **options: Any
+    collective: Callable[..., Any], *tensors: torch.Tensor, group: TensorParallelGroup, is_async: bool
 ) -> Callable[[], object]:
     is_compiling = torch.compiler.is_compiling()
     if tensors[0].device.type == "cpu" and not is_compiling:
-        aliases = [tensor.detach() for tensor in tensors]  # held only by the collective
-        unfinished = [collective(*aliases, group=group.process_group, async_op=True, **options)]
-        return lambda: wait_for(unfinished.pop(), aliases, group.size)
-    work = collective(*tensors, group=group.process_group, async_op=is_async and not is_compiling, **options)
+        unfinished = collective(*tensors, group=group.process_group, async_op=True)
+        return lambda: wait_for(unfinished, group.size)
+    work = collective(*tensors, group=group.process_group, async_op=is_async and not is_compiling)
     return (lambda: None) if work is None else work.wait

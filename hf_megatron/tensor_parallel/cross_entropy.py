@@ -51,19 +51,19 @@ def vocab_parallel_cross_entropy(
     Collective: all-gather over tp, forward, of 3 x T numbers (4 x T with label smoothing).
     """
     logits, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1).to(logits.device)
-    check_target(target, vocab_size, ignore_index)
     vocabulary = Vocabulary(group, vocab_size, label_smoothing)
-    is_counted = target != ignore_index
-    scale = mean_scale(is_counted, num_items_in_batch, wide(logits.dtype), logits.device)
+    is_counted = counted_targets(target, vocab_size, ignore_index)
+    scale = mean_scale(is_counted, num_items_in_batch, logits.dtype)
     loss: torch.Tensor = _CrossEntropy.apply(vocabulary, logits, target, is_counted, scale)
     return loss
 
 
-def check_target(target: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Raise PartitionError if a target is neither a token of the vocabulary nor ``ignore_index``."""
+def counted_targets(target: torch.Tensor, vocab_size: int, ignore_index: int) -> torch.Tensor:
+    """Which targets are not ``ignore_index``; PartitionError if one of these is no token of the vocabulary."""
     # A target outside of every shard would silently yield a loss of log(sum). Reading the result back would stall a
     # GPU, and a compiled graph cannot raise, so there the device asserts.
-    is_valid = ((target >= 0) & (target < vocab_size)) | (target == ignore_index)
+    is_counted = target != ignore_index
+    is_valid = ((target >= 0) & (target < vocab_size)) | ~is_counted
     if target.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(is_valid.all(), "a target is neither a token of the vocabulary nor ignore_index")
     elif not bool(is_valid.all()):
@@ -72,6 +72,7 @@ def check_target(target: torch.Tensor, vocab_size: int, ignore_index: int) -> No
             f"target {wrong} is neither a token id below vocab_size={vocab_size} nor ignore_index={ignore_index}; "
             "check that the tokenizer belongs to this model."
         )
+    return is_counted
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -80,31 +81,22 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def mean_scale(
-    is_counted: torch.Tensor,
-    num_items_in_batch: torch.Tensor | float | None,
-    dtype: torch.dtype,
-    device: torch.device,
+    is_counted: torch.Tensor, num_items_in_batch: torch.Tensor | float | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The factor of each token's loss in the mean, a scalar."""
+    """The factor of each token's loss in the mean, a scalar, for logits of this dtype."""
     divisor = is_counted.sum() if num_items_in_batch is None else num_items_in_batch
     if isinstance(divisor, torch.Tensor):
-        divisor = divisor.to(device)
-    return torch.as_tensor(1.0, dtype=dtype, device=device) / divisor
+        divisor = divisor.to(is_counted.device)
+    return torch.as_tensor(1.0, dtype=wide(dtype), device=is_counted.device) / divisor
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How the classes are split over the ranks, and the targets.
-
-    Attributes:
-        group: The tensor-parallel group.
-        size: V.
-        label_smoothing: Share of the target distribution that is spread evenly over the vocabulary.
-    """
+    """How the classes are split over the ranks, and the targets."""
 
     group: TensorParallelGroup
-    size: int
-    label_smoothing: float
+    size: int  # V
+    label_smoothing: float  # share of the target distribution that is spread evenly over the vocabulary
 
 
 @dataclass(frozen=True)
@@ -113,22 +105,14 @@ class Softmax:
 
     Maximum and sum are stored separately: combined into a log-sum-exp, the logarithm of the sum would be lost to
     rounding for a confident model.
-
-    Attributes:
-        vocabulary: How the classes are cut.
-        logits: [T, V_p], split on dim 1.
-        is_mine: [T], whether the target lies on this rank.
-        mine: [T], the target's column of the logits if it does, else 0.
-        maximum: [T], over the whole vocabulary, replicated.
-        total: [T], the sum of exp(logit - maximum), replicated.
     """
 
     vocabulary: Vocabulary
-    logits: torch.Tensor
-    is_mine: torch.Tensor
-    mine: torch.Tensor
-    maximum: torch.Tensor
-    total: torch.Tensor
+    logits: torch.Tensor  # [T, V_p], split on dim 1
+    is_mine: torch.Tensor  # [T], whether the target lies on this rank
+    mine: torch.Tensor  # [T], the target's column of the logits if it does, else 0
+    maximum: torch.Tensor  # [T], over the whole vocabulary, replicated
+    total: torch.Tensor  # [T], the sum of exp(logit - maximum), replicated
 
     @classmethod
     def of(
@@ -136,12 +120,8 @@ class Softmax:
     ) -> tuple[Softmax, torch.Tensor, torch.Tensor]:
         """The softmax; the losses [T]; and minus the logarithms of the targets' probabilities [T], both replicated.
 
-        Without label smoothing, the last two are equal.
-
-        Args:
-            vocabulary: How the classes are cut.
-            logits: [T, V_p], split on dim 1.
-            target: [T], replicated; of one outside of the vocabulary the loss has no meaning.
+        Without label smoothing, the last two are equal. The target is [T], replicated; of one outside of the vocabulary
+        the loss has no meaning.
 
         Collective: all-gather over tp of 3 x T numbers (4 x T with label smoothing).
         """
@@ -164,14 +144,8 @@ class Softmax:
     def write_gradient(self, share: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """The gradient of the logits: probability less target probability, times each token's share.
 
-        Computed in float32 or better and rounded once: for a nearly certain target, the difference is tiny.
-
-        Args:
-            share: [T], what the losses are multiplied by.
-            out: [T, V_p], where to write it; may be the logits.
-
-        Returns:
-            ``out``, split on dim 1.
+        Computed in float32 or better and rounded once: for a nearly certain target, the difference is tiny. ``share``
+        is [T], what the losses are multiplied by; ``out``, which is returned, is [T, V_p] and may be the logits.
         """
         smoothing = self.vocabulary.label_smoothing
         factor = share / self.total

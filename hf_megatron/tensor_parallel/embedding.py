@@ -31,16 +31,11 @@ class VocabParallelEmbedding(ParallelModule, nn.Embedding):
         return {"weight": VocabSplit()}
 
     def forward(self, input_ids: torch.Tensor | None = None, tied: TiedGradient | None = None) -> torch.Tensor:
-        """Look up the embeddings.
+        """Global token ids [B, S] to [B, S, H], both replicated.
 
-        Args:
-            input_ids: [B, S] global token ids, replicated. None gives the weight itself, for a tied head: hooks that
-                bring weights when they are needed work on calls.
-
-            tied: Looks the words up instead, on a CPU, and adds their gradient to that of a head with the same weight.
-
-        Returns:
-            [B, S, H], replicated; or the weight [V, H], split on dim 0.
+        Without ids it is the weight itself, [V, H], split on dim 0, for a tied head: hooks that bring weights when they
+        are needed work on calls. ``tied`` looks the words up instead, on a CPU, and adds their gradient to that of a
+        head with the same weight.
 
         Collective: all-reduce over tp, forward, of the output.
         """

@@ -16,17 +16,11 @@ from torch.distributed.tensor import DTensor
 
 @dataclass(frozen=True, slots=True)
 class TensorParallelGroup:
-    """The tensor-parallel group of this process.
+    """The tensor-parallel group of this process."""
 
-    Attributes:
-        process_group: The group to communicate over; None when there is only one rank.
-        size: Number of ranks, the paper's degree of model parallelism.
-        rank: This process's place among them.
-    """
-
-    process_group: dist.ProcessGroup | None
-    size: int
-    rank: int
+    process_group: dist.ProcessGroup | None  # to communicate over; None when there is only one rank
+    size: int  # number of ranks, the paper's degree of model parallelism
+    rank: int  # this process's place among them
 
     @classmethod
     def from_mesh(cls, mesh: DeviceMesh) -> TensorParallelGroup:

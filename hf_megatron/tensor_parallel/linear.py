@@ -1,8 +1,5 @@
 """Column-parallel and row-parallel linear layers.
 
-Every parameter keeps its full, unsharded shape and name: on one rank it is an ordinary tensor, on several a DTensor.
-The forward pass computes with this rank's shard as a plain tensor and calls collectives explicitly.
-
 Shapes: B batch, S sequence, H hidden, P ranks; ``in`` and ``out`` are full sizes, ``_p`` marks this rank's part.
 
 Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3.
@@ -30,7 +27,16 @@ WeightLayout = Literal["out_in", "in_out"]
 
 
 class _ParallelLinear(ParallelModule):
-    """Base of the two linear layers: their parameters."""
+    """Base of the two linear layers: the parameters of ``Y = X A + b``.
+
+    Args:
+        in_features: Size of X's last dimension over all ranks.
+        out_features: Size of Y's last dimension over all ranks.
+        bias: Whether there is a ``b``.
+        weight_layout: ``"out_in"`` stores ``A`` transposed, as ``nn.Linear`` does; ``"in_out"`` as it is, as GPT-2's
+            Conv1D does.
+        specs: The cut of ``weight`` and ``bias``, if it is not the usual one of the class.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -40,24 +46,21 @@ class _ParallelLinear(ParallelModule):
         in_features: int,
         out_features: int,
         *,
-        bias: bool,
-        weight_layout: WeightLayout,
-        specs: Mapping[str, Spec],
+        bias: bool = True,
+        weight_layout: WeightLayout = "out_in",
+        specs: Mapping[str, Spec] | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight_layout = weight_layout
         shape = (in_features, out_features) if weight_layout == "in_out" else (out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
-        self._specs = dict(specs)
-        self.reset_parameters()
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+        self._specs = dict(specs or self._usual_specs())
+        nn.init.normal_(self.weight, std=0.02)  # as in GPT-2 and BERT; models initialize it once more
 
-    def reset_parameters(self) -> None:
-        """Initialize weights from N(0, 0.02) and the bias with zero, as in GPT-2 and BERT; models reinitialize them."""
-        nn.init.normal_(self.weight, std=0.02)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+    def _usual_specs(self) -> Mapping[str, Spec]:
+        raise NotImplementedError
 
     def partition_specs(self) -> Mapping[str, Spec]:
         return self._specs
@@ -70,40 +73,22 @@ class _ParallelLinear(ParallelModule):
 class ColumnParallelLinear(_ParallelLinear):
     """Column-parallel ``Y = X A + b``: ``A = [A_1, ..., A_P]``, and rank i computes ``Y_i = X A_i + b_i``.
 
-    Args:
-        in_features: Size of X's last dimension.
-        out_features: Size of Y's last dimension over all ranks.
-        bias: Whether there is a ``b``.
-        weight_layout: ``"out_in"`` stores ``A`` transposed, as ``nn.Linear`` does; ``"in_out"`` as it is, as GPT-2's
-            Conv1D does.
-        specs: The cut of ``weight`` and ``bias``; both along ``out`` by default. A bias may be held whole, if each rank
-            uses a part of it (``Replicated(used=FusedSplit(...))``).
+    Both are cut along ``out``. By its spec a bias may be held whole, if each rank uses a part of it
+    (``Replicated(used=FusedSplit(...))``).
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool = True,
-        weight_layout: WeightLayout = "out_in",
-        specs: Mapping[str, Spec] | None = None,
-    ) -> None:
-        default = {"weight": Split(1 if weight_layout == "in_out" else 0), "bias": Split(0)}
-        super().__init__(in_features, out_features, bias=bias, weight_layout=weight_layout, specs=specs or default)
-        spec = self._specs.get("bias")
+    def _usual_specs(self) -> Mapping[str, Spec]:
+        return {"weight": Split(1 if self.weight_layout == "in_out" else 0), "bias": Split(0)}
+
+    @property
+    def _bias_blocks(self) -> int:
+        """Blocks of a bias that is held whole; 0 if it is cut, or there is none."""
+        spec = self._specs.get("bias") if self.bias is not None else None
         used = spec.used if isinstance(spec, Replicated) else None
-        self._bias_blocks = used.num_blocks if bias and isinstance(used, FusedSplit) else 0  # of a replicated bias
+        return used.num_blocks if isinstance(used, FusedSplit) else 0
 
     def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
-        """Multiply by this rank's columns.
-
-        Args:
-            x: [..., in], replicated; with a region [..., S_p, in], split on the sequence.
-            region: Where x comes from, if it is split on the sequence.
-
-        Returns:
-            [..., out_p], split on the last dim.
+        """[..., in] to [..., out_p]: replicated, or with a region split on the sequence, to split on the last dim.
 
         Collective: that of :func:`column_parallel_linear`.
         """
@@ -150,36 +135,13 @@ class RowParallelLinear(_ParallelLinear):
     """Row-parallel ``Y = X A + b``, with the rows of ``A`` and the columns of ``X`` split: ``Y = sum_i X_i A_i + b``.
 
     The bias is replicated and added once, after the sum.
-
-    Args:
-        in_features: Size of X's last dimension over all ranks.
-        out_features: Size of Y's last dimension.
-        bias: Whether there is a ``b``.
-        weight_layout: As in :class:`ColumnParallelLinear`.
-        specs: The cut of ``weight`` and ``bias``; by default ``weight`` along ``in`` and ``bias`` replicated.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool = True,
-        weight_layout: WeightLayout = "out_in",
-        specs: Mapping[str, Spec] | None = None,
-    ) -> None:
-        default = {"weight": Split(0 if weight_layout == "in_out" else 1), "bias": Replicated()}
-        super().__init__(in_features, out_features, bias=bias, weight_layout=weight_layout, specs=specs or default)
+    def _usual_specs(self) -> Mapping[str, Spec]:
+        return {"weight": Split(0 if self.weight_layout == "in_out" else 1), "bias": Replicated()}
 
     def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
-        """Multiply by this rank's rows and sum over the ranks.
-
-        Args:
-            x: [..., in_p], split on the last dim.
-            region: Where the output goes to, if that is split on the sequence.
-
-        Returns:
-            [..., out], replicated; with a region [..., S_p, out], split on the sequence.
+        """[..., in_p] to [..., out]: split on the last dim, to replicated or with a region split on the sequence.
 
         Collective: all-reduce over tp, forward, of the output. With a region reduce-scatter over tp, forward, and
         all-gather over tp, backward.
@@ -212,19 +174,12 @@ def _part_of_bias(whole: torch.Tensor, group: TensorParallelGroup, blocks: int) 
 
 
 class _Entry(NamedTuple):
-    """How an input enters a parallel region.
+    """How an input enters a parallel region."""
 
-    Attributes:
-        group: The tensor-parallel group, of more than one rank.
-        layout: How the weights are stored.
-        length: S, if the input is split on the sequence; None if it is replicated.
-        bias_blocks: Blocks of a single bias that is held whole; 0 if biases are split.
-    """
-
-    group: TensorParallelGroup
-    layout: WeightLayout
-    length: int | None
-    bias_blocks: int
+    group: TensorParallelGroup  # of more than one rank
+    layout: WeightLayout  # how the weights are stored
+    length: int | None  # S, if the input is split on the sequence; None if it is replicated
+    bias_blocks: int  # of a single bias that is held whole; 0 if biases are split
 
 
 class _ColumnParallelLinear(torch.autograd.Function):

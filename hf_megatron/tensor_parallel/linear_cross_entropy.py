@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel.collectives import start_all_reduce
 from hf_megatron.tensor_parallel.cpu import TiedGradient
-from hf_megatron.tensor_parallel.cross_entropy import Softmax, Vocabulary, check_target, mean_scale, wide
+from hf_megatron.tensor_parallel.cross_entropy import Softmax, Vocabulary, counted_targets, mean_scale
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
 # Number of logits per chunk. Smaller chunks save little memory but read and write the weight gradient more often.
@@ -48,39 +48,24 @@ def vocab_parallel_linear_cross_entropy(
     Under autocast the products run in its dtype; the gradient of the weight is summed up in the weight's own, or in
     float32 if that is float16.
 
-    Args:
-        group: The tensor-parallel group.
-        hidden_states: [T, H], replicated.
-        weight: [V_p, H], split on dim 0 as ``torch.chunk`` cuts ``vocab_size``.
-        bias: [V_p], split on dim 0, or None.
-        target: [T], token ids in ``[0, vocab_size)`` or ``ignore_index``, replicated.
-        vocab_size: V.
-        ignore_index: Tokens with this target count neither in the loss nor in the mean.
-        label_smoothing: Share of the target distribution that is spread evenly over the vocabulary.
-        num_items_in_batch: If given, the sum of the losses is divided by it instead of by the number of tokens that
-            count.
-        chunk_size: C; by default as many tokens as have 2**24 logits on a rank, or 2**26 on a GPU.
-        reduce_gradient: Whether to make the gradient of the hidden states whole. If not it is left a partial sum, for
-            hidden states out of a gather whose backward pass is a reduce-scatter.
-        tied: What ``weight`` comes from, on a CPU, if the word embedding has the same weight.
+    ``hidden_states`` are [T, H], replicated, ``weight`` [V_p, H] and ``bias`` [V_p], split on dim 0 as ``torch.chunk``
+    cuts ``vocab_size``, and ``target`` [T], replicated. Targets, the other arguments of the loss, its value and its
+    errors are those of :func:`vocab_parallel_cross_entropy`; its gradient can be taken once. Furthermore:
 
-    Returns:
-        The loss, a scalar, replicated; float32, or float64 for float64 hidden states. NaN if no token counts, as in
-        torch. Its gradient can be taken once.
-
-    Raises:
-        PartitionError: A target outside of the vocabulary.
+    - ``chunk_size`` is C; by default as many tokens as have 2**24 logits on a rank, or 2**26 on a GPU.
+    - ``reduce_gradient`` makes the gradient of the hidden states whole. Without, it is left a partial sum, for hidden
+      states out of a gather whose backward pass is a reduce-scatter.
+    - ``tied`` is what ``weight`` comes from, on a CPU, if the word embedding has the same weight.
 
     Collective, in the forward pass and for each chunk: all-gather over tp of 3 x C numbers (4 x C with label
     smoothing); all-reduce over tp of the hidden states' gradient, in their dtype or, if the products are in float16, in
     float32, if one is needed and ``reduce_gradient``.
     """
-    check_target(target, vocab_size, ignore_index)
-    is_counted = target != ignore_index
+    is_counted = counted_targets(target, vocab_size, ignore_index)
     device = hidden_states.device.type
     is_cast = torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if is_cast else hidden_states.dtype
-    scale = mean_scale(is_counted, num_items_in_batch, wide(dtype), hidden_states.device)
+    scale = mean_scale(is_counted, num_items_in_batch, dtype)
     if not torch.compiler.is_compiling():  # the number of tokens that count is unknown at compile time
         counted = is_counted.nonzero()[:, 0]
         hidden_states, target, is_counted = (x.index_select(0, counted) for x in (hidden_states, target, is_counted))
@@ -136,10 +121,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses = gradients.add(chunk, target[chunk], share[chunk])
             total += torch.where(is_counted[chunk], losses, 0.0).sum()
         ctx.save_for_backward(*gradients.finish())
-        ctx.tied, ctx.dtypes = (
-            head.tied,
-            tuple(None if tensor is None else tensor.dtype for tensor in (hidden_states, weight, bias)),
-        )
+        ctx.tied = head.tied
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_states, weight, bias)]
         return total * scale
 
     @staticmethod
@@ -188,15 +171,9 @@ class _Gradients:
         self._unfinished: list[Callable[[], Any]] = []
 
     def add(self, chunk: slice, target: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        """Add a chunk.
+        """Add a chunk of C tokens with their targets [C], replicated; returns their losses [C], replicated.
 
-        Args:
-            chunk: Where its C tokens are.
-            target: [C], replicated.
-            share: [C], what each token's loss is multiplied by in what gradients are taken of.
-
-        Returns:
-            The losses [C], replicated.
+        ``share`` [C] is what each token's loss is multiplied by in what gradients are taken of.
         """
         hidden = self.hidden_states[chunk]
         logits = F.linear(hidden, self.weight, self.bias)  # [C, V_p], split on dim 1

@@ -35,15 +35,10 @@ from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
 
 def copy_to_tensor_parallel_region(group: TensorParallelGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Enter the parallel region (``f`` in the Megatron-LM paper).
+    """Enter the parallel region (``f`` in the Megatron-LM paper) with replicated tensors of any shapes, as they are.
 
-    Args:
-        group: The tensor-parallel group.
-        tensors: Replicated on all ranks, any shapes. Those given together share one collective per dtype.
-
-    Returns:
-        The same values, still replicated. What is computed from them differs per rank, so their gradients are partial
-        sums, which the backward pass makes whole.
+    What is computed from them differs per rank, so their gradients are partial sums, which the backward pass makes
+    whole. Tensors given together share one collective per dtype.
 
     Collective: all-reduce over tp, backward, of all the gradients' elements.
     """
@@ -54,14 +49,7 @@ def copy_to_tensor_parallel_region(group: TensorParallelGroup, *tensors: torch.T
 
 
 def reduce_from_tensor_parallel_region(group: TensorParallelGroup, tensor: torch.Tensor) -> torch.Tensor:
-    """Leave the parallel region (``g`` in the Megatron-LM paper).
-
-    Args:
-        group: The tensor-parallel group.
-        tensor: A partial sum on each rank, any shape; left as it is.
-
-    Returns:
-        The sum over ranks, replicated.
+    """Leave the parallel region (``g`` in the Megatron-LM paper): partial sums of any shape to their sum, replicated.
 
     Collective: all-reduce over tp, forward, of the tensor.
     """
@@ -71,16 +59,9 @@ def reduce_from_tensor_parallel_region(group: TensorParallelGroup, tensor: torch
 def gather_from_tensor_parallel_region(
     group: TensorParallelGroup, tensor: torch.Tensor, *, dim: int, size: int
 ) -> torch.Tensor:
-    """All-gather a tensor that is split along ``dim``.
+    """All-gather a tensor that is split on ``dim`` as ``torch.chunk`` cuts ``size``: the full tensor, replicated.
 
-    Args:
-        group: The tensor-parallel group.
-        tensor: Split on ``dim`` as ``torch.chunk`` cuts ``size``, sizes may be uneven.
-        dim: The dimension it is split on.
-        size: Size of that dimension when whole.
-
-    Returns:
-        The full tensor, replicated. Its gradient must be the same on all ranks, as that of any replicated tensor is.
+    Its gradient must be the same on all ranks, as that of any replicated tensor is.
 
     Collective: all-gather over tp, forward, of the largest shard's size.
     """
@@ -89,15 +70,7 @@ def gather_from_tensor_parallel_region(
 
 
 def scatter_to_tensor_parallel_region(group: TensorParallelGroup, tensor: torch.Tensor, *, dim: int) -> torch.Tensor:
-    """Keep this rank's slice of a replicated tensor.
-
-    Args:
-        group: The tensor-parallel group.
-        tensor: Replicated, any shape.
-        dim: The dimension to split, cut as ``torch.chunk`` cuts it.
-
-    Returns:
-        This rank's slice, split on ``dim``.
+    """Keep this rank's slice of a replicated tensor, split on ``dim`` as ``torch.chunk`` cuts it.
 
     Collective: all-gather over tp, backward.
     """
@@ -110,15 +83,9 @@ def gather_from_sequence_parallel_region(
 ) -> torch.Tensor:
     """Enter the parallel region with all positions: the second paper's ``g``.
 
-    Args:
-        group: The tensor-parallel group.
-        tensor: Split on ``dim`` as ``torch.chunk`` cuts ``size``, sizes may be uneven.
-        dim: The dimension it is split on, the sequence.
-        size: Size of that dimension when whole.
-
-    Returns:
-        The full tensor, replicated. What is computed from it differs per rank, so its gradient is a partial sum, of
-        which the backward pass makes this rank's slice whole.
+    The tensor is split on ``dim``, the sequence, as ``torch.chunk`` cuts ``size``; the result is full and replicated.
+    What is computed from it differs per rank, so its gradient is a partial sum, of which the backward pass makes this
+    rank's slice whole.
 
     Collective: all-gather over tp, forward; reduce-scatter over tp, backward. Both of ``size`` rounded up to a multiple
     of the degree.
@@ -132,13 +99,7 @@ def reduce_scatter_to_sequence_parallel_region(
 ) -> torch.Tensor:
     """Leave the parallel region, each rank with its part of the positions: the second paper's ``g-bar``.
 
-    Args:
-        group: The tensor-parallel group.
-        tensor: A partial sum on each rank, any shape; left as it is.
-        dim: The dimension to split, the sequence, cut as ``torch.chunk`` cuts it.
-
-    Returns:
-        This rank's slice of the sum over ranks, split on ``dim``.
+    Partial sums to this rank's slice of their sum, split on ``dim``, the sequence, as ``torch.chunk`` cuts it.
 
     Collective: reduce-scatter over tp, forward; all-gather over tp, backward.
     """

@@ -17,13 +17,9 @@ from hf_megatron.tensor_parallel.group import SINGLE, TensorParallelGroup
 
 
 class ParallelModule(nn.Module):
-    """A module with a tensor-parallel group and a partition spec for each of its own parameters.
+    """A module with a tensor-parallel group and a partition spec for each of its own parameters."""
 
-    Attributes:
-        tp_group: The group; one rank until :meth:`set_tensor_parallel` is called.
-    """
-
-    tp_group: TensorParallelGroup = SINGLE
+    tp_group: TensorParallelGroup = SINGLE  # one rank until :meth:`set_tensor_parallel` is called
 
     @cached_property
     def _hf_tp_plan(self) -> str:

@@ -29,15 +29,9 @@ _MAX_SEED = 2**62
 
 
 def attention_dropout(probabilities: torch.Tensor, p: float, first_head: int) -> torch.Tensor:
-    """Dropout on attention probabilities with one mask per global head.
+    """Dropout on attention probabilities [B, N_p, S_q, S_k], split by heads, with one mask per global head.
 
-    Args:
-        probabilities: [B, N_p, S_q, S_k], split on dim 1 by heads.
-        p: Probability of dropping an element.
-        first_head: Global index of this rank's first head.
-
-    Returns:
-        Like ``probabilities``, with dropped elements zero and the others scaled by ``1 / (1 - p)``.
+    ``first_head`` is the global index of this rank's first head.
     """
     if p == 0.0:
         return probabilities
@@ -51,17 +45,7 @@ def attention_dropout(probabilities: torch.Tensor, p: float, first_head: int) ->
 def sliced_dropout(group: TensorParallelGroup, x: torch.Tensor, p: float, *, dim: int, size: int) -> torch.Tensor:
     """Dropout on activations that are split on ``dim``; the mask equals that of one rank for the full tensor.
 
-    Each rank draws the whole mask and keeps its slice.
-
-    Args:
-        group: The tensor-parallel group.
-        x: Split on ``dim`` as ``torch.chunk`` cuts ``size``.
-        p: Probability of dropping an element.
-        dim: The dimension it is split on.
-        size: Size of that dimension when whole.
-
-    Returns:
-        Like ``x``, with dropped elements zero and the others scaled by ``1 / (1 - p)``.
+    Each rank draws the whole mask and keeps its slice, as ``torch.chunk`` cuts ``size``.
     """
     shape = list(x.shape)
     shape[dim] = size
@@ -88,11 +72,7 @@ def _(like: torch.Tensor, seed: torch.Tensor, p: float, first_head: int) -> torc
 
 
 def synchronize_random_state(group: TensorParallelGroup, device: torch.device) -> None:
-    """Set the default generators of all ranks of the group to the state of the first rank.
-
-    Args:
-        group: The tensor-parallel group.
-        device: Where the model lies; an accelerator's generator is synchronised beside the CPU's.
+    """Set the default generators of all ranks of the group, the CPU's and the device's, to the first rank's state.
 
     Collective: broadcast over tp of the generator states, some kilobytes.
     """

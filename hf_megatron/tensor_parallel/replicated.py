@@ -5,8 +5,6 @@ Shapes: ``in`` and ``out`` are full sizes; H hidden.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -37,9 +35,8 @@ class ReplicatedLayerNorm(ParallelModule, nn.LayerNorm):
 
     def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
         """[..., H] to [..., H], both replicated or, with a region, both split on the sequence; no communication."""
-        bias = cast("torch.Tensor | None", self.bias)
-        weight, bias = in_region(self.weight, region), None if bias is None else in_region(bias, region)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        bias = None if self.bias is None else in_region(self.bias, region)
+        return F.layer_norm(x, self.normalized_shape, in_region(self.weight, region), bias, self.eps)
 
 
 class HiddenDropout(nn.Dropout):

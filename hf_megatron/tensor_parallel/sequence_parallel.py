@@ -34,17 +34,11 @@ _SEQUENCE_DIM = -2
 
 @dataclass(frozen=True)
 class SequenceParallelRegion:
-    """Hidden states [B, S_p, H], split on the sequence like ``torch.chunk``; parts may be uneven or empty.
-
-    Attributes:
-        group: The tensor-parallel group.
-        length: S.
-        shared: What :meth:`sharing` has added, by the parameters' ids.
-    """
+    """Hidden states [B, S_p, H], split on the sequence like ``torch.chunk``; parts may be uneven or empty."""
 
     group: TensorParallelGroup
-    length: int
-    shared: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    length: int  # S
+    shared: Mapping[int, torch.Tensor] = field(default_factory=dict)  # by the parameters' ids, see :meth:`sharing`
 
     def sharing(self, parameters: Iterable[torch.Tensor]) -> SequenceParallelRegion:
         """The region with the replicated parameters used in it; a block calls this once, for all of them.

@@ -13,11 +13,8 @@ class SharedGradScaler(torch.amp.GradScaler):
 
     Each rank sees its own part of the gradients. The stock class synchronizes only if the very first gradient is a
     sharded DTensor, which is not the case for adapters (whose first matrix is replicated) or plain tensors. torch's
-    sharded scaler for FSDP uses a flag whose shape fused optimizers do not accept.
-
-    Args:
-        device: Type of the device.
-        scaler: The scale to begin with, and how it grows and shrinks.
+    sharded scaler for FSDP uses a flag whose shape fused optimizers do not accept. The scale begins, grows and
+    shrinks as the given scaler's.
     """
 
     def __init__(self, device: str, scaler: torch.amp.GradScaler) -> None:

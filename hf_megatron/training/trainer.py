@@ -52,14 +52,9 @@ class MegatronTrainer(CheckpointingTrainer):
     and outputs are those of the stock class. With a stock model, only the form of checkpoints differs
     (``training_state``).
 
-    Args:
-        model: As for the stock class, and so are ``args``, ``*pargs`` and ``**kwargs``.
-        args: As for the stock class.
-        *pargs: As for the stock class.
-        rank_check_steps: Interval, in steps, at which the ranks of a tensor-parallel group compare batch, random state
-            and replicated parameters, in addition to the first step of every data set, every checkpoint and the end of
-            training. 0 disables all of these checks.
-        **kwargs: As for the stock class.
+    One argument is new: ``rank_check_steps``, the interval, in steps, at which the ranks of a tensor-parallel group
+    compare batch, random state and replicated parameters, in addition to the first step of every data set, every
+    checkpoint and the end of training. 0 disables all of these checks.
     """
 
     def __init__(

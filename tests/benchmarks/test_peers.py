@@ -1,8 +1,5 @@
 """What a comparison with peers rests on: all of them compute the same, and nothing else disturbs them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from itertools import repeat
 from math import nan
 from pathlib import Path
@@ -18,7 +15,7 @@ from benchmarks.peers.agreement import DifferentWorkError, check_same_work
 from benchmarks.peers.competitors import Configuration
 from benchmarks.peers.worker import Job, Worker
 from benchmarks.peers.workload import TINY_WORKLOADS, generate
-from tests.distributed import RankPool
+from tests.models.reference import Pool
 
 _ALONE = {"gpt2": ("ours", "ours-recomputed", "stock-sdpa", "stock-eager", "dtensor"), "bert": ("ours", "stock-eager")}
 _TOGETHER = {"gpt2": ("ours", "dtensor"), "bert": ("ours", "transformers-tp")}
@@ -36,7 +33,7 @@ def _check(competitors: tuple[str, ...], model: str, directory: str) -> dict[str
 
 
 @pytest.mark.parametrize("model", ["gpt2", "bert"])
-def test_competitors_compute_the_same(model: str, pool: Callable[[int], RankPool], tmp_path: Path) -> None:
+def test_competitors_compute_the_same(model: str, pool: Pool, tmp_path: Path) -> None:
     """Catches weights read into the wrong place, a loss over other positions, and a plan that makes a peer slow."""
     directory = str(generate(TINY_WORKLOADS[f"{model}-tiny"], tmp_path / "checkpoint"))
     worlds = (

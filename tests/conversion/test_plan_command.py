@@ -119,10 +119,10 @@ def test_what_cannot_be_planned(arguments: list[str], told: str, command: Comman
 def _write_sparse(directory: Path, name: str) -> Path:
     """A stock checkpoint with every header and no bytes on the disk."""
     preset = PRESETS[name]
-    config = preset.table.config_of(preset.sizes, preset.model_class, stock=True)
+    config = preset.table.config_of(preset.sizes, preset.table.classes[0], stock=True)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for tensor in preset.table.tensors(config, preset.model_class).values():
+    for tensor in preset.table.tensors(config, preset.table.classes[0]).values():
         start, end = end, end + 2 * prod(tensor.shape)
         header[tensor.name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()

@@ -1,7 +1,5 @@
 """A BERT tokenizer and documents, made on the spot from text that comes with Python."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pydoc_data.topics import topics
 

@@ -1,24 +1,19 @@
 """The collator: the batch it makes, and that it can be made again, elsewhere too."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from transformers.distributed import DistributedConfig
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining
 from hf_megatron.errors import DataError
 from hf_megatron.paper.data import DataCollatorForMegatronBertPretraining as Collator
 from hf_megatron.paper.data import NgramMasking, sentence_order_pairs
 from tests.data.conftest import Document
-from tests.distributed import RankPool
+from tests.models.architectures import PRE
+from tests.models.reference import Pool
 
 Batch = dict[str, torch.Tensor]
 
@@ -31,12 +26,6 @@ def examples(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> l
 
 def _is_equal(one: Batch, other: Batch) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def _tiny(tokenizer: PreTrainedTokenizerBase) -> MegatronBertConfig:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    return MegatronBertConfig(**sizes, **vocabulary, max_position_embeddings=48)
 
 
 def test_the_batch(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]) -> None:
@@ -90,7 +79,7 @@ def test_a_seed_makes_a_stream_of_its_own(tokenizer: PreTrainedTokenizerBase, ex
     assert not _is_equal(Collator(tokenizer, seed=9)(examples[:8]), batches[0])
 
 
-def test_without_a_seed_the_default_generator_is_used(
+def test_no_seed_means_the_default_generator(
     tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]
 ) -> None:
     """Catches masks that a resumed training, which restores that generator, would not see again."""
@@ -118,32 +107,18 @@ def _batches_on_a_rank(directory: Path, examples: list[dict[str, Any]]) -> list[
     rank = torch.distributed.get_rank()
     torch.manual_seed(rank)
     with_seed = Collator(tokenizer, seed=1)(examples)
-    MegatronBertForPreTraining.from_config(_tiny(tokenizer), distributed_config=DistributedConfig(tp_size=2))
+    PRE.build(2, config=PRE.config())  # loading a model puts the ranks in step
     return [with_seed, Collator(tokenizer)(examples)]
 
 
 def test_same_batch_on_all_ranks(
-    tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], pool: Callable[[int], RankPool], tmp_path: Path
+    tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], pool: Pool, tmp_path: Path
 ) -> None:
     """Catches ranks that mask other tokens: their shards would be trained on different batches, without an error."""
     tokenizer.save_pretrained(tmp_path)
     first, second = pool(2).run(_batches_on_a_rank, tmp_path, examples[:8])
     assert all(_is_equal(one, other) for one, other in zip(first, second, strict=True))
     assert _is_equal(first[0], Collator(tokenizer, seed=1)(examples[:8]))
-
-
-def test_in_a_trainer(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]], tmp_path: Path) -> None:
-    """Catches column names that Trainer removes, batches the model does not take, and labels it cannot learn."""
-    quiet: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 10}
-    trainer = Trainer(
-        model=MegatronBertForPreTraining.from_config(_tiny(tokenizer), seed=0),
-        args=TrainingArguments(str(tmp_path), max_steps=30, learning_rate=1e-2, dataloader_pin_memory=False, **quiet),
-        train_dataset=Dataset.from_list(examples),
-        data_collator=Collator(tokenizer),
-    )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0] - 0.3
 
 
 def test_what_cannot_be_used_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,7 +1,5 @@
 """MNLI and QQP in their official files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -14,8 +12,7 @@ _MNLI, _QQP = PAIR_TASKS["mnli"], PAIR_TASKS["qqp"]
 
 
 def test_mnli_tables(tmp_path: Path) -> None:
-    """Catches quotes taken for quoting, lines cut at other characters than a line feed, another order of classes, and
-    pairs without a gold label."""
+    """Catches quotes taken for quoting, other line ends than a line feed, other classes, pairs without a class."""
     rows = [
         "index\tpairID\tsentence1\tsentence2\tlabel1\tgold_label",
         '0\t1e\tHe said "no.\tHe did not agree.\tneutral\tentailment',

@@ -1,7 +1,5 @@
 """Whole-word n-gram masking: what is chosen, and what stands in its place."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import chain
 from typing import Any
@@ -67,8 +65,7 @@ def test_a_cut_word_starts_after_a_special_token(tokenizer: PreTrainedTokenizerB
 def test_whole_words_in_runs(
     tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], max_ngram: int, probability: float
 ) -> None:
-    """Catches parts of words, runs with holes, over special tokens or of too many words, overlapping ones, and more
-    tokens than asked for, none at all, or far fewer than could be had."""
+    """Catches parts of words, runs with holes or of too many words, and more tokens than asked for, or too few."""
     masking = NgramMasking(tokenizer, max_ngram=max_ngram, mlm_probability=probability)
     seen = set()
     num_chosen = num_tokens = 0
@@ -83,9 +80,8 @@ def test_whole_words_in_runs(
             seen.add(num_words)
         positions, length = list(chain(*ngrams)), sum(map(len, words))
         assert len(positions) == len(set(positions))
-        assert (
-            1 <= len(positions) <= max(probability * length, min(map(len, words)))
-        )  # where no word fits, the shortest
+        most = max(probability * length, min(map(len, words)))  # where no word fits, the shortest
+        assert 1 <= len(positions) <= most
         if len(token_ids) > 50:
             num_chosen, num_tokens = num_chosen + len(positions), num_tokens + length
     assert seen == set(range(1, max_ngram + 1))

@@ -1,7 +1,5 @@
 """RACE: reading it, and the examples made of it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

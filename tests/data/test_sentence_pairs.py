@@ -1,7 +1,5 @@
 """Sentence-order pairs: what is cut from documents, and how."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import accumulate, pairwise
 from typing import Any
@@ -104,20 +102,18 @@ def test_some_sequences_are_short() -> None:
     assert min(lengths) < 20
 
 
-_ODD: dict[int, list[Document]] = {
-    0: [[], [[]], _numbered(5), _numbered(500)],
-    1: [[[], [100], [], [101]], _numbered(1, 1), _numbered(2, 500), _numbered(500, 500, 500)],
-}
+@pytest.mark.parametrize("document", [[], [[]], _numbered(5), _numbered(500)])
+def test_documents_without_a_pair(document: Document) -> None:
+    """Catches pairs without a second sentence."""
+    assert _pairs(document) == []
 
 
-@pytest.mark.parametrize(("document", "num_pairs"), [(d, num) for num, group in _ODD.items() for d in group])
-def test_short_and_odd_documents(document: Document, num_pairs: int) -> None:
-    """Catches empty segments, pairs without a second sentence, and sequences over the limit."""
-    pairs = _pairs(document)
-    assert len(pairs) == num_pairs
-    for pair in pairs:
-        assert all(_segments(pair))
-        assert len(pair["input_ids"]) <= 32
+@pytest.mark.parametrize("doc", [[[], [100], [], [101]], _numbered(1, 1), _numbered(2, 500), _numbered(*[500] * 3)])
+def test_documents_of_one_pair(doc: Document) -> None:
+    """Catches empty segments, and sequences over the limit."""
+    (pair,) = _pairs(doc)
+    assert all(_segments(pair))
+    assert len(pair["input_ids"]) <= 32
 
 
 def test_the_longer_segment_is_cut() -> None:

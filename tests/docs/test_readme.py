@@ -12,8 +12,6 @@ Lines that call `make` are not executed, as that would set up an environment and
 would do is looked at instead.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -68,16 +66,10 @@ def blocks_of(text: str) -> list[Block]:
     """The bash and python blocks of a Markdown text, in order."""
     blocks = []
     for match in _BLOCK.finditer("\n" + text):
-        mode = _MODE.fullmatch(match["above"].strip())
-        blocks.append(
-            Block(
-                line=text.count("\n", 0, match.start("language") - 1) + 1,
-                language=match["language"],
-                code=textwrap.dedent(match["code"]),
-                mode=mode["mode"] if mode else "",
-                file_name=mode["name"] if mode else None,
-            )
-        )
+        found = _MODE.fullmatch(match["above"].strip())
+        mode, name = (found["mode"], found["name"]) if found else ("", None)
+        line = text.count("\n", 0, match.start("language") - 1) + 1
+        blocks.append(Block(line, match["language"], textwrap.dedent(match["code"]), mode, name))
     return blocks
 
 
@@ -141,18 +133,14 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert [link for link in links if not (document.parent / link).exists()] == []
 
 
-def test_readme_is_readable_where_the_repository_is_not() -> None:
-    """Catches links that lead nowhere on PyPI, and files that README names and nobody has."""
+def test_readme_is_short_and_readable_where_the_repository_is_not() -> None:
+    """Catches a README nobody reads to its end, links that lead nowhere on PyPI, and named files that nobody has."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
     assert _LINK.findall(text) == []
     named = re.findall(r"`((?:docs|benchmarks)/\w+\.md|examples/|[A-Z]+\.(?:md|cff))`", text)
     assert len(named) > 8
     assert [name for name in named if not (ROOT / name).exists()] == []
-
-
-def test_readme_is_short() -> None:
-    """Catches a README that nobody reads to its end."""
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
 
 
 _EXAMPLE = """\

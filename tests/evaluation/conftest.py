@@ -1,7 +1,5 @@
 """Fixtures for the tests of the evaluations, and which of them need more than the repository."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

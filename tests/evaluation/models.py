@@ -1,7 +1,5 @@
 """A tokenizer and a small trained model for evaluations, made here, and slow loops to compare with."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

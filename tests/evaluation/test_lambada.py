@@ -1,8 +1,7 @@
 """LAMBADA accuracy against a loop that is slow and obviously right."""
 
-from __future__ import annotations
-
 import json
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,11 @@ from hf_megatron.errors import DataError
 from hf_megatron.paper.evaluation import Passage, evaluate_lambada, read_passages
 from hf_megatron.paper.evaluation.scoring import encode
 from tests.evaluation.models import PASSAGES, load
-from tests.models.reference import Pool, layout, run_at
+from tests.live import on_live_ranks
+from tests.models.reference import layout
+
+# The last word of the last one has several sub-words.
+_PASSAGES = [*PASSAGES, "The keeper climbed the stairs and looked at the lighthousekeeping"]
 
 
 @torch.no_grad()
@@ -35,32 +38,18 @@ def _slow(model: Any, tokenizer: Any, passages: list[str]) -> tuple[list[bool], 
     return right, logs
 
 
-def _evaluate(directory: Path, tp_size: int, **options: Any) -> dict[str, Any]:
-    model = MegatronGPT2LMHeadModel.from_pretrained(directory, distributed_config=layout(tp_size)).eval()
-    return vars(evaluate_lambada(model, load(directory)[1], PASSAGES, **options))
-
-
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-def test_accuracy_is_the_slow_loop_s(tp_size: int, model_dir: Path, pool: Pool) -> None:
+@on_live_ranks()
+def test_accuracy_is_the_slow_loop_s(tp_size: int, model_dir: Path) -> None:
     """Catches padding that is scored, a word that counts though only its first sub-word is right, and lost examples."""
     model, tokenizer = load(model_dir)
-    right, logs = _slow(model, tokenizer, PASSAGES)
+    right, logs = _slow(model, tokenizer, _PASSAGES)
     assert 0 < sum(right) < len(right)  # both outcomes are there to be confused
-    expected = torch.tensor(-sum(logs) / len(logs)).exp().item()
-    for result in run_at(pool, tp_size, _evaluate, model_dir, tp_size, batch_size=4):
-        assert result["accuracy"] == sum(right) / len(right)
-        assert result["perplexity"] == pytest.approx(expected, rel=1e-5)
-        assert result["examples"] == len(PASSAGES)
-
-
-def test_a_word_is_right_only_if_all_of_its_sub_words_are(model_dir: Path) -> None:
-    """Catches accuracy over sub-words."""
-    model, tokenizer = load(model_dir)
-    passages = [text for text in PASSAGES if len(encode(tokenizer, " " + text.rsplit(" ", 1)[1])) > 1]
-    passages.append("The keeper climbed the stairs and looked at the lighthousekeeping")
-    result = evaluate_lambada(model, tokenizer, passages)
-    assert result.tokens > result.examples
-    assert result.accuracy == sum(_slow(model, tokenizer, passages)[0]) / len(passages)
+    ours = MegatronGPT2LMHeadModel.from_pretrained(model_dir, distributed_config=layout(tp_size)).eval()
+    result = evaluate_lambada(ours, tokenizer, _PASSAGES, batch_size=4)
+    assert result.accuracy == sum(right) / len(right)
+    assert result.perplexity == pytest.approx(exp(-sum(logs) / len(logs)), rel=1e-5)
+    assert result.tokens > result.examples == len(_PASSAGES)
 
 
 @pytest.mark.parametrize(

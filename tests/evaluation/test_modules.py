@@ -1,7 +1,5 @@
 """The evaluations as ``evaluate`` modules, offline and by path."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import evaluate

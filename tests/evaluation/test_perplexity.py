@@ -1,7 +1,5 @@
 """WikiText-103 perplexity against a loop that is slow and obviously right."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from math import exp
 from pathlib import Path

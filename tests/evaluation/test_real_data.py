@@ -5,8 +5,6 @@ conftest.py). It names a directory with ``wiki.test.tokens`` of WikiText-103, ``
 ``vocab.json`` and ``merges.txt``, in it or below it.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

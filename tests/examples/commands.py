@@ -1,7 +1,5 @@
 """How the tests run the examples: in this process or on live ranks, which is quick, or by a launcher as people do."""
 
-from __future__ import annotations
-
 import json
 import os
 import runpy

@@ -1,7 +1,5 @@
 """A BERT so small that an example trains it in seconds."""
 
-from __future__ import annotations
-
 import re
 import string
 from collections import Counter

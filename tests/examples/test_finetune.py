@@ -1,15 +1,11 @@
 """The fine-tuning examples: they learn what there is to learn, write what they promise, and do so by any launcher."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-import torch
-from transformers import BertForSequenceClassification
 
 from hf_megatron import MegatronBertConfig, MegatronBertForQuestionAnswering
 from tests.examples.commands import launch, losses, run_here
@@ -83,8 +79,7 @@ def _metrics(output: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("version", ["2.0", pytest.param("1.1", marks=pytest.mark.slow)])
 def test_squad_learns_its_answers(tmp_path: Path, tiny_bert: str, version: str) -> None:
-    """Catches labels, logits and words of an answer that do not belong together, and an answer that is given although
-    the model takes the question for unanswerable, or the reverse."""
+    """Catches labels, logits and words that do not belong together, and an answer to what is taken for unanswerable."""
     arguments = [*_squad(tmp_path, version), f"--model={tiny_bert}", f"--output={tmp_path / 'out'}", "--epochs=2"]
     run_here("finetune_squad", *arguments)
     metrics = _metrics(tmp_path / "out")
@@ -159,8 +154,7 @@ _EXAMPLES = {
     ],
 )
 def test_launchers(pool: Pool, tmp_path: Path, tiny_bert: str, name: str, launcher: str, processes: int) -> None:
-    """Catches a launcher whose processes do not find each other, and ranks that learn something else than one process
-    does: with four processes two groups of two share the batch."""
+    """Catches processes that do not find each other, and ranks, or groups of them, that learn something else."""
     arguments = [*_EXAMPLES[name](tmp_path), f"--model={tiny_bert}", "--epochs=1", "--tp=2"]
     if launcher == "python":
         arguments.remove("--tp=2")
@@ -173,25 +167,9 @@ def test_launchers(pool: Pool, tmp_path: Path, tiny_bert: str, name: str, launch
     expected = losses(tmp_path / "one")
     assert expected
     assert losses(tmp_path / "ranks") == pytest.approx(expected, rel=1e-3)
+    assert (tmp_path / "ranks/model.safetensors").is_file(), "a model in shards, which stock classes do not load"
     ours, theirs = _metrics(tmp_path / "ranks"), _metrics(tmp_path / "one")
-    if name == "finetune_squad":
-        assert ours == pytest.approx(theirs, abs=1e-2)
-    else:
-        assert ours == theirs
-
-
-@pytest.mark.slow
-def test_what_is_saved_is_for_everybody(pool: Pool, tmp_path: Path, tiny_bert: str) -> None:
-    """Catches a model in shards, which stock classes do not load."""
-    output = tmp_path / "out"
-    arguments = [*_pairs(tmp_path, "mnli"), f"--model={tiny_bert}", f"--output={output}", "--epochs=1"]
-    pool(2).run(run_here, "finetune_sentence_pairs", *arguments, timeout=240)
-    assert (output / "model.safetensors").exists()
-    config = json.loads((output / "config.json").read_text())
-    (output / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
-    model, info = BertForSequenceClassification.from_pretrained(output, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert model.classifier.weight.shape == torch.Size([3, 48])
+    assert ours == (pytest.approx(theirs, abs=1e-2) if name == "finetune_squad" else theirs)
 
 
 @pytest.mark.parametrize(

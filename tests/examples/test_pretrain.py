@@ -1,7 +1,5 @@
 """The pretraining examples: they learn, resume, and learn the same on ranks."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -61,8 +59,7 @@ def test_gpt2_learns_and_resumes(tmp_path: Path, text_files: list[str], capsys: 
 def test_launchers(
     pool: Pool, tmp_path: Path, text_files: list[str], name: str, processes: int | None, options: list[str]
 ) -> None:
-    """Catches processes of accelerate, which launches where there are no live ranks, that do not find each other, ranks
-    that learn something else than one process does, and a batch twice as large with data parallelism."""
+    """Catches processes that do not find each other, ranks that learn something else, and a batch twice as large."""
     arguments = [*_TINY, *options, "--text", *text_files]
     run_here(name, *arguments, f"--output={tmp_path / 'one'}")
     # Its tokenizer, for the trainer of one breaks ties differently in each process.

@@ -1,7 +1,5 @@
 """The metrics of the fine-tuning tasks, loaded as evaluate modules, against a slow restatement of the definitions."""
 
-from __future__ import annotations
-
 import random
 import socket
 from typing import Any
@@ -114,8 +112,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(deadline=None)
 @given(prediction=_LETTERS, reference=_LETTERS)
 def test_words_and_f1(prediction: str, reference: str) -> None:
-    """Catches articles cut out of words, punctuation taken for white space, and words counted more often than they
-    occur."""
+    """Catches articles cut out of words, punctuation taken for white space, and words counted too often."""
     assert normalise(prediction).split() == _slow_words(prediction)
     assert exact_match(prediction, reference) == (_slow_words(prediction) == _slow_words(reference))
     assert token_f1(prediction, reference) == pytest.approx(_slow_f1(prediction, reference))
@@ -144,8 +141,7 @@ def test_squad(kind: str) -> None:
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("repeated", [False, True], ids=["distinct", "repeated"])
 def test_squad_v2(kind: str, threshold: float, repeated: bool) -> None:
-    """Catches the answers of one group counted in another, a best threshold found on scores to which one was applied
-    already, and another order of questions that are equally sure."""
+    """Catches answers of one group counted in another, and a best threshold found on scores that one was applied to."""
     predictions, references = _questions(kind, seed=1)
     draw = random.Random(2)
     for question in references:

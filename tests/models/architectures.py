@@ -3,23 +3,20 @@
 Models are tiny, with weights that make every mistake visible.
 """
 
-from __future__ import annotations
-
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 
 from hf_megatron.architectures import BERT_POST, BERT_PRE, Architecture
 from hf_megatron.architectures import GPT2 as GPT2_TABLE
-from tests.models.reference import Batch, layout, loss_of, reference_loss
-
-StockDir = Callable[..., Path]  # from an architecture, a head and a variant; not to be written to
+from tests.models.reference import Batch, layout, loss_of, rank, reference_loss
 
 # 12 heads can be cut over 2, 3, 4 and 6 ranks; the vocabulary, a prime, over none of them evenly.
 B, S, H, V, LAYERS = 3, 9, 48, 131, 2
@@ -35,31 +32,18 @@ _SHARED_VARIANTS: dict[str, dict[str, Any]] = {"base": {}, "untied": {"tie_word_
 
 @dataclass(frozen=True, eq=False)
 class ModelCase:
-    """A case of the tests; it travels to the ranks by name.
-
-    Attributes:
-        table: How it is cut, and which classes there are.
-        sizes: What its tiny configuration says beyond ``SIZES``.
-        variants: Changes of the configuration that each take a path of their own.
-        language_model: The head with a vocabulary and no other loss.
-        dropouts: Names in the configuration: of attention's dropout, then of the others'.
-        embedding_dropout: The module with the dropout of the embeddings, in the base model.
-        is_causal: Whether labels are shifted, and later positions hidden.
-        ends_with_norm: Whether a layer does so; else one norm follows the last layer.
-        shared_bias: Rows of H in the biases of Q, K and V that all ranks hold whole.
-        has_token_types: Whether inputs come with token types.
-    """
+    """A case of the tests; it travels to the ranks by name."""
 
     name: str
-    table: Architecture
-    sizes: Mapping[str, Any]
-    variants: Mapping[str, dict[str, Any]]
-    language_model: str
-    dropouts: tuple[str, ...]
-    embedding_dropout: str
-    is_causal: bool = False
-    ends_with_norm: bool = False
-    shared_bias: int = 0
+    table: Architecture  # how it is cut, and which classes there are
+    sizes: Mapping[str, Any]  # what its tiny configuration says beyond SIZES
+    variants: Mapping[str, dict[str, Any]]  # changes of the configuration that each take a path of their own
+    language_model: str  # the head with a vocabulary and no other loss
+    dropouts: tuple[str, ...]  # names in the configuration: of attention's dropout, then of the others'
+    embedding_dropout: str  # the module with the dropout of the embeddings, in the base model
+    is_causal: bool = False  # whether labels are shifted, and later positions hidden
+    ends_with_norm: bool = False  # whether a layer does so; else one norm follows the last layer
+    shared_bias: int = 0  # rows of H in the biases of Q, K and V that all ranks hold whole
     has_token_types: bool = True
 
     @property
@@ -134,18 +118,11 @@ class ModelCase:
         attention = attention if model_class._supports_sdpa else "eager"
         return model_class.from_pretrained(directory, attn_implementation=attention, **options).train()
 
-    def load(
-        self,
-        directory: Path,
-        tp_size: int = 1,
-        head: str | None = None,
-        *,
-        fsdp_size: int = 1,
-        sequence_parallel: bool = False,
-        **options: Any,
-    ) -> Any:
-        """Our model, cut over the ranks of this call."""
-        split = layout(tp_size, fsdp_size, sequence_parallel=sequence_parallel)
+    def load(self, directory: Path, tp_size: int = 1, head: str | None = None, **options: Any) -> Any:
+        """Our model, cut over the ranks of this call; an option may be one of :func:`layout`."""
+        split = layout(
+            tp_size, **{name: options.pop(name) for name in options.keys() & {"fsdp_size", "sequence_parallel"}}
+        )
         return self.ours(head).from_pretrained(directory, distributed_config=split, **options)
 
     def build(
@@ -185,25 +162,16 @@ class ModelCase:
             "ForMultipleChoice": {"labels": torch.tensor([0, 1, 1])},
             "ForTokenClassification": {"labels": torch.where(labels == -100, -100, labels % 3)},
             # The position behind the last one means that there is no answer.
-            "ForQuestionAnswering": {
-                "start_positions": torch.tensor([1, 9, 2]),
-                "end_positions": torch.tensor([3, 9, 3]),
-            },
+            "ForQuestionAnswering": dict(
+                zip(("start_positions", "end_positions"), torch.tensor([[1, 9, 2], [3, 9, 3]]), strict=True)
+            ),
         }
         return of_heads[head or self.heads[0]]
 
-    def batch(
-        self,
-        head: str | None = None,
-        padding: str = "right",
-        length: int = S,
-        *,
-        vocab_size: int = V,
-        pad_token_id: int | None = 0,
-    ) -> Batch:
-        """Inputs and labels, cut to the first positions."""
-        batch = self.inputs(head, padding, vocab_size=vocab_size, pad_token_id=pad_token_id)
-        batch |= self.labels(head, padding, vocab_size=vocab_size)
+    def batch(self, head: str | None = None, padding: str = "right", length: int = S, **tokens: Any) -> Batch:
+        """Inputs and labels, cut to the first positions; of `tokens` see :meth:`inputs`."""
+        batch = self.inputs(head, padding, **tokens)
+        batch |= self.labels(head, padding, vocab_size=tokens.get("vocab_size", V))
         return {name: x[..., :length].contiguous() if x.shape[-1] == S else x for name, x in batch.items()}
 
     def stock_step(self, model: Any, batch: Batch, **options: Any) -> tuple[Any, torch.Tensor]:
@@ -238,6 +206,26 @@ def make_batch(padding: str = "none", vocab_size: int = V) -> Batch:
 def positions(batch: Batch) -> torch.Tensor:
     """Which positions [B, S] are no padding."""
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().flatten(0, -2)
+
+
+@dataclass(frozen=True)
+class StockDir:
+    """From an architecture, a head and a variant to a directory that stock saved; not to be written to.
+
+    It travels to the ranks, which have to ask for the same ones.
+    """
+
+    root: Path
+
+    def __call__(self, case: ModelCase | None = None, head: str | None = None, variant: str = "base") -> Path:
+        case = case or GPT2
+        path = self.root / f"{case.name}-{head or ''}-{variant}"
+        if rank() == 0 and not path.is_dir():
+            with torch.random.fork_rng(devices=[]):
+                case.save_stock(path, head, **case.variants[variant])
+        if dist.is_initialized():
+            dist.barrier()
+        return path
 
 
 @torch.no_grad()

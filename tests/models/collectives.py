@@ -1,7 +1,5 @@
 """What ranks send each other, as it is sent."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Checks that run on ranks call these functions there; they raise AssertionError w
 rewrite the asserts of a rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -33,13 +31,11 @@ def layout(tp_size: int, fsdp_size: int = 1, *, sequence_parallel: bool = False)
     return DistributedConfig(tp_size=tp_size, fsdp_size=fsdp_size, enable_sequence_parallel=sequence_parallel)
 
 
-def run_at(
-    pool: Pool, num_ranks: int, job: Callable[..., _T], *args: Any, timeout: float = 60.0, **kwargs: Any
-) -> list[_T]:
+def run_at(pool: Pool, size: int, job: Callable[..., _T], *args: Any, timeout: float = 60, **options: Any) -> list[_T]:
     """Run a job on live ranks, or here, without any process group, for one rank."""
-    if num_ranks == 1:
-        return [job(*args, **kwargs)]
-    return pool(num_ranks).run(job, *args, timeout=timeout, **kwargs)
+    if size == 1:
+        return [job(*args, **options)]
+    return pool(size).run(job, *args, timeout=timeout, **options)
 
 
 def rank() -> int:

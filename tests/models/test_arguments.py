@@ -1,7 +1,5 @@
 """Arguments of a forward: each has a use or is refused by its name, and the cache may have either of its two names."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 
@@ -23,18 +21,13 @@ def _model(case: ModelCase, head: str | None = None, **options: Any) -> Any:
     return case.build(head=head, config=case.config(), seed=0, **options).eval()
 
 
-def _ids(head: str) -> torch.Tensor:
-    return IDS[:, None] if head == "ForMultipleChoice" else IDS
-
-
 def _cache(ids: torch.Tensor = IDS) -> Any:
     return _model(GPT2, "Model")(ids, use_cache=True)[CACHE]
 
 
 @pytest.mark.parametrize(("case", "head"), CLASSES)
 def test_arguments_without_a_use_are_refused(case: ModelCase, head: str) -> None:
-    """Catches a misspelled argument, an encoder's states or one of two caches left out of the computation without a
-    word, and a cache that BERT would fill and never read."""
+    """Catches a misspelled argument, an encoder's states or one of two caches ignored, and a cache BERT never reads."""
     refused: list[tuple[dict[str, Any], str]] = [
         ({"no_such_argument": 1}, r"got no_such_argument, which neither it nor .* \(sdpa\)"),
         *(
@@ -49,7 +42,7 @@ def test_arguments_without_a_use_are_refused(case: ModelCase, head: str) -> None
     model = _model(case, head)
     for (given, message), is_training in itertools.product(refused, (False, True)):
         with pytest.raises(UnexpectedArgumentError, match=message):
-            model.train(is_training)(input_ids=_ids(head), **given)
+            model.train(is_training)(input_ids=IDS[:, None] if head == "ForMultipleChoice" else IDS, **given)
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # by the forwards of stock heads

@@ -1,7 +1,5 @@
 """What ranks send each other in a training step: the collectives of the paper, of the paper's sizes, and no others."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from hf_megatron.models.forward_arguments import CACHE
 from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, LAYERS, B, H, ModelCase, S, StockDir, V, token_ids
 from tests.models.collectives import Collective, Recorder
 from tests.models.reference import Pool, run_at
-from tests.tiers import quick
+from tests.tiers import cases
 
 Steps = dict[str, list[Collective]]
 
@@ -85,23 +83,21 @@ def _expected(case: ModelCase, head: str, tp_size: int, splits: bool) -> Steps:
     return {"forward": forward, "backward": backward, "optimizer": [], "evaluation": evaluation}
 
 
-@pytest.mark.parametrize(
-    ("case", "head", "tp_size", "splits"),
-    quick(
-        (
-            (case, head, tp_size, splits)
-            for case in ARCHITECTURES
-            for head in (*dict.fromkeys((case.heads[0], case.language_model)), CLASSIFIER)
-            for tp_size, splits in itertools.product((2, 4), (False, True))
-        ),
-        [
-            *((case, case.heads[0], 4, False) for case in ARCHITECTURES),
-            *((case, CLASSIFIER, 2, True) for case in BERTS),
-            *((GPT2, "LMHeadModel", tp_size, True) for tp_size in (2, 4)),
-            (GPT2, "LMHeadModel", 2, False),
-            (ARCHITECTURES[2], CLASSIFIER, 2, False),
-        ],
+@cases(
+    "case, head, tp_size, splits",
+    (
+        (case, head, tp_size, splits)
+        for case in ARCHITECTURES
+        for head in (*dict.fromkeys((case.heads[0], case.language_model)), CLASSIFIER)
+        for tp_size, splits in itertools.product((2, 4), (False, True))
     ),
+    [
+        *((case, case.heads[0], 4, False) for case in ARCHITECTURES),
+        *((case, CLASSIFIER, 2, True) for case in BERTS),
+        *((GPT2, "LMHeadModel", tp_size, True) for tp_size in (2, 4)),
+        (GPT2, "LMHeadModel", 2, False),
+        (ARCHITECTURES[2], CLASSIFIER, 2, False),
+    ],
 )
 def test_collectives_of_a_training_step(
     pool: Pool, stock_dir: StockDir, case: ModelCase, head: str, tp_size: int, splits: bool
@@ -114,9 +110,7 @@ def test_collectives_of_a_training_step(
 
 @pytest.mark.parametrize("splits", [False, True])
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_recomputation_repeats_only_what_it_must(
-    pool: Pool, stock_dir: StockDir, case: ModelCase, splits: bool
-) -> None:
+def test_recomputation_repeats_what_it_must(pool: Pool, stock_dir: StockDir, case: ModelCase, splits: bool) -> None:
     """Catches recomputation that sends more than a layer without its last output, and selective one that sends.
 
     A layer that ends with a norm needs that norm's input for its gradient, and so all of the layer's collectives.

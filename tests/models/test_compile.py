@@ -1,20 +1,39 @@
 """Compiled models against eager ones, in training and in inference."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
 
+from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase
-from tests.models.reference import Pool, assert_agrees, gradients, run_at
-from tests.tiers import quick
+from tests.models.reference import assert_agrees, gradients
+from tests.tiers import cases
 
 BERT = ARCHITECTURES[1]
 
 
-def _compare(case: ModelCase, tp_size: int, backend: str, recompute: str | None, splits: bool) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler uses parts of torch that torch deprecates
+@cases(
+    "case, tp_size, backend, recompute, splits",
+    [
+        *((case, tp_size, "aot_eager", None, False) for case in (GPT2, BERT) for tp_size in (1, 2)),
+        *((GPT2, tp_size, "aot_eager", "selective", False) for tp_size in (1, 2)),
+        *((BERT, tp_size, "inductor", "selective", False) for tp_size in (1, 2)),
+        (GPT2, 2, "inductor", None, False),
+        (BERT, 1, "inductor", None, False),
+        (GPT2, 2, "aot_eager", None, True),
+    ],
+    [(GPT2, 2, "aot_eager", None, False)],
+)
+@on_live_ranks(timeout=280)
+def test_a_model_is_one_graph_that_equals_eager(
+    case: ModelCase, tp_size: int, backend: str, recompute: str | None, splits: bool
+) -> None:
+    """Catches a graph break anywhere in a model, and a compiled step with other masks, loss, gradients or logits.
+
+    aot_eager finds everything that does not trace, forward and backward; inductor also generates code.
+    """
     torch.compiler.reset()
     config = case.config(hidden_size=24, **case.dropout(0.1, 0.1))
     split = {"tp_size": tp_size, "enable_sequence_parallel": splits} if tp_size > 1 else None
@@ -42,28 +61,3 @@ def _compare(case: ModelCase, tp_size: int, backend: str, recompute: str | None,
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert_agrees(f"gradient of {name}", found[name], gradient, 1e-3)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler uses parts of torch that torch deprecates
-@pytest.mark.parametrize(
-    ("case", "tp_size", "backend", "recompute", "splits"),
-    quick(
-        [
-            *((case, tp_size, "aot_eager", None, False) for case in (GPT2, BERT) for tp_size in (1, 2)),
-            *((GPT2, tp_size, "aot_eager", "selective", False) for tp_size in (1, 2)),
-            *((BERT, tp_size, "inductor", "selective", False) for tp_size in (1, 2)),
-            (GPT2, 2, "inductor", None, False),
-            (BERT, 1, "inductor", None, False),
-            (GPT2, 2, "aot_eager", None, True),
-        ],
-        [(GPT2, 2, "aot_eager", None, False)],
-    ),
-)
-def test_a_model_is_one_graph_that_equals_eager(
-    pool: Pool, case: ModelCase, tp_size: int, backend: str, recompute: str | None, splits: bool
-) -> None:
-    """Catches a graph break anywhere in a model, and a compiled step with other masks, loss, gradients or logits.
-
-    aot_eager finds everything that does not trace, forward and backward; inductor also generates code.
-    """
-    run_at(pool, tp_size, _compare, case, tp_size, backend, recompute, splits, timeout=280)

@@ -1,7 +1,5 @@
 """The same step on a GPU as on a CPU. `make test` has the CPU's half."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,16 +1,15 @@
 """Dropout: the same masks at every degree, so that training with it can be compared and repeated."""
 
-from __future__ import annotations
-
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, GPT2, LAYERS, POST, PRE, B, ModelCase, S, StockDir, positions
 from tests.models.reference import (
     Pool,
@@ -24,14 +23,13 @@ from tests.models.reference import (
     rank,
     run_at,
 )
-from tests.tiers import quick
+from tests.tiers import cases
 
 P_ATTENTION, P_HIDDEN = 0.3, 0.1
 LAYOUTS = [(1, False), (2, False), (2, True), (4, False), (4, True)]  # tp_size, and whether sequences are split
 
 
-@dataclass
-class _Steps:
+class _Steps(NamedTuple):
     """Two training steps: their losses, the sum of their gradients, and the random state they leave behind."""
 
     losses: torch.Tensor
@@ -66,26 +64,22 @@ def _train(
 def _watch(model: nn.Module) -> None:
     """Between the layers, all ranks must have the same."""
     (layers,) = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    layers[0].register_forward_pre_hook(lambda _, inputs: assert_same_on_all_ranks("embeddings", inputs[0]))
     for layer in layers:
-        layer.register_forward_hook(
-            lambda _, __, output: assert_same_on_all_ranks("layer", output[0] if isinstance(output, tuple) else output)
-        )
+        layer.register_forward_pre_hook(lambda _, inputs: assert_same_on_all_ranks("input of a layer", inputs[0]))
+    layers[-1].register_forward_hook(lambda _, __, out: assert_same_on_all_ranks("output", tree_leaves(out)[0]))
 
 
-@pytest.mark.parametrize(
-    ("case", "attention", "tp_size", "splits"),
-    quick(
-        ((case, attention, *at) for case in ARCHITECTURES for attention in ("eager", "sdpa") for at in LAYOUTS),
-        [
-            *((case, "sdpa", 1, False) for case in ARCHITECTURES),
-            *((GPT2, "sdpa", 2, splits) for splits in (False, True)),
-            (GPT2, "eager", 4, False),
-            (PRE, "eager", 4, True),
-            (POST, "sdpa", 4, False),
-            (POST, "sdpa", 2, True),
-        ],
-    ),
+@cases(
+    "case, attention, tp_size, splits",
+    ((case, attention, *at) for case in ARCHITECTURES for attention in ("eager", "sdpa") for at in LAYOUTS),
+    [
+        *((case, "sdpa", 1, False) for case in ARCHITECTURES),
+        *((GPT2, "sdpa", 2, splits) for splits in (False, True)),
+        (GPT2, "eager", 4, False),
+        (PRE, "eager", 4, True),
+        (POST, "sdpa", 4, False),
+        (POST, "sdpa", 2, True),
+    ],
 )
 def test_masks_are_those_of_one_process(
     pool: Pool, stock_dir: StockDir, case: ModelCase, attention: str, tp_size: int, splits: bool
@@ -98,18 +92,16 @@ def test_masks_are_those_of_one_process(
         assert torch.equal(steps.random_state, expected.random_state)
 
 
-@pytest.mark.parametrize(
-    ("case", "attention", "tp_size", "splits"),
-    quick(
-        ((case, attention, *at) for case in ARCHITECTURES for attention in ("eager", "sdpa") for at in LAYOUTS[:3]),
-        [
-            (GPT2, "eager", 1, False),
-            (GPT2, "sdpa", 2, True),
-            (PRE, "eager", 2, False),
-            (POST, "eager", 1, False),
-            (POST, "sdpa", 2, True),
-        ],
-    ),
+@cases(
+    "case, attention, tp_size, splits",
+    ((case, attention, *at) for case in ARCHITECTURES for attention in ("eager", "sdpa") for at in LAYOUTS[:3]),
+    [
+        (GPT2, "eager", 1, False),
+        (GPT2, "sdpa", 2, True),
+        (PRE, "eager", 2, False),
+        (POST, "eager", 1, False),
+        (POST, "sdpa", 2, True),
+    ],
 )
 def test_checkpointing_changes_nothing(
     pool: Pool, stock_dir: StockDir, case: ModelCase, attention: str, tp_size: int, splits: bool
@@ -130,9 +122,8 @@ def test_checkpointing_changes_nothing(
 
 def _probabilities(case: ModelCase, directory: Path, tp_size: int, attention_dropout: float) -> torch.Tensor:
     """Those of attention in all layers [L, B, N, S, S] in training, after dropout."""
-    options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
-    dropout = case.dropout(attention_dropout, P_HIDDEN)
-    model = case.load(directory, tp_size, "Model", **options, **dropout).train()
+    options = {"dtype": torch.float64, "attn_implementation": "eager", **case.dropout(attention_dropout, P_HIDDEN)}
+    model = case.load(directory, tp_size, "Model", **options).train()
     torch.manual_seed(2)
     return torch.stack(model(**case.inputs("Model", "none"), output_attentions=True).attentions).detach()
 
@@ -151,10 +142,19 @@ def test_every_head_has_a_mask_of_its_own(pool: Pool, stock_dir: StockDir, case:
     torch.testing.assert_close(dropped[0], torch.where(dropped[0] == 0, 0.0, whole / (1 - P_ATTENTION)))
 
 
-def _drop_everything(case: ModelCase, head: str, directory: Path, tp_size: int) -> None:
-    """A probability of one leaves nothing to chance: what is left is what the stock class leaves."""
-    stock = case.load_stock(directory, head, dtype=torch.float64)
-    ours = case.load(directory, tp_size, head, dtype=torch.float64, attn_implementation="eager").train()
+_DROPPING = ("Model", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification")
+_HEADS = [(case, head) for case in ARCHITECTURES for head in case.heads if head in _DROPPING]
+
+
+@cases("case, head", _HEADS, [x for x in _HEADS if x[1] == "Model" or x[0] is POST])
+@on_live_ranks(2)
+def test_dropout_stands_where_stock_has_it(stock_dir: StockDir, case: ModelCase, head: str) -> None:
+    """Catches dropout that is missing, doubled, or misplaced: with a probability of one, what is left tells."""
+    options = {"dtype": torch.float64, **case.dropout(0.0, 1.0)}
+    if case is not PRE:  # whose stock classes have no other dropout before a head
+        options["classifier_dropout"] = 1.0
+    stock = case.load_stock(stock_dir(case, head), head, **options)
+    ours = case.load(stock_dir(case, head), 2, head, attn_implementation="eager", **options).train()
     inputs = case.inputs(head)
     valid = positions(inputs)
     for p_embeddings in (0.0, 1.0):  # with 1.0 nothing is left to see further on
@@ -164,29 +164,11 @@ def _drop_everything(case: ModelCase, head: str, directory: Path, tp_size: int) 
         torch.testing.assert_close(dict(outputs_of(actual, valid)), dict(outputs_of(expected, valid)))
 
 
-_HEADS = [
-    (case, head)
-    for case in ARCHITECTURES
-    for head in case.heads
-    if head in ("Model", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification")
-]
-
-
-@pytest.mark.parametrize(("case", "head"), quick(_HEADS, [x for x in _HEADS if x[1] == "Model" or x[0] is POST]))
-def test_dropout_stands_where_stock_has_it(pool: Pool, tmp_path: Path, case: ModelCase, head: str) -> None:
-    """Catches dropout that is missing, applied twice, or on the wrong side of a residual or a norm."""
-    dropout = {"classifier_dropout": 1.0, **case.dropout(0.0, 1.0)}
-    run_at(pool, 2, _drop_everything, case, head, case.save_stock(tmp_path, head, **dropout), 2)
-
-
-def _evaluate(case: ModelCase, directory: Path, tp_size: int) -> None:
-    model = case.load(directory, tp_size, **case.dropout(P_ATTENTION, P_HIDDEN))
-    first, second = (model(**case.batch()).loss for _ in range(2))
-    assert torch.equal(first, second)
-
-
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_evaluation_drops_nothing(pool: Pool, stock_dir: StockDir, case: ModelCase, tp_size: int) -> None:
+@on_live_ranks()
+def test_evaluation_drops_nothing(stock_dir: StockDir, case: ModelCase, tp_size: int) -> None:
     """Catches dropout that does not ask whether the model is being trained."""
-    run_at(pool, tp_size, _evaluate, case, stock_dir(case), tp_size)
+    model = case.load(stock_dir(case), tp_size, **case.dropout(P_ATTENTION, P_HIDDEN))
+    first, second = (model(**case.batch()).loss for _ in range(2))
+    assert torch.equal(first, second)

@@ -1,7 +1,5 @@
 """The numbers of the stock classes, for every head and layout: outputs, loss, every gradient, and the next weights."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 from pathlib import Path
@@ -12,7 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from hf_megatron.models.forward_arguments import CACHE
-from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, ModelCase, StockDir, positions, token_ids
+from tests.live import on_live_ranks
+from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, PRE, ModelCase, StockDir, positions, token_ids
 from tests.models.reference import (
     Pool,
     assert_agrees,
@@ -26,7 +25,7 @@ from tests.models.reference import (
     reference_loss,
     run_at,
 )
-from tests.tiers import quick
+from tests.tiers import cases
 
 Kernel = tuple[torch.dtype, str]  # dtype and attention implementation
 
@@ -52,22 +51,14 @@ def _options(at: Layout, kernel: Kernel) -> dict[str, Any]:
     return {"tp_size": at.tp_size, "sequence_parallel": at.splits, "dtype": kernel[0], "attn_implementation": kernel[1]}
 
 
-def _compare(
-    case: ModelCase,
-    head: str,
-    directory: Path,
-    at: Layout,
-    kernels: list[Kernel],
-    paddings: tuple[str, ...] = ("right",),
-    lengths: tuple[int, ...] = (9,),
-) -> None:
-    """An evaluation and a step of AdamW for each combination.
+def _compare(case: ModelCase, head: str, directory: Path, at: Layout, kernels: list[Kernel], **grid: Any) -> None:
+    """An evaluation and a step of AdamW for each combination of kernels with ``paddings`` and ``lengths``.
 
     In float64 all of them are on the same weights as they develop; float32 would add up the rounding of all steps.
     """
     for kernel in kernels:
         stock: Any = None
-        for padding, length in itertools.product(paddings, lengths):
+        for padding, length in itertools.product(grid.get("paddings", ("right",)), grid.get("lengths", (9,))):
             if stock is None or kernel[0] == torch.float32:
                 stock = case.load_stock(directory, head, dtype=kernel[0], attention=kernel[1])
                 ours = case.load(directory, head=head, **_options(at, kernel))
@@ -117,21 +108,15 @@ def _compare_step(case: ModelCase, head: str, stock: Any, ours: Any, padding: st
 
 _HEADS = [(case, head) for case in ARCHITECTURES for head in case.heads]
 _QUICK_HEADS = [
-    *((*head, Layout(2)) for head in _HEADS if head[0] is not ARCHITECTURES[1]),
-    *((case, case.heads[0], Layout(1)) for case in ARCHITECTURES[:2]),
-    *((case, case.heads[0], Layout(4, True)) for case in ARCHITECTURES[:2]),
+    *((*head, Layout(2)) for head in _HEADS if head[0] is not PRE),
+    *((case, case.heads[0], at) for case in (GPT2, PRE) for at in (Layout(1), Layout(4, True))),
     *((case, "Model", Layout(4)) for case in BERTS),
-    *(
-        (ARCHITECTURES[1], head, Layout(2, True))
-        for head in ("ForMaskedLM", "ForMultipleChoice", "ForSequenceClassification")
-    ),
+    *((PRE, head, Layout(2, True)) for head in ("ForMaskedLM", "ForMultipleChoice", "ForSequenceClassification")),
     (GPT2, "ForQuestionAnswering", Layout(2, True)),
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "head", "at"), quick(((*head, at) for head in _HEADS for at in LAYOUTS), _QUICK_HEADS)
-)
+@cases("case, head, at", ((*head, at) for head in _HEADS for at in LAYOUTS), _QUICK_HEADS)
 def test_heads_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, head: str, at: Layout) -> None:
     """Catches a wrong cut, a reduction missing or done twice, a misplaced norm, and outputs of one rank's part only."""
     kernels = KERNELS if at.tp_size < 4 else KERNELS[:2]
@@ -142,21 +127,19 @@ def test_heads_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, hea
 _VARIANTS = [(case, variant) for case in ARCHITECTURES for variant in case.variants if variant != "base"]
 
 
-@pytest.mark.parametrize(
-    ("case", "variant", "at"),
-    quick(
-        (
-            (*variant, at)
-            for variant in _VARIANTS
-            for at in (*LAYOUTS, Layout(3))
-            if not (at.splits and variant[1] == "chunked")  # is refused
-        ),
-        [
-            *((*variant, Layout(2)) for variant in _VARIANTS),
-            *((case, "untied", Layout(2, True)) for case in ARCHITECTURES),
-            (GPT2, "uneven_n_inner", Layout(4)),
-        ],
+@cases(
+    "case, variant, at",
+    (
+        (*variant, at)
+        for variant in _VARIANTS
+        for at in (*LAYOUTS, Layout(3))
+        if not (at.splits and variant[1] == "chunked")  # is refused
     ),
+    [
+        *((*variant, Layout(2)) for variant in _VARIANTS),
+        *((case, "untied", Layout(2, True)) for case in ARCHITECTURES),
+        (GPT2, "uneven_n_inner", Layout(4)),
+    ],
 )
 def test_variants_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, variant: str, at: Layout) -> None:
     """Catches an entry of the configuration that is ignored, and cuts that only work for sizes that divide."""
@@ -175,8 +158,8 @@ def test_everything_equals_stock(pool: Pool, stock_dir: StockDir, case: ModelCas
     every_remainder = (9, 8, 7, 6)  # at every degree
     for kernel in [*KERNELS, (torch.float32, "eager")]:
         paddings, lengths = (("none", "left"), every_remainder) if kernel == KERNELS[1] else (("left",), (9, 7))
-        directory = stock_dir(case, head)
-        run_at(pool, at.tp_size, _compare, case, head, directory, at, [kernel], paddings, lengths, timeout=250)
+        job = (_compare, case, head, stock_dir(case, head), at, [kernel])
+        run_at(pool, at.tp_size, *job, paddings=paddings, lengths=lengths, timeout=250)
 
 
 SHIFTED = token_ids(seed=5)
@@ -189,10 +172,17 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-def _compare_losses(case: ModelCase, directory: Path, tp_size: int, padding: str) -> None:
+@cases(
+    "case, tp_size, padding",
+    itertools.product(ARCHITECTURES, (1, 2, 4), ("none", "right", "left")),
+    [*zip(ARCHITECTURES, (4, 2, 1), ("left", "right", "none"), strict=True), (GPT2, 2, "none")],
+)
+@on_live_ranks()
+def test_losses_equal_stock(stock_dir: StockDir, case: ModelCase, tp_size: int, padding: str) -> None:
+    """Catches an option dropped on the way, ignored labels that count, and a mean over the wrong number of tokens."""
     head = case.language_model
-    stock = case.load_stock(directory, head, dtype=torch.float64, attention="sdpa")
-    ours = case.load(directory, tp_size, head, dtype=torch.float64)
+    stock = case.load_stock(stock_dir(case, head), head, dtype=torch.float64, attention="sdpa")
+    ours = case.load(stock_dir(case, head), tp_size, head, dtype=torch.float64)
     inputs, labels = case.inputs(head, padding), case.labels(head, padding)["labels"]
     logits = stock(**inputs).logits
     unused = next(token for token in range(131) if token not in {*labels.unique().tolist(), *SHIFTED.unique().tolist()})
@@ -215,25 +205,17 @@ def _compare_losses(case: ModelCase, directory: Path, tp_size: int, padding: str
                 assert_agrees(f"{name}: in evaluation", ours.eval()(**inputs, **given).loss, expected)
 
 
-@pytest.mark.parametrize(
-    ("case", "tp_size", "padding"),
-    quick(
-        itertools.product(ARCHITECTURES, (1, 2, 4), ("none", "right", "left")),
-        [*zip(ARCHITECTURES, (4, 2, 1), ("left", "right", "none"), strict=True), (GPT2, 2, "none")],
-    ),
+@cases(
+    "case, at",
+    itertools.product(ARCHITECTURES, LAYOUTS),
+    [*itertools.product(ARCHITECTURES, LAYOUTS[1:4:2]), (GPT2, Layout(1))],
 )
-def test_losses_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, tp_size: int, padding: str) -> None:
-    """Catches an option dropped on the way, ignored labels that count, and a mean over the wrong number of tokens."""
-    run_at(pool, tp_size, _compare_losses, case, stock_dir(case, case.language_model), tp_size, padding)
-
-
-# ---------------------------------------------------------------------- other inputs
-
-
-def _compare_inputs(case: ModelCase, directory: Path, at: Layout) -> None:
+@on_live_ranks()
+def test_inputs_equal_stock(stock_dir: StockDir, case: ModelCase, at: Layout) -> None:
+    """Catches arguments that are dropped on the way, and token types or positions that are made up wrongly."""
     head = case.language_model
-    stock = case.load_stock(directory, head, dtype=torch.float64)
-    ours = case.load(directory, head=head, **_options(at, KERNELS[0]))
+    stock = case.load_stock(stock_dir(case, head), head, dtype=torch.float64)
+    ours = case.load(stock_dir(case, head), head=head, **_options(at, KERNELS[0]))
     ids, padded = token_ids(), case.inputs(head)["attention_mask"].bool()
     everywhere = torch.ones_like(padded)
     embeddings = torch.randn(3, 9, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -252,21 +234,13 @@ def _compare_inputs(case: ModelCase, directory: Path, at: Layout) -> None:
         assert_outputs_agree(str(list(inputs)), ours(**inputs), stock(**inputs), valid)
 
 
-@pytest.mark.parametrize(
-    ("case", "at"),
-    quick(
-        itertools.product(ARCHITECTURES, LAYOUTS),
-        [*itertools.product(ARCHITECTURES, LAYOUTS[1:4:2]), (GPT2, Layout(1))],
-    ),
-)
-def test_inputs_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, at: Layout) -> None:
-    """Catches arguments that are dropped on the way, and token types or positions that are made up wrongly."""
-    run_at(pool, at.tp_size, _compare_inputs, case, stock_dir(case, case.language_model), at)
-
-
-def _compare_calls(case: ModelCase, head: str, directory: Path, tp_size: int) -> None:
-    stock = case.load_stock(directory, head, dtype=torch.float64).eval()
-    ours = case.load(directory, head=head, **_options(Layout(tp_size), KERNELS[0]))
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize(("case", "head"), _HEADS)
+@on_live_ranks()
+def test_calls_are_understood_as_by_stock(stock_dir: StockDir, case: ModelCase, head: str, tp_size: int) -> None:
+    """Catches `model(ids, mask, types)` understood in another order, and a tuple with another order or more in it."""
+    stock = case.load_stock(stock_dir(case, head), head, dtype=torch.float64).eval()
+    ours = case.load(stock_dir(case, head), head=head, **_options(Layout(tp_size), KERNELS[0]))
     inputs, labels = case.inputs(head), case.labels(head)
     valid = positions(inputs)
     places = list(inspect.signature(stock.forward).parameters)
@@ -280,17 +254,16 @@ def _compare_calls(case: ModelCase, head: str, directory: Path, tp_size: int) ->
     assert_outputs_agree("tuple", named, expected, valid)
 
 
-@pytest.mark.parametrize(("case", "head"), _HEADS)
-def test_calls_are_understood_as_by_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, head: str) -> None:
-    """Catches `model(ids, mask, types)` understood in another order, and a tuple with another order or more in it."""
-    for tp_size in (1, 2):
-        run_at(pool, tp_size, _compare_calls, case, head, stock_dir(case, head), tp_size)
-
-
-def _compare_cached_steps(head: str, directory: Path, at: Layout) -> None:
-    """A first part that fills the cache, then two tokens at once, then one; with a cache given, or made."""
-    stock = GPT2.load_stock(directory, head, dtype=torch.float64).eval()
-    ours = GPT2.load(directory, head=head, **_options(at, KERNELS[0]))
+@cases(
+    "head, at",
+    itertools.product(GPT2.heads, LAYOUTS),
+    [*((head, LAYOUTS[1 + 2 * (i % 2)]) for i, head in enumerate(GPT2.heads)), ("LMHeadModel", Layout(2, True))],
+)
+@on_live_ranks()
+def test_cached_steps_equal_stock(stock_dir: StockDir, head: str, at: Layout) -> None:
+    """Catches a cache, be it given or made, whose length, heads or mask a rank gets wrong."""
+    stock = GPT2.load_stock(stock_dir(GPT2, head), head, dtype=torch.float64).eval()
+    ours = GPT2.load(stock_dir(GPT2, head), head=head, **_options(at, KERNELS[0]))
     for is_given in (True, False):
         caches = [DynamicCache(config=model.config) if is_given else None for model in (stock, ours)]
         for part in token_ids().split([6, 2, 1], dim=1):
@@ -300,18 +273,6 @@ def _compare_cached_steps(head: str, directory: Path, at: Layout) -> None:
             )
             assert_outputs_agree("with a cache", actual, expected, torch.ones_like(part).bool())
             caches = [expected.get(CACHE, caches[0]), actual.get(CACHE, caches[1])]
-
-
-@pytest.mark.parametrize(
-    ("head", "at"),
-    quick(
-        itertools.product(GPT2.heads, LAYOUTS),
-        [*((head, LAYOUTS[1 + 2 * (i % 2)]) for i, head in enumerate(GPT2.heads)), ("LMHeadModel", Layout(2, True))],
-    ),
-)
-def test_cached_steps_equal_stock(pool: Pool, stock_dir: StockDir, head: str, at: Layout) -> None:
-    """Catches a cache whose length, heads or mask a rank gets wrong."""
-    run_at(pool, at.tp_size, _compare_cached_steps, head, stock_dir(GPT2, head), at)
 
 
 def _share_of_equal_probabilities(is_ours: bool, upcast: bool, directory: Path) -> float:

@@ -1,12 +1,9 @@
 """Tensor parallelism under FSDP2: a data-parallel step is the step that one process makes on the whole batch."""
 
-from __future__ import annotations
-
 import itertools
 from math import prod
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -23,7 +20,7 @@ from tests.models.reference import (
     full_weights,
     gradients,
 )
-from tests.tiers import quick
+from tests.tiers import cases
 
 LAYOUTS = {
     "tp2 x fsdp2": {"tp_size": 2, "fsdp_size": 2},
@@ -80,23 +77,18 @@ def _train_and_save(case: ModelCase, stock_directory: Path, directory: Path, siz
     assert_all_equal(full_weights(case.load(directory / "tp")), weights)
 
 
-@pytest.mark.parametrize(
-    ("case", "variant", "layout"),
-    quick(
-        [
-            *itertools.product(ARCHITECTURES, ("base",), LAYOUTS),
-            *((case, "untied", "tp2 x fsdp2") for case in ARCHITECTURES),
-        ],
-        [(GPT2, "untied", "tp2 x fsdp2"), (ARCHITECTURES[1], "base", "tp2 x fsdp2")],
-    ),
+@cases(
+    "case, variant, layout",
+    [
+        *itertools.product(ARCHITECTURES, ("base",), LAYOUTS),
+        *((case, "untied", "tp2 x fsdp2") for case in ARCHITECTURES),
+    ],
+    [(GPT2, "untied", "tp2 x fsdp2"), (ARCHITECTURES[1], "base", "tp2 x fsdp2")],
 )
 def test_training_equals_one_process(
     pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, layout: str
 ) -> None:
-    """Catches two FSDP parameters for what is tied, and gradients that a mesh dimension misses or counts twice.
-
-    Also a bucket of split sequences whose parameters FSDP has not gathered, or has taken back too early.
-    """
+    """Catches two parameters for what is tied, a gradient missed or counted twice, and parameters not gathered."""
     sizes = LAYOUTS[layout]
     num_ranks = prod(value for name, value in sizes.items() if name.endswith("_size"))
     pool(num_ranks).run(_train_and_save, case, stock_dir(case, None, variant), tmp_path, sizes)

@@ -1,7 +1,5 @@
 """Generation: the tokens of the stock model, and the same tokens on every rank."""
 
-from __future__ import annotations
-
 import itertools
 from functools import partial
 from pathlib import Path
@@ -9,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, StaticCache, StoppingCriteria
+from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from hf_megatron.errors import HfMegatronError, UnsupportedError
-from hf_megatron.models.forward_arguments import CACHE
+from tests.live import on_live_ranks
 from tests.models.architectures import GPT2, StockDir, make_batch, token_ids
 from tests.models.reference import Pool, rank, run_at
-from tests.tiers import quick
+from tests.tiers import cases
 
 
 def _prompts(padding: str) -> dict[str, torch.Tensor]:
@@ -28,10 +26,18 @@ def _prompts(padding: str) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _compare_generation(directory: Path, tp_size: int, attention: str, sequence_parallel: bool) -> None:
+@cases(
+    "variant, attention, tp_size, splits",
+    [*itertools.product(("base", "untied"), ("sdpa", "eager"), (2, 4), (False, True)), ("base", "sdpa", 1, False)],
+    [("base", "sdpa", 1, False), ("untied", "eager", 2, False), ("base", "sdpa", 2, True)],
+)
+@on_live_ranks()
+def test_tokens_equal_stock(stock_dir: StockDir, variant: str, attention: str, tp_size: int, splits: bool) -> None:
+    """Catches logits that are not whole, caches that hold the wrong heads, and padding that is attended to."""
+    directory = stock_dir(GPT2, None, variant)
     stock = GPT2.load_stock(directory, dtype=torch.float64, attention=attention).eval()
     load: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": attention}
-    ours = GPT2.load(directory, tp_size, sequence_parallel=sequence_parallel, **load)
+    ours = GPT2.load(directory, tp_size, sequence_parallel=splits, **load)
     for options in (
         {"do_sample": False},
         {"do_sample": False, "use_cache": False},
@@ -45,39 +51,6 @@ def _compare_generation(directory: Path, tp_size: int, attention: str, sequence_
             expected = stock.generate(**prompts, **limits, **options)
             actual = ours.generate(**prompts, **limits, **options)
             assert torch.equal(actual, expected), f"{options}, padding {padding}: {actual} instead of {expected}"
-
-
-@pytest.mark.parametrize(
-    ("variant", "attention", "tp_size", "sequence_parallel"),
-    quick(
-        [*itertools.product(("base", "untied"), ("sdpa", "eager"), (2, 4), (False, True)), ("base", "sdpa", 1, False)],
-        [("base", "sdpa", 1, False), ("untied", "eager", 2, False), ("base", "sdpa", 2, True)],
-    ),
-)
-def test_tokens_equal_stock(
-    pool: Pool, stock_dir: StockDir, variant: str, attention: str, tp_size: int, sequence_parallel: bool
-) -> None:
-    """Catches logits that are not whole, caches that hold the wrong heads, and padding that is attended to."""
-    run_at(pool, tp_size, _compare_generation, stock_dir(GPT2, None, variant), tp_size, attention, sequence_parallel)
-
-
-def _compare_static_cache(directory: Path, tp_size: int) -> None:
-    stock = GPT2.load_stock(directory, dtype=torch.float64).eval()
-    ours = GPT2.load(directory, tp_size, dtype=torch.float64)
-    logits = []
-    for model in (stock, ours):
-        cache = StaticCache(config=model.config, max_cache_len=20)
-        parts = [model(part, **{CACHE: cache}, use_cache=True).logits for part in token_ids(2, 9).split([5, 3, 1], 1)]
-        logits.append(torch.cat(parts, dim=1))
-        heads = cache.layers[0].keys.shape[1]
-        assert heads == (12 if model is stock else 12 // tp_size), f"the cache holds {heads} heads"
-    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_static_cache_holds_this_ranks_heads(pool: Pool, stock_dir: StockDir, tp_size: int) -> None:
-    """Catches a preallocated cache sized for all heads on every rank."""
-    run_at(pool, tp_size, _compare_static_cache, stock_dir(), tp_size)
 
 
 def _sample(directory: Path, tp_size: int, *, stock: bool = False) -> list[list[list[int]]]:
@@ -96,10 +69,7 @@ def _sample(directory: Path, tp_size: int, *, stock: bool = False) -> list[list[
 
 @pytest.mark.parametrize("tp_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sampling_is_the_same_on_all_ranks(pool: Pool, stock_dir: StockDir, tp_size: int) -> None:
-    """Catches ranks that draw for themselves: their ids diverge, then their caches, then their collectives.
-
-    All follow rank 0, so the sample is also the one that the stock model draws from rank 0's state.
-    """
+    """Catches ranks that draw for themselves: all follow rank 0, and draw what the stock model draws from its state."""
     expected = _sample(stock_dir(), 1, stock=True)
     assert run_at(pool, tp_size, _sample, stock_dir(), tp_size) == [expected] * tp_size
     assert len({str(ids) for ids in expected}) == len(expected)
@@ -128,18 +98,11 @@ def test_continuous_batching(stock_dir: StockDir, attention: str) -> None:
     assert batched == alone
 
 
-def _batch_on_ranks(directory: Path) -> None:
-    model = GPT2.load(directory, 2)
-    with pytest.raises(UnsupportedError, match="tp_size=2"):
-        model.generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=2))
-
-
-def test_continuous_batching_on_ranks_is_refused(pool: Pool, stock_dir: StockDir) -> None:
+@on_live_ranks(2)
+def test_continuous_batching_on_ranks_is_refused(stock_dir: StockDir) -> None:
     """Catches results that are empty: the paged cache has room for all heads, and each rank has some."""
-    pool(2).run(_batch_on_ranks, stock_dir())
-
-
-# ---------------------------------------------------------------------- ranks that stop together
+    with pytest.raises(UnsupportedError, match="tp_size=2"):
+        GPT2.load(stock_dir(), 2).generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=2))
 
 
 class _StopsOnOneRank(StoppingCriteria):

@@ -1,7 +1,5 @@
 """Weights drawn from scratch: the stock distribution, and the same numbers however the model is cut."""
 
-from __future__ import annotations
-
 from functools import partial
 from math import sqrt
 from typing import Any

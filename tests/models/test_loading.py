@@ -1,11 +1,10 @@
 """Loading: each rank reads its own slices of the files and holds its own part of the model."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,9 +17,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from hf_megatron.checkpoint import LazyTensor
 from hf_megatron.partition import Box, Replicated
+from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, H, ModelCase, StockDir
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, rank
-from tests.tiers import quick
+from tests.tiers import cases
 
 Reads = dict[str, list[Box]]
 
@@ -57,26 +57,25 @@ def _check_reads(case: ModelCase, directory: Path, tp_size: int) -> Tensors:
     return full_weights(model)
 
 
-@pytest.mark.parametrize(
-    ("case", "variant", "tp_size"),
-    quick(
-        (
-            *itertools.product(ARCHITECTURES, ("base", "untied"), (2, 4)),
-            *((GPT2, "uneven_n_inner", tp_size) for tp_size in (2, 4)),
-        ),
-        [(GPT2, "base", 2), (GPT2, "uneven_n_inner", 4), (PRE, "base", 4), (POST, "untied", 2)],
+@cases(
+    "case, variant, tp_size",
+    (
+        *itertools.product(ARCHITECTURES, ("base", "untied"), (2, 4)),
+        *((GPT2, "uneven_n_inner", tp_size) for tp_size in (2, 4)),
     ),
+    [(GPT2, "base", 2), (GPT2, "uneven_n_inner", 4), (PRE, "base", 4), (POST, "untied", 2)],
 )
-def test_a_rank_reads_and_holds_its_slices_only(
-    pool: Pool, stock_dir: StockDir, case: ModelCase, variant: str, tp_size: int
-) -> None:
+def test_ranks_read_their_slices(pool: Pool, stock_dir: StockDir, case: ModelCase, variant: str, tp_size: int) -> None:
     """Catches a rank that reads a tensor whole to keep a part, holds a view of it, or reads anything twice."""
     pool(tp_size).run(_check_reads, case, stock_dir(case, None, variant), tp_size)
 
 
-def _check_reads_under_fsdp(case: ModelCase, directory: Path) -> None:
+@pytest.mark.parametrize("case", [GPT2, POST])
+@on_live_ranks(4)
+def test_under_fsdp_a_rank_reads_its_block_only(stock_dir: StockDir, case: ModelCase) -> None:
+    """Catches reading along one dimension of the mesh only: every rank of a TP x FSDP mesh has a block of its own."""
     with _recorded_reads() as reads:
-        model = case.load(directory, 2, fsdp_size=2)
+        model = case.load(stock_dir(case), 2, fsdp_size=2)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         shape, _ = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -84,23 +83,12 @@ def _check_reads_under_fsdp(case: ModelCase, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("case", [GPT2, POST])
-def test_under_fsdp_a_rank_reads_its_block_only(pool: Pool, stock_dir: StockDir, case: ModelCase) -> None:
-    """Catches reading along one dimension of the mesh only: every rank of a TP x FSDP mesh has a block of its own."""
-    pool(4).run(_check_reads_under_fsdp, case, stock_dir(case))
-
-
-@pytest.mark.parametrize("case", [GPT2, POST])
-def test_a_tp_directory_is_read_by_slices_at_another_degree(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase
-) -> None:
+def test_a_tp_directory_is_read_by_slices(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase) -> None:
     """Catches resharding that gathers: four ranks read their boxes out of what two ranks saved."""
     pool(2).run(case.save_distributed, stock_dir(case), tmp_path / "tp2", 2)
     expected = full_weights(case.load(stock_dir(case), dtype=torch.float64))
     for weights in pool(4).run(_check_reads, case, tmp_path / "tp2", 4):
         assert_all_equal(weights, expected)
-
-
-# ---------------------------------------------------------------------- another head, and what is said
 
 
 def _load_another_head(case: ModelCase, head: str, directory: Path, tp_size: int) -> tuple[Tensors, dict[str, Any]]:
@@ -112,16 +100,14 @@ def _load_another_head(case: ModelCase, head: str, directory: Path, tp_size: int
 _OTHER_HEADS = [(case, head) for case in ARCHITECTURES for head in case.heads if head != case.language_model]
 
 
-@pytest.mark.parametrize(
-    ("case", "head"),
-    quick(
-        _OTHER_HEADS,
-        [
-            *((GPT2, head) for head in ("Model", "ForTokenClassification")),
-            *((PRE, head) for head in ("Model", "ForQuestionAnswering")),
-            (POST, "ForPreTraining"),
-        ],
-    ),
+@cases(
+    "case, head",
+    _OTHER_HEADS,
+    [
+        *((GPT2, head) for head in ("Model", "ForTokenClassification")),
+        *((PRE, head) for head in ("Model", "ForQuestionAnswering")),
+        (POST, "ForPreTraining"),
+    ],
 )
 def test_another_head_is_put_on_the_stored_body(pool: Pool, stock_dir: StockDir, case: ModelCase, head: str) -> None:
     """Catches a fresh head or pooler that every rank draws for itself, and a body that is not loaded under it."""
@@ -143,33 +129,24 @@ def test_another_head_is_put_on_the_stored_body(pool: Pool, stock_dir: StockDir,
         assert rank_info["missing_keys"] == info["missing_keys"]
 
 
-def _load_mismatched(directory: Path, tp_size: int) -> Tensors:
-    torch.manual_seed(7)
-    return full_weights(GPT2.load(directory, tp_size, vocab_size=132, ignore_mismatched_sizes=True))
-
-
-def test_ignored_mismatches_are_ignored_on_all_ranks(pool: Pool, stock_dir: StockDir) -> None:
+@on_live_ranks(2)
+def test_ignored_mismatches_are_ignored_on_all_ranks(stock_dir: StockDir) -> None:
     """Catches ranks that compare their own slice: 131 and 132 rows both give rank 0 of two 66 of them."""
-    expected = _load_mismatched(stock_dir(), 1)
-    assert expected[GPT2.embedding].shape == (132, H)
-    for weights in pool(2).run(_load_mismatched, stock_dir(), 2):
-        assert_all_equal(weights, expected)
+    found = []
+    for tp_size in (1, 2):
+        torch.manual_seed(7)
+        found.append(full_weights(GPT2.load(stock_dir(), tp_size, vocab_size=132, ignore_mismatched_sizes=True)))
+    assert found[0][GPT2.embedding].shape == (132, H)
+    assert_all_equal(found[1], found[0])
 
 
-class _Keeper(logging.Handler):
-    """Keeps what is logged from WARNING upwards."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
-def _messages(case: ModelCase, directories: dict[str, Path]) -> list[str]:
-    """What is logged on this rank while each head is loaded from its own directory."""
-    keeper = _Keeper()
+@pytest.mark.parametrize("case", ARCHITECTURES)
+@on_live_ranks(2)
+def test_a_whole_checkpoint_loads_without_a_word(stock_dir: StockDir, case: ModelCase) -> None:
+    """Catches warnings that mean nothing, such as of a plan for the pooler in a model that has none."""
+    directories = {head: stock_dir(case, head) for head in case.heads}
+    keeper = BufferingHandler(1000)
+    keeper.setLevel(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("transformers", "hf_megatron")]
     for logger in loggers:
         logger.addHandler(keeper)
@@ -177,10 +154,5 @@ def _messages(case: ModelCase, directories: dict[str, Path]) -> list[str]:
         case.load(directory, 2, head)
     for logger in loggers:
         logger.removeHandler(keeper)
-    return keeper.messages
-
-
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_a_whole_checkpoint_loads_without_a_word(pool: Pool, stock_dir: StockDir, case: ModelCase) -> None:
-    """Catches warnings that mean nothing, such as of a plan for the pooler in a model that has none."""
-    assert pool(2).run(_messages, case, {head: stock_dir(case, head) for head in case.heads}) == [[], []]
+    messages = [record.getMessage() for record in keeper.buffer]
+    assert messages == [], messages

@@ -1,7 +1,5 @@
 """Models whose weights wait on the host or on disk, or lie on several devices: accelerate's hooks bring them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,9 +64,7 @@ def test_weights_that_wait_elsewhere_give_stocks_numbers(
 @pytest.mark.parametrize("variant", ["base", "untied"])
 @pytest.mark.parametrize("way", GPU_WAYS)
 @pytest.mark.parametrize(("case", "head"), _MODELS)
-def test_weights_on_a_gpu_or_two(
-    stock_dir: StockDir, tmp_path: Path, case: ModelCase, head: str, way: str, variant: str
-) -> None:
+def test_on_gpus(stock_dir: StockDir, tmp_path: Path, case: ModelCase, head: str, way: str, variant: str) -> None:
     """Catches a head that copies the embedding from another GPU, or meets its hidden states on the wrong one."""
     if way == "half a GPU" and torch.cuda.device_count() < 2:
         pytest.skip("takes two GPUs")

@@ -1,8 +1,7 @@
 """What activation checkpointing computes again: whole layers, or attention only. Dropout's tests have the numbers."""
 
-from __future__ import annotations
-
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -10,14 +9,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, TrainingArguments
+from transformers import DynamicCache
 
-from hf_megatron import MegatronTrainer
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.attention import ParallelAttention
 from hf_megatron.models.forward_arguments import CACHE
 from hf_megatron.tensor_parallel import RowParallelLinear
 from tests.models.architectures import ARCHITECTURES, GPT2, ModelCase
+from tests.training.runs import Run, make_trainer
 
 LAYERS = 4
 IDS = torch.arange(2 * 16).view(2, 16)
@@ -85,10 +84,7 @@ def test_a_fused_kernel_is_left_to_itself(case: ModelCase) -> None:
 @pytest.mark.parametrize("is_training", [False, True])
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_generation_is_what_it_was(recompute: str, is_training: bool) -> None:
-    """Catches a cache of keys and values left out, or filled twice, where nobody trains: each step would see one token.
-
-    (In training mode transformers 5.23 goes without a cache, and sees all of them.)
-    """
+    """Catches a cache of keys and values left out, or filled twice, where nobody trains: steps would see one token."""
     model = _model().train(is_training)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(2, 5)}
     expected = model.generate(IDS[:, :5], **options)
@@ -111,19 +107,10 @@ def test_other_values_are_refused(recompute: Any) -> None:
 
 def test_trainer_passes_the_option_on(tmp_path: Path) -> None:
     """Catches arguments of a training run that no longer reach the model as they are."""
-    model = _model()
-    arguments = TrainingArguments(
-        str(tmp_path),
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={**SELECTIVE, "use_reentrant": False},
-        per_device_train_batch_size=2,
-        max_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    given = {**SELECTIVE, "use_reentrant": False}
+    arguments: dict[str, Any] = {"activation_checkpointing": True, "activation_checkpointing_kwargs": given}
+    run = Run(GPT2.save_stock(tmp_path), tmp_path / "run", arguments={**arguments, "max_steps": 1, "logging_steps": 9})
+    trainer = make_trainer(replace(run, config=GPT2.dropout(0.1, 0.0)))  # for which attention is written out
     with patch.object(ParallelAttention, "_explicit", autospec=True, side_effect=ParallelAttention._explicit) as attend:
-        MegatronTrainer(model, arguments, train_dataset=rows).train()
-    assert attend.call_count == 2 * LAYERS
+        trainer.train()
+    assert attend.call_count == 2 * trainer.model.config.num_hidden_layers

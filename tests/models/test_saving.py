@@ -1,7 +1,5 @@
 """Saving: what stock transformers loads, what any other layout loads, and what conversion makes of either."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path
@@ -13,21 +11,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from hf_megatron.errors import DestinationError, UnsupportedError
+from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, ModelCase, StockDir
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, rank, run_at
-from tests.tiers import quick
+from tests.tiers import cases
 
 
-def _save(
-    case: ModelCase,
-    source: Path,
-    directory: Path,
-    tp_size: int,
-    fsdp_size: int = 1,
-    head: str | None = None,
-    **options: Any,
-) -> None:
-    case.load(source, tp_size, head, fsdp_size=fsdp_size).save_pretrained(directory, **options)
+def _save(case: ModelCase, source: Path, directory: Path, tp_size: int, fsdp_size: int = 1, **options: Any) -> None:
+    case.load(source, tp_size, options.pop("head", None), fsdp_size=fsdp_size).save_pretrained(directory, **options)
     assert (directory / "config.json").is_file(), "a rank went on before the directory was complete"
 
 
@@ -48,9 +39,8 @@ _SAVED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "head", "variant", "tp_size"),
-    quick(_SAVED, [saved for saved in _SAVED if saved[0] is not PRE or saved[2] == "untied"]),
+@cases(
+    "case, head, variant, tp_size", _SAVED, [saved for saved in _SAVED if saved[0] is not PRE or saved[2] == "untied"]
 )
 def test_stock_loads_what_is_saved(
     pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, head: str, variant: str, tp_size: int
@@ -66,9 +56,7 @@ def test_stock_loads_what_is_saved(
 
 
 @pytest.mark.parametrize(("case", "head"), [(case, head) for case in ARCHITECTURES for head in case.heads[:2]])
-def test_config_says_what_was_asked(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, head: str
-) -> None:
+def test_config_says_what_is_asked(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, head: str) -> None:
     """Catches a layout, or anything else of ours, that leaks into a stock config.json; and a placement that is lost."""
     stock = stock_dir(case, head)
     original = json.loads((stock / "config.json").read_text())
@@ -95,9 +83,6 @@ def test_saving_in_several_files(pool: Pool, stock_dir: StockDir, tmp_path: Path
     assert_all_equal(full_weights(GPT2.load(tmp_path)), full_weights(GPT2.load(stock_dir())))
 
 
-# ---------------------------------------------------------------------- tp directories
-
-
 def _load_weights(case: ModelCase, directory: Path, tp_size: int, fsdp_size: int = 1) -> Tensors:
     split = {"tp_size": tp_size, "fsdp_size": fsdp_size} if tp_size * fsdp_size > 1 else None
     model = case.auto(case.heads[0]).from_pretrained(directory, distributed_config=split)
@@ -105,12 +90,10 @@ def _load_weights(case: ModelCase, directory: Path, tp_size: int, fsdp_size: int
     return full_weights(model)
 
 
-@pytest.mark.parametrize(
-    ("case", "variant", "saved_at"),
-    quick(
-        itertools.product(ARCHITECTURES, ("base", "untied"), ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2))),
-        [(GPT2, "base", (3, 1)), (GPT2, "untied", (2, 2)), (POST, "untied", (2, 2))],
-    ),
+@cases(
+    "case, variant, saved_at",
+    itertools.product(ARCHITECTURES, ("base", "untied"), ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2))),
+    [(GPT2, "base", (3, 1)), (GPT2, "untied", (2, 2)), (POST, "untied", (2, 2))],
 )
 def test_a_tp_directory_loads_at_any_layout(
     pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, saved_at: tuple[int, int]
@@ -150,40 +133,31 @@ def test_a_distributed_save_replaces_the_old_one_whole(pool: Pool, stock_dir: St
     assert_all_equal(_stored(directory), load_file(stock_dir(GPT2, None, "untied") / "model.safetensors"))
 
 
-def _save_on_one_rank(stock: Path, directory: Path) -> None:
-    model = GPT2.load(stock)
-    if rank() == 0:
-        model.save_pretrained(directory)
-    dist.barrier()
-    assert (directory / "model.safetensors").is_file()
-
-
-def test_a_whole_model_may_be_saved_by_one_rank_alone(pool: Pool, stock_dir: StockDir, tmp_path: Path) -> None:
+@on_live_ranks(2, timeout=30)
+def test_a_whole_model_may_be_saved_by_one_rank_alone(stock_dir: StockDir, tmp_path: Path) -> None:
     """Catches a barrier that waits for ranks that never come, as under DDP."""
-    pool(2).run(_save_on_one_rank, stock_dir(), tmp_path / "saved", timeout=30)
+    model = GPT2.load(stock_dir())
+    if rank() == 0:
+        model.save_pretrained(tmp_path / "saved")
+    dist.barrier()
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
 
 
-def _save_twice(stock: Path, directory: Path) -> None:
-    """A full save, changed weights, and a save of a state dict the caller chose."""
-    model = GPT2.load(stock, 2)
-    model.save_pretrained(directory / "first", is_main_process=rank() == 0)
+@on_live_ranks(2)
+def test_arguments_of_stock_are_honoured(stock_dir: StockDir, tmp_path: Path) -> None:
+    """Catches `is_main_process` and `state_dict` lost on the way to the stock method."""
+    model = GPT2.load(stock_dir(), 2)
+    model.save_pretrained(tmp_path / "first", is_main_process=rank() == 0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
-    model.save_pretrained(directory / "second", state_dict=model.state_dict())
-
-
-def test_arguments_of_stock_are_honoured(pool: Pool, stock_dir: StockDir, tmp_path: Path) -> None:
-    """Catches `is_main_process` and `state_dict` lost on the way to the stock method."""
-    pool(2).run(_save_twice, stock_dir(), tmp_path)
+    model.save_pretrained(tmp_path / "second", state_dict=model.state_dict())
     original = load_file(stock_dir() / "model.safetensors")
     assert_all_equal(_stored(tmp_path / "first"), original)
     assert_all_equal(_stored(tmp_path / "second"), {name: 2 * value for name, value in original.items()})
 
 
-def test_distributed_saves_that_are_refused(
-    stock_dir: StockDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_distributed_saves(stock_dir: StockDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a directory that claims to be stock and is not, and a working directory that is deleted under us."""
     model = GPT2.load(stock_dir())
     with pytest.raises(UnsupportedError, match="stock=True with distributed_checkpoint=True"):

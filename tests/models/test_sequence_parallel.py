@@ -1,9 +1,8 @@
 """Sequence parallelism beyond numbers, dropout and collectives, which the tests of these try with and without it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,22 +11,19 @@ from transformers.distributed import DistributedConfig
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel import HiddenDropout, ReplicatedLayerNorm, local
+from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, LAYERS, B, H, ModelCase, S, StockDir, token_ids
 from tests.models.collectives import Recorder
-from tests.models.reference import (
-    Pool,
-    Tensors,
-    assert_agrees,
-    assert_all_agree,
-    gradients,
-    reference_loss,
-)
+from tests.models.reference import Pool, assert_agrees, assert_all_agree, gradients, reference_loss
 
 
-def _accumulate(directory: Path, checkpointing: bool, trained: str) -> None:
-    """Two micro-batches of different lengths, both forwards before the first backward."""
-    stock = GPT2.load_stock(directory, dtype=torch.float64)
-    ours = GPT2.load(directory, 2, sequence_parallel=True, dtype=torch.float64, attn_implementation="eager").train()
+@pytest.mark.parametrize(("checkpointing", "trained"), [(False, ""), (True, ""), (False, r"c_fc\.weight|ln_2\.bias")])
+@on_live_ranks(2)
+def test_micro_batches_add_up(stock_dir: StockDir, checkpointing: bool, trained: str) -> None:
+    """Catches gradients summed once more per micro-batch, a length that outlives its call, and a sum of no gradient."""
+    stock = GPT2.load_stock(stock_dir(), dtype=torch.float64)
+    options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
+    ours = GPT2.load(stock_dir(), 2, sequence_parallel=True, **options).train()
     for name, parameter in [*stock.named_parameters(), *ours.named_parameters()]:
         parameter.requires_grad_(re.search(trained, name) is not None)
     if checkpointing:
@@ -40,48 +36,35 @@ def _accumulate(directory: Path, checkpointing: bool, trained: str) -> None:
     assert_all_agree("gradient", gradients(ours), gradients(stock))
 
 
-@pytest.mark.parametrize(("checkpointing", "trained"), [(False, ""), (True, ""), (False, r"c_fc\.weight|ln_2\.bias")])
-def test_micro_batches_add_up(pool: Pool, stock_dir: StockDir, checkpointing: bool, trained: str) -> None:
-    """Catches gradients made whole once more with each micro-batch, a call's length that outlives the call, and a
-    collective that waits for a gradient nobody computes."""
-    pool(2).run(_accumulate, stock_dir(), checkpointing, trained)
-
-
-def _gradient_of_embeddings(directory: Path, splits: bool) -> torch.Tensor:
-    model = GPT2.load(directory, 2, sequence_parallel=splits, dtype=torch.float64).train()
-    embeddings = torch.randn(B, S, H, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    model(inputs_embeds=embeddings, labels=token_ids()).loss.backward()
-    assert embeddings.grad is not None
-    return embeddings.grad
-
-
-def test_gradient_of_given_embeddings(pool: Pool, stock_dir: StockDir) -> None:
+@on_live_ranks(2)
+def test_gradient_of_given_embeddings(stock_dir: StockDir) -> None:
     """Catches a gradient that covers this rank's positions only."""
-    expected = pool(2).run(_gradient_of_embeddings, stock_dir(), False)[0]
-    for gradient in pool(2).run(_gradient_of_embeddings, stock_dir(), True):
-        assert_agrees("gradient", gradient, expected)
+    found: list[Any] = []
+    for splits in (False, True):
+        model = GPT2.load(stock_dir(), 2, sequence_parallel=splits, dtype=torch.float64).train()
+        embeddings = torch.randn(B, S, H, generator=torch.Generator().manual_seed(3)).double().requires_grad_()
+        model(inputs_embeds=embeddings, labels=token_ids()).loss.backward()
+        found.append(embeddings.grad)
+    assert_agrees("gradient", found[1], found[0])
 
 
-def _autocast(directory: Path, splits: bool) -> tuple[torch.Tensor, Tensors]:
-    model = GPT2.load(directory, 2, sequence_parallel=splits).train()
-    with torch.autocast("cpu", torch.bfloat16), Recorder() as recorder:
-        loss = model(**GPT2.batch(None, "right", 8)).loss
-    loss.backward()
-    if splits:
-        gathered = [size for name, size in recorder.seen if name == "_allgather_base_"]
-        assert gathered[:4] == [B * 8 * H * 2] * 4, "layers send float32"
-    return loss.detach(), gradients(model)
-
-
-def test_autocast(pool: Pool, stock_dir: StockDir) -> None:
+@on_live_ranks(2)
+def test_autocast(stock_dir: StockDir) -> None:
     """Catches products in float32 where autocast asks for less, and gradients in another dtype than their weight."""
-    expected, expected_gradients = pool(2).run(_autocast, stock_dir(), False)[0]
-    for loss, found in pool(2).run(_autocast, stock_dir(), True):
-        assert loss.item() == pytest.approx(expected.item(), rel=0.02)
-        for name, gradient in found.items():
-            assert gradient.dtype == torch.float32
-            scale = expected_gradients[name].abs().max().item() + 0.01
-            torch.testing.assert_close(gradient, expected_gradients[name], rtol=0, atol=0.1 * scale)
+    losses, found = [], []
+    for splits in (False, True):
+        model = GPT2.load(stock_dir(), 2, sequence_parallel=splits).train()
+        with torch.autocast("cpu", torch.bfloat16), Recorder() as recorder:
+            loss = model(**GPT2.batch(None, "right", 8)).loss
+        loss.backward()
+        losses.append(loss.item())
+        found.append(gradients(model))
+    gathered = [size for name, size in recorder.seen if name == "_allgather_base_"]
+    assert gathered[:4] == [B * 8 * H * 2] * 4, "layers send float32"
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    for name, expected in found[0].items():
+        assert found[1][name].dtype == torch.float32
+        torch.testing.assert_close(found[1][name], expected, rtol=0, atol=0.1 * (expected.abs().max().item() + 0.01))
 
 
 def _kept_elements(directory: Path, splits: bool, length: int) -> int:

@@ -1,23 +1,22 @@
 """Stock directories as they are found: the many names and files of one and the same model."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-from hf_megatron.errors import CheckpointFormatError
 from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, ModelCase, StockDir
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, run_at
-from tests.tiers import quick
+from tests.tiers import cases
 
 Spelling = Callable[[ModelCase, Tensors], Tensors]
 
@@ -27,37 +26,19 @@ BUFFERS = {
 }
 
 
-def _write(directory: Path, tensors: Tensors) -> None:
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+def _write(tensors: Tensors, file: Path) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
-def _pickle(directory: Path, tensors: Tensors) -> None:
-    torch.save(tensors, directory / "pytorch_model.bin")
-
-
-def _pickle_of_an_old_torch(directory: Path, tensors: Tensors) -> None:
-    torch.save(tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-
-
-def _several(stem: str, suffix: str) -> Callable[[Path, Tensors], None]:
-    def write(directory: Path, tensors: Tensors) -> None:
-        weight_map = {}
-        for i in range(3):
-            part = {name: tensors[name] for name in list(tensors)[i::3]}
-            file = f"{stem}-{i + 1:05d}-of-00003.{suffix}"
-            weight_map.update(dict.fromkeys(part, file))
-            if suffix == "bin":
-                torch.save(part, directory / file)
-            else:
-                save_file(part, directory / file, metadata={"format": "pt"})
-        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-        (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
-
-    return write
-
-
-def _as_it_is(case: ModelCase, tensors: Tensors) -> Tensors:
-    return tensors
+def _several(save: Callable[[Tensors, Path], None], tensors: Tensors, file: Path) -> None:
+    """Three files and their index in place of one."""
+    weight_map: dict[str, str] = {}
+    for i in range(3):
+        part = {name: tensors[name] for name in list(tensors)[i::3]}
+        name = f"{file.stem}-{i + 1:05d}-of-00003{file.suffix}"
+        weight_map |= dict.fromkeys(part, name)
+        save(part, file.with_name(name))
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def _without_prefix(case: ModelCase, tensors: Tensors) -> Tensors:
@@ -105,31 +86,27 @@ def _everything_at_once(case: ModelCase, tensors: Tensors) -> Tensors:
     return tensors
 
 
-SPELLINGS: list[tuple[Spelling, Callable[[Path, Tensors], None]]] = [
-    (_without_prefix, _write),
-    (_obsolete_buffers, _write),
-    (_gamma_and_beta, _write),
-    (_copies_of_what_is_tied, _write),
-    (_copies_in_place_of_the_originals, _write),
-    (_as_it_is, _several("model", "safetensors")),
-    (_as_it_is, _pickle),
-    (_as_it_is, _pickle_of_an_old_torch),
-    (_shared_copies_of_what_is_tied, _pickle),
-    (_as_it_is, _several("pytorch_model", "bin")),
-    (_everything_at_once, _pickle),
+# What the names become, the file, and what writes it.
+SPELLINGS: list[tuple[Spelling | None, str, Callable[[Tensors, Path], None]]] = [
+    (_without_prefix, "model.safetensors", _write),
+    (_obsolete_buffers, "model.safetensors", _write),
+    (_gamma_and_beta, "model.safetensors", _write),
+    (_copies_of_what_is_tied, "model.safetensors", _write),
+    (_copies_in_place_of_the_originals, "model.safetensors", _write),
+    (None, "model.safetensors", partial(_several, _write)),
+    (None, "pytorch_model.bin", torch.save),
+    (None, "pytorch_model.bin", partial(torch.save, _use_new_zipfile_serialization=False)),
+    (_shared_copies_of_what_is_tied, "pytorch_model.bin", torch.save),
+    (None, "pytorch_model.bin", partial(_several, torch.save)),
+    (_everything_at_once, "pytorch_model.bin", torch.save),
 ]
 
 
-def _spell(
-    case: ModelCase,
-    stock: Path,
-    directory: Path,
-    spelling: Spelling,
-    write: Callable[[Path, Tensors], None] = _write,
-) -> None:
+def _spell(case: ModelCase, stock: Path, directory: Path, spelling: Spelling | None, file: str, write: Any) -> None:
     directory.mkdir(exist_ok=True)
     shutil.copy(stock / "config.json", directory)
-    write(directory, spelling(case, load_file(stock / "model.safetensors")))
+    tensors = load_file(stock / "model.safetensors")
+    write(tensors if spelling is None else spelling(case, tensors), directory / file)
 
 
 def _load(case: ModelCase, directories: list[Path], tp_size: int, stock: Path) -> None:
@@ -143,23 +120,19 @@ def _load(case: ModelCase, directories: list[Path], tp_size: int, stock: Path) -
             raise AssertionError(f"{directory.name}: {error}") from error
 
 
-@pytest.mark.parametrize(
-    ("case", "tp_size"), quick(itertools.product(ARCHITECTURES, (1, 2)), [(GPT2, 1), (GPT2, 2), (PRE, 1), (POST, 2)])
-)
+@cases("case, tp_size", itertools.product(ARCHITECTURES, (1, 2)), [(GPT2, 1), (GPT2, 2), (PRE, 1), (POST, 2)])
 def test_spellings_load(pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, tp_size: int) -> None:
     """Catches parameters that are drawn at random because their names in the file are others."""
-    directories = [tmp_path / f"{i}{spelling.__name__}" for i, (spelling, _) in enumerate(SPELLINGS)]
+    directories = [tmp_path / f"{i}{getattr(spelling, '__name__', '')}" for i, (spelling, *_) in enumerate(SPELLINGS)]
     for directory, spelling in zip(directories, SPELLINGS, strict=True):
         _spell(case, stock_dir(case), directory, *spelling)
     run_at(pool, tp_size, _load, case, directories, tp_size, stock_dir(case))
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_what_is_dropped_is_named(
-    stock_dir: StockDir, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: ModelCase
-) -> None:
+def test_dropped_names(stock_dir: StockDir, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: ModelCase) -> None:
     """Catches tensors that vanish without a word."""
-    _spell(case, stock_dir(case), tmp_path, _obsolete_buffers)
+    _spell(case, stock_dir(case), tmp_path, *SPELLINGS[1])
     transformers_logging.warning_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         case.load(tmp_path)
@@ -167,27 +140,3 @@ def test_what_is_dropped_is_named(
     names = load_file(tmp_path / "model.safetensors").keys() - load_file(stock_dir(case) / "model.safetensors").keys()
     assert len(names) == (4 if case is GPT2 else 2)
     assert [name for name in names if name not in dropped] == []
-
-
-def _refusal(case: ModelCase, directory: Path, tp_size: int) -> str:
-    with pytest.raises(CheckpointFormatError) as caught:
-        case.load(directory, tp_size)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize(("case", "name"), [(case, name) for case in (GPT2, POST) for name in case.tied])
-def test_another_head_than_the_tied_one_is_refused(
-    pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, name: str, tp_size: int
-) -> None:
-    """Catches a trained head, or its bias alone, thrown away because the config says it is tied; a bit is enough."""
-
-    def spelling(case: ModelCase, tensors: Tensors) -> Tensors:
-        tensors = _copies_of_what_is_tied(case, tensors)
-        tensors[name].view(-1)[-1] += 1e-6
-        return tensors
-
-    _spell(case, stock_dir(case), tmp_path, spelling)
-    for message in run_at(pool, tp_size, _refusal, case, tmp_path, tp_size):
-        assert name in message
-        assert '"tie_word_embeddings": false' in message

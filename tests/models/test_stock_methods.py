@@ -1,7 +1,5 @@
 """Methods of PreTrainedModel that stumble over modules that are not the stock ones."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 

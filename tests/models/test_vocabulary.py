@@ -1,7 +1,5 @@
 """The vocabulary: sizes that no degree divides, the decoder's bias, the padding token's row, and other sizes."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any
@@ -9,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import chunk_range
 from hf_megatron_conversion import convert, verify
+from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, ModelCase, StockDir, V
 from tests.models.reference import (
     Pool,
@@ -26,7 +24,7 @@ from tests.models.reference import (
     rank,
     run_at,
 )
-from tests.tiers import quick
+from tests.tiers import cases
 
 
 def _vocabulary(case: ModelCase, weights: Tensors) -> list[str]:
@@ -49,12 +47,9 @@ def _take_a_step(case: ModelCase, stock_directory: Path, directory: Path, tp_siz
     weights, expected = full_weights(ours), full_weights(stock)
     assert_all_agree("weight", weights, expected)
     for name in _vocabulary(case, weights):
-        size = weights[name].shape[0]
-        parameter = ours.get_parameter(name)
-        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        start, stop = chunk_range(size, tp_size, rank())
-        assert (size, held.shape[0]) == (vocab_size, stop - start)
-        assert torch.equal(held, weights[name][start:stop])
+        assert weights[name].shape[0] == vocab_size
+        start, stop = chunk_range(vocab_size, tp_size, rank())
+        assert torch.equal(ours.get_parameter(name).to_local(), weights[name][start:stop])
     ours.save_pretrained(directory / "hub")
     ours.save_pretrained(directory / "tp", distributed_checkpoint=True)
 
@@ -67,10 +62,7 @@ def _load(case: ModelCase, directory: Path, tp_size: int) -> Tensors:
 
 @pytest.mark.parametrize(("case", "vocab_size"), [(GPT2, 50257), (POST, 30522), (PRE, 28996)])
 def test_published_sizes_survive_everything(pool: Pool, tmp_path: Path, case: ModelCase, vocab_size: int) -> None:
-    """Catches a padded or shortened vocabulary, or a bias cut otherwise than its decoder, on any of the ways.
-
-    A step of the optimizer, both kinds of save, loading at another degree, and conversion there and back.
-    """
+    """Catches a padded or shortened vocabulary in training, saving, loading at another degree, and conversion."""
     sizes: dict[str, Any] = {"vocab_size": vocab_size, "hidden_size": 24, "num_hidden_layers": 1}
     stock = case.save_stock(tmp_path / "stock", **sizes)
     pool(4).run(_take_a_step, case, stock, tmp_path, 4)
@@ -95,11 +87,14 @@ def test_published_sizes_survive_everything(pool: Pool, tmp_path: Path, case: Mo
         assert torch.equal(model.get_parameter(name), saved[other])
 
 
-# ---------------------------------------------------------------- the padding token
-
-
-def _padding_row(padding: int | None, tp_size: int) -> None:
-    """Begins as zeros and, though it is attended to, gets no gradient."""
+@cases(
+    "padding, tp_size",
+    itertools.product((0, 70, V - 1, None), (1, 2, 4)),
+    [(0, 1), (0, 2), (70, 2), (V - 1, 2), (None, 1)],
+)
+@on_live_ranks()
+def test_the_padding_row_is_not_trained(padding: int | None, tp_size: int) -> None:
+    """Catches a padding row that is drawn, or learns, and the same row of every rank's shard in its place."""
     model = PRE.build(tp_size, head="Model", config=PRE.config(pad_token_id=padding), seed=0)
     weight = model.embeddings.word_embeddings.weight
     expected = [] if padding is None else [padding]
@@ -110,29 +105,15 @@ def _padding_row(padding: int | None, tp_size: int) -> None:
     assert (full(weight.grad) == 0).all(dim=1).nonzero().flatten().tolist() == expected
 
 
-@pytest.mark.parametrize(
-    ("padding", "tp_size"),
-    quick(itertools.product((0, 70, V - 1, None), (1, 2, 4)), [(0, 1), (0, 2), (70, 2), (V - 1, 2), (None, 1)]),
-)
-def test_the_padding_row_is_not_trained(pool: Pool, padding: int | None, tp_size: int) -> None:
-    """Catches a padding row that is drawn or learns, and the same row of every rank's shard in its place."""
-    run_at(pool, tp_size, _padding_row, padding, tp_size)
-
-
-# ---------------------------------------------------------------- another size
-
-
 @pytest.mark.parametrize("options", [{"new_num_tokens": 140}, {"new_num_tokens": 100}, {"pad_to_multiple_of": 64}])
 @pytest.mark.parametrize("variant", ["base", "untied"])
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_resizing_in_one_process(
-    stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, options: dict[str, int]
-) -> None:
+def test_resizing(stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, options: dict[str, int]) -> None:
     """Catches a head, a decoder or a bias that keeps the old size, and new rows that are not those of stock."""
     for head in dict.fromkeys((case.heads[0], case.language_model)):
         resized = []
-        for model_class in (case.stock(head), case.ours(head)):
-            model = model_class.from_pretrained(stock_dir(case, head, variant))
+        for load in (case.stock(head).from_pretrained, case.ours(head).from_pretrained):
+            model = load(stock_dir(case, head, variant))
             torch.manual_seed(3)
             model.resize_token_embeddings(**options)
             resized.append(model.eval())
@@ -167,16 +148,13 @@ def test_resizing_without_the_mean(stock_dir: StockDir, case: ModelCase, variant
             assert new.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def _expect_refused_resizing(case: ModelCase, directory: Path) -> None:
-    model = case.load(directory, 2)
+@pytest.mark.parametrize("case", ARCHITECTURES)
+@on_live_ranks(2)
+def test_resizing_over_several_ranks(stock_dir: StockDir, case: ModelCase) -> None:
+    """Catches rows added to one rank's shard, or a bias resized before the embedding is refused."""
+    model = case.load(stock_dir(case), 2)
     before = full_weights(model)
     with pytest.raises(UnsupportedError, match=r"resize_token_embeddings .* 2 ranks. Load in one process"):
         model.resize_token_embeddings(140)
     assert model.config.vocab_size == V
     assert_all_equal(full_weights(model), before)
-
-
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_resizing_over_several_ranks(pool: Pool, stock_dir: StockDir, case: ModelCase) -> None:
-    """Catches rows added to one rank's shard, or a bias resized before the embedding is refused."""
-    pool(2).run(_expect_refused_resizing, case, stock_dir(case))

@@ -1,7 +1,5 @@
 """Rules for every file of the repository that no linter checks."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

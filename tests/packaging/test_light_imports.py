@@ -1,7 +1,5 @@
 """What can be imported without waiting for torch and transformers, and that the Auto classes learn of our models."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

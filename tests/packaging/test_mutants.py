@@ -1,7 +1,5 @@
 """The list of planted defects still fits the source and the tests; `make test-mutants` tries them."""
 
-from __future__ import annotations
-
 import ast
 
 import pytest

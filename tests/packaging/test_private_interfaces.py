@@ -1,7 +1,5 @@
 """The private names of other libraries that this package uses are there, as they were, and all of them are known."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect
@@ -42,7 +40,7 @@ def _check(interface: PrivateInterface) -> None:
     path = f"{interface.owner}.{interface.name}"
     _, _, owner = _resolve(interface.owner)
     assert _has(owner, interface.name), f"{path} is gone. It serves {interface.breaks}."
-    if interface.parameters is not None:
+    if interface.parameters:
         found = list(inspect.signature(getattr(owner, interface.name)).parameters)
         assert tuple(found[: len(interface.parameters)]) == interface.parameters, (
             f"{path} takes {found} now, not {list(interface.parameters)}. It serves {interface.breaks}."

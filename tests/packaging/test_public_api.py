@@ -1,18 +1,16 @@
 """What a user can rely on importing."""
 
-from __future__ import annotations
-
 import hf_megatron
 from tests.repository import ROOT
 
-_BERT = (
+_BERT = [
     "MaskedLM",
     "MultipleChoice",
     "PreTraining",
     "QuestionAnswering",
     "SequenceClassification",
     "TokenClassification",
-)
+]
 _GPT2 = ("ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification", "LMHeadModel", "Model")
 PUBLIC = ["MegatronBertConfig", *(f"MegatronBertFor{task}" for task in _BERT), "MegatronBertModel"]
 PUBLIC += ["MegatronGPT2Config", *(f"MegatronGPT2{name}" for name in _GPT2), "MegatronTrainer", "__version__"]

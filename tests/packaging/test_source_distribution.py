@@ -1,7 +1,5 @@
 """A source distribution is enough to test and to rebuild the package from."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

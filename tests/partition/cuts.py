@@ -1,7 +1,5 @@
 """Random cuts and tilings for hypothesis."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

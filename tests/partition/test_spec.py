@@ -1,7 +1,5 @@
 """One tensor: what its shards are, and that they make up the tensor again."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

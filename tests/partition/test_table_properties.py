@@ -1,7 +1,5 @@
 """The tables are asked for properties, never for their names; and what they say of Megatron-LM is what is read."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

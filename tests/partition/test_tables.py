@@ -1,7 +1,5 @@
 """The tables of GPT-2 and of BERT, one for each placement of its LayerNorms, against the stock models."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -117,9 +115,7 @@ _NARROW = {"n_embd": 8, "n_head": 4, "n_layer": 1}
         (GPT2, {}, 0, "tp_size=0 is not a degree; choose 1 or more"),
     ],
 )
-def test_degrees_that_do_not_fit_are_refused(
-    table: Architecture, config: dict[str, Any], tp_size: int, message: str
-) -> None:
+def test_degrees_that_do_not_fit(table: Architecture, config: dict[str, Any], tp_size: int, message: str) -> None:
     """Catches a check of heads, of vocabulary or of one model alone, a division by zero, a refusal without advice."""
     with pytest.raises(PartitionError, match=re.escape(message)):
         table.check_degree(config, tp_size)
@@ -142,9 +138,7 @@ def test_degrees_that_fit_are_not() -> None:
         (["gpt2"], {"n_embd": "768"}, "n_embd='768' in the configuration is not a positive integer"),
     ],
 )
-def test_configurations_that_cannot_be_honoured_are_refused(
-    kinds: Iterable[str], config: dict[str, Any], message: str
-) -> None:
+def test_configurations_that_cannot_be_honoured(kinds: Iterable[str], config: dict[str, Any], message: str) -> None:
     """Catches a model that is built, and computes something else than the configuration says."""
     for kind in kinds:
         with pytest.raises(UnsupportedError, match=message):

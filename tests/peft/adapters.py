@@ -1,13 +1,11 @@
 """Adapted models that the tests compare: ours at any layout, and stock peft's on the stock model, from one seed."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import peft
 import torch
@@ -25,23 +23,18 @@ BERT_TARGETS = ("query", "key", "value", "dense")
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its adapter.
+    """A model and its adapter."""
 
-    Attributes:
-        directory: Where the stock model lies.
-        architecture: Its architecture.
-        head: The end of its class's name.
-        layout: Sizes of the DistributedConfig; empty for one plain process.
-        lora: Arguments of the LoraConfig.
-        dtype: Of the model.
-    """
-
-    directory: Path
+    directory: Path  # where the stock model lies
     architecture: ModelCase
-    head: str
-    layout: dict[str, int] = field(default_factory=dict)
-    lora: dict[str, Any] = field(default_factory=dict)
+    head: str  # the end of its class's name
+    layout: dict[str, int] = field(default_factory=dict)  # of the DistributedConfig; empty for one plain process
+    lora: dict[str, Any] = field(default_factory=dict)  # arguments of the LoraConfig
     dtype: torch.dtype = torch.float64
+
+    def at(self, tp_size: int, **sizes: int) -> Self:
+        """The same at a layout."""
+        return replace(self, layout={"tp_size": tp_size, **sizes} if tp_size > 1 or sizes else {})
 
     @property
     def config(self) -> LoraConfig:
@@ -91,12 +84,8 @@ def quiet_peft() -> Iterator[None]:
 
 def trainable_gradients(model: PeftModel) -> Tensors:
     """Full gradients of what is trained, by name."""
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (parameter.grad is not None), name
-        if parameter.grad is not None:
-            gradients[name] = full(parameter.grad)
-    return gradients
+    assert all(parameter.requires_grad == (parameter.grad is not None) for parameter in model.parameters())
+    return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
 def trainable_weights(model: PeftModel) -> Tensors:
@@ -107,7 +96,6 @@ def trainable_weights(model: PeftModel) -> Tensors:
 def logits(case: Case, model: PeftModel) -> torch.Tensor:
     """Of the case's inputs, without dropout."""
     with torch.no_grad():
-        output = model.eval()(**case.inputs)
-    logits: torch.Tensor = output.logits
+        logits: torch.Tensor = model.eval()(**case.inputs).logits
     assert not isinstance(logits, DTensor)
     return logits

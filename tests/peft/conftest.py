@@ -1,7 +1,5 @@
 """Stock models to adapt."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.models.architectures import BERTS, GPT2

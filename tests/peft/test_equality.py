@@ -1,43 +1,39 @@
 """An adapted model computes what stock peft computes on the stock model, at every degree."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.live import on_live_ranks
 from tests.models.reference import (
-    Pool,
     assert_agrees,
     assert_all_agree,
     assert_all_equal,
     assert_replicas_equal,
     assert_same_on_all_ranks,
-    run_at,
 )
-from tests.peft.adapters import (
-    Case,
-    logits,
-    our_base,
-    our_model,
-    stock_model,
-    trainable_gradients,
-    trainable_weights,
-)
+from tests.peft.adapters import Case, logits, our_base, our_model, stock_model, trainable_gradients, trainable_weights
 
 CASES = ("gpt2", "bert", "classifier")
 DEGREES = [2, *(pytest.param(degree, marks=pytest.mark.slow) for degree in (1, 4))]
 
 
-def _compare(case: Case, seed: int) -> None:
-    """A step's loss and gradients in training mode, with the same random numbers."""
+@pytest.mark.parametrize("tp_size", DEGREES)
+@pytest.mark.parametrize(
+    ("case", "dropout"), [*((case, 0.0) for case in CASES), ("gpt2", 0.3), ("classifier", 0.3)], indirect=["case"]
+)
+@on_live_ranks()
+def test_a_step_is_that_of_stock_peft(case: Case, dropout: float, tp_size: int) -> None:
+    """Catches a half cut otherwise than its weight, sums missing or doubled, and masks that depend on the rank."""
+    # With several draws per layer: the base layers' dropout is off, or its masks would differ from stock's.
+    case = replace(case.at(tp_size), lora={**case.lora, "lora_dropout": dropout})
     stock, ours = stock_model(case), our_model(case)
     assert_all_equal(trainable_weights(ours), trainable_weights(stock))
-    torch.manual_seed(seed)
+    torch.manual_seed(3)
     expected = case.architecture.stock_step(stock.train(), {**case.inputs, **case.labels})[1]
-    torch.manual_seed(seed)
+    torch.manual_seed(3)
     loss = ours.train()(**case.inputs, **case.labels).loss
     assert_agrees("loss", loss, expected)
     assert_same_on_all_ranks("the random state afterwards", torch.rand(3))
@@ -47,23 +43,13 @@ def _compare(case: Case, seed: int) -> None:
     assert_replicas_equal(ours)
 
 
-@pytest.mark.parametrize("tp_size", DEGREES)
-@pytest.mark.parametrize(
-    ("case", "dropout"),
-    [*((case, 0.0) for case in CASES), ("gpt2", 0.3), ("classifier", 0.3)],
-    indirect=["case"],
-)
-def test_a_step_is_that_of_stock_peft(pool: Pool, case: Case, dropout: float, tp_size: int) -> None:
-    """Catches a half cut otherwise than its weight, sums missing or doubled, and masks that depend on the rank."""
-    # With several draws per layer: the base layers' dropout is off, or its masks would differ from stock's.
-    lora = {**case.lora, "lora_dropout": dropout}
-    run_at(pool, tp_size, _compare, replace(case, lora=lora, layout={"tp_size": tp_size} if tp_size > 1 else {}), 3)
-
-
-def _compare_shares(case: Case) -> None:
-    """Each data-parallel rank takes one example, twice; the mean of their losses is the whole batch's."""
-    stock, ours = stock_model(case), our_model(case)
-    data_parallel_rank = dist.get_rank() // case.layout["tp_size"]
+@pytest.mark.parametrize("share", ["fsdp_size", pytest.param("dp_replicate_size", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["gpt2", "classifier"], indirect=True)
+@on_live_ranks(4)
+def test_data_parallel_ranks_average_the_gradients(case: Case, share: str) -> None:
+    """Catches adapters that each data-parallel rank trains on its own, as FSDP does not know them."""
+    stock, ours = stock_model(case), our_model(case.at(2, **{share: 2}))
+    data_parallel_rank = dist.get_rank() // 2
     for _ in range(2):
         losses = []
         for row in (0, 1):
@@ -73,14 +59,6 @@ def _compare_shares(case: Case) -> None:
                 ours(**batch).loss.backward()
         torch.stack(losses).mean().backward()
     assert_all_agree("gradient", trainable_gradients(ours), trainable_gradients(stock))
-
-
-@pytest.mark.parametrize("share", ["fsdp_size", pytest.param("dp_replicate_size", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", ["gpt2", "classifier"], indirect=True)
-def test_data_parallel_ranks_average_the_gradients(pool: Pool, case: Case, share: str) -> None:
-    """Catches adapters that each data-parallel rank trains on its own, as FSDP does not know them."""
-    case = replace(case, layout={"tp_size": 2, share: 2})
-    pool(4).run(_compare_shares, case)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", None])
@@ -95,22 +73,20 @@ def test_targets_that_peft_chooses_are_the_same(case: Case, targets: str | None)
         assert chosen == set(stock_model(case).targeted_module_names)
 
 
-def _logits_of_half_precision(case: Case) -> tuple[torch.Tensor, set[torch.dtype]]:
-    model = our_model(case)
-    return logits(case, model), {parameter.dtype for parameter in trainable_weights(model).values()}
-
-
-def test_adapters_of_a_half_precision_model_are_float32(pool: Pool, gpt2: Case) -> None:
+@on_live_ranks(2)
+def test_adapters_of_a_half_precision_model_are_float32(gpt2: Case) -> None:
     """Catches a cast that loses the cut or stays half precise, in which small steps vanish."""
     case = replace(gpt2, dtype=torch.bfloat16)
-    expected = logits(case, stock_model(case))
-    for actual, dtypes in pool(2).run(_logits_of_half_precision, replace(case, layout={"tp_size": 2})):
-        assert dtypes == {torch.float32}
-        # bfloat16 keeps 8 bits, and the sums over ranks are rounded once more.
-        torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.1 * float(expected.std()))
+    expected, model = logits(case, stock_model(case)), our_model(case.at(2))
+    assert {parameter.dtype for parameter in trainable_weights(model).values()} == {torch.float32}
+    # bfloat16 keeps 8 bits, and the sums over ranks are rounded once more.
+    torch.testing.assert_close(logits(case, model), expected, rtol=0.1, atol=0.1 * float(expected.std()))
 
 
-def _second_adapter(case: Case) -> None:
+@on_live_ranks(2)
+def test_a_second_adapter_is_cut_too(gpt2: Case) -> None:
+    """Catches an adapter added later that goes past this package, and one that is mixed up with the first."""
+    case = gpt2.at(2)
     model = our_model(case)
     first, base = logits(case, model), logits(case, our_base(case))
     model.add_adapter("second", replace(case, lora={**case.lora, "r": 2}).config)
@@ -121,8 +97,3 @@ def _second_adapter(case: Case) -> None:
         assert_agrees("the base model's logits", logits(case, model), base)
     model.set_adapter("default")
     assert_agrees("the first adapter's logits again", logits(case, model), first)
-
-
-def test_a_second_adapter_is_cut_too(pool: Pool, gpt2: Case) -> None:
-    """Catches an adapter added later that goes past this package, and one that is mixed up with the first."""
-    pool(2).run(_second_adapter, replace(gpt2, layout={"tp_size": 2}))

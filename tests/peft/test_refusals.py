@@ -1,8 +1,5 @@
 """What adapters on a cut model do not have is refused by name, before the model is touched."""
 
-from __future__ import annotations
-
-from dataclasses import replace
 from typing import Any
 
 import peft
@@ -12,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.peft import get_peft_model
-from tests.models.reference import Pool
+from tests.live import on_live_ranks
 from tests.peft.adapters import Case, our_base, our_model, stock_base, stock_model
 
 
@@ -25,8 +22,7 @@ from tests.peft.adapters import Case, our_base, our_model, stock_base, stock_mod
     indirect=["case"],
 )
 def test_plain_peft_names_this_module(case: Case, targets: Any) -> None:
-    """Catches the plain call, whose adapters would be cut wrong or no DTensors, its error, which names layers nobody
-    has, and a layer of GPT-2 that looks linear to peft."""
+    """Catches the plain call, whose adapters would be cut wrong, and its own error, which names layers nobody has."""
     finds_none = (case.head, targets) == ("LMHeadModel", "all-linear")
     message = "No `target_modules`" if finds_none else r"hf_megatron\.peft\.get_peft_model"
     with pytest.raises(ValueError if finds_none else UnsupportedError, match=message):
@@ -67,12 +63,9 @@ def test_unsupported_settings_are_refused_before_anything_changes(gpt2: Case, co
         get_peft_model(stock_base(gpt2), gpt2.config)
 
 
-def _merge(case: Case) -> None:
+@pytest.mark.parametrize("world_size", [2, 4])
+@on_live_ranks()
+def test_merging_under_fsdp_is_refused(gpt2: Case, world_size: int) -> None:
+    """Catches a product of full size that is added to a part, or whatever then fails; without a cut by columns too."""
     with pytest.raises(UnsupportedError, match="FSDP has cut once more"):
-        our_model(case).merge_adapter()
-
-
-@pytest.mark.parametrize("layout", [{"tp_size": 1, "fsdp_size": 2}, {"tp_size": 2, "fsdp_size": 2}])
-def test_merging_under_fsdp_is_refused(pool: Pool, gpt2: Case, layout: dict[str, int]) -> None:
-    """Catches a product of full size that is added to a part, or whatever then fails."""
-    pool(layout["tp_size"] * layout["fsdp_size"]).run(_merge, replace(gpt2, layout=layout))
+        our_model(gpt2.at(world_size // 2, fsdp_size=2)).merge_adapter()

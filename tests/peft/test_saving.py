@@ -1,7 +1,5 @@
 """Adapters on disk are ordinary ones, whichever side wrote them, and merged weights are ordinary weights."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_megatron.errors import CheckpointIncompleteError
 from hf_megatron.peft import load_adapter
-from tests.models.reference import Pool, assert_agrees, assert_all_agree, full_weights, run_at
+from tests.live import on_live_ranks
+from tests.models.reference import Pool, assert_agrees, assert_all_agree, full_weights, rank
 from tests.peft.adapters import (
     Case,
     logits,
@@ -40,10 +39,9 @@ def _save(case: Case, directory: Path) -> torch.Tensor:
 def test_what_two_ranks_save_is_an_ordinary_adapter(pool: Pool, tmp_path: Path, case: Case) -> None:
     """Catches shards, names, shapes or settings that stock peft does not understand."""
     stock_model(case).save_pretrained(tmp_path / "stock")
-    expected = pool(2).run(_save, replace(case, layout={"tp_size": 2}), tmp_path / "ours")[0]
-    assert {path.name for path in (tmp_path / "ours").iterdir()} == {
-        path.name for path in (tmp_path / "stock").iterdir()
-    }
+    expected = pool(2).run(_save, case.at(2), tmp_path / "ours")[0]
+    names, stock_names = ({path.name for path in (tmp_path / by).iterdir()} for by in ("ours", "stock"))
+    assert names == stock_names
     weights, stock_weights = (load_file(tmp_path / by / "adapter_model.safetensors") for by in ("ours", "stock"))
     assert_all_agree("weight", weights, stock_weights)
     configs = [json.loads((tmp_path / by / "adapter_config.json").read_text()) for by in ("ours", "stock")]
@@ -53,21 +51,16 @@ def test_what_two_ranks_save_is_an_ordinary_adapter(pool: Pool, tmp_path: Path, 
     assert_agrees("logits on the stock model", logits(case, loaded), expected)
 
 
-def _load(case: Case, directory: Path) -> torch.Tensor:
-    model = load_adapter(our_base(case), directory)
-    assert not any("lora_" in name for name in trainable_weights(model))
-    return logits(case, model)
-
-
 @pytest.mark.parametrize("tp_size", [2, *(pytest.param(degree, marks=pytest.mark.slow) for degree in (1, 4))])
 @pytest.mark.parametrize("case", CASES, indirect=True)
-def test_an_ordinary_adapter_loads_at_any_degree(pool: Pool, tmp_path: Path, case: Case, tp_size: int) -> None:
+@on_live_ranks()
+def test_an_ordinary_adapter_loads_at_any_degree(tmp_path: Path, case: Case, tp_size: int) -> None:
     """Catches an adapter that each rank takes whole, cuts otherwise than its weight, or does not load at all."""
-    stock = stock_model(case)
-    stock.save_pretrained(tmp_path)
-    cut = replace(case, layout={"tp_size": tp_size} if tp_size > 1 else {})
-    for actual in run_at(pool, tp_size, _load, cut, tmp_path):
-        assert_agrees("logits", actual, logits(case, stock))
+    stock, directory = stock_model(case), tmp_path / f"{rank()}"
+    stock.save_pretrained(directory)
+    model = load_adapter(our_base(case.at(tp_size)), directory)
+    assert not any("lora_" in name for name in trainable_weights(model))
+    assert_agrees("logits", logits(case, model), logits(case, stock))
 
 
 def test_an_adapter_that_lacks_weights_is_refused(gpt2: Case, tmp_path: Path) -> None:
@@ -92,16 +85,14 @@ def test_saving_replaces_the_adapter_and_nothing_else(pool: Pool, gpt2: Case, tm
     directory.mkdir()
     (directory / "model.safetensors").write_text("the base weights")
     (directory / "README.md").write_text("---\nlibrary_name: peft\n---\nMy own words.\n")
-    pool(2).run(_save_again, replace(gpt2, layout={"tp_size": 2}), directory)
+    pool(2).run(_save_again, gpt2.at(2), directory)
     assert (directory / "model.safetensors").read_text() == "the base weights"
     assert "My own words." in (directory / "README.md").read_text()
     assert (directory / "other" / "adapter_model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_an_interrupted_save_leaves_the_old_adapter(
-    gpt2: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_save_keeps_the_old_adapter(gpt2: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a file that is written in place, and cut off."""
     model = our_model(gpt2)
     model.save_pretrained(tmp_path / "adapter")
@@ -139,21 +130,18 @@ def _merge(case: Case, directory: Path, safely: bool) -> tuple[torch.Tensor, tor
 )
 def test_merged_weights_are_an_ordinary_model(pool: Pool, tmp_path: Path, case: Case, safely: bool) -> None:
     """Catches a product cut or transposed otherwise than its weight, also behind a shared f and of a whole layer."""
-    adapted, merged = pool(2).run(_merge, replace(case, layout={"tp_size": 2}), tmp_path, safely)[0]
+    adapted, merged = pool(2).run(_merge, case.at(2), tmp_path, safely)[0]
     assert_agrees("logits", merged, adapted)
     stock = stock_base(replace(case, directory=tmp_path))
     assert_agrees("logits of the stock model", logits(case, stock), adapted)
 
 
-def _merge_infinite(case: Case) -> None:
-    model = our_model(case)
+@on_live_ranks(2)
+def test_a_safe_merge_that_overflows_on_one_rank_raises_on_all(gpt2: Case) -> None:
+    """Catches a check that has no effect on weights that are cut, or on one rank only."""
+    model = our_model(gpt2.at(2))
     lora_b = dict(model.named_parameters())["base_model.model.transformer.h.0.attn.c_attn.lora_B.default.weight"]
     if dist.get_rank() == 1:
         lora_b.to_local().detach().fill_(torch.inf)
     with pytest.raises(ValueError, match="'default' would make weights inf or nan"):
         model.merge_adapter(safe_merge=True)
-
-
-def test_a_safe_merge_that_overflows_on_one_rank_raises_on_all(pool: Pool, gpt2: Case) -> None:
-    """Catches a check that has no effect on weights that are cut, or on one rank only."""
-    pool(2).run(_merge_infinite, replace(gpt2, layout={"tp_size": 2}))

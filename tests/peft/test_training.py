@@ -1,7 +1,5 @@
 """MegatronTrainer trains adapters: the same steps at every layout, and checkpoints that hold the adapter alone."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,14 +42,10 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", layouts("tp2 x fsdp2", "tp2", "tp2 x replicate2"))
 def test_every_layout_takes_the_same_steps(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches adapters that a layout trains otherwise; under tensor parallelism alone with dropout on."""
-    tp_only = "x" not in layout
-    run = Run(
-        gpt2,
-        tmp_path / "one",
-        config=DROPOUT if tp_only else {},
-        lora=LORA if tp_only else {**LORA, "lora_dropout": 0.0},
-        arguments={"label_smoothing_factor": 0.1},
+    dropout: dict[str, Any] = (
+        {"config": DROPOUT, "lora": LORA} if "x" not in layout else {"lora": {**LORA, "lora_dropout": 0.0}}
     )
+    run = Run(gpt2, tmp_path / "one", arguments={"label_smoothing_factor": 0.1}, **dropout)
     expected, weights = train(run)
     cut = replace(run, output=tmp_path / "cut", layout=LAYOUTS[layout])
     steps, cut_weights = on_ranks(pool, train, cut)
@@ -85,11 +79,6 @@ def _train_for_the_best(run: Run) -> tuple[str, dict[str, torch.Tensor]]:
     return str(trainer.state.best_model_checkpoint), trainable_weights(trainer.model)
 
 
-def _adapter_of(run: Run, directory: str) -> dict[str, torch.Tensor]:
-    base = make_trainer(replace(run, lora=None)).model
-    return trainable_weights(load_adapter(base, directory, is_trainable=True))
-
-
 def test_the_best_adapter_is_loaded_at_the_end(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
     """Catches the last step's adapter where the best was asked for, and a final one that stock peft cannot load."""
     arguments = {
@@ -102,7 +91,8 @@ def test_the_best_adapter_is_loaded_at_the_end(pool: Pool, gpt2: Path, tmp_path:
     run = Run(gpt2, tmp_path / "run", layout=LAYOUTS["tp2"], lora=LORA, arguments=arguments)
     best, weights = on_ranks(pool, _train_for_the_best, run)
     assert Path(best).name == "checkpoint-2"
-    assert_all_equal(on_ranks(pool, _adapter_of, run, best), weights)
+    base = make_trainer(replace(run, layout={}, lora=None)).model
+    assert_all_equal(trainable_weights(load_adapter(base, best, is_trainable=True)), weights)
     with quiet_peft():
         stock = PeftModel.from_pretrained(
             GPT2LMHeadModel.from_pretrained(gpt2), run.output / "final", is_trainable=True

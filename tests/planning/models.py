@@ -1,27 +1,16 @@
 """Small models to plan and to measure, and the plan of exactly what is measured."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
-from transformers.distributed import DistributedConfig
 
-from hf_megatron import (
-    MegatronBertConfig,
-    MegatronBertForMaskedLM,
-    MegatronBertForPreTraining,
-    MegatronGPT2Config,
-    MegatronGPT2LMHeadModel,
-)
 from hf_megatron.planning import PRECISIONS, ModelShape, Run
+from tests.models.architectures import GPT2, POST, PRE, ModelCase
+from tests.models.reference import layout
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """Of a model and its batch."""
 
     batch: int
@@ -33,60 +22,42 @@ class Size:
 
 
 SMALL = Size(batch=3, length=64, vocab=331, hidden=64, layers=3, heads=4)
-KINDS = ("gpt2", "gpt2-inner", "bert-pre", "bert-post", "bert-mlm")
+# An architecture, a head, and changes of the configuration.
+KINDS: dict[str, tuple[ModelCase, str, dict[str, Any]]] = {
+    "gpt2": (GPT2, "LMHeadModel", {}),
+    "gpt2-inner": (GPT2, "LMHeadModel", {"n_inner": 101, "activation_function": "gelu_pytorch_tanh"}),
+    "bert-pre": (PRE, "ForPreTraining", {}),
+    "bert-post": (POST, "ForPreTraining", {}),
+    "bert-mlm": (PRE, "ForMaskedLM", {}),
+}
 
 
 def make_config(kind: str, *, dropout: float = 0.1, size: Size = SMALL) -> Any:
+    case, _, changes = KINDS[kind]
     sizes = {"vocab_size": size.vocab, "max_position_embeddings": size.length, "hidden_size": size.hidden}
     sizes |= {"num_hidden_layers": size.layers, "num_attention_heads": size.heads}
-    if kind.startswith("gpt2"):
-        inner = {"n_inner": 101, "activation_function": "gelu_pytorch_tanh"} if kind == "gpt2-inner" else {}
-        dropouts = {"embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
-        return MegatronGPT2Config(**sizes, **inner, **dropouts, bos_token_id=0, eos_token_id=0)
-    return MegatronBertConfig(
-        **sizes,
-        intermediate_size=4 * size.hidden,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        layernorm_placement="post" if kind == "bert-post" else "pre",
-    )
+    inner = {} if case.is_causal else {"intermediate_size": 4 * size.hidden}
+    return case.config(**sizes, **inner, **case.dropout(dropout, dropout), **changes)
 
 
-def model_class(kind: str) -> Any:
-    if kind.startswith("gpt2"):
-        return MegatronGPT2LMHeadModel
-    return MegatronBertForMaskedLM if kind == "bert-mlm" else MegatronBertForPreTraining
-
-
-def make_model(
-    kind: str,
-    tp_size: int,
-    *,
-    dropout: float = 0.1,
-    sequence_parallel: bool = False,
-    size: Size = SMALL,
-    **options: Any,
-) -> PreTrainedModel:
+def make_model(kind: str, tp_size: int, *, dropout: float = 0.1, size: Size = SMALL, **options: Any) -> Any:
+    """In training mode; `sequence_parallel` may be one of the options."""
     config = make_config(kind, dropout=dropout, size=size)
-    layout = DistributedConfig(tp_size=tp_size, enable_sequence_parallel=sequence_parallel) if tp_size > 1 else None
-    model: PreTrainedModel = model_class(kind).from_config(config, distributed_config=layout, **options)
-    return model.train()
+    split = layout(tp_size, sequence_parallel=options.pop("sequence_parallel", False))
+    case, head, _ = KINDS[kind]
+    return case.ours(head).from_config(config, distributed_config=split, **options).train()
 
 
 def make_shape(kind: str, *, dropout: float = 0.1, size: Size = SMALL) -> ModelShape:
     config = make_config(kind, dropout=dropout, size=size).to_dict()
-    return ModelShape.from_config({**config, "architectures": [model_class(kind).__name__]})
+    case, head, _ = KINDS[kind]
+    return ModelShape.from_config({**config, "architectures": [case.ours(head).__name__]})
 
 
 def make_run(*, size: Size = SMALL, **changes: Any) -> Run:
     """A run in float32 on a CPU, of the batch that :func:`make_batch` gives."""
-    given = {
-        "precision": PRECISIONS["fp32"],
-        "device": "cpu",
-        "micro_batch": size.batch,
-        "sequence_length": size.length,
-    }
-    return Run(**{**given, **changes})
+    batch = {"micro_batch": size.batch, "sequence_length": size.length}
+    return Run(**{"precision": PRECISIONS["fp32"], "device": "cpu", **batch, **changes})
 
 
 def make_batch(kind: str, size: Size = SMALL) -> dict[str, torch.Tensor]:

@@ -1,7 +1,5 @@
 """Planned bytes are measured bytes: weights, gradients and Adam's state exactly, activations within 2%."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 from typing import Any, get_args
@@ -15,7 +13,7 @@ from hf_megatron.planning.run import Recompute
 from hf_megatron.tensor_parallel import linear_cross_entropy
 from tests.models.reference import Pool, run_at
 from tests.planning.models import KINDS, forward, local, make_model, make_run, make_shape, num_bytes
-from tests.tiers import quick
+from tests.tiers import cases
 
 
 def _measure_state(kind: str, tp_size: int, precision: str) -> tuple[int, int, int]:
@@ -31,18 +29,16 @@ def _measure_state(kind: str, tp_size: int, precision: str) -> tuple[int, int, i
     return sum(map(num_bytes, parameters)), gradients, states
 
 
-@pytest.mark.parametrize(
-    ("precision", "kind", "tp_size"),
-    quick(
-        itertools.product(("fp32", "bf16"), ("gpt2", "gpt2-inner", "bert-pre", "bert-mlm"), (1, 2, 4)),
-        [
-            ("fp32", "gpt2", 1),
-            ("bf16", "gpt2", 2),
-            ("fp32", "gpt2-inner", 4),
-            ("bf16", "bert-pre", 4),
-            ("fp32", "bert-mlm", 2),
-        ],
-    ),
+@cases(
+    "precision, kind, tp_size",
+    itertools.product(("fp32", "bf16"), ("gpt2", "gpt2-inner", "bert-pre", "bert-mlm"), (1, 2, 4)),
+    [
+        ("fp32", "gpt2", 1),
+        ("bf16", "gpt2", 2),
+        ("fp32", "gpt2-inner", 4),
+        ("bf16", "bert-pre", 4),
+        ("fp32", "bert-mlm", 2),
+    ],
 )
 def test_weights_gradients_and_optimizer(kind: str, precision: str, tp_size: int, pool: Pool) -> None:
     """Catches a tensor that is counted as cut and is not, uneven shards, and state that Adam keeps besides."""
@@ -98,14 +94,10 @@ _QUICK: list[_Case] = [
 )
 def test_activations(case: _Case, pool: Pool) -> None:
     """Catches a tensor that is forgotten, counted twice, or taken for cut where it is not."""
-    kind, attention, dropout, recompute, precision, tp_size, sequence_parallel = case
+    kind, attention, dropout, recompute, precision, tp_size, splits = case
+    cut: dict[str, Any] = {"tp_size": tp_size, "sequence_parallel": splits}
     run = make_run(
-        tp_size=tp_size,
-        sequence_parallel=sequence_parallel,
-        attention=attention,
-        precision=PRECISIONS[precision],
-        recompute=recompute,
-        dropout=dropout > 0,
+        **cut, attention=attention, precision=PRECISIONS[precision], recompute=recompute, dropout=dropout > 0
     )
     shape = make_shape(kind, dropout=dropout)
     planned = plan_memory(shape, run).activations + sum(kept.bytes for kept in kept_by_loss(shape, run))
@@ -114,36 +106,10 @@ def test_activations(case: _Case, pool: Pool) -> None:
             sum(tensor.bytes for tensor in kept_by_layer(shape, r)) for r in (replace(run, recompute="none"), run)
         )
         planned -= layer if recompute == "full" else layer - kept
-    options = {
-        "attn_implementation": attention,
-        "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
-        "sequence_parallel": sequence_parallel,
-    }
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    options = {"attn_implementation": attention, "dtype": dtype, "sequence_parallel": splits}
     measured = run_at(pool, tp_size, _measure_activations, kind, tp_size, dropout, recompute, options)[0]
     assert measured == pytest.approx(planned, rel=0.02)
-
-
-def test_selective_recomputation_drops_what_grows_with_the_square_of_the_length() -> None:
-    """Catches selective recomputation that drops nothing, or the queries, keys and values it recomputes from."""
-    shape = make_shape("gpt2")
-    whole, kept = (
-        {tensor.name: tensor.bytes for tensor in kept_by_layer(shape, make_run(recompute=recompute, attention="eager"))}
-        for recompute in ("none", "selective")
-    )
-    dropped = whole.keys() - kept.keys()
-    assert all("probabilities" in name for name in dropped)
-    assert len(dropped) == 3
-    assert kept.items() <= whole.items()
-
-
-def test_a_mask_on_a_gpu_takes_a_byte() -> None:
-    """Catches the factors a CPU keeps counted for a GPU, where native dropout keeps a mask."""
-    shape = make_shape("gpt2")
-    on_cpu, on_gpu = (
-        {k.name: k.bytes for k in kept_by_layer(shape, make_run(device=device))} for device in ("cpu", "cuda")
-    )
-    name = "dropout of the MLP output [B, S_p, H]"
-    assert on_cpu[name] == 4 * on_gpu[name] == 4 * 3 * 64 * 64
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -1,7 +1,5 @@
 """The planned peak is what the allocator saw: within 10%, on a CPU even without the weights that are always there."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -16,7 +14,7 @@ from hf_megatron.planning import PRECISIONS, plan_memory
 from hf_megatron.planning.run import Recompute
 from tests.models.reference import Pool, run_at
 from tests.planning.models import Size, forward, make_model, make_run, make_shape, num_bytes
-from tests.tiers import quick
+from tests.tiers import cases
 
 # Large enough that what a layer keeps for a moment does not count for more than in a real model. A GPU's allocator has
 # the workspaces of its libraries too, tens of megabytes.
@@ -60,21 +58,17 @@ def _measure(case: _Case, device: str, directory: Path) -> int:
 def _planned(case: _Case, device: str) -> tuple[int, int]:
     """The peak without an optimizer, and the weights."""
     kind, precision, recompute, attention, tp_size = case
-    size = _SIZES[device]
     options = {"tp_size": tp_size, "recompute": recompute, "attention": attention, "device": device}
-    run = make_run(size=size, precision=PRECISIONS[precision], **options)
-    plan = plan_memory(make_shape(kind, size=size), run)
+    run = make_run(size=_SIZES[device], precision=PRECISIONS[precision], **options)
+    plan = plan_memory(make_shape(kind, size=_SIZES[device]), run)
     return plan.peak - plan.optimizer, plan.parameters
 
 
-@pytest.mark.parametrize(("kind", "precision", "recompute", "attention", "tp_size"), quick(_GRID, _QUICK))
+@cases("kind, precision, recompute, attention, tp_size", _GRID, _QUICK)
 def test_a_cpu(
     kind: str, precision: str, recompute: Recompute, attention: str, tp_size: int, pool: Pool, tmp_path: Path
 ) -> None:
-    """Catches a moment of a step that the plan does not know of, and buffers that live longer than they have to.
-
-    It also catches a way of waiting for collectives that hangs where a profiler sees a layer that is recomputed.
-    """
+    """Catches a moment of a step that the plan does not know of, buffers that live too long, and a wait that hangs."""
     case = (kind, precision, recompute, attention, tp_size)
     measured = run_at(pool, tp_size, _measure, case, "cpu", tmp_path)[0]
     planned, weights = _planned(case, "cpu")

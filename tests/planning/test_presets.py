@@ -1,15 +1,14 @@
 """The paper's models by name: their sizes, and the model classes built from them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
-from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining, MegatronGPT2Config, MegatronGPT2LMHeadModel
+from hf_megatron import MegatronBertConfig, MegatronGPT2Config
 from hf_megatron.architectures.presets import PRESETS, preset_named
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.planning import ModelShape
 from hf_megatron.planning.memory import local_numel
+from tests.models.architectures import GPT2, PRE
 
 # Layers, hidden size and heads, of tables 1, 2 and 4 of the paper; millions of parameters.
 _PAPER = {
@@ -38,11 +37,9 @@ def test_sizes_are_the_paper_s() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_models_have_as_many_parameters_as_planned(name: str) -> None:
     """Catches a preset, a table or a model class that disagree; 8.3B and 3.9B among them, on the meta device."""
+    case = GPT2 if name.startswith("gpt2") else PRE
     with torch.device("meta"):
-        if name.startswith("gpt2"):
-            model = MegatronGPT2LMHeadModel.from_config(MegatronGPT2Config.from_preset(name))
-        else:
-            model = MegatronBertForPreTraining.from_config(MegatronBertConfig.from_preset(name))
+        model = case.build(config=type(case.config()).from_preset(name))
     assert model.num_parameters() == local_numel(ModelShape.from_config(PRESETS[name].config), 1)[0]
 
 

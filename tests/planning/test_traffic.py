@@ -1,55 +1,43 @@
 """Planned collectives are the ones that ranks really issue."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
 from hf_megatron.planning import MACHINES, PRECISIONS, collectives, plan_memory
 from hf_megatron.planning.traffic import Collective, seconds
+from tests.live import on_live_ranks
 from tests.models.collectives import Recorder
-from tests.models.reference import Pool
 from tests.planning.models import forward, make_model, make_run, make_shape
-from tests.tiers import quick
+from tests.tiers import cases
 
 _OPERATIONS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 
 
-def _record(kind: str, tp_size: int, recompute: bool, sequence_parallel: bool) -> Mapping[tuple[str, int], int]:
-    """How many collectives of each kind and size of the whole tensor a step has."""
-    model = make_model(kind, tp_size, sequence_parallel=sequence_parallel)
-    if recompute:
-        model.activation_checkpointing_enable()
-    with Recorder() as recorder:
-        forward(model, kind).loss.backward()
-    # The recorder has seen the results, which of a reduce-scatter are the parts.
-    return Counter((_OPERATIONS[name], size * tp_size if "scatter" in name else size) for name, size in recorder.seen)
-
-
-@pytest.mark.parametrize(
-    ("kind", "tp_size", "recompute", "sequence_parallel"),
-    quick(
-        itertools.product(("gpt2", "bert-pre", "bert-post"), (2, 4), (False, True), (False, True)),
-        [
-            ("gpt2", 2, False, False),
-            ("gpt2", 2, True, True),
-            ("bert-pre", 2, True, False),
-            ("bert-post", 2, False, True),
-        ],
-    ),
+@cases(
+    "kind, tp_size, recompute, sequence_parallel",
+    itertools.product(("gpt2", "bert-pre", "bert-post"), (2, 4), (False, True), (False, True)),
+    [("gpt2", 2, False, False), ("gpt2", 2, True, True), ("bert-pre", 2, True, False), ("bert-post", 2, False, True)],
 )
-def test_collectives_of_a_step(kind: str, recompute: bool, sequence_parallel: bool, tp_size: int, pool: Pool) -> None:
+@on_live_ranks()
+def test_collectives_of_a_step(kind: str, tp_size: int, recompute: bool, sequence_parallel: bool) -> None:
     """Catches a collective that is planned and not issued, issued and not planned, or of another size."""
     run = make_run(tp_size=tp_size, recompute="full" if recompute else "none", sequence_parallel=sequence_parallel)
     planned: Counter[tuple[str, int]] = Counter()
     for collective in collectives(make_shape(kind), run):
         assert collective.group == "tp"
         planned[collective.operation, collective.bytes] += collective.count
-    for recorded in pool(tp_size).run(_record, kind, tp_size, recompute, sequence_parallel):
-        assert recorded == planned
+    model = make_model(kind, tp_size, sequence_parallel=sequence_parallel)
+    if recompute:
+        model.activation_checkpointing_enable()
+    with Recorder() as recorder:
+        forward(model, kind).loss.backward()
+    # The recorder has seen the results, which of a reduce-scatter are the parts.
+    seen = ((_OPERATIONS[name], size * tp_size if "scatter" in name else size) for name, size in recorder.seen)
+    recorded = Counter(seen)
+    assert recorded == planned, recorded
 
 
 def test_data_parallel_gradients_travel_once_per_step_and_fsdp_s_parameters_twice() -> None:
@@ -68,9 +56,9 @@ def test_data_parallel_gradients_travel_once_per_step_and_fsdp_s_parameters_twic
 
 def test_a_ring_sends_each_byte_almost_twice() -> None:
     """Catches a collective's payload taken for what travels, and a sum that costs no more than a gather."""
-    summed = Collective(purpose="", operation="all-reduce", group="tp", count=1, bytes=800)
-    gathered = Collective(purpose="", operation="all-gather", group="tp", count=1, bytes=800)
-    assert (summed.bytes_sent(8), gathered.bytes_sent(8)) == (1400, 700)
+    expected: dict[Any, int] = {"all-reduce": 1400, "all-gather": 700}
+    for operation, sent in expected.items():
+        assert Collective(purpose="", operation=operation, group="tp", count=1, bytes=800).bytes_sent(8) == sent
 
 
 def test_rings_that_leave_a_node_share_its_network() -> None:

@@ -1,7 +1,5 @@
 """What the jobs on the ranks, and the tests that start them, share."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The loss of logits that are cut along the vocabulary against torch's on the whole logits."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -65,8 +63,7 @@ def _check(pool: Pool, tp_size: int, logits: torch.Tensor, target: torch.Tensor,
 def test_loss_and_gradient_equal_torchs(
     pool: Pool, tp_size: int, label_smoothing: float, num_items: torch.Tensor | float | None, dtype: torch.dtype
 ) -> None:
-    """Catches a wrong maximum, sum, mean or dtype, smoothing over this rank's tokens, ignored ones that count, a
-    gradient that ignores what follows, and a maximum subtracted in place."""
+    """Catches a wrong maximum, sum, mean or dtype, ignored tokens that count, and a maximum subtracted in place."""
     options = {"label_smoothing": label_smoothing, "num_items_in_batch": num_items}
     _check(pool, tp_size, _logits(dtype=dtype), TARGET, **options)
 
@@ -81,13 +78,14 @@ def test_other_vocabularies_and_targets(pool: Pool, tp_size: int) -> None:
 
 @pytest.mark.parametrize("tp_size", TP_SIZES)
 def test_extreme_logits(pool: Pool, tp_size: int) -> None:
-    """Catches exponentials that overflow for want of the maximum over all ranks, and a product of zero and infinity
-    where a token that is suppressed stands in for another rank's target."""
+    """Catches exponentials that overflow for want of the maximum over all ranks, a product of zero and infinity where
+    a token that is suppressed stands in for another rank's target, and nan where all tokens of a rank are."""
     logits = _logits()
     logits[0, 0] = logits[1, 100] = logits[2, 5] = 1e5
     logits[3:, [0, 34, 66, 100]] = -torch.inf
+    logits[4, : V - 5] = -torch.inf  # on 4 ranks all but the last one's
     target = torch.where(TARGET == 0, 1, TARGET)
-    target[6] = 67
+    target[4], target[6] = V - 1, 67
     _check(pool, tp_size, logits, target)
 
 

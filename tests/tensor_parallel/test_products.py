@@ -1,7 +1,5 @@
 """Products whose communication travels while other products are computed; their values are tested with the models."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest.mock import patch
 
@@ -11,7 +9,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_megatron.tensor_parallel import ColumnParallelLinear, column_parallel_linear
-from tests.tensor_parallel.ranks import Pool, group
+from tests.live import on_live_ranks
+from tests.tensor_parallel.ranks import group
 
 
 class _Order(TorchDispatchMode):
@@ -28,18 +27,15 @@ class _Order(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _order(num_layers: int) -> tuple[list[str], list[bool]]:
+@pytest.mark.parametrize("num_layers", [1, 3])
+@on_live_ranks(2)
+def test_the_sum_travels_while_the_weights_gradients_are_computed(num_layers: int) -> None:
+    """Catches a sum that is waited for before the next product, or begun after it, or for each layer."""
     layers = [ColumnParallelLinear(4, 6) for _ in range(num_layers)]
     for layer in layers:
         layer.set_tensor_parallel(group())
     output = torch.cat(column_parallel_linear(torch.ones(3, 4, requires_grad=True), None, *layers))
     with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce, _Order() as order:
         output.sum().backward()
-    return order.names, [call.kwargs["async_op"] for call in all_reduce.call_args_list]
-
-
-@pytest.mark.parametrize("num_layers", [1, 3])
-def test_the_sum_travels_while_the_weights_gradients_are_computed(pool: Pool, num_layers: int) -> None:
-    """Catches a sum that is waited for before the next product, or begun after it, or for each layer."""
-    expected = (["addmm_"] * num_layers + ["allreduce_"] + ["mm"] * num_layers, [True])
-    assert pool(2).run(_order, num_layers) == [expected] * 2
+    assert order.names == ["addmm_"] * num_layers + ["allreduce_"] + ["mm"] * num_layers, order.names
+    assert [call.kwargs["async_op"] for call in all_reduce.call_args_list] == [True]

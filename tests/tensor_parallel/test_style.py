@@ -1,7 +1,5 @@
 """Modules that are cut on their own, and the group they get to know."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
@@ -12,7 +10,8 @@ from hf_megatron.architectures import GPT2
 from hf_megatron.partition import FusedSplit, Replicated, Split, VocabSplit
 from hf_megatron.tensor_parallel import SINGLE, ColumnParallelLinear, RowParallelLinear, parallelize_module
 from hf_megatron.tensor_parallel.placement import placement_of
-from tests.tensor_parallel.ranks import TP_SIZES, Pool, mesh
+from tests.live import on_live_ranks
+from tests.tensor_parallel.ranks import TP_SIZES, mesh
 
 
 def test_placements() -> None:
@@ -23,7 +22,10 @@ def test_placements() -> None:
     assert placement_of(FusedSplit(1, 3)) == _StridedShard(1, split_factor=3)
 
 
-def _parallelize() -> None:
+@pytest.mark.parametrize("world_size", TP_SIZES)
+@on_live_ranks()
+def test_parameters_are_cut_and_stay_whole_to_the_outside(world_size: int) -> None:
+    """Catches another rank's part, one that keeps the whole alive, a frozen weight that learns, a module left large."""
     fused = ColumnParallelLinear(8, 24, weight_layout="in_out", specs=GPT2.module_specs("h.*.attn.c_attn"))
     model = nn.ModuleDict({"fused": fused, "row": RowParallelLinear(14, 8, bias=False)})  # 14 over 4: 4, 4, 4, 2
     fused.weight.requires_grad_(False)
@@ -44,10 +46,3 @@ def _parallelize() -> None:
         assert torch.equal(parameter.full_tensor(), before[name]), name
         assert part.untyped_storage().nbytes() == 4 * part.numel(), name
         assert parameter.requires_grad == (name != "fused.weight")
-
-
-@pytest.mark.parametrize("tp_size", TP_SIZES)
-def test_parameters_are_cut_and_stay_whole_to_the_outside(pool: Pool, tp_size: int) -> None:
-    """Catches another rank's part, a part that keeps the whole parameter in memory, a frozen parameter that learns, and
-    a module that does not begin small, get to know its group, or tell its place in it."""
-    pool(tp_size).run(_parallelize)

@@ -1,7 +1,5 @@
 """The gradient of a weight that embeds words and predicts them, added up in one tensor on a CPU."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest.mock import patch
 
@@ -33,14 +31,9 @@ class _Whole(TorchDispatchMode):
 
 
 def _gradient(
-    *,
-    is_tied: bool,
-    padding: int | None = None,
-    is_detached: bool = False,
-    backwards: tuple[bool, ...] = (True,),
+    *, is_tied: bool, padding: int | None = None, is_detached: bool = False, backwards: tuple[bool, ...] = (True,)
 ) -> tuple[torch.Tensor, int]:
-    """The weight's gradient after backward passes that do or do not begin at the head, and how many tensors of its size
-    they make."""
+    """The weight's gradient after passes that begin at the head or not, and how many tensors of its size they make."""
     torch.manual_seed(0)
     embedding = VocabParallelEmbedding(V, H, padding_idx=padding).double()
     scale = torch.ones(H, dtype=torch.float64, requires_grad=True)
@@ -61,8 +54,7 @@ def _gradient(
 @pytest.mark.parametrize("padding", [None, PADDING])
 @pytest.mark.parametrize("use", USES, ids=str)
 def test_gradient_is_that_of_two(padding: int | None, use: dict[str, Any]) -> None:
-    """Catches tokens that occur twice counted once, a padding row that learns, one of two lost where there is no
-    other, and a second backward pass that begins with the sum of the first."""
+    """Catches repeated tokens counted once, a padding row that learns, one of two gradients lost, or kept too long."""
     expected, _ = _gradient(is_tied=False, padding=padding, **use)
     actual, _ = _gradient(is_tied=True, padding=padding, **use)
     assert_close(actual, expected)

@@ -1,7 +1,5 @@
 """Training runs that the tests compare: tiny models, a fixed data set, one log entry per step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
@@ -17,7 +15,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_megatron
 from hf_megatron import MegatronTrainer
-from tests.models.reference import Pool, Tensors, full, full_weights
+from tests.models.reference import Pool, Tensors, full, full_weights, rank
 
 _T = TypeVar("_T")
 
@@ -46,27 +44,16 @@ NUM_EXAMPLES, LENGTH, GLOBAL_BATCH = 48, 12, 8
 
 @dataclass(frozen=True)
 class Run:
-    """What to train and how.
+    """What to train and how."""
 
-    Attributes:
-        model: Directory of the weights to begin with.
-        output: Directory of the checkpoints.
-        model_class: Name of a class of this package.
-        layout: Sizes of the DistributedConfig; empty for one plain process.
-        config: Changes to the configuration, dropout for example.
-        arguments: Changes to the TrainingArguments.
-        resume: Checkpoint to resume from.
-        lora: Arguments of the LoraConfig if an adapter is to be trained.
-    """
-
-    model: Path
-    output: Path
+    model: Path  # directory of the weights to begin with
+    output: Path  # directory of the checkpoints
     model_class: str = "MegatronGPT2LMHeadModel"
-    layout: dict[str, int] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    arguments: dict[str, Any] = field(default_factory=dict)
-    resume: Path | None = None
-    lora: dict[str, Any] | None = None
+    layout: dict[str, int] = field(default_factory=dict)  # of the DistributedConfig; empty for one plain process
+    config: dict[str, Any] = field(default_factory=dict)  # changes to the configuration, dropout for example
+    arguments: dict[str, Any] = field(default_factory=dict)  # changes to the TrainingArguments
+    resume: Path | None = None  # checkpoint to resume from
+    lora: dict[str, Any] | None = None  # arguments of the LoraConfig if an adapter is to be trained
 
     @property
     def world_size(self) -> int:
@@ -122,24 +109,12 @@ def make_trainer(run: Run, log: Log | None = None, **options: Any) -> MegatronTr
 
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(**run.lora))
-    data_parallel_size = run.world_size // run.layout.get("tp_size", 1)
-    defaults: dict[str, Any] = {
-        "per_device_train_batch_size": GLOBAL_BATCH // data_parallel_size,
-        "per_device_eval_batch_size": 3,
-        "max_steps": 6,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "learning_rate": 1e-2,
-        # The key bias has gradient zero but for rounding, which Adam would blow up to steps of full size.
-        "adam_epsilon": 1e-3,
-        "max_grad_norm": 0.5,
-        "save_steps": 3,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "include_num_input_tokens_seen": "all",
-        "seed": 7,
-    }
+    batch = GLOBAL_BATCH * run.layout.get("tp_size", 1) // run.world_size
+    defaults: dict[str, Any] = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 3}
+    defaults |= {"max_steps": 6, "save_steps": 3, "learning_rate": 1e-2, "max_grad_norm": 0.5, "seed": 7}
+    # The key bias has gradient zero but for rounding, which Adam would blow up to steps of full size.
+    defaults |= {"adam_epsilon": 1e-3, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    defaults |= {"logging_steps": 1, "logging_nan_inf_filter": False, "include_num_input_tokens_seen": "all"}
     arguments = TrainingArguments(str(run.output), **{**defaults, **run.arguments})
     callbacks = [] if log is None else [log]
     data = {"train_dataset": examples(), "eval_dataset": examples(11, seed=1)}
@@ -157,9 +132,8 @@ def train_with_moments(run: Run) -> tuple[list[Step], Tensors]:
     trainer, steps = _train(run)
     state = full_weights(trainer.model)
     for name, parameter in trainer.model.named_parameters():
-        state |= {
-            f"{kind} of {name}": full(value).clone() for kind, value in trainer.optimizer.state[parameter].items()
-        }
+        moments = trainer.optimizer.state[parameter].items()
+        state |= {f"{kind} of {name}": full(value).clone() for kind, value in moments}
     return steps, state
 
 
@@ -177,6 +151,17 @@ def predict(run: Run) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float
     return output.predictions, output.label_ids, output.metrics["test_loss"]
 
 
+def spoil_a_gradient(trainer: Any, parameter: torch.Tensor, step: int, value: float) -> None:
+    """Let one element of the last rank's part of a parameter's gradient be inf or nan in a step."""
+
+    def spoil(parameter: torch.Tensor) -> None:
+        gradient: Any = getattr(parameter.grad, "_local_tensor", parameter.grad)
+        if trainer.state.global_step + 1 == step and rank() == trainer.args.world_size - 1:
+            gradient.view(-1)[0] = value
+
+    parameter.register_post_accumulate_grad_hook(spoil)
+
+
 def on_ranks(pool: Pool, job: Callable[..., _T], run: Run, *arguments: Any, **options: Any) -> _T:
     """Rank 0's result of a job at the run's layout; without a layout it runs in this process."""
     if not run.layout:
@@ -185,10 +170,8 @@ def on_ranks(pool: Pool, job: Callable[..., _T], run: Run, *arguments: Any, **op
 
 
 def assert_same_steps(steps: list[Step], expected: list[Step], tolerance: float = 1e-5) -> None:
-    assert [(s.step, s.tokens, s.learning_rate) for s in steps] == [
-        (e.step, e.tokens, e.learning_rate) for e in expected
-    ]
     for s, e in zip(steps, expected, strict=True):
+        assert (s.step, s.tokens, s.learning_rate) == (e.step, e.tokens, e.learning_rate)
         assert (s.loss, s.grad_norm) == pytest.approx((e.loss, e.grad_norm), rel=tolerance), f"step {s.step}"
 
 

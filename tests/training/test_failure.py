@@ -1,13 +1,13 @@
 """What a run does that cannot go on: ranks that fail or hang, numbers that are none, and what it leaves behind."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from hf_megatron.errors import DivergenceError
 from hf_megatron.training.training_state import remove_old_checkpoints, tidy_checkpoints
 from tests.distributed import RankFailedError
 from tests.models.reference import Pool, assert_all_equal, full_weights, rank
-from tests.training.runs import LAYOUTS, Run, layouts, make_trainer, on_ranks, train
+from tests.training.runs import LAYOUTS, Run, layouts, make_trainer, on_ranks, spoil_a_gradient, train
 
 
 class AtStep(TrainerCallback):
@@ -32,15 +32,8 @@ class AtStep(TrainerCallback):
             self.action()
 
 
-# ---------------------------------------------------------------------- ranks
-
-
 def _fail() -> None:
     raise ValueError("the first cause")
-
-
-def _hang() -> None:
-    time.sleep(3600)
 
 
 def _train_until(run: Run, action: Callable[[], None]) -> None:
@@ -67,30 +60,14 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(pool: Pool, gpt2: Path
     run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments={"ddp_timeout": 3})
     started = time.monotonic()
     with pytest.raises(RankFailedError, match="rank 0 failed first") as caught:
-        pool(2).run(_train_until, run, _hang)
+        pool(2).run(_train_until, run, partial(time.sleep, 3600))
     assert time.monotonic() - started < 60
     assert "On rank 0 of 2, in step 5. A collective failed" in str(caught.value)
 
 
-# ---------------------------------------------------------------------- numbers that are none
-
-
-def _spoil_a_gradient(trainer: Any, step: int) -> None:
-    """Let one element of one rank's part of the last parameter's gradient be nan in a step."""
-    parameter = list(trainer.model.parameters())[-1]
-
-    def spoil(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = getattr(parameter.grad, "_local_tensor", parameter.grad)
-        if trainer.state.global_step + 1 == step and rank() == trainer.args.world_size - 1:
-            gradient.view(-1)[0] = torch.nan
-
-    parameter.register_post_accumulate_grad_hook(spoil)
-
-
 def _diverge(run: Run) -> tuple[str, dict[str, torch.Tensor]]:
     trainer = make_trainer(run)
-    _spoil_a_gradient(trainer, step=5)
+    spoil_a_gradient(trainer, list(trainer.model.parameters())[-1], step=5, value=torch.nan)
     with pytest.raises(DivergenceError) as caught:
         trainer.train()
     return f"{caught.value} {caught.value.__notes__}", full_weights(trainer.model)
@@ -110,9 +87,7 @@ def test_a_step_that_would_spoil_the_weights_is_not_taken(pool: Pool, gpt2: Path
     assert_all_equal(weights, before)
 
 
-def test_a_loss_that_does_no_harm_is_reported_with_its_step(
-    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_harmless_loss_is_reported_with_its_step(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a nan that Trainer's filter keeps out of the log, so that nobody hears of it."""
     warnings: list[str] = []
     monkeypatch.setattr("hf_megatron.training.trainer.logger.warning", warnings.append)
@@ -128,9 +103,6 @@ def test_a_loss_that_does_no_harm_is_reported_with_its_step(
     assert len(warnings) == 1
     assert warnings[0].startswith("Step 2: the norm of the gradients is")
     assert "the loss inf on rank 0" in warnings[0]
-
-
-# ---------------------------------------------------------------------- what lies around
 
 
 def _checkpoint(directory: Path, content: str) -> None:
@@ -149,13 +121,8 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> N
     _checkpoint(tmp_path / "final", "mine")
     assert Path(str(get_last_checkpoint(str(tmp_path)))).name == "checkpoint-3"
     tidy_checkpoints(tmp_path, is_first=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        ".checkpoint-3.old",
-        ".git",
-        "checkpoint-3",
-        "checkpoint-5",
-        "final",
-    ]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".checkpoint-3.old", ".git", "checkpoint-3", "checkpoint-5", "final"]
     assert (tmp_path / "checkpoint-3" / "weights").read_text() == "three"
     assert (tmp_path / "checkpoint-5" / "weights").read_text() == "five"
 
@@ -172,9 +139,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> N
         (7, None, "12345"),
     ],
 )
-def test_the_newest_checkpoints_and_the_best_one_are_kept(
-    tmp_path: Path, limit: int | None, best: int | None, kept: str
-) -> None:
+def test_the_newest_and_the_best_are_kept(tmp_path: Path, limit: int | None, best: int | None, kept: str) -> None:
     """Catches the last or the best checkpoint deleted, and one more or less than asked for."""
     for step in range(1, 6):
         _checkpoint(tmp_path / f"checkpoint-{step}", "")
@@ -188,11 +153,7 @@ def test_a_checkpoint_being_deleted_has_no_checkpoints_name(tmp_path: Path, monk
     for step in (1, 2):
         _checkpoint(tmp_path / f"checkpoint-{step}", "")
         os.utime(tmp_path / f"checkpoint-{step}", (step * 10, step * 10))
-
-    def killed(path: Path, **options: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("shutil.rmtree", killed)
+    monkeypatch.setattr("shutil.rmtree", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         remove_old_checkpoints(tmp_path, 1, None)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]

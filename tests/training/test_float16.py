@@ -1,7 +1,5 @@
 """Half precision: bfloat16, and float16 with a loss scale that all ranks share."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -11,9 +9,20 @@ import pytest
 import torch
 
 from hf_megatron.errors import DivergenceError
-from tests.models.reference import Pool, assert_replicas_equal, full_weights, rank
-from tests.tiers import quick
-from tests.training.runs import LAYOUTS, Log, Run, Step, assert_same_steps, layouts, make_trainer, on_ranks, train
+from tests.models.reference import Pool, assert_replicas_equal, full_weights
+from tests.tiers import cases
+from tests.training.runs import (
+    LAYOUTS,
+    Log,
+    Run,
+    Step,
+    assert_same_steps,
+    layouts,
+    make_trainer,
+    on_ranks,
+    spoil_a_gradient,
+    train,
+)
 
 LORA = {"r": 4, "target_modules": ["c_attn", "c_proj"]}
 
@@ -33,23 +42,13 @@ def _train_with_overflow(run: Run, step: int) -> tuple[list[Step], float, dict[s
     trainer = _scaled(run, log)
     suffix = "c_attn.lora_B.default.weight" if run.lora else "c_attn.weight"
     parameter = next(p for name, p in trainer.model.named_parameters() if name.endswith(suffix))
-
-    def overflow(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = getattr(parameter.grad, "_local_tensor", parameter.grad)
-        if trainer.state.global_step + 1 == step and rank() == trainer.args.world_size - 1:
-            gradient.view(-1)[0] = torch.inf
-
-    parameter.register_post_accumulate_grad_hook(overflow)
+    spoil_a_gradient(trainer, parameter, step, torch.inf)
     trainer.train()
     assert_replicas_equal(trainer.model)
     return log.steps, trainer.accelerator.scaler.get_scale(), full_weights(trainer.model)
 
 
-@pytest.mark.parametrize(
-    ("lora", "optimizer"),
-    quick(product((LORA, None), ("adamw_torch_fused", "adamw_torch")), [(LORA, "adamw_torch_fused")]),
-)
+@cases("lora, optimizer", product((LORA, None), ("adamw_torch_fused", "adamw_torch")), [(LORA, "adamw_torch_fused")])
 def test_an_overflow_on_one_rank_is_skipped_by_all(
     pool: Pool, gpt2: Path, tmp_path: Path, lora: dict[str, Any] | None, optimizer: str
 ) -> None:
@@ -61,8 +60,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(
     assert scale == expected_scale == 2.0**15
     assert steps[2].grad_norm == torch.inf
     assert_same_steps(steps, expected, 1e-3)  # float16 has 11 bits
-    for name, weight in expected_weights.items():
-        torch.testing.assert_close(weights[name], weight, rtol=0, atol=2e-3)
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=2e-3)
 
 
 def test_a_scale_that_shrinks_to_nothing_ends_the_run(gpt2: Path, tmp_path: Path) -> None:

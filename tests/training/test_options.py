@@ -1,8 +1,7 @@
 """Trainer's arguments do under tensor parallelism what they do in one process."""
 
-from __future__ import annotations
-
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +12,23 @@ from transformers.trainer_callback import ExportableState
 
 from hf_megatron import MegatronTrainer
 from hf_megatron.errors import UnsupportedError
+from tests.live import on_live_ranks
 from tests.models.reference import Pool, rank
-from tests.training.runs import (
-    LAYOUTS,
-    Run,
-    assert_same_steps,
-    examples,
-    layouts,
-    make_trainer,
-    on_ranks,
-    train,
-)
+from tests.training.runs import LAYOUTS, Run, assert_same_steps, examples, layouts, make_trainer, on_ranks, train
 
 Example = dict[str, torch.Tensor]
 
 
-def _uneven_examples() -> list[Example]:
-    """Examples of 4 to 12 tokens."""
-    return [{name: value[: 4 + i % 9] for name, value in e.items()} for i, e in enumerate(examples())]
-
-
 def _padded(batch: list[Example]) -> Example:
-    fill = {"input_ids": 0, "labels": -100}
-    return {
-        name: torch.nn.utils.rnn.pad_sequence([e[name] for e in batch], batch_first=True, padding_value=fill[name])
-        for name in fill
-    }
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return {name: pad([e[name] for e in batch], padding_value=n) for name, n in (("input_ids", 0), ("labels", -100))}
 
 
 @pytest.mark.parametrize("layout", layouts("tp2", "tp2 x fsdp2"))
-def test_grouping_by_length_gives_every_layout_the_same_batches(
-    pool: Pool, gpt2: Path, tmp_path: Path, layout: str
-) -> None:
+def test_grouping_by_length_is_the_same_at_every_layout(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches ranks of a group with batches of different examples, or lengths, whose collectives do not fit."""
-    options: dict[str, Any] = {"train_dataset": _uneven_examples(), "data_collator": _padded}
+    uneven = [{name: value[: 4 + i % 9] for name, value in e.items()} for i, e in enumerate(examples())]
+    options: dict[str, Any] = {"train_dataset": uneven, "data_collator": _padded}
     arguments = {"save_strategy": "no", "max_steps": 4, "train_sampling_strategy": "group_by_length"}
     run = Run(gpt2, tmp_path, arguments=arguments)
     expected, _ = train(run, **options)
@@ -70,59 +52,48 @@ class Counter(TrainerCallback, ExportableState):
         return {"args": {"count": self.count}, "attributes": {}}
 
 
-def _counts(run: Run) -> list[int]:
-    counts = []
-    for resume in (None, str(run.output / "checkpoint-3")):
-        trainer = make_trainer(run)
-        trainer.add_callback(Counter())
-        trainer.train(resume_from_checkpoint=resume)
-        counts += [c.count for c in trainer.callback_handler.callbacks if isinstance(c, Counter)]
-    return counts
-
-
-def test_callbacks_go_on_where_they_stopped(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
+@on_live_ranks(2, timeout=240)
+def test_callbacks_go_on_where_they_stopped(gpt2: Path, tmp_path: Path) -> None:
     """Catches checkpoints without the state of callbacks, or with another one on the other ranks."""
     arguments = {"restore_callback_states_from_checkpoint": True}
-    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS["tp2"], arguments=arguments)
-    assert pool(2).run(_counts, run) == [[6, 6]] * 2
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        trainer = make_trainer(Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments=arguments))
+        trainer.add_callback(Counter())
+        trainer.train(resume_from_checkpoint=resume)
+        assert [c.count for c in trainer.callback_handler.callbacks if isinstance(c, Counter)] == [6]
 
 
 class _Seen(TrainerCallback):
     """Notes after each step whether a progress bar is drawn."""
 
-    def __init__(self) -> None:
-        self.has_bar: set[bool] = set()
+    def __init__(self, bar: ProgressCallback) -> None:
+        self.bar, self.has_bar = bar, set[bool]()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.has_bar.add(self.bar.training_bar is not None)
 
-    bar: Any = None
 
-
-def _train_visibly(run: Run) -> tuple[int, set[bool], bool]:
-    trainer = make_trainer(run)
-    seen = _Seen()
-    seen.bar = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback))
-    trainer.add_callback(seen)
-    trainer.train()
-    return rank(), seen.has_bar, seen.bar.training_bar is None
-
-
-def test_the_first_rank_alone_draws_progress_and_writes_tensorboard(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
+@on_live_ranks(2, timeout=240)
+def test_the_first_rank_alone_draws_progress_and_writes_tensorboard(gpt2: Path, tmp_path: Path) -> None:
     """Catches bars that overwrite one another on the terminal, and curves that are written twice."""
     arguments = {"save_strategy": "no", "disable_tqdm": False, "report_to": ["tensorboard"]}
-    run = Run(gpt2, tmp_path / "run", layout=LAYOUTS["tp2"], arguments=arguments)
-    for index, has_bar, is_gone in pool(2).run(_train_visibly, run):
-        assert has_bar == {index == 0}
-        assert is_gone
-    (events,) = run.output.rglob("events.out.tfevents.*")
+    trainer = make_trainer(Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments=arguments))
+    seen = _Seen(next(c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)))
+    trainer.add_callback(seen)
+    trainer.train()
+    assert seen.has_bar == {rank() == 0}
+    assert seen.bar.training_bar is None
+    torch.distributed.barrier()
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
     content = events.read_bytes()
     for tag in (b"train/loss", b"train/grad_norm", b"train/learning_rate"):
         assert content.count(tag) == 6, tag
 
 
-def _refused(run: Run) -> None:
-    trainer = make_trainer(run)
+@on_live_ranks(2)
+def test_what_trainer_counts_per_process_is_refused(gpt2: Path, tmp_path: Path) -> None:
+    """Catches a loss that grows with the degree, and ranks of a group that read different batches."""
+    trainer = make_trainer(Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]))
     factored = replace(trainer.args, optim="adafactor")
     data: dict[str, Any] = {"train_dataset": examples()}
     with pytest.raises(UnsupportedError, match="average_tokens_across_devices=False with tp_size=2"):
@@ -135,15 +106,8 @@ def _refused(run: Run) -> None:
     MegatronTrainer(trainer.model, factored, **data, optimizers=(own, None))
 
 
-def test_what_trainer_counts_per_process_is_refused(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
-    """Catches a loss that grows with the degree, and ranks of a group that read different batches."""
-    on_ranks(pool, _refused, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]))
-
-
 @pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "sgd", "adagrad", "rmsprop"])
-def test_optimizers_step_on_cut_parameters_as_on_whole_ones(
-    pool: Pool, gpt2: Path, tmp_path: Path, optimizer: str
-) -> None:
+def test_optimizers_step_on_parts_as_on_the_whole(pool: Pool, gpt2: Path, tmp_path: Path, optimizer: str) -> None:
     """Catches an optimizer that takes a part for the whole."""
     run = Run(gpt2, tmp_path / "one", arguments={"optim": optimizer, "save_strategy": "no"})
     expected, _ = train(run)

@@ -3,8 +3,6 @@
 Each case ends in our own error that says what differs, or right; none in a hang, and none in a model that is nobody's.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ from transformers import TrainerCallback
 from hf_megatron import MegatronTrainer
 from hf_megatron.errors import RanksDifferError
 from tests.distributed import RankFailedError
+from tests.live import on_live_ranks
 from tests.models.reference import Pool, rank
 from tests.training.runs import (
     DROPOUT,
@@ -36,45 +35,31 @@ from tests.training.runs import (
 )
 
 
+def _shift(model: Any) -> None:
+    model.get_parameter("transformer.ln_f.weight").data.add_(0.01)
+
+
+# What a callback may do, by name, for that travels to the ranks.
+_ACTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "draw": lambda control, model: torch.rand(1),
+    "shift": lambda control, model: _shift(model),
+    "scale": lambda control, model: [parameter.data.mul_(1.001) for parameter in model.parameters()],
+    "stop": lambda control, model: setattr(control, "should_training_stop", True),
+    "save": lambda control, model: setattr(control, "should_save", True),
+    "evaluate": lambda control, model: setattr(control, "should_evaluate", True),
+    "wait": lambda control, model: time.sleep(2),
+}
+
+
 class After(TrainerCallback):
     """Does something after a step, on the last rank alone."""
 
-    def __init__(self, step: int, action: Callable[[Any, Any], None]) -> None:
-        self.step, self.action = step, action
+    def __init__(self, step: int, action: str) -> None:
+        self.step, self.action = step, _ACTIONS[action]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step and rank() == args.world_size - 1:
             self.action(control, kwargs["model"])
-
-
-# ---------------------------------------------------------------------- what one rank does
-
-
-def _draw(control: Any, model: nn.Module) -> None:
-    torch.rand(1)
-
-
-def _shift(control: Any, model: nn.Module) -> None:
-    with torch.no_grad():
-        dict(model.named_parameters())["transformer.ln_f.weight"].add_(0.01)
-
-
-def _scale(control: Any, model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.001)
-
-
-def _own_examples() -> list[Any]:
-    return examples(seed=rank())
-
-
-def _other_from_the_fifth_batch() -> list[Any]:
-    return examples()[:40] + examples(8, seed=rank())
-
-
-def _more_examples() -> list[Any]:
-    return examples(48 + 8 * rank())
 
 
 class Shorter(IterableDataset[Any]):
@@ -82,6 +67,14 @@ class Shorter(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         yield from examples()[: 48 - 16 * rank()]
+
+
+_DATA: dict[str, Callable[[], Any]] = {
+    "of its own": lambda: examples(seed=rank()),
+    "other ones from the fifth batch": lambda: examples()[:40] + examples(8, seed=rank()),
+    "more": lambda: examples(48 + 8 * rank()),
+    "a shorter stream": Shorter,
+}
 
 
 def _masked(batch: list[Any]) -> dict[str, torch.Tensor]:
@@ -99,9 +92,9 @@ def _longer(batch: list[Any]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def _message(run: Run, action: Any = None, step: int = 3, every: int = 2, **options: Any) -> str:
+def _message(run: Run, action: str | None = None, step: int = 3, every: int = 2, **options: Any) -> str:
     """The error that a run ends with."""
-    made = {name: value() if name.endswith("dataset") else value for name, value in options.items()}
+    made = {name: _DATA[value]() if name.endswith("dataset") else value for name, value in options.items()}
     trainer = make_trainer(run, rank_check_steps=every, **made)
     if action is not None:
         trainer.add_callback(After(step, action))
@@ -115,18 +108,17 @@ def _message(run: Run, action: Any = None, step: int = 3, every: int = 2, **opti
 @pytest.mark.parametrize(
     ("action", "step", "every", "saves", "expected"),
     [
-        (_draw, 3, 2, "steps", "random generator of the CPU: rank 1 differs from rank 0"),
-        (_shift, 3, 2, "steps", "parameter transformer.ln_f.weight: rank 1 differs from rank 0"),
-        (_scale, 3, 2, "steps", "more"),
-        (_draw, 5, 100, "no", "At: the end of training, after step 6"),
-        (_draw, 2, 100, "steps", "At: before the checkpoint of step 3"),
+        ("draw", 3, 2, "steps", "random generator of the CPU: rank 1 differs from rank 0"),
+        ("shift", 3, 2, "steps", "parameter transformer.ln_f.weight: rank 1 differs from rank 0"),
+        ("scale", 3, 2, "steps", "more"),
+        ("draw", 5, 100, "no", "At: the end of training, after step 6"),
+        ("draw", 2, 100, "steps", "At: before the checkpoint of step 3"),
     ],
 )
 def test_what_a_callback_of_one_rank_does_is_found(
-    pool: Pool, gpt2: Path, tmp_path: Path, action: Any, step: int, every: int, saves: str, expected: str
+    pool: Pool, gpt2: Path, tmp_path: Path, action: str, step: int, every: int, saves: str, expected: str
 ) -> None:
-    """Catches replicated parameters that drift apart, dropout masks that differ, and a model returned, or a checkpoint
-    written by parts, all the same."""
+    """Catches replicas and dropout masks that drift apart, and a model or a checkpoint that is written all the same."""
     run = Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments={"save_strategy": saves}, config=DROPOUT)
     message = on_ranks(pool, _message, run, action, step, every)
     assert expected in message
@@ -141,20 +133,19 @@ _DIFFERS = "batch['input_ids']: rank 1 differs from rank 0"
 @pytest.mark.parametrize(
     ("options", "arguments", "expected"),
     [
-        ({"train_dataset": _own_examples}, {}, _DIFFERS),
-        ({"train_dataset": _own_examples}, {"eval_on_start": True}, f"At: before the step after step 0. {_DIFFERS}"),
-        ({"train_dataset": _other_from_the_fifth_batch}, {}, "differs from rank 0"),
-        ({"train_dataset": _more_examples}, {}, "number of steps in an epoch (6, 7 on ranks 0, 1)"),
+        ({"train_dataset": "of its own"}, {}, _DIFFERS),
+        ({"train_dataset": "of its own"}, {"eval_on_start": True}, f"At: before the step after step 0. {_DIFFERS}"),
+        ({"train_dataset": "other ones from the fifth batch"}, {}, "differs from rank 0"),
+        ({"train_dataset": "more"}, {}, "number of steps in an epoch (6, 7 on ranks 0, 1)"),
         ({"data_collator": _masked}, {}, _DIFFERS),
         ({"data_collator": _longer}, {}, _DIFFERS),
-        ({"train_dataset": Shorter}, {}, "number of batches (1, 0 on ranks 0, 1)"),
+        ({"train_dataset": "a shorter stream"}, {}, "number of batches (1, 0 on ranks 0, 1)"),
     ],
 )
 def test_data_that_depend_on_the_rank_are_found(
     pool: Pool, gpt2: Path, tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any], expected: str
 ) -> None:
-    """Catches groups that compute parts of different examples, ranks that wait for one that read less, and a first
-    batch not compared because one of an evaluation was."""
+    """Catches ranks that compute parts of different examples or wait for others, also behind an evaluation's batch."""
     message = on_ranks(pool, _message, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments=arguments), **options)
     assert expected in message
     assert "The usual cause: a" in message
@@ -170,89 +161,60 @@ def test_the_group_that_drifts_apart_is_named(pool: Pool, gpt2: Path, tmp_path: 
 
 def _draw_on_the_last_rank(run: Run) -> None:
     trainer = make_trainer(run, rank_check_steps=2)
-    trainer.add_callback(After(3, _draw))
+    trainer.add_callback(After(3, "draw"))
     trainer.train()
 
 
-def _sample_by_rank(trainer: MegatronTrainer) -> None:
+def _train_in_an_own_order(trainer: MegatronTrainer) -> None:
     trainer._get_train_sampler = lambda *_: list(range(48))[:: 1 - 2 * rank()]  # type: ignore[method-assign]
     trainer.train()
 
 
-def _evaluate_other_examples(trainer: MegatronTrainer) -> None:
-    trainer.evaluate(examples(11, seed=rank()))
-
-
-def _evaluate_more_examples(trainer: MegatronTrainer) -> None:
-    trainer.evaluate(examples(5 + 4 * rank()))
-
-
 def _evaluate_other_weights(trainer: MegatronTrainer) -> None:
     if rank() == 1:
-        _shift(None, trainer.model)
+        _shift(trainer.model)
     trainer.evaluate()
 
 
-def _refusal(run: Run, action: Callable[[MegatronTrainer], None]) -> str:
-    with pytest.raises(RanksDifferError) as caught:
-        action(make_trainer(run))
-    return str(caught.value)
+_STARTS: dict[str, tuple[Callable[[MegatronTrainer], Any], str]] = {
+    "order": (_train_in_an_own_order, "batch['input_ids']: rank 1"),
+    "examples": (
+        lambda trainer: trainer.evaluate(examples(11, seed=rank())),
+        "At: the first batch of an evaluation after step 0. batch[",
+    ),
+    "number": (lambda trainer: trainer.evaluate(examples(5 + 4 * rank())), "number of batches (2, 3 on ranks 0, 1)"),
+    "weights": (
+        _evaluate_other_weights,
+        "parameter transformer.ln_f.weight: rank 1 differs from rank 0. They were not compared before.",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("action", "expected"),
-    [
-        (_sample_by_rank, "batch['input_ids']: rank 1"),
-        (_evaluate_other_examples, "At: the first batch of an evaluation after step 0. batch["),
-        (_evaluate_more_examples, "number of batches (2, 3 on ranks 0, 1)"),
-        (
-            _evaluate_other_weights,
-            "parameter transformer.ln_f.weight: rank 1 differs from rank 0. They were not compared before.",
-        ),
-    ],
-)
-def test_what_depends_on_the_rank_is_found_from_the_start(
-    pool: Pool, gpt2: Path, tmp_path: Path, action: Any, expected: str
-) -> None:
+@pytest.mark.parametrize("start", _STARTS)
+@on_live_ranks(2, timeout=240)
+def test_what_depends_on_the_rank_is_found_from_the_start(gpt2: Path, tmp_path: Path, start: str) -> None:
     """Catches an order that each rank chooses, metrics of other examples, and whole weights that one rank changed."""
-    assert expected in on_ranks(pool, _refusal, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]), action)
+    action, expected = _STARTS[start]
+    with pytest.raises(RanksDifferError) as caught:
+        action(make_trainer(Run(gpt2, tmp_path, layout=LAYOUTS["tp2"])))
+    assert expected in str(caught.value)
 
 
-# ---------------------------------------------------------------------- what ends right
-
-
-def _stop(control: Any, model: nn.Module) -> None:
-    control.should_training_stop = True
-
-
-def _save(control: Any, model: nn.Module) -> None:
-    control.should_save = True
-
-
-def _evaluate(control: Any, model: nn.Module) -> None:
-    control.should_evaluate = True
-
-
-def _wait(control: Any, model: nn.Module) -> None:
-    time.sleep(2)
-
-
-def _steps(run: Run, action: Any) -> tuple[int, list[float]]:
+def _steps(run: Run, action: str) -> tuple[int, list[float]]:
     """The number of steps, and the losses on the evaluation data that were logged."""
     trainer = make_trainer(run)
     trainer.add_callback(After(4, action))
     trainer.train()
-    return trainer.state.global_step, [
-        entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry
-    ]
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return trainer.state.global_step, losses
 
 
 @pytest.mark.parametrize(
     ("action", "steps", "checkpoints", "evaluations"),
-    [(_stop, 4, "3", 0), (_save, 6, "346", 0), (_evaluate, 6, "36", 1), (_wait, 6, "36", 0)],
+    [("stop", 4, "3", 0), ("save", 6, "346", 0), ("evaluate", 6, "36", 1), ("wait", 6, "36", 0)],
 )
 def test_what_a_callback_of_one_rank_asks_for_all_do(
-    pool: Pool, gpt2: Path, tmp_path: Path, action: Any, steps: int, checkpoints: str, evaluations: int
+    pool: Pool, gpt2: Path, tmp_path: Path, action: str, steps: int, checkpoints: str, evaluations: int
 ) -> None:
     """Catches ranks that wait for ever, because one stopped at its own clock or got a signal first; late ones too."""
     results = pool(2).run(_steps, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]), action)
@@ -271,9 +233,7 @@ def _train_own(run: Run) -> list[Step]:
     return log.steps
 
 
-def test_dropout_in_a_module_of_the_users_own_is_the_same_at_every_degree(
-    pool: Pool, gpt2: Path, tmp_path: Path
-) -> None:
+def test_dropout_in_a_users_own_module_is_the_same_at_every_degree(pool: Pool, gpt2: Path, tmp_path: Path) -> None:
     """Catches a random stream that differs on the ranks, or depends on the degree."""
     run = Run(gpt2, tmp_path / "one", config=DROPOUT, arguments={"save_strategy": "no"})
     expected = _train_own(run)

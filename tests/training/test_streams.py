@@ -1,9 +1,7 @@
 """Streams of examples: the same batches at every layout, and a resumed run that goes on where it stopped."""
 
-from __future__ import annotations
-
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from hf_megatron.errors import RanksDifferError, UnsupportedError
 from tests.models.reference import Pool, assert_all_equal, rank
-from tests.tiers import quick
+from tests.tiers import cases
 from tests.training.runs import (
     DROPOUT,
     LAYOUTS,
@@ -58,20 +56,14 @@ class Generated(IterableDataset[Example]):
         yield from (data[i] for i in torch.randperm(NUM_EXAMPLES, generator=self.generator))
 
 
-class Chance(IterableDataset[Example]):
-    """Examples whose order is another one on each rank."""
+class Given(IterableDataset[Example]):
+    """What a function gives."""
+
+    def __init__(self, make: Callable[[], list[Example]]) -> None:
+        self.make = make
 
     def __iter__(self) -> Iterator[Example]:
-        data = examples()
-        random.Random(rank()).shuffle(data)
-        yield from data
-
-
-class Eleven(IterableDataset[Example]):
-    """As many as no batch size divides."""
-
-    def __iter__(self) -> Iterator[Example]:
-        yield from examples(11, seed=1)
+        yield from self.make()
 
 
 def _of_two_files(files: list[int]) -> Iterator[Example]:
@@ -93,19 +85,16 @@ def _train(run: Run, stream: str) -> tuple[list[Step], dict[str, torch.Tensor]]:
     return train(run, train_dataset=STREAMS[stream]())
 
 
-@pytest.mark.parametrize(
-    ("stream", "layout"),
-    quick(
-        [
-            *(("shuffled", layout) for layout in ("tp2", "tp2 x fsdp2", "tp2 x replicate2")),
-            *((stream, "tp2 x fsdp2") for stream in ("generated", "hub")),
-        ],
-        [("shuffled", "tp2")],
-    ),
+@cases(
+    "stream, layout",
+    [
+        *(("shuffled", layout) for layout in ("tp2", "tp2 x fsdp2", "tp2 x replicate2")),
+        *((stream, "tp2 x fsdp2") for stream in ("generated", "hub")),
+    ],
+    [("shuffled", "tp2")],
 )
 def test_every_layout_reads_the_same_batches(pool: Pool, gpt2: Path, tmp_path: Path, stream: str, layout: str) -> None:
-    """Catches a stream that is dealt out to the ranks of a group, that all groups read the same part of, or whose
-    files or order depend on the layout."""
+    """Catches a stream dealt out to the ranks of a group, read alike by all groups, or ordered by the layout."""
     run = Run(gpt2, tmp_path, arguments={"save_strategy": "no"})
     expected, _ = _train(run, stream)
     assert len({step.loss for step in expected}) == 10
@@ -113,9 +102,10 @@ def test_every_layout_reads_the_same_batches(pool: Pool, gpt2: Path, tmp_path: P
     assert_same_steps(steps, expected)
 
 
-@pytest.mark.parametrize(
-    ("layout", "accumulation"),
-    quick([("tp2", 1), ("one", 2), ("tp2", 2), ("tp2 x replicate2", 1), ("tp2 x fsdp2", 2)], [("tp2", 1)]),
+@cases(
+    "layout, accumulation",
+    [("tp2", 1), ("one", 2), ("tp2", 2), ("tp2 x replicate2", 1), ("tp2 x fsdp2", 2)],
+    [("tp2", 1)],
 )
 def test_resuming_changes_no_bit(pool: Pool, gpt2: Path, tmp_path: Path, layout: str, accumulation: int) -> None:
     """Catches a stream that starts over after resuming, is skipped by too much, or by the steps of all passes."""
@@ -133,15 +123,9 @@ def test_resuming_changes_no_bit(pool: Pool, gpt2: Path, tmp_path: Path, layout:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "stream"),
-    [
-        ("tp2 x replicate2", "tp2", "shuffled"),
-        ("one", "tp2 x fsdp2", "generated"),
-        ("tp2 x fsdp2", "tp4", "hub"),
-    ],
+    [("tp2 x replicate2", "tp2", "shuffled"), ("one", "tp2 x fsdp2", "generated"), ("tp2 x fsdp2", "tp4", "hub")],
 )
-def test_resuming_at_another_layout(
-    pool: Pool, gpt2: Path, tmp_path: Path, first: str, second: str, stream: str
-) -> None:
+def test_resuming_elsewhere(pool: Pool, gpt2: Path, tmp_path: Path, first: str, second: str, stream: str) -> None:
     """Catches a place in the stream that is counted in batches of one rank."""
     run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(first, {}))
     steps, _ = on_ranks(pool, _train, run, stream)
@@ -165,8 +149,9 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(pool: Pool, gpt2: Pa
 
 
 def _refused(run: Run, error: type[Exception]) -> str:
+    in_another_order = Given(lambda: random.Random(rank()).sample(examples(), NUM_EXAMPLES))
     with pytest.raises(error) as caught:
-        make_trainer(run, train_dataset=Chance()).train()
+        make_trainer(run, train_dataset=in_another_order).train()
     return str(caught.value)
 
 
@@ -181,7 +166,7 @@ def test_what_ranks_read_in_different_orders_is_refused(pool: Pool, gpt2: Path, 
 
 
 def _predict(run: Run) -> tuple[Any, Any]:
-    output = make_trainer(run).predict(Eleven())
+    output = make_trainer(run).predict(Given(lambda: examples(11, seed=1)))  # as many as no batch size divides
     return output.predictions, output.label_ids
 
 

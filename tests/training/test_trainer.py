@@ -1,14 +1,12 @@
 """MegatronTrainer: the same numbers at every layout, and checkpoints that resume at any of them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from hf_megatron import MegatronGPT2LMHeadModel, MegatronTrainer
 from hf_megatron.errors import CheckpointIncompleteError
 from tests.models.architectures import BERTS
 from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, reference_loss
-from tests.tiers import quick
+from tests.tiers import cases
 from tests.training.runs import (
     DROPOUT,
     GLOBAL_BATCH,
@@ -67,13 +65,10 @@ def in_one_process(
 _CLASSES = ("MegatronGPT2LMHeadModel", "MegatronBertForMaskedLM")
 
 
-@pytest.mark.parametrize(
-    ("model_class", "layout", "accumulation"),
-    quick(
-        # Of BERT the harder half: what a batch of it predicts is another number in each part.
-        [case for case in product(_CLASSES, LAYOUTS, (1, 2)) if case[0] == _CLASSES[0] or case[2] == 2],
-        [(_CLASSES[0], "tp2 x fsdp2, split sequences", 2)],
-    ),
+@cases(
+    "model_class, layout, accumulation",
+    [case for case in product(_CLASSES, LAYOUTS, (1, 2)) if case[0] == _CLASSES[0] or case[2] == 2],
+    [(_CLASSES[0], "tp2 x fsdp2, split sequences", 2)],
 )
 def test_every_layout_logs_the_same_steps(
     pool: Pool,
@@ -107,9 +102,7 @@ def _loss(run: Run) -> tuple[float, int]:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("layout", ["one", "tp2"])
-def test_the_loss_is_the_mean_over_what_is_predicted(
-    pool: Pool, gpt2: Path, tmp_path: Path, layout: str, smoothing: float
-) -> None:
+def test_loss_is_the_mean_of_predictions(pool: Pool, gpt2: Path, tmp_path: Path, layout: str, smoothing: float) -> None:
     """Catches a mean over the first of each row too, as in stock GPT-2, and smoothing that asks for all logits."""
     run = Run(gpt2, tmp_path, layout=LAYOUTS.get(layout, {}), arguments={"label_smoothing_factor": smoothing})
     loss, items = on_ranks(pool, _loss, run)
@@ -154,7 +147,7 @@ _MOVES = [
 ]
 
 
-@pytest.mark.parametrize(("first", "second"), quick(_MOVES, _MOVES[:1]))
+@cases("first, second", _MOVES, _MOVES[:1])
 def test_resuming_at_another_layout(pool: Pool, gpt2: Path, tmp_path: Path, first: str, second: str) -> None:
     """Catches optimizer state that belongs to a layout: other moments, or a fresh optimizer without a word."""
     run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(first, {}), arguments=TWENTY)
@@ -177,15 +170,11 @@ def test_a_checkpoint_without_optimizer_state_says_so(gpt2: Path, tmp_path: Path
 
 def test_an_interrupted_save_is_no_checkpoint(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a half-written directory under a checkpoint's name, which the next run would resume from."""
-
-    def break_off(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
     run = Run(gpt2, tmp_path / "run")
     trainer = make_trainer(replace(run, arguments={"save_steps": 2, "max_steps": 2}))
     trainer.train()
     with monkeypatch.context() as patch:
-        patch.setattr("hf_megatron.training.checkpoints.finish_checkpoint", break_off)
+        patch.setattr("hf_megatron.training.checkpoints.finish_checkpoint", Mock(side_effect=KeyboardInterrupt))
         trainer = make_trainer(replace(run, arguments={"save_steps": 4, "max_steps": 4}))
         with pytest.raises(KeyboardInterrupt):
             trainer.train(resume_from_checkpoint=True)
@@ -196,9 +185,7 @@ def test_an_interrupted_save_is_no_checkpoint(gpt2: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("layout", layouts("tp2", "one"))
-def test_best_model_at_the_end_and_the_limit_on_checkpoints(
-    pool: Pool, gpt2: Path, tmp_path: Path, layout: str
-) -> None:
+def test_best_model_at_the_end_and_limit_on_checkpoints(pool: Pool, gpt2: Path, tmp_path: Path, layout: str) -> None:
     """Catches weights of the last step where the best were asked for, and a best checkpoint that was rotated away."""
     arguments = {
         "eval_strategy": "steps",
@@ -216,18 +203,13 @@ def test_best_model_at_the_end_and_the_limit_on_checkpoints(
     assert len(kept) == 2
     state = json.loads((run.output / "checkpoint-8" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == best
-    stored = on_ranks(pool, _weights_of, replace(run, model=Path(best)))
-    assert_all_equal(stored, weights)
+    assert_all_equal(full_weights(MegatronGPT2LMHeadModel.from_pretrained(best)), weights)
 
 
 def _train_for_the_best(run: Run) -> tuple[str, dict[str, torch.Tensor]]:
     trainer = make_trainer(run)
     trainer.train()
     return str(trainer.state.best_model_checkpoint), full_weights(trainer.model)
-
-
-def _weights_of(run: Run) -> dict[str, torch.Tensor]:
-    return full_weights(make_trainer(run).model)
 
 
 @pytest.mark.parametrize("layout", layouts("tp2 x fsdp2", "one", "tp2", "tp2 x replicate2"))

@@ -5,8 +5,6 @@ transformers' source distribution, completed by the modules in ``stand_ins``. Wh
 run: the tests of generation, of export, of pipelines and of FSDP.
 """
 
-from __future__ import annotations
-
 import unittest
 from typing import Any, ClassVar
 from unittest import mock
@@ -77,7 +75,8 @@ class CommonTests(ModelTesterMixin, TrainingTesterMixin, tensor_parallel.TensorP
     options: ClassVar[dict[str, Any]] = {}
 
     def setUp(self) -> None:
-        self.model_tester = ModelTester(next(filter(_is_language_model, self.all_model_classes)), **self.options)
+        language_models = (c for c in self.all_model_classes if c.__name__.endswith(("LMHeadModel", "ForMaskedLM")))
+        self.model_tester = ModelTester(next(language_models), **self.options)
 
     def _get_tp_config(self, *args: Any, **kwargs: Any) -> Any:
         """Without dropout: the tests compare two training steps without setting the seed in between."""
@@ -90,10 +89,6 @@ class CommonTests(ModelTesterMixin, TrainingTesterMixin, tensor_parallel.TensorP
     def test_tp_backward(self) -> None:
         with mock.patch.object(tensor_parallel, "_test_tp_backward_impl", _compare_gradients):
             super().test_tp_backward()
-
-
-def _is_language_model(model_class: Any) -> bool:
-    return str(model_class.__name__).endswith(("LMHeadModel", "ForMaskedLM"))
 
 
 def _compare_gradients(rank: int, *args: Any) -> None:

@@ -4,17 +4,15 @@ The tests come from transformers' source distribution of the installed version, 
 kept in ``.cache``, or in the folder that the environment variable ``HF_MEGATRON_CACHE`` names.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import subprocess
 import sys
 import tarfile
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import ModuleType
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import pytest
@@ -39,14 +37,9 @@ _TENSOR_PARALLEL = {
     "test_tied_head_has_a_tp_plan_entry",
 }
 
-_NOT_COMPARED = {
-    "PreTrainedModel": "abstract",
-    "Layer": "a part of the model",
-    "DoubleHeadsModel": "not offered: GPT-2 with a second head, for multiple choice",
-    "LMHeadModel": "refused: a decoder",
-    "ForCausalLM": "refused: a decoder",
-    "ForNextSentencePrediction": "not offered: its head is a part of ForPreTraining's",
-}
+# Abstract, or a part; a head that is not offered; decoders, which are refused.
+_NOT_COMPARED = {"PreTrainedModel", "Layer", "DoubleHeadsModel", "ForNextSentencePrediction"}
+_NOT_COMPARED |= {"LMHeadModel", "ForCausalLM"}
 
 
 @pytest.mark.parametrize(
@@ -61,13 +54,16 @@ def test_every_stock_class_is_compared(module: ModuleType, table: Architecture, 
     """Catches a class that a later transformers adds and that would be left out without anybody deciding so."""
     offered = {pair.stock for pair in table.classes}
     left_out = {name.removeprefix(prefix) for name in module.__all__ if name not in offered}
-    assert left_out <= _NOT_COMPARED.keys()
+    assert left_out <= _NOT_COMPARED
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """How each of transformers' tests ended, by test class and name: "passed", "skipped", or how it failed."""
-    directory, environment = tmp_path_factory.mktemp("common"), _environment()
+    directory = tmp_path_factory.mktemp("common")
+    # Where they find what they import; ours are named as well, in case they are not installed.
+    roots = (_common_tests(), _HERE / "stand_ins", ROOT, ROOT / "conversion")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots)), "HF_HUB_OFFLINE": "1"}
     runs = [_start(kind, directory, environment) for kind in ("Stock", "Our")]
     try:
         for run in runs:
@@ -98,12 +94,6 @@ def _details(outcomes: dict[str, str]) -> str:
     return "\n\n".join([f"{len(names)} tests: {', '.join(names)}", *(f"{name}: {outcomes[name]}" for name in names)])
 
 
-def _environment() -> dict[str, str]:
-    """Where a test process finds what it imports; ours are named as well, in case they are not installed."""
-    roots = (_common_tests(), _HERE / "stand_ins", ROOT, ROOT / "conversion")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots)), "HF_HUB_OFFLINE": "1"}
-
-
 def _common_tests() -> Path:
     """A folder with the distribution's tests in it, as a package called ``transformers_tests``."""
     version = importlib.metadata.version("transformers")
@@ -130,8 +120,7 @@ def _download(version: str, scratch: Path) -> None:
                 (package / PurePosixPath(member.name).name).write_bytes(source.read())
 
 
-@dataclass(frozen=True)
-class _Run:
+class _Run(NamedTuple):
     process: subprocess.Popen[bytes]
     log: Path
     report: Path

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,18 +19,14 @@ import typer
 
 import hf_megatron_conversion
 from hf_megatron.commands.console import JsonOption, print_message, report
-from hf_megatron.commands.quickstart.text import read_corpus, train_tokenizer
 from hf_megatron.commands.torchrun import run_ranks
-from hf_megatron.errors import DestinationError, HfMegatronError, PartitionError, UnsupportedError
+from hf_megatron.errors import DestinationError, HfMegatronError
 
-__all__ = ["DEFAULT_OUTPUT", "DEFAULT_STEPS", "command", "quickstart"]
-
-DEFAULT_OUTPUT = Path("hf-megatron-quickstart")
-DEFAULT_STEPS = 160
-MAX_TP = 16  # the model has a few heads, and every rank is a process on this machine
+_DEFAULT_STEPS = 160
+_MAX_TP = 16  # the model has a few heads, and every rank is a process on this machine
 # Both sides compute in float32 and in another order: differences are rounding, relative to logits of about 10.
-MAX_RELATIVE_LOGIT_DIFF = 1e-5
-_REPORT = "quickstart.json"
+_MAX_RELATIVE_LOGIT_DIFF = 1e-5
+_OUTPUT, _REPORT = Path("hf-megatron-quickstart"), "quickstart.json"
 _TRAINING = "hf_megatron.commands.quickstart.train"
 # On an AMD EPYC: starting five processes, one after another, and what one rank takes to train and to evaluate.
 _SECONDS_TO_START = 25
@@ -39,86 +34,60 @@ _SECONDS_PER_RANK = 25
 
 
 def command(
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree.")] = 2,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to leave the model.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = DEFAULT_STEPS,
+    tp: Annotated[int, typer.Option(min=1, max=_MAX_TP, help="Tensor-parallel degree.")] = 2,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where to leave the model.")] = _OUTPUT,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = _DEFAULT_STEPS,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the directory of an earlier quickstart.")
     ] = False,
     as_json: JsonOption = False,
 ) -> int:
     """Train a small GPT-2 at TP=N on the CPU, convert it, and check that stock transformers writes the same."""
-    result = quickstart(tp_size=tp, output=output, steps=steps, overwrite=overwrite, say=print_message)
-    return report("Quickstart", result, as_json, ok=not result["problems"])
-
-
-def quickstart(
-    *,
-    tp_size: int = 2,
-    output: Path | None = None,
-    steps: int = DEFAULT_STEPS,
-    overwrite: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Train a small GPT-2 on ``tp_size`` processes, convert it to the Hub's format, and check it in stock transformers.
-
-    Leaves ``tp/``, ``hub/`` and ``quickstart.json`` in ``output``, ``DEFAULT_OUTPUT`` if None. ``overwrite`` replaces
-    the directory of an earlier quickstart; ``say`` receives a line per stage.
-
-    Returns:
-        Of the training ``tp_size``, ``steps``, ``loss_first``, ``loss_last`` (mean of the last ten steps),
-        ``perplexity`` of the held-out text and ``sample``; ``hub_dir``, ``tp_dir``, ``max_logit_diff_stock``,
-        ``continuation``, ``seconds``; and ``problems``, the checks that failed, in words.
-
-    Raises:
-        DestinationError: The output exists.
-        HfMegatronError: A stage failed; what it printed stands above.
-    """
-    started = time.monotonic()
-    destination = (output or DEFAULT_OUTPUT).resolve()
-    if steps < 1:
-        raise UnsupportedError(f"steps={steps}: train for at least one step.")
-    if not 1 <= tp_size <= MAX_TP:
-        raise PartitionError(f"tp_size={tp_size}: the quickstart runs 1 to {MAX_TP} ranks on this machine.")
     from hf_megatron.checkpoint import AtomicDirectory
 
+    started = time.monotonic()
+    destination = output.resolve()
     directory = AtomicDirectory(destination, replace=overwrite)
     if destination.exists() and not (destination / _REPORT).is_file():
         raise DestinationError(f"{destination} was not written by a quickstart, and will not be replaced.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    expected = _SECONDS_TO_START + _SECONDS_PER_RANK * steps / DEFAULT_STEPS * tp_size / min(tp_size, cores)
-    say(f"This takes about {expected:.0f} seconds, if {cores} cores are idle.")
+    expected = _SECONDS_TO_START + _SECONDS_PER_RANK * steps / _DEFAULT_STEPS * tp / min(tp, cores)
+    print_message(f"This takes about {expected:.0f} seconds, if {cores} cores are idle.")
     with directory:
-        result = _run_stages(directory.path, tp_size, steps, say)
+        result = _run_stages(directory.path, tp, steps)
         result |= {"tp_dir": str(destination / "tp"), "hub_dir": str(destination / "hub")}
         result["seconds"] = round(time.monotonic() - started, 1)
         (directory.path / _REPORT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         directory.publish()
-    return result
+    return report("Quickstart", result, as_json, ok=not result["problems"])
 
 
-def _run_stages(work: Path, tp_size: int, steps: int, say: Callable[[str], None]) -> dict[str, Any]:
-    corpus = read_corpus()
-    num_characters = sum(map(len, [*corpus.train, *corpus.held_out]))
-    say(f"1/5  Text: {num_characters:,} characters of Python's own help topics; training a tokenizer on it")
-    tokenizer = train_tokenizer(corpus, work / "tokenizer")
-    say(f"2/5  Training a small GPT-2 from scratch on {tp_size} ranks ({len(tokenizer):,} tokens in its vocabulary)")
+def _run_stages(work: Path, tp_size: int, steps: int) -> dict[str, Any]:
+    from hf_megatron.commands.quickstart.train import read_corpus, train_tokenizer
+
+    train, held_out = read_corpus()
+    num_characters = sum(map(len, train + held_out))
+    print_message(f"1/5  Text: {num_characters:,} characters of Python's own help topics; training a tokenizer on it")
+    tokenizer = train_tokenizer(train, work / "tokenizer")
+    print_message(
+        f"2/5  Training a small GPT-2 from scratch on {tp_size} ranks ({len(tokenizer):,} tokens in its vocabulary)"
+    )
     _train(work, tp_size, steps)
     result: dict[str, Any] = json.loads((work / "result.json").read_text(encoding="utf-8"))
-    say(
+    print_message(
         f"3/5  Loss {result['loss_first']:.2f} -> {result['loss_last']:.2f}; "
         f"held-out perplexity {result['perplexity']:.1f}. Saved by the ranks; converting it to the Hub's format"
     )
     hf_megatron_conversion.convert(work / "tp", work / "hub", to="hub", verify=True)
-    say("4/5  Loading it in another process, with stock transformers only")
+    print_message("4/5  Loading it in another process, with stock transformers only")
     check = _check_in_stock(work)
     result |= {"max_logit_diff_stock": check["max_logit_diff"], "continuation": check["continuation"]}
     result["problems"] = _problems(result, check)
-    say(f"5/5  {check['model_class']}: largest logit difference {check['max_logit_diff']:.1e}")
+    print_message(f"5/5  {check['model_class']}: largest logit difference {check['max_logit_diff']:.1e}")
     if check["same_continuation"]:
-        say(f"     {tp_size} ranks and stock transformers write the same: {check['continuation']!r}")
+        print_message(f"     {tp_size} ranks and stock transformers write the same: {check['continuation']!r}")
     for problem in result["problems"]:
-        say(f"     This should not be: {problem}")
+        print_message(f"     This should not be: {problem}")
     for leftover in ("result.json", "expected.pt"):
         (work / leftover).unlink()
     shutil.rmtree(work / "tokenizer")
@@ -132,7 +101,7 @@ def _problems(result: dict[str, Any], check: dict[str, Any]) -> list[str]:
         problems.append(f"the loss fell from {result['loss_first']:.2f} to {result['loss_last']:.2f} only.")
     if check["missing_keys"] or check["unexpected_keys"]:
         problems.append(f"stock misses {check['missing_keys']} and does not know {check['unexpected_keys']}.")
-    if check["max_logit_diff"] > MAX_RELATIVE_LOGIT_DIFF * check["largest_logit"]:
+    if check["max_logit_diff"] > _MAX_RELATIVE_LOGIT_DIFF * check["largest_logit"]:
         problems.append(f"the logits of stock transformers differ by up to {check['max_logit_diff']:.1e}.")
     if not check["same_continuation"]:
         problems.append(

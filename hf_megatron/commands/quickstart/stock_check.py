@@ -31,7 +31,6 @@ def main(hub_directory: str, expected_file: str) -> None:
     ids = model.double().generate(**expected["prompt"], max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
     report = {
         "model_class": f"{type(model).__module__}.{type(model).__name__}",
-        "vocab_size": len(tokenizer),
         "missing_keys": sorted(info["missing_keys"]),
         "unexpected_keys": sorted(info["unexpected_keys"]),
         "max_logit_diff": float((logits - expected["logits"]).abs().max()),

@@ -1,4 +1,4 @@
-"""What every rank of the quickstart runs: train a small GPT-2 under tensor parallelism, let it write, save it.
+"""What the quickstart trains on, and what its ranks run: train a small GPT-2, let it write, save it.
 
     torchrun --nproc-per-node 2 -m hf_megatron.commands.quickstart.train DIRECTORY STEPS
 
@@ -10,21 +10,25 @@ from __future__ import annotations
 import json
 import math
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2TokenizerFast
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
-from hf_megatron.commands.quickstart.text import pack, read_corpus
-from hf_megatron.errors import HfMegatronError
+from hf_megatron.errors import HfMegatronError, UnsupportedError
 
+END_OF_TEXT = "<|endoftext|>"
+VOCAB_SIZE = 1009  # odd on purpose: shards of a vocabulary need not be equal
+HELD_OUT_EVERY = 12  # every twelfth topic, about 8% of the text, is kept for evaluation
 BATCH = 16
 LENGTH = 64
 WARM_UP = 10
@@ -32,6 +36,46 @@ PEAK_LEARNING_RATE = 5e-3
 PROMPT = "The with statement"
 NEW_TOKENS = 48
 SEED = 1909
+
+
+def read_corpus() -> tuple[list[str], list[str]]:
+    """The help topics of Python's reference, the text behind ``help("with")``, to train and to evaluate on.
+
+    UnsupportedError if there are none, as in some minimal distributions.
+    """
+    try:
+        topics: dict[str, str] = import_module("pydoc_data.topics").topics
+    except ImportError as error:
+        raise UnsupportedError(
+            "this Python has no pydoc_data.topics, the text the quickstart trains on; install the full standard "
+            "library (python.org, or your distribution's python3 package rather than its minimal one)."
+        ) from error
+    documents = [topics[name] for name in sorted(topics)]
+    return [text for i, text in enumerate(documents) if i % HELD_OUT_EVERY], documents[::HELD_OUT_EVERY]
+
+
+def train_tokenizer(documents: list[str], directory: Path) -> Any:
+    """Train a byte-level BPE like GPT-2's, save it in the Hub's format and return it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    fast = GPT2TokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.save_pretrained(directory)
+    return fast
+
+
+def pack(tokenizer: Any, documents: list[str]) -> torch.Tensor:
+    """[N, LENGTH] token ids: documents joined by the end-of-text token, and cut; a shorter rest is dropped."""
+    ids = [token for text in documents for token in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
+    return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
 
 
 def configuration(tokenizer: Any, tp_size: int) -> MegatronGPT2Config:
@@ -119,13 +163,13 @@ def main(directory: Path, num_steps: int) -> None:
         is_first = dist.get_rank() == 0
         tp_size = dist.get_world_size()
         tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
-        corpus = read_corpus()
+        documents, held_out_documents = read_corpus()
         model = MegatronGPT2LMHeadModel.from_config(
             configuration(tokenizer, tp_size), distributed_config=DistributedConfig(tp_size=tp_size), seed=SEED
         )
-        losses = train(model, pack(tokenizer, corpus.train, LENGTH), num_steps, show_progress=is_first)
+        losses = train(model, pack(tokenizer, documents), num_steps, show_progress=is_first)
         model.eval()
-        held_out = pack(tokenizer, corpus.held_out, LENGTH)
+        held_out = pack(tokenizer, held_out_documents)
         prompt = tokenizer(PROMPT, return_tensors="pt")
         torch.manual_seed(SEED)
         sample = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=True, top_k=20, pad_token_id=0)

@@ -19,11 +19,7 @@ _STOCK = {BERT_PRE.stock_model_type: ("pre", StockMegatronBertConfig), BERT_POST
 
 
 def table_of_placement(placement: str) -> Architecture:
-    """The table for a LayerNorm placement, ``pre`` or ``post``.
-
-    Raises:
-        UnsupportedError: Another word.
-    """
+    """The table for a LayerNorm placement, ``pre`` or ``post``; UnsupportedError for another word."""
     if placement not in _TABLES:
         raise UnsupportedError(
             f"layernorm_placement={placement!r}; choose 'pre' (the paper's) or 'post' (the original)."
@@ -71,14 +67,9 @@ class ParallelBertConfig(BertConfig):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> Self:
-        """The configuration of a model of the paper, such as ``bert-3.9b``, or a published one (``bert-base-uncased``).
+        """A model of the paper (``bert-3.9b``) or a published one (``bert-base-uncased``), with changes.
 
-        Args:
-            name: See ``hf_megatron.architectures.presets``.
-            **changes: What is to differ, such as ``layernorm_placement="post"``.
-
-        Raises:
-            UnsupportedError: There is no BERT of this name; the message lists those there are.
+        UnsupportedError if there is no BERT of this name; the message lists those there are.
         """
         preset = preset_named(name, architecture=BERT_PRE.name)
         return cls(**{**preset.table.own_config, **preset.sizes, **changes})

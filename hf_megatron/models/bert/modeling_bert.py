@@ -120,16 +120,9 @@ class MegatronBertSelfAttention(ParallelAttention):
         region: SequenceParallelRegion | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend.
+        """Attend with hidden states [B, S, H], replicated, or with a region [B, S_p, H], split on the sequence.
 
-        Args:
-            hidden_states: [B, S, H], replicated; with a region [B, S_p, H], split on the sequence.
-            attention_mask: As for :meth:`ParallelAttention.attend`.
-            region: Where the hidden states come from, if they are split on the sequence.
-            **kwargs: For the attention kernel.
-
-        Returns:
-            The context [B, S, H_p], split by heads, and the probabilities [B, N_p, S, S] where they are kept.
+        Returns the context [B, S, H_p], split by heads, and the probabilities [B, N_p, S, S] where they are kept.
 
         Collective: those of :func:`column_parallel_linear`, once for all three projections.
         """
@@ -272,11 +265,7 @@ class MegatronBertEncoder(BertEncoder):
 
     @wraps(BertEncoder.forward)
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *args: Any,
-        region: SequenceParallelRegion | None = None,
-        **kwargs: Any,
+        self, hidden_states: torch.Tensor, *args: Any, region: SequenceParallelRegion | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         if region is None:
             outputs = super().forward(hidden_states, *args, **kwargs)

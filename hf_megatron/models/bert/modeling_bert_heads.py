@@ -26,19 +26,13 @@ from transformers.models.bert.modeling_bert import (
 )
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from hf_megatron.architectures import BERT_PRE
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.activations import activation
 from hf_megatron.models.bert.configuration_bert import MegatronBertConfig
 from hf_megatron.models.bert.modeling_bert import MegatronBertModel, MegatronBertPreTrainedModel
 from hf_megatron.models.heads import LOSS_ARGUMENTS, VocabParallelHead, VocabParallelLossMixin
-from hf_megatron.models.parallel_style import head_tp_plan_of
 from hf_megatron.partition import Spec, VocabSplit
-from hf_megatron.tensor_parallel import (
-    ParallelModule,
-    ReplicatedLayerNorm,
-    ReplicatedLinear,
-)
+from hf_megatron.tensor_parallel import ParallelModule, ReplicatedLayerNorm, ReplicatedLinear
 
 
 class MegatronBertPredictionHeadTransform(BertPredictionHeadTransform):
@@ -98,7 +92,6 @@ class _MaskedLM(VocabParallelLossMixin, MegatronBertPreTrainedModel):
         return None if decoder.weight is None else decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the decoder."""
         self.cls.predictions.decoder = new_embeddings
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -126,8 +119,8 @@ class _MaskedLM(VocabParallelLossMixin, MegatronBertPreTrainedModel):
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         predictions, tied, targets = self.cls.predictions, None, labels
         if self._is_fused(labels) and inputs_embeds is None:
-            embedded = self._embed_for_tied_head(predictions.decoder, input_ids, attention_mask)
-            input_ids, inputs_embeds, tied = embedded
+            head = predictions.decoder
+            input_ids, inputs_embeds, tied = self._embed_for_tied_head(head, input_ids, attention_mask)
         outputs = self.bert(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         del inputs_embeds  # only the gradient's way back to them is needed, and the loss takes memory
         hidden_states = outputs.last_hidden_state
@@ -143,8 +136,6 @@ class _MaskedLM(VocabParallelLossMixin, MegatronBertPreTrainedModel):
 
 class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
     """BERT with both pretraining heads: masked language modeling and sentence order."""
-
-    _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForPreTraining")
 
     def __init__(self, config: MegatronBertConfig) -> None:
         self._init_pretrained(config)
@@ -166,19 +157,11 @@ class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
         # transformers' tests read this annotation, so annotations in this module are not strings.
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BertForPreTrainingOutput:
-        """Both heads.
+        """Both heads, with the arguments of the stock class and some more.
 
-        Args:
-            input_ids: [B, S] token ids.
-            attention_mask: [B, S], 1 for real tokens.
-            token_type_ids: [B, S], 0 for the first sentence and 1 for the second.
-            position_ids: [B, S].
-            inputs_embeds: [B, S, H] instead of ``input_ids``.
-            labels: [B, S], the masked tokens, -100 elsewhere.
-            next_sentence_label: The stock name of ``sentence_order_label``.
-            sentence_order_label: [B], 0 if the sentences stand in their order and 1 if they are swapped.
-            **kwargs: As for the stock class; and ``num_items_in_batch``, ``ignore_index`` and ``label_smoothing`` of
-                the masked-LM loss.
+        ``labels`` [B, S] are the masked tokens, -100 elsewhere. ``sentence_order_label`` [B], or by its stock name
+        ``next_sentence_label``, is 0 if the sentences stand in their order and 1 if they are swapped. The masked-LM
+        loss takes ``num_items_in_batch``, ``ignore_index`` and ``label_smoothing``.
 
         Returns:
             ``loss``, the sum of the losses whose labels are given; ``prediction_logits`` [B, S, V], None in training
@@ -212,7 +195,6 @@ class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
 class MegatronBertForMaskedLM(_MaskedLM, BertForMaskedLM):
     """BERT with the masked-LM head."""
 
-    _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForMaskedLM")
     accepts_loss_kwargs = True
 
     def __init__(self, config: MegatronBertConfig) -> None:
@@ -251,56 +233,40 @@ class MegatronBertForMaskedLM(_MaskedLM, BertForMaskedLM):
         )
 
 
-def _classifier_dropout(config: MegatronBertConfig) -> nn.Dropout:
-    has_own = config.classifier_dropout is not None
-    return nn.Dropout(config.classifier_dropout if has_own else config.hidden_dropout_prob)
+class _Classifier(MegatronBertPreTrainedModel):
+    """BERT with dropout and a linear layer, which is replicated."""
 
-
-class MegatronBertForSequenceClassification(MegatronBertPreTrainedModel, BertForSequenceClassification):
-    """BERT for sequence (pair) classification from the pooled first token; the head is replicated."""
-
-    _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForSequenceClassification")
+    _has_pooler = True
+    _num_outputs: int | None = None  # the number of labels if None
 
     def __init__(self, config: MegatronBertConfig) -> None:
         self._init_pretrained(config)
         self.num_labels = config.num_labels
-        self.bert = MegatronBertModel(config)
-        self.dropout = _classifier_dropout(config)
-        self.classifier = ReplicatedLinear(config.hidden_size, config.num_labels)
+        self.bert = MegatronBertModel(config, add_pooling_layer=self._has_pooler)
+        has_own_dropout = config.classifier_dropout is not None
+        self.dropout = nn.Dropout(config.classifier_dropout if has_own_dropout else config.hidden_dropout_prob)
+        self.classifier = ReplicatedLinear(config.hidden_size, self._num_outputs or config.num_labels)
         self.post_init()
 
 
-class MegatronBertForMultipleChoice(MegatronBertPreTrainedModel, BertForMultipleChoice):
-    """BERT for multiple choice: scores each candidate; the head is replicated."""
-
-    _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForMultipleChoice")
-
-    def __init__(self, config: MegatronBertConfig) -> None:
-        self._init_pretrained(config)
-        self.bert = MegatronBertModel(config)
-        self.dropout = _classifier_dropout(config)
-        self.classifier = ReplicatedLinear(config.hidden_size, 1)
-        self.post_init()
+class MegatronBertForSequenceClassification(_Classifier, BertForSequenceClassification):
+    """BERT for sequence (pair) classification from the pooled first token."""
 
 
-class MegatronBertForTokenClassification(MegatronBertPreTrainedModel, BertForTokenClassification):
-    """BERT for token classification; the head is replicated."""
+class MegatronBertForMultipleChoice(_Classifier, BertForMultipleChoice):
+    """BERT for multiple choice: scores each candidate."""
 
-    _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForTokenClassification")
+    _num_outputs = 1
 
-    def __init__(self, config: MegatronBertConfig) -> None:
-        self._init_pretrained(config)
-        self.num_labels = config.num_labels
-        self.bert = MegatronBertModel(config, add_pooling_layer=False)
-        self.dropout = _classifier_dropout(config)
-        self.classifier = ReplicatedLinear(config.hidden_size, config.num_labels)
-        self.post_init()
+
+class MegatronBertForTokenClassification(_Classifier, BertForTokenClassification):
+    """BERT for token classification."""
+
+    _has_pooler = False
 
 
 class MegatronBertForQuestionAnswering(MegatronBertPreTrainedModel, BertForQuestionAnswering):
     """BERT for extractive question answering: predicts start and end; the head is replicated."""
-
-    _tp_plan = head_tp_plan_of(BERT_PRE, "MegatronBertForQuestionAnswering")
 
     def __init__(self, config: MegatronBertConfig) -> None:
         self._init_pretrained(config)

@@ -29,22 +29,13 @@ class MegatronGPT2Config(GPT2Config):
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)  # the stock type, if the configuration is read from a dictionary
         super().__post_init__(**kwargs)
-        GPT2.sizes(self._named_sizes())
-
-    def _named_sizes(self) -> dict[str, Any]:
-        names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "add_cross_attention")
-        return {name: getattr(self, name) for name in names}
+        GPT2.sizes(vars(self))
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> Self:
-        """The configuration of a model of the paper, such as ``gpt2-8.3b``, or a published one (``gpt2-xl``).
+        """A model of the paper (``gpt2-8.3b``) or a published one (``gpt2-xl``), with changes (``vocab_size=51200``).
 
-        Args:
-            name: See ``hf_megatron.architectures.presets``.
-            **changes: What is to differ, such as ``vocab_size=51200``.
-
-        Raises:
-            UnsupportedError: There is no GPT-2 of this name; the message lists those there are.
+        UnsupportedError if there is no GPT-2 of this name; the message lists those there are.
         """
         return cls(**{**preset_named(name, architecture=GPT2.name).sizes, **changes})
 

@@ -77,17 +77,10 @@ class MegatronGPT2Attention(ParallelAttention):
         region: SequenceParallelRegion | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend.
+        """Hidden states [B, S, H], replicated, or with a region [B, S_p, H], split on the sequence, to the same.
 
-        Args:
-            hidden_states: [B, S, H], replicated; with a region [B, S_p, H], split on the sequence.
-            past_key_values: Cache with this rank's heads.
-            attention_mask: As for :meth:`ParallelAttention.attend`.
-            region: Where the hidden states lie, if they are split on the sequence.
-            **kwargs: For the attention kernel.
-
-        Returns:
-            Hidden states as they came, and the probabilities [B, N_p, S, S_k], split by heads, where they are kept.
+        Also returns the probabilities [B, N_p, S, S_k], split by heads, where they are kept. The other arguments are
+        those of :meth:`ParallelAttention.attend`.
 
         Collective: all-reduce over tp, forward, in ``c_proj``; all-reduce over tp, backward, in ``c_attn``. With a
         region those of the layers.
@@ -266,15 +259,8 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
     ) -> torch.Tensor:
         """Run everything from the embedding dropout to the final norm.
 
-        Args:
-            hidden_states: The sum of the embeddings [B, S, H], replicated.
-            past_key_values: As for the attention.
-            attention_mask: As for the attention.
-            region: Where to split the hidden states on the sequence, if they are to be.
-            **kwargs: For the attention kernel.
-
-        Returns:
-            [B, S, H], replicated; with a region [B, S_p, H], split on the sequence.
+        The sum of the embeddings [B, S, H], replicated, to [B, S, H], replicated, or with a region to [B, S_p, H],
+        split on the sequence. The other arguments are those of the attention.
         """
         if region is not None:
             hidden_states = region.scatter(hidden_states)

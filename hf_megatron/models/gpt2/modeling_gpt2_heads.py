@@ -22,14 +22,12 @@ from transformers.models.gpt2.modeling_gpt2 import (
 )
 from transformers.utils import can_return_tuple
 
-from hf_megatron.architectures import GPT2
 from hf_megatron.models.forward import region_of_call
 from hf_megatron.models.forward_arguments import CACHE
 from hf_megatron.models.generation import ParallelGenerationMixin
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
 from hf_megatron.models.gpt2.modeling_gpt2 import MegatronGPT2Model, MegatronGPT2PreTrainedModel
 from hf_megatron.models.heads import LOSS_ARGUMENTS, VocabParallelHead, VocabParallelLossMixin, next_token_labels
-from hf_megatron.models.parallel_style import head_tp_plan_of
 from hf_megatron.tensor_parallel import ReplicatedLinear
 
 
@@ -38,7 +36,6 @@ class MegatronGPT2LMHeadModel(
 ):
     """GPT-2 with the language-modeling head; training computes the loss without materializing logits."""
 
-    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2LMHeadModel")
     accepts_loss_kwargs = True
 
     def __init__(self, config: MegatronGPT2Config) -> None:
@@ -113,8 +110,6 @@ class MegatronGPT2LMHeadModel(
 class MegatronGPT2ForSequenceClassification(MegatronGPT2PreTrainedModel, GPT2ForSequenceClassification):
     """GPT-2 for sequence classification from the last token; the head is replicated."""
 
-    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForSequenceClassification")
-
     def __init__(self, config: MegatronGPT2Config) -> None:
         self._init_pretrained(config)
         self.num_labels = config.num_labels
@@ -125,8 +120,6 @@ class MegatronGPT2ForSequenceClassification(MegatronGPT2PreTrainedModel, GPT2For
 
 class MegatronGPT2ForTokenClassification(MegatronGPT2PreTrainedModel, GPT2ForTokenClassification):
     """GPT-2 for token classification; the head is replicated."""
-
-    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForTokenClassification")
 
     def __init__(self, config: MegatronGPT2Config) -> None:
         self._init_pretrained(config)
@@ -141,8 +134,6 @@ class MegatronGPT2ForTokenClassification(MegatronGPT2PreTrainedModel, GPT2ForTok
 
 class MegatronGPT2ForQuestionAnswering(MegatronGPT2PreTrainedModel, GPT2ForQuestionAnswering):
     """GPT-2 for extractive question answering: predicts start and end; the head is replicated."""
-
-    _tp_plan = head_tp_plan_of(GPT2, "MegatronGPT2ForQuestionAnswering")
 
     def __init__(self, config: MegatronGPT2Config) -> None:
         self._init_pretrained(config)

@@ -35,12 +35,10 @@ class NgramMasking:
     """Whole-word n-gram masking.
 
     Args:
-        tokenizer: A fast tokenizer that marks the tokens that continue a word, as WordPiece does with ``##``.
+        tokenizer: A fast tokenizer that marks the tokens that continue a word, as WordPiece does with ``##``; DataError
+            for others, and for one without ``[MASK]``.
         mlm_probability: Largest share of a sequence's tokens to choose, special tokens not counted.
         max_ngram: Largest number of words in a row that are chosen together.
-
-    Raises:
-        DataError: The tokenizer does not mark continuations or has no ``[MASK]``, or a number is out of its range.
     """
 
     def __init__(
@@ -137,22 +135,14 @@ class DataCollatorForMegatronBertPretraining:
     ``distributed_config`` makes equal within a group, and which Trainer saves and restores. DataLoader workers are
     seeded by their number, so that this holds with workers too.
 
-    Args:
-        tokenizer: A fast BERT tokenizer, of any vocabulary.
-        mlm_probability: Largest share of each sequence's tokens to predict.
-        max_ngram: Largest number of words in a row that are masked together.
-        pad_to_multiple_of: Pad to a multiple of this length; to the longest example if None.
-        seed: Seed of the collator's own random stream; torch's default generator is used if None.
-
-    Raises:
-        DataError: The tokenizer lacks what masking needs, or a number is out of its range.
+    The first three arguments, and their errors, are those of :class:`NgramMasking`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     mlm_probability: float = 0.15
     max_ngram: int = 3
-    pad_to_multiple_of: int | None = None
-    seed: int | None = None
+    pad_to_multiple_of: int | None = None  # pad to the longest example if None
+    seed: int | None = None  # of the collator's own random stream; torch's default generator is used if None
     _masking: NgramMasking = field(init=False, repr=False)
     _generator: torch.Generator | None = field(init=False, repr=False, default=None)
 
@@ -161,18 +151,14 @@ class DataCollatorForMegatronBertPretraining:
         special_token_id(self.tokenizer, "pad")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Make a batch.
+        """Make a batch of B examples as :func:`sentence_order_pairs` or the tokenizer gives them.
 
-        Args:
-            examples: B mappings as :func:`sentence_order_pairs` or the tokenizer gives them: ``input_ids`` with special
-                tokens, ``token_type_ids`` (zeros if absent), and ``sentence_order_label`` in all or none of them.
+        They have ``input_ids`` with special tokens, ``token_type_ids`` (zeros if absent), and all or none of them
+        ``sentence_order_label``; DataError if only some do, or one has nothing but special tokens.
 
         Returns:
             On the CPU: ``input_ids``, ``attention_mask``, ``token_type_ids`` and ``labels``, [B, S], with labels of
             -100 where nothing is predicted; and ``sentence_order_label`` [B], if the examples have it.
-
-        Raises:
-            DataError: An example has nothing but special tokens, or only some have a ``sentence_order_label``.
         """
         generator = self._random_stream()
         sequences = [torch.as_tensor(example["input_ids"], dtype=torch.long) for example in examples]

@@ -22,11 +22,8 @@ class PackedDocuments(Dataset[dict[str, torch.Tensor]]):
 
     Args:
         documents: The token ids of each document, without special tokens; empty ones are skipped.
-        length: Tokens per sequence, usually the model's longest.
+        length: Tokens per sequence, usually the model's longest; DataError if there are too few for one.
         end_of_document: The id of the token after each document; GPT-2's ``<|endoftext|>``.
-
-    Raises:
-        DataError: There are too few tokens for one sequence, or the length is below 2.
     """
 
     def __init__(self, documents: Iterable[Sequence[int]], *, length: int, end_of_document: int) -> None:

@@ -62,8 +62,7 @@ class RaceQuestions(Dataset[dict[str, Any]]):
         max_length: Longest example, in tokens; the article is cut at its end to fit.
         max_option_length: Longest question with its option, in tokens.
 
-    Raises:
-        DataError: A length leaves no room, an answer or a level does not exist, or the tokenizer lacks a token.
+    DataError if a length leaves no room, an answer or a level does not exist, or the tokenizer lacks a token.
     """
 
     def __init__(

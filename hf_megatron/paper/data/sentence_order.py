@@ -46,8 +46,8 @@ def sentence_order_pairs(
 
     Args:
         documents: Lists of sentences, each a list of token ids, as :func:`tokenize_sentences` gives them.
-        tokenizer: A tokenizer with ``[CLS]`` and ``[SEP]``.
-        max_length: Longest sequence, in tokens, special ones included.
+        tokenizer: A tokenizer with ``[CLS]`` and ``[SEP]``; DataError if it lacks one.
+        max_length: Longest sequence, in tokens, special ones included; DataError if it holds only these.
         short_probability: Share of the sequences that aim at a random shorter length.
         generator: What to draw from; torch's default generator if None. Ranks of a tensor-parallel group must draw the
             same numbers.
@@ -55,9 +55,6 @@ def sentence_order_pairs(
     Yields:
         Lists ``input_ids`` and ``token_type_ids``, and ``sentence_order_label``: 0 if the segments stand in their
         order, 1 if swapped. :class:`DataCollatorForMegatronBertPretraining` takes these.
-
-    Raises:
-        DataError: ``max_length`` does not hold two tokens and the special ones, or the tokenizer lacks one of these.
     """
     pairs, room = SegmentPairs(tokenizer), max_length - SegmentPairs.num_special
     if room < 2:

@@ -101,8 +101,7 @@ class QuestionWindows(Dataset[dict[str, torch.Tensor]]):
         doc_stride: Tokens from the start of one window to the next; some tools call the overlap so.
         max_question_length: Longest question, in tokens; the rest is cut off.
 
-    Raises:
-        DataError: A length leaves no room, or the tokenizer lacks a token or does not give the places of its tokens.
+    DataError if a length leaves no room, or the tokenizer lacks a token or does not give the places of its tokens.
     """
 
     def __init__(
@@ -210,13 +209,8 @@ def find_answers(
     """The answer to each question, in the order of the questions.
 
     The score of a span is the sum of its start's and its end's logits, that of no answer the sum of those of ``[CLS]``.
-
-    Args:
-        windows: What the model was asked.
-        start_logits: [W, S], by window; what is beyond a window's length is ignored.
-        end_logits: [W, S].
-        num_candidates: Number of spans per window, and of candidates per question.
-        max_answer_length: Longest answer, in tokens.
+    Logits are [W, S], by window; what is beyond a window's length is ignored. ``num_candidates`` is the number of spans
+    per window, and of candidates per question; ``max_answer_length`` is in tokens.
     """
     spans: list[list[tuple[float, str]]] = [[] for _ in windows.questions]
     no_answer = [inf] * len(spans)  # the lowest over a question's windows: one of them may contain the answer

@@ -76,17 +76,11 @@ def read_passages(file: Path) -> list[str]:
 def evaluate_lambada(
     model: Any, tokenizer: Any, passages: Sequence[str], *, batch_size: int = 16, show_progress: bool = False
 ) -> LambadaResult:
-    """Accuracy of a model on the last words of passages.
+    """Accuracy of a causal language model, in evaluation mode, on the last words of passages, which these include.
 
-    Args:
-        model: A causal language model, in evaluation mode. If it is cut over ranks, every rank makes this call.
-        tokenizer: Its tokenizer.
-        passages: Whole texts, last word included.
-        batch_size: Passages at a time, of about the same length.
-        show_progress: Show progress on stderr.
-
-    Raises:
-        DataError: There are no passages, one has less than two words, or is longer than the model has positions.
+    If it is cut over ranks, every rank makes this call. ``batch_size`` is the number of passages at a time, of about
+    the same length. Progress is shown on stderr. DataError if there are no passages, or one has less than two words or
+    is longer than the model has positions.
     """
     started = time.monotonic()
     if not passages:

