@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def exchange_with_neighbours(
 
     # An all-to-all in which only neighbours have something for each other: one batch of sends and receives in NCCL.
     splits = {"output_split_sizes": by_rank(*sizes), "input_split_sizes": by_rank(*(t.numel() for t in tensors))}
-    _start(dist.all_to_all_single, received, sent, group=group, is_async=False, **splits)()
+    _start(partial(dist.all_to_all_single, **splits), received, sent, group=group, is_async=False)()
     before, after = received.split(sizes)
     return before.view(*shapes[0]), after.view(*shapes[1])
 
