@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from hf_megatron.models.forward_arguments import CACHE
 from tests.live import on_live_ranks
-from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, PRE, ModelCase, StockDir, positions, token_ids
+from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, POST, PRE, ModelCase, StockDir, positions, token_ids
 from tests.models.reference import (
     Pool,
     assert_agrees,

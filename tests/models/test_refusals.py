@@ -47,7 +47,7 @@ def _assert_refused(results: list[str], error: type[Exception], *phrases: str) -
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
 def test_more_ranks_than_heads(pool: Pool, tmp_path: Path, case: ModelCase) -> None:
-    """Catches a rank without a head, and a refusal that comes after gigabytes were read: the weights are no file at all."""
+    """Catches a rank without a head, and a refusal after gigabytes were read: the weights are no file at all."""
     sizes: dict[str, Any] = {"num_attention_heads": 1, "hidden_size": 60}
     case.save_stock(tmp_path, **sizes)
     (tmp_path / "model.safetensors").write_text("not a weight file")
