@@ -130,8 +130,9 @@ def test_checkpointing_changes_nothing(
     for reentrant, recompute in itertools.product((False, True), ("full", "selective")):
         options = {"use_reentrant": reentrant, "recompute": recompute}
         for steps in run_at(pool, tp_size, _train, *job, options):
-            assert torch.equal(steps.losses, expected.losses)
-            if splits and not case.is_causal:  # equal but for the rounding of what belongs to keys
+            assert_agrees("losses", steps.losses, expected.losses)
+            # Equal but for the rounding of what belongs to keys, or of products of unaligned columns.
+            if (splits and not case.is_causal) or variant == "shared_heads":
                 assert_all_agree("gradient", steps.gradients, expected.gradients)
             else:
                 assert_all_equal(steps.gradients, expected.gradients)
