@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=_HERE, help="directory to write to")
     output = parser.parse_args().output
-    for preset in PRESETS.values():
+    for preset in filter(lambda preset: preset.is_of_paper, PRESETS.values()):
         (output / f"{preset.name}.md").write_text(card(preset), encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
-"""Attention split by heads: each rank computes its own heads, without communication.
+"""Attention split by heads: each rank computes its own heads, without communication where the degree divides them.
 
-Shapes: B batch, S_q queries, S_k keys, N heads, N_p heads per partition, D head dim, H = N x D hidden.
+Shapes: B batch, S_q queries, S_k keys, N heads, N_p heads that a rank computes, D head dim, H = N x D hidden.
 
 Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3 and figure 3b.
 """
@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_megatron.errors import PartitionError
-from hf_megatron.tensor_parallel import ParallelModule, TensorParallelGroup, attention_dropout
+from hf_megatron.partition import HeadCut
+from hf_megatron.tensor_parallel import ParallelModule, TensorParallelGroup, attention_dropout, complete_heads
 from hf_megatron.tensor_parallel.random import private_cuda_stream
 
 
@@ -53,24 +54,26 @@ class ParallelAttention(ParallelModule):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.dropout_p = float(dropout)
         self.scaling, self.is_causal, self.upcast, self.layer_idx = scaling, is_causal, upcast, layer_idx
+        self.head_cut = HeadCut(num_heads, head_dim, 1, 0)
 
     @property
     def num_heads_per_partition(self) -> int:
-        """N_p, the heads of this rank."""
-        return self.num_heads // self.tp_group.size
+        """N_p, the heads that this rank computes, some of them together with a neighbour."""
+        return len(self.head_cut.heads)
 
     @property
     def first_head(self) -> int:
         """Global index of this rank's first head."""
-        return self.tp_group.rank * self.num_heads_per_partition
+        return self.head_cut.heads.start
 
     def set_tensor_parallel(self, group: TensorParallelGroup) -> None:
-        if self.num_heads % group.size:
-            raise PartitionError(f"{self.num_heads} heads cannot be cut over {group.size} ranks evenly.")
+        if group.size > self.num_heads:
+            raise PartitionError(f"{self.num_heads} heads are too few for {group.size} ranks.")
         super().set_tensor_parallel(group)
+        self.head_cut = HeadCut(self.num_heads, self.head_dim, group.size, group.rank)
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, S, H_p] to [B, N_p, S, D], split by heads before and after."""
+        """[B, S, N_p x D] to [B, N_p, S, D], split by heads before and after."""
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def attend(
@@ -84,16 +87,23 @@ class ParallelAttention(ParallelModule):
         recompute: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend with this rank's heads: queries [B, S_q, H_p], keys and values [B, S, H_p], split by heads.
+        """Attend with this rank's heads: queries [B, S_q, H_p], keys and values [B, S, H_p], split on the last dim.
 
         The mask is broadcastable to [B, N_p, S_q, S_k], boolean (True: attend) or additive, replicated. The cache holds
         and receives this rank's heads of this layer. ``recompute`` is a function like
         ``torch.utils.checkpoint.checkpoint`` with which to recompute the attention in the backward pass; None stores
         its intermediate results. Fused kernels store none anyway. ``kwargs`` are for the kernel.
 
-        Returns the context [B, S_q, H_p], split by heads, and the probabilities [B, N_p, S_q, S_k] where the kernel
-        keeps them.
+        Returns the context [B, S_q, H_p], split on the last dim, and where the kernel keeps them the probabilities
+        [B, heads, S_q, S_k], split by heads: over all ranks, each head is there once.
+
+        A head that lies on two ranks is computed on both. A fused kernel on a GPU draws its dropout for each rank.
+
+        Collective: those of :func:`complete_heads`, if some head lies on two ranks.
         """
+        cut = self.head_cut
+        if cut.is_shared:
+            query, key, value = complete_heads(self.tp_group, cut, query, key, value)
         query, key, value = (self.split_heads(x) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
@@ -111,7 +121,12 @@ class ParallelAttention(ParallelModule):
                 context, probabilities = kernel(
                     self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
                 )
-        return context.reshape(*context.shape[:-2], -1).contiguous(), probabilities
+        context = context.reshape(*context.shape[:-2], -1)
+        if cut.is_shared:
+            context = context[..., cut.columns]
+            if probabilities is not None:
+                probabilities = probabilities[:, cut.first_here.start - cut.heads.start :]
+        return context.contiguous(), probabilities
 
     def _explicit(
         self,

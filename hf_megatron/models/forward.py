@@ -8,9 +8,15 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hf_megatron.models.forward_arguments import check_arguments, rename_cache
-from hf_megatron.tensor_parallel import SequenceParallelRegion, gather_from_tensor_parallel_region
+from hf_megatron.partition import HeadCut
+from hf_megatron.tensor_parallel import (
+    SequenceParallelRegion,
+    gather_from_tensor_parallel_region,
+    reduce_from_tensor_parallel_region,
+)
 
 
 def region_of_call(
@@ -38,8 +44,9 @@ def base_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     A head that gathers the last hidden states itself passes the call's ``region``; they are then left split.
 
-    Collective: all-gather over tp, forward, per layer, if attentions are asked for; with sequence parallelism another
-    for the last hidden states, and per layer, if hidden states are asked for.
+    Collective: all-gather over tp, forward, per layer, if attentions are asked for (all-reduce, if the degree does not
+    divide the heads); with sequence parallelism another for the last hidden states, and per layer, if hidden states are
+    asked for.
     """
     signature = inspect.signature(forward)
     named = frozenset(signature.parameters) - {"kwargs"} | {"past_key_values"}
@@ -55,10 +62,7 @@ def base_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
             region = region_of_call(self, given.get("input_ids"), given.get("inputs_embeds"))
         outputs = forward(self, *args, return_dict=True, region=region, **kwargs)
         if self.tp_group.size > 1 and outputs.attentions is not None:
-            outputs.attentions = tuple(
-                gather_from_tensor_parallel_region(self.tp_group, part, dim=1, size=self.config.num_attention_heads)
-                for part in outputs.attentions
-            )
+            outputs.attentions = tuple(_of_all_heads(self, part) for part in outputs.attentions)
         if region is not None:
             if outputs.hidden_states is not None:
                 outputs.hidden_states = tuple(_whole(region, state) for state in outputs.hidden_states)
@@ -67,6 +71,15 @@ def base_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
         return outputs if return_dict else outputs.to_tuple()
 
     return forward_and_gather
+
+
+def _of_all_heads(model: Any, part: torch.Tensor) -> torch.Tensor:
+    """Probabilities [B, N, S_q, S_k], replicated, from those of the heads whose first column is here."""
+    group, num_heads = model.tp_group, model.config.num_attention_heads
+    if num_heads % group.size == 0:
+        return gather_from_tensor_parallel_region(group, part, dim=1, size=num_heads)
+    here = HeadCut(num_heads, model.config.hidden_size // num_heads, group.size, group.rank).first_here
+    return reduce_from_tensor_parallel_region(group, F.pad(part, (0, 0, 0, 0, here.start, num_heads - here.stop)))
 
 
 def _whole(region: SequenceParallelRegion, state: torch.Tensor | None) -> torch.Tensor | None:

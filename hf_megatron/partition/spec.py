@@ -161,7 +161,7 @@ class Split(Spec):
         if start == stop:
             raise PartitionError(
                 f"{name} has {size} entries along dim {self.dim}; cut over tp_size={tp_size} ranks the last rank would "
-                f"hold none. Choose fewer."
+                "hold none. Choose fewer."
             )
 
 

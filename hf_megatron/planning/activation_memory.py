@@ -127,7 +127,7 @@ def _dropout(name: str, p: float, shape: ModelShape, run: Run) -> Iterator[Kept]
 
 def _attention(shape: ModelShape, run: Run) -> Iterator[Kept]:
     """What the [S, S] part of attention keeps, split by heads."""
-    heads = run.micro_batch * shape.num_heads // run.tp_size
+    heads = run.micro_batch * run.heads(shape)
     if not run.keeps_probabilities(shape):
         yield Kept("log-sum-exp of the scores [B, heads/P, S]", heads * run.sequence_length * 4)
         return

@@ -41,10 +41,10 @@ class Operation:
 def layer_operations(shape: ModelShape, run: Run) -> Iterator[Operation]:
     """One transformer layer on one rank."""
     tokens, hidden, ranks, compute = run.tokens, shape.hidden_size, run.tp_size, run.precision.compute
-    inner = ceil(shape.intermediate_size / ranks)
-    yield _product("query, key, value", tokens, hidden, 3 * hidden // ranks, compute)
+    columns, inner = ceil(hidden / ranks), ceil(shape.intermediate_size / ranks)
+    yield _product("query, key, value", tokens, hidden, 3 * columns, compute)
     yield from _attention(shape, run)
-    yield _product("attention output", tokens, hidden // ranks, hidden, compute)
+    yield _product("attention output", tokens, columns, hidden, compute)
     yield _product("into the MLP", tokens, hidden, inner, compute)
     yield _elementwise("activation", tokens * inner, compute, 2, 3)
     yield _product("out of the MLP", tokens, inner, hidden, compute)
@@ -85,7 +85,7 @@ def optimizer_bytes(shape: ModelShape, run: Run) -> int:
 
 def _attention(shape: ModelShape, run: Run) -> Iterator[Operation]:
     """The scores and what is done with them, by this rank's heads."""
-    heads = run.micro_batch * shape.num_heads // run.tp_size
+    heads = run.micro_batch * run.heads(shape)
     head_dim, length, compute = shape.hidden_size // shape.num_heads, run.sequence_length, run.precision.compute
     flops = 4 * heads * length**2 * head_dim
     operands = 4 * heads * length * head_dim * compute  # Q, K, V and the context

@@ -76,6 +76,10 @@ class Run:
         ranks = self.tp_size if self.sequence_parallel else 1
         return self.micro_batch * ceil(self.sequence_length / ranks)
 
+    def heads(self, shape: ModelShape) -> int:
+        """Heads of the rank that computes most of them."""
+        return max(len(shape.head_cut(self.tp_size, rank).heads) for rank in range(self.tp_size))
+
     def keeps_probabilities(self, shape: ModelShape) -> bool:
         """Whether attention is written out, with its [S, S] probabilities in memory."""
         has_dropout = self.dropout and shape.attention_dropout > 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_megatron.architectures import Architecture, ModelClass, Tensor, table_for
 from hf_megatron.errors import UnsupportedError
+from hf_megatron.partition import HeadCut
 
 # Activation functions that are one kernel in these models, and whether their backward pass needs the input. If it needs
 # the output instead, that is the next product's input, and kept in any case.
@@ -48,6 +49,10 @@ class ModelShape:
     def layer_matrices(self, tp_size: int) -> int:
         """Elements of one layer's matrices on one rank."""
         return sum(prod(t.spec.shard_shape(t.shape, tp_size, 0)) for t in self.layer if len(t.shape) == 2)
+
+    def head_cut(self, tp_size: int, tp_rank: int) -> HeadCut:
+        """How the attention heads are cut, as one rank sees it."""
+        return HeadCut(self.num_heads, self.hidden_size // self.num_heads, tp_size, tp_rank)
 
     def head_has(self, *sizes: str) -> bool:
         """Whether the class's head has a parameter of these sizes."""

@@ -17,7 +17,7 @@ from hf_megatron.planning.memory import gathered_parts
 from hf_megatron.planning.run import Run
 from hf_megatron.planning.shape import ModelShape
 
-Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
+Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "exchange"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class Collective:
     operation: Operation
     group: Literal["tp", "dp"]
     count: int  # in a training step
-    bytes: int  # of the whole tensor that each of them sums, gathers or scatters
+    bytes: int  # of the whole tensor that each of them sums, gathers or scatters; what a rank sends in an exchange
     is_overlapped: bool = False  # whether a product is computed meanwhile
 
     def bytes_sent(self, num_ranks: int) -> float:
-        """Bytes that each rank sends for one of them, in a ring."""
+        """Bytes that each rank sends for one of them, in a ring; in an exchange, to its neighbours."""
+        if self.operation == "exchange":
+            return self.bytes
         passes = 2 if self.operation == "all-reduce" else 1
         return passes * (num_ranks - 1) / num_ranks * self.bytes
 
@@ -49,7 +51,7 @@ def _tensor_parallel(shape: ModelShape, run: Run) -> Iterator[Collective]:
     """Of all micro-batches of a step."""
     passes = 2 if run.recompute == "full" else 1
     of_layers = _sequence_parallel_layers if run.sequence_parallel else _replicated_layers
-    for collective in (*of_layers(shape, run, passes), *_ends(shape, run)):
+    for collective in (*of_layers(shape, run, passes), *_shared_heads(shape, run, passes), *_ends(shape, run)):
         yield replace(collective, count=collective.count * run.accumulation)
 
 
@@ -75,6 +77,17 @@ def _sequence_parallel_layers(shape: ModelShape, run: Run, passes: int) -> Itera
     yield Collective(gradients, "reduce-scatter", "tp", 2 * layers, size, is_overlapped=run.overlap)
     held_whole = sum(prod(tensor.shape) for tensor in shape.layer if isinstance(tensor.spec, Replicated))
     yield Collective("norms and biases, backward", "all-reduce", "tp", layers, held_whole * run.precision.gradient)
+
+
+def _shared_heads(shape: ModelShape, run: Run, passes: int) -> Iterator[Collective]:
+    """Columns of queries, keys and values of heads that lie on two ranks."""
+    cuts = [shape.head_cut(run.tp_size, rank) for rank in range(run.tp_size)]
+    if not cuts[0].is_shared:
+        return
+    column = 3 * run.tokens * run.precision.compute
+    lent, lacking = max(sum(cut.lent) for cut in cuts), max(sum(cut.lacking) for cut in cuts)
+    yield Collective("shared heads, forward", "exchange", "tp", shape.num_layers * passes, column * lent)
+    yield Collective("shared heads, backward", "exchange", "tp", shape.num_layers, column * lacking)
 
 
 def _ends(shape: ModelShape, run: Run) -> Iterator[Collective]:
@@ -125,7 +138,7 @@ def seconds(collective: Collective, run: Run, machine: Machine) -> float:
     """
     num_ranks = run.tp_size if collective.group == "tp" else run.dp_size
     sent = collective.bytes_sent(num_ranks)
-    steps = (2 if collective.operation == "all-reduce" else 1) * (num_ranks - 1)
+    steps = {"all-reduce": 2 * (num_ranks - 1), "exchange": 1}.get(collective.operation, num_ranks - 1)
     transfer = sent / machine.link_bandwidth
     spans_nodes = (run.tp_size if collective.group == "tp" else run.num_ranks) > machine.gpus_per_node
     if spans_nodes:

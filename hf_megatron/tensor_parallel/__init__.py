@@ -23,6 +23,7 @@ from hf_megatron.tensor_parallel.replicated import (
     ReplicatedLinear,
 )
 from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion
+from hf_megatron.tensor_parallel.shared_heads import complete_heads
 
 __all__ = [
     "SINGLE",
@@ -39,6 +40,7 @@ __all__ = [
     "attention_dropout",
     "broadcast_from_first_rank",
     "column_parallel_linear",
+    "complete_heads",
     "copy_to_tensor_parallel_region",
     "gather_from_sequence_parallel_region",
     "gather_from_tensor_parallel_region",

@@ -6,7 +6,9 @@ work handles: under ``torch.compile``, the collective is complete when the first
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +75,37 @@ def start_reduce_scatter(
         return total.narrow(dim, 0, stop - start).contiguous()
 
     return finish
+
+
+def exchange_with_neighbours(
+    group: TensorParallelGroup, tensors: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Send to the ranks before and after this one, and receive from them.
+
+    Args:
+        group: The tensor-parallel group.
+        tensors: What goes to the rank before and to the rank after; empty where there is none.
+        shapes: Shape of what comes from the rank before, and of what comes from the rank after.
+
+    Returns:
+        What came from the rank before, and what came from the rank after.
+    """
+    sent = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    sizes = [math.prod(shape) for shape in shapes]
+    received = sent.new_empty(sum(sizes))
+
+    def by_rank(before: int, after: int) -> list[int]:
+        return [{group.rank - 1: before, group.rank + 1: after}.get(rank, 0) for rank in range(group.size)]
+
+    # An all-to-all in which only neighbours have something for each other: one batch of sends and receives in NCCL.
+    exchange = partial(
+        dist.all_to_all_single,
+        output_split_sizes=by_rank(*sizes),
+        input_split_sizes=by_rank(*(tensor.numel() for tensor in tensors)),
+    )
+    _start(exchange, received, sent, group=group, is_async=False)()
+    before, after = received.split(sizes)
+    return before.view(*shapes[0]), after.view(*shapes[1])
 
 
 def all_gather_stacked(group: TensorParallelGroup, tensor: torch.Tensor) -> torch.Tensor:

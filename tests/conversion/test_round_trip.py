@@ -296,14 +296,14 @@ def test_stock_transformers_loads_hub_directories(tied: Path, untied: Path, tmp_
     sizes=st.fixed_dictionaries(
         {
             "vocab_size": st.integers(26, 45),
-            "n_head": st.sampled_from([6, 12]),
+            "n_head": st.sampled_from([6, 7, 12]),
             "n_inner": st.none() | st.integers(26, 40),
             "n_layer": st.integers(1, 2),
             "tie_word_embeddings": st.booleans(),
         }
     ),
     head_dim=st.integers(1, 3),
-    degrees=st.lists(st.sampled_from([1, 2, 3, 6]), min_size=1, max_size=4),
+    degrees=st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4),
 )
 def test_any_shape_any_degrees(
     tmp_path_factory: pytest.TempPathFactory, sizes: dict[str, Any], head_dim: int, degrees: list[int]

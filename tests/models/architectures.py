@@ -27,7 +27,11 @@ SIZES = {
     "num_attention_heads": 12,
     "max_position_embeddings": 32,
 }
-_SHARED_VARIANTS: dict[str, dict[str, Any]] = {"base": {}, "untied": {"tie_word_embeddings": False}}
+_SHARED_VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "untied": {"tie_word_embeddings": False},
+    "shared_heads": {"num_attention_heads": 5, "hidden_size": 40},  # over 2, 3 and 4 ranks a cut runs through a head
+}
 
 
 @dataclass(frozen=True, eq=False)

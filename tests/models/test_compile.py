@@ -15,27 +15,29 @@ BERT = ARCHITECTURES[1]
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler uses parts of torch that torch deprecates
 @cases(
-    "case, tp_size, backend, recompute, splits",
+    "case, tp_size, backend, recompute, splits, heads",
     [
-        *((case, tp_size, "aot_eager", None, False) for case in (GPT2, BERT) for tp_size in (1, 2)),
-        *((GPT2, tp_size, "aot_eager", "selective", False) for tp_size in (1, 2)),
-        *((BERT, tp_size, "inductor", "selective", False) for tp_size in (1, 2)),
-        (GPT2, 2, "inductor", None, False),
-        (BERT, 1, "inductor", None, False),
-        (GPT2, 2, "aot_eager", None, True),
+        *((case, tp_size, "aot_eager", None, False, 12) for case in (GPT2, BERT) for tp_size in (1, 2)),
+        *((GPT2, tp_size, "aot_eager", "selective", False, 12) for tp_size in (1, 2)),
+        *((BERT, tp_size, "inductor", "selective", False, 12) for tp_size in (1, 2)),
+        (GPT2, 2, "inductor", None, False, 12),
+        (BERT, 1, "inductor", None, False, 12),
+        (GPT2, 2, "aot_eager", None, True, 12),
+        *((case, 2, "aot_eager", None, False, 3) for case in (GPT2, BERT)),  # a head on two ranks
+        (GPT2, 2, "inductor", None, False, 3),
     ],
-    [(GPT2, 2, "aot_eager", None, False)],
+    [(GPT2, 2, "aot_eager", None, False, 12)],
 )
 @on_live_ranks(timeout=280)
 def test_a_model_is_one_graph_that_equals_eager(
-    case: ModelCase, tp_size: int, backend: str, recompute: str | None, splits: bool
+    case: ModelCase, tp_size: int, backend: str, recompute: str | None, splits: bool, heads: int
 ) -> None:
     """Catches a graph break anywhere in a model, and a compiled step with other masks, loss, gradients or logits.
 
     aot_eager finds everything that does not trace, forward and backward; inductor also generates code.
     """
     torch.compiler.reset()
-    config = case.config(hidden_size=24, **case.dropout(0.1, 0.1))
+    config = case.config(hidden_size=24, num_attention_heads=heads, **case.dropout(0.1, 0.1))
     split = {"tp_size": tp_size, "enable_sequence_parallel": splits} if tp_size > 1 else None
     model = case.ours(case.language_model).from_config(config, distributed_config=split, seed=0).double()
     if recompute is not None:

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from hf_megatron.models.forward_arguments import CACHE
 from tests.live import on_live_ranks
-from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, PRE, ModelCase, StockDir, positions, token_ids
+from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, POST, PRE, ModelCase, StockDir, positions, token_ids
 from tests.models.reference import (
     Pool,
     assert_agrees,
@@ -148,6 +148,24 @@ def test_variants_equal_stock(pool: Pool, stock_dir: StockDir, case: ModelCase, 
         kernels = [(torch.float32, "eager"), (torch.float64, "sdpa")]
     directory = stock_dir(case, None, variant)
     run_at(pool, at.tp_size, _compare, case, case.heads[0], directory, at, kernels)
+
+
+_DEGREES = [(25, 100, tp_size) for tp_size in (2, 3, 4, 8)] + [(12, 48, tp_size) for tp_size in (5, 7, 8)]
+
+
+@cases(
+    "case, heads, hidden, tp_size",
+    ((case, *degree) for case in ARCHITECTURES for degree in (*_DEGREES, (3, 48, 2))),
+    [(GPT2, 25, 100, 3), (PRE, 12, 48, 5), (POST, 3, 48, 2)],
+)
+def test_any_number_of_heads(
+    pool: Pool, tmp_path: Path, case: ModelCase, heads: int, hidden: int, tp_size: int
+) -> None:
+    """Catches a head on two ranks of which columns are missing, in the wrong place or counted twice in a gradient."""
+    case.save_stock(tmp_path, num_attention_heads=heads, hidden_size=hidden)
+    for splits in (False, True):
+        job = (_compare, case, case.heads[0], tmp_path, Layout(tp_size, splits), [KERNELS[splits], KERNELS[2]])
+        run_at(pool, tp_size, *job, timeout=250)
 
 
 @pytest.mark.slow

@@ -81,9 +81,9 @@ def _train_and_save(case: ModelCase, stock_directory: Path, directory: Path, siz
     "case, variant, layout",
     [
         *itertools.product(ARCHITECTURES, ("base",), LAYOUTS),
-        *((case, "untied", "tp2 x fsdp2") for case in ARCHITECTURES),
+        *itertools.product(ARCHITECTURES, ("untied", "shared_heads"), ("tp2 x fsdp2",)),
     ],
-    [(GPT2, "untied", "tp2 x fsdp2"), (ARCHITECTURES[1], "base", "tp2 x fsdp2")],
+    [(GPT2, "untied", "tp2 x fsdp2"), (GPT2, "shared_heads", "tp2 x fsdp2"), (ARCHITECTURES[1], "base", "tp2 x fsdp2")],
 )
 def test_training_equals_one_process(
     pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, layout: str

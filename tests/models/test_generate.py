@@ -28,8 +28,16 @@ def _prompts(padding: str) -> dict[str, torch.Tensor]:
 
 @cases(
     "variant, attention, tp_size, splits",
-    [*itertools.product(("base", "untied"), ("sdpa", "eager"), (2, 4), (False, True)), ("base", "sdpa", 1, False)],
-    [("base", "sdpa", 1, False), ("untied", "eager", 2, False), ("base", "sdpa", 2, True)],
+    [
+        *itertools.product(("base", "untied", "shared_heads"), ("sdpa", "eager"), (2, 4), (False, True)),
+        ("base", "sdpa", 1, False),
+    ],
+    [
+        ("base", "sdpa", 1, False),
+        ("untied", "eager", 2, False),
+        ("base", "sdpa", 2, True),
+        ("shared_heads", "sdpa", 2, False),
+    ],
 )
 @on_live_ranks()
 def test_tokens_equal_stock(stock_dir: StockDir, variant: str, attention: str, tp_size: int, splits: bool) -> None:

@@ -46,12 +46,12 @@ def _assert_refused(results: list[str], error: type[Exception], *phrases: str) -
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_heads_that_do_not_divide(pool: Pool, tmp_path: Path, case: ModelCase) -> None:
-    """Catches heads cut in two, and a refusal that comes after gigabytes were read: the weights are no file at all."""
-    sizes: dict[str, Any] = {"num_attention_heads": 15, "hidden_size": 60}
+def test_more_ranks_than_heads(pool: Pool, tmp_path: Path, case: ModelCase) -> None:
+    """Catches a rank without a head, and a refusal after gigabytes were read: the weights are no file at all."""
+    sizes: dict[str, Any] = {"num_attention_heads": 1, "hidden_size": 60}
     case.save_stock(tmp_path, **sizes)
     (tmp_path / "model.safetensors").write_text("not a weight file")
-    phrases = ("num_attention_heads=15 is not divisible by tp_size=2; choose 1, 3",)
+    phrases = ("num_attention_heads=1 is less than tp_size=2", "choose 1 or less")
     _assert_refused(run_at(pool, 2, _load, tmp_path, layout(2), case), PartitionError, *phrases)
     _assert_refused(run_at(pool, 2, _build, case.config(**sizes), layout(2), case), PartitionError, *phrases)
 

@@ -92,8 +92,8 @@ def _load_weights(case: ModelCase, directory: Path, tp_size: int, fsdp_size: int
 
 @cases(
     "case, variant, saved_at",
-    itertools.product(ARCHITECTURES, ("base", "untied"), ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2))),
-    [(GPT2, "base", (3, 1)), (GPT2, "untied", (2, 2)), (POST, "untied", (2, 2))],
+    itertools.product(ARCHITECTURES, ("base", "untied", "shared_heads"), ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2))),
+    [(GPT2, "shared_heads", (3, 1)), (GPT2, "untied", (2, 2)), (POST, "untied", (2, 2))],
 )
 def test_a_tp_directory_loads_at_any_layout(
     pool: Pool, stock_dir: StockDir, tmp_path: Path, case: ModelCase, variant: str, saved_at: tuple[int, int]

@@ -107,8 +107,8 @@ _NARROW = {"n_embd": 8, "n_head": 4, "n_layer": 1}
 @pytest.mark.parametrize(
     ("table", "config", "tp_size", "message"),
     [
-        (GPT2, _GPT2_XL, 2, "num_attention_heads=25 is not divisible by tp_size=2; choose 1, 5 or 25."),
-        (BERT_POST, {}, 5, "num_attention_heads=12 is not divisible by tp_size=5; choose 1, 2, 3, 4"),
+        (GPT2, _GPT2_XL, 26, "num_attention_heads=25 is less than tp_size=26"),
+        (BERT_POST, {}, 16, "num_attention_heads=12 is less than tp_size=16: some ranks would have no head; choose 12"),
         # A rank without tokens has no maximum of its logits.
         (GPT2, {**_NARROW, "vocab_size": 5}, 4, "transformer.wte.weight has 5 entries along dim 0; "),
         (GPT2, {**_NARROW, "n_inner": 5}, 4, "h.0.mlp.c_fc.weight has 5 entries along dim 1"),
@@ -123,7 +123,7 @@ def test_degrees_that_do_not_fit(table: Architecture, config: dict[str, Any], tp
 
 def test_degrees_that_fit_are_not() -> None:
     """Catches a refusal of what the message of another refusal advises."""
-    for tp_size in (1, 5, 25):
+    for tp_size in (1, 2, 5, 8, 25):
         GPT2.check_degree(_GPT2_XL, tp_size)
     GPT2.check_degree({**_NARROW, "vocab_size": 7}, 4)
 

@@ -26,12 +26,24 @@ _PAPER = {
 
 def test_sizes_are_the_paper_s() -> None:
     """Catches another size, or the heads of the other table: the evaluated 8.3B has 24, the scaling study's 32."""
-    shapes = {name: ModelShape.from_config(preset.config) for name, preset in PRESETS.items()}
+    shapes = {name: ModelShape.from_config(p.config) for name, p in PRESETS.items() if p.is_of_paper}
     assert {
         name: (s.num_layers, s.hidden_size, s.num_heads, round(local_numel(s, 1)[0] / 1e6, 1))
         for name, s in shapes.items()
     } == _PAPER
     assert {s.hidden_size // s.num_heads for name, s in shapes.items() if name.startswith("bert")} == {64}
+
+
+def test_published_sizes() -> None:
+    """Catches a preset that is not the published model: parameters without the head, in millions."""
+    published = {"gpt2": 124.4, "gpt2-medium": 354.8, "gpt2-large": 774.0, "gpt2-xl": 1557.6}
+    published |= {"bert-base-uncased": 110.1, "bert-large-uncased": 336.2, "bert-base-cased": 108.9}
+    published |= {"bert-large-cased": 334.7}
+    assert published == {
+        name: round(local_numel(ModelShape.from_config(p.config), 1)[0] / 1e6, 1)
+        for name, p in PRESETS.items()
+        if not p.is_of_paper
+    }
 
 
 @pytest.mark.parametrize("name", PRESETS)

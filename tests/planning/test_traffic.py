@@ -1,12 +1,14 @@
 """Planned collectives are the ones that ranks really issue."""
 
+import dataclasses
 import itertools
 from collections import Counter
 from typing import Any
 
 import pytest
 
-from hf_megatron.planning import MACHINES, PRECISIONS, collectives, plan_memory
+from hf_megatron.architectures.presets import PRESETS
+from hf_megatron.planning import MACHINES, PRECISIONS, ModelShape, Run, collectives, plan_memory
 from hf_megatron.planning.traffic import Collective, seconds
 from tests.live import on_live_ranks
 from tests.models.collectives import Recorder
@@ -70,3 +72,14 @@ def test_rings_that_leave_a_node_share_its_network() -> None:
     across = seconds(gradients, make_run(tp_size=8, dp_size=4), machine)
     assert inside == pytest.approx(1e9 / machine.link_bandwidth, rel=0.01)
     assert across == pytest.approx(8 * 1.5e9 / machine.node_bandwidth, rel=0.01)
+
+
+def test_heads_that_lie_on_two_ranks() -> None:
+    """Catches traffic or work that a plan forgets: 25 heads over 2 ranks are 13 each, and 32 columns travel."""
+    shape = ModelShape.from_config(PRESETS["gpt2-xl"].config)
+    run = Run(tp_size=2, precision=PRECISIONS["fp32"])
+    assert run.heads(shape) == 13
+    exchanges = [c for c in collectives(shape, run) if c.operation == "exchange"]
+    assert [(c.count, c.bytes, c.bytes_sent(2)) for c in exchanges] == [(48, size := 3 * 32 * 1024 * 4, size)] * 2
+    assert not [c for c in collectives(shape, dataclasses.replace(run, tp_size=5)) if c.operation == "exchange"]
+    assert dataclasses.replace(run, tp_size=5).heads(shape) == 5

@@ -67,11 +67,12 @@ class ParallelBertConfig(BertConfig):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> Self:
-        """One of the paper's models, such as ``bert-3.9b``, with changes, such as ``layernorm_placement="post"``.
+        """A model of the paper (``bert-3.9b``) or a published one (``bert-base-uncased``), with changes.
 
         UnsupportedError if there is no BERT of this name; the message lists those there are.
         """
-        return cls(**{**preset_named(name, architecture=BERT_PRE.name).sizes, **changes})
+        preset = preset_named(name, architecture=BERT_PRE.name)
+        return cls(**{**preset.table.own_config, **preset.sizes, **changes})
 
     @classmethod
     def get_config_dict(

@@ -33,7 +33,7 @@ class MegatronGPT2Config(GPT2Config):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> Self:
-        """One of the paper's models, such as ``gpt2-8.3b``, with changes, such as ``vocab_size=51200``.
+        """A model of the paper (``gpt2-8.3b``) or a published one (``gpt2-xl``), with changes (``vocab_size=51200``).
 
         UnsupportedError if there is no GPT-2 of this name; the message lists those there are.
         """

@@ -155,7 +155,9 @@ def test_files_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_lar
         ("gpt2", {"scale_attn_weights": False}, {}, "scale_attn_weights"),
         ("bert", {"type_vocab_size": 3}, {}, "type_vocab_size=3"),
         ("bert", {"hidden_act": "silu"}, {}, "silu"),
-        ("gpt2", {"n_inner": 44}, {"tp_size": 8}, "intermediate_size=44 is not divisible by tp_size=8"),
+        ("gpt2", {"n_inner": 44}, {"tp_size": 8}, "intermediate_size=44 .* tp_size=8, .* choose one of 1, 2, 4\\."),
+        ("gpt2", {"n_head": 2, "n_inner": 48}, {"tp_size": 4}, "num_attention_heads=2 is less than tp_size=4"),
+        ("gpt2", {"n_head": 16}, {"tp_size": 3}, "num_attention_heads=16 .* choose one of 1, 2, 4, 8, 16\\."),
         ("gpt2", {}, {"vocab_size": 90}, "vocab_size=90 was given"),
     ],
 )

@@ -48,7 +48,7 @@ class _Layout:
 
     Raises:
         UnsupportedError: The model has something that Megatron-LM has not; everything is listed.
-        PartitionError: The MLP's size does not divide.
+        PartitionError: The degree does not divide the heads, or the MLP's size.
     """
 
     def __init__(self, target: Target) -> None:
@@ -57,11 +57,13 @@ class _Layout:
         self._table, self._tensors, self._tp_size = model.table, target.tensors, target.tp_size
         self._sizes = model.table.sizes(model.config)
         self._memo = Memo()
-        intermediate = self._sizes["intermediate_size"]
-        if intermediate % target.tp_size:
+        heads, intermediate = self._sizes["num_attention_heads"], self._sizes["intermediate_size"]
+        if heads % target.tp_size or intermediate % target.tp_size:
+            degrees = [n for n in range(1, heads + 1) if heads % n == 0 and intermediate % n == 0]
             raise PartitionError(
-                f"intermediate_size={intermediate} is not divisible by tp_size={target.tp_size}, and Megatron-LM has "
-                "no uneven shards; choose a degree that divides it."
+                f"num_attention_heads={heads} and intermediate_size={intermediate} are not both divisible by "
+                f"tp_size={target.tp_size}, and Megatron-LM has no uneven shards; choose one of "
+                f"{', '.join(map(str, degrees[:20]))}."
             )
         self._padded = padded_vocab_size(self._sizes["vocab_size"], _DIVISOR, target.tp_size)
         self._stock: dict[str, list[str]] = {}
