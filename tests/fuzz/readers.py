@@ -1,0 +1,472 @@
+"""What is fuzzed: a strategy for the input of each reader, and what must hold whatever the input is.
+
+Whatever it reads, a reader returns or raises one of ``hf_megatron.errors``, and does nothing that ``guard`` forbids.
+Where another implementation reads the same files, the two must agree: torch and ``pickle`` may look up nothing in a
+file that was called harmless, and see the same tensors; ``safetensors`` accepts the same files.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+import re
+import shutil
+import traceback
+import warnings
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import patch
+
+import safetensors
+import torch
+from hypothesis import strategies as st
+
+from hf_megatron.checkpoint.safetensors_header import DTYPES, read_header
+from hf_megatron.checkpoint.torch_file import TENSOR_NAMES, open_state_dict, open_torch_file
+from hf_megatron.checkpoint.unpickle import UnpickleError, read_pickle
+from hf_megatron.errors import HfMegatronError
+from hf_megatron_conversion import convert, inspect, verify
+from hf_megatron_conversion.formats import read_model
+from hf_megatron_conversion.formats.megatron_lm.ranks import _is_allowed
+from hf_megatron_conversion.tensors import raw_bytes
+from tests.conversion.megatron_lm.generator import VOCAB
+from tests.fuzz import directories
+from tests.fuzz.archives import split_legacy, torch_files
+from tests.fuzz.documents import safetensors_files
+from tests.fuzz.guard import Violation, watched
+from tests.fuzz.pickles import Draw, pick, pickles
+
+Check = Callable[[Any, Path], None]
+
+
+class FindError(AssertionError):
+    """A case that shows a bug; ``kind`` is the same for cases that show the same one."""
+
+    def __init__(self, kind: str, details: str) -> None:
+        super().__init__(f"{kind}\n{details}")
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A reader: the strategy for its cases, and the check of one, which is given an empty directory to work in."""
+
+    name: str
+    cases: Callable[[], st.SearchStrategy[Any]]
+    check: Check
+
+
+def run(reader: Reader, case: Any, directory: Path) -> None:
+    """Check one case; FindError if something does not hold."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            reader.check(case, directory)
+    except FindError:
+        raise
+    except Violation as violation:
+        raise FindError(_place(violation, "Violation", str(violation)[:60]), traceback.format_exc()[-4000:]) from None
+    except AssertionError as error:
+        raise FindError(_place(error, "AssertionError", str(error)[:60]), traceback.format_exc()[-4000:]) from None
+    except Exception as error:
+        raise FindError(_place(error, type(error).__name__), traceback.format_exc()[-4000:]) from None
+
+
+def _place(error: BaseException, *words: str) -> str:
+    """The kind of a find: words, and the last line of this package that it came from."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "hf_megatron" in frame.filename]
+    last = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}" if frames else "no frame"
+    return " | ".join([*words, last])
+
+
+# --- What the standard unpickler would look up.
+
+
+class _Inert:
+    """Stands for everything that a pickle asks for."""
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+    add = append
+
+
+class _Lookups(pickle._Unpickler):  # type: ignore[name-defined]
+    """Python's unpickler, which notes what it is asked to look up, imports nothing, and hashes no tuples."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined] # noqa: RUF012
+    found: set[tuple[str, str]] = set()  # noqa: RUF012 (torch makes the instances, so the class collects)
+
+    def find_class(self, module: str, name: str) -> Any:
+        names = (module, name)
+        if self.proto < 3:
+            names = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        self.found.add(names)
+        kept = {("torch.storage", "UntypedStorage"): torch.UntypedStorage, ("collections", "OrderedDict"): OrderedDict}
+        return kept.get(names, _Inert)
+
+    def persistent_load(self, persistent_id: Any) -> Any:
+        return persistent_id
+
+    def _store(self, items: list[Any]) -> None:
+        for key, value in zip(items[::2], items[1::2], strict=False):
+            # Nested tuples that share their halves would never be hashed.
+            self.stack[-1][key if isinstance(key, (str, int)) else id(key)] = value
+
+    def _store_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._store([key, value])
+
+    def _store_items(self) -> None:
+        self._store(self.pop_mark())
+
+    def _make_dictionary(self) -> None:
+        items = self.pop_mark()
+        self.stack.append({})
+        self._store(items)
+
+    def _make_set(self) -> None:
+        self.stack.append(self.pop_mark())
+
+    def _add_items(self) -> None:
+        self.pop_mark()
+
+    dispatch |= {
+        ord("s"): _store_item,
+        ord("u"): _store_items,
+        ord("d"): _make_dictionary,
+        0x90: _add_items,
+        0x91: _make_set,
+    }
+
+
+def _lookups_of(read: Callable[[], object]) -> set[tuple[str, str]]:
+    _Lookups.found = set()
+    try:
+        read()
+    except Exception:  # what it has looked up until then is what counts
+        pass
+    return _Lookups.found
+
+
+def _torch_lookups(path: Path) -> set[tuple[str, str]]:
+    """What ``torch.load(weights_only=False)`` would look up, in any of a file's pickles."""
+    module = SimpleNamespace(Unpickler=_Lookups, load=lambda file, **keywords: _Lookups(file, **keywords).load())
+
+    def as_program(*arguments: Any, **keywords: Any) -> None:
+        _Lookups.found.add(("torch.jit", "load"))
+
+    with patch("torch.jit.load", as_program):
+        return _lookups_of(lambda: torch.load(path, "cpu", cast(Any, module), weights_only=False))
+
+
+def _require_harmless(lookups: set[tuple[str, str]], is_allowed: Callable[[str], bool]) -> None:
+    names = sorted(f"{module}:{name}" for module, name in lookups if "." in name or not is_allowed(f"{module}.{name}"))
+    if names:
+        raise FindError("harmless for us, not for pickle", f"It would look up {names}.")
+
+
+# --- Readers of one file.
+
+
+def _check_pickle(content: bytes, directory: Path) -> None:
+    (directory / "case.pkl").write_bytes(content)
+    with watched(directory):
+        try:
+            read = read_pickle(io.BytesIO(content), lambda persistent_id: persistent_id)
+        except UnpickleError:
+            return
+    names = set(map(str, read.names))
+    lookups = _lookups_of(lambda: _Lookups(io.BytesIO(content)).load())
+    missing = [f"{module}:{name}" for module, name in lookups if not _is_named(f"{module}.{name}", names)]
+    if missing:
+        raise FindError("a name that pickle looks up was not listed", f"{missing} is not in {sorted(names)}.")
+
+
+def _is_named(name: str, names: set[str]) -> bool:
+    """Whether a name was listed; long ones are cut."""
+    aliased = name.replace("posix.", "os.", 1) if name.startswith("posix.") else name
+    return bool({name, aliased} & names) or (len(name) > 1000 and any(name.startswith(part[:500]) for part in names))
+
+
+def _check_torch_file(content: bytes, directory: Path) -> None:
+    path = directory / "pytorch_model.bin"
+    path.write_bytes(content)
+    with watched(directory):
+        try:
+            open_torch_file(path, _is_allowed)
+        except HfMegatronError:
+            return
+    _require_harmless(_torch_lookups(path), _is_allowed)
+    with watched(directory):
+        try:
+            tensors = open_state_dict(path)
+            read = {name: tensor.read() for name, tensor in tensors.items() if tensor.nbytes < 10**6}
+        except HfMegatronError:
+            return
+    _require_harmless(_torch_lookups(path), TENSOR_NAMES.__contains__)
+    try:
+        expected = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch checks more
+        return
+    if isinstance(expected, dict) and all(isinstance(value, torch.Tensor) for value in expected.values()):
+        _require_equal(read, expected, set(tensors))
+
+
+def _require_equal(read: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], names: set[str]) -> None:
+    if names != set(expected):
+        raise FindError("other names than torch reads", f"{sorted(names)} are not {sorted(map(repr, expected))}.")
+    for name, tensor in read.items():
+        other = expected[name].detach()
+        is_same = tensor.dtype == other.dtype and tensor.shape == other.shape
+        if not is_same or not torch.equal(raw_bytes(tensor), raw_bytes(other.contiguous())):
+            raise FindError("another tensor than torch reads", f"{name} is {tensor!r}, torch has {other!r}")
+
+
+def _check_safetensors(content: bytes, directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(content)
+    with watched(directory):
+        try:
+            header = read_header(path)
+        except HfMegatronError as error:
+            header, reason = None, str(error)
+    if len(content) > 2 * 10**6:  # more than the reference's limit allows us to compare
+        return
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            theirs = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+            expected = {name: (found.get_dtype(), tuple(found.get_shape())) for name, found in theirs.items()}
+            metadata = file.metadata() or {}
+    except Exception as error:
+        if header is not None:
+            reason = re.sub(r"\d+", "N", str(error).removeprefix("Error while deserializing header: "))[:60]
+            raise FindError(f"safetensors refuses what we accept: {reason}", str(error)) from None
+        return
+    if header is None:
+        if all(dtype in DTYPES for dtype, _ in expected.values()):
+            words = re.sub(r"\d+", "N", reason.partition("model.safetensors")[2])[:60]
+            raise FindError(f"safetensors accepts what we refuse: {words}", reason)
+        return
+    mine = {name: (tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()}
+    if (mine, header.metadata) != (expected, metadata):
+        raise FindError("safetensors reads another header", f"{mine} {header.metadata} is not {expected} {metadata}")
+    data = {name: entry["data"] for name, entry in safetensors.deserialize(content)}
+    for name, tensor in header.tensors.items():
+        if content[tensor.data_start : tensor.data_stop] != bytes(data[name]):
+            raise FindError("safetensors reads other data", name)
+
+
+# --- Readers of directories.
+
+
+def _attempt(case_directory: Path, act: Callable[[], object]) -> Any:
+    """What a call returns, or the error of ours that it raises."""
+    with watched(case_directory):
+        try:
+            return act()
+        except HfMegatronError as error:
+            result = error
+    str(result).encode("utf-8", "replace")
+    return result
+
+
+def _written(files: directories.Files, directory: Path) -> Path:
+    (directory / "secret").write_bytes(directories.SECRET)
+    directories.write(files, directory / "source")
+    return directory / "source"
+
+
+def _check_inspect(files: directories.Files, directory: Path) -> None:
+    source = _written(files, directory)
+    result = _attempt(directory, lambda: inspect(source))
+    if not isinstance(result, HfMegatronError):
+        for path in [*source.rglob("*.bin"), *source.rglob("*.pt")]:
+            # Only what inspect has opened: at most one file in each of the directories of ranks.
+            if path.is_file() and path.stat().st_size < 10**8 and _was_read(path, source, result.format):
+                _require_harmless(_torch_lookups(path), _is_allowed)
+
+
+def _was_read(path: Path, source: Path, format_name: str) -> bool:
+    """Whether a file is one of those that a directory of the format consists of."""
+    if format_name != "hub":
+        return False  # of several iterations or copies, one is read; check_torch_file covers the file itself
+    return path.parent == source and path in read_model(source).files
+
+
+@dataclass(frozen=True)
+class ConvertCase:
+    files: directories.Files
+    options: dict[str, Any]
+    others: directories.Files | None = None  # for verify
+
+
+@st.composite
+def _conversions(draw: Draw, sources: st.SearchStrategy[directories.Files], dry_run: bool) -> ConvertCase:
+    files = draw(sources)
+    options: dict[str, Any] = {"to": pick(draw, ["hub", "tp", "megatron-lm"]), "dry_run": dry_run}
+    if options["to"] != "hub":
+        options["tp_size"] = pick(draw, [2, 2, 1, 4, 3, None])
+    options["dtype"] = pick(draw, [None, None, None, "bfloat16", "float64"])
+    options["max_shard_size"] = pick(draw, [None, None, None, "2KB", 10**4])
+    options["vocab_size"] = pick(draw, [None, VOCAB, 131])
+    options["model_type"] = pick(draw, [None, None, "stock", "megatron"])
+    return ConvertCase(files, {name: value for name, value in options.items() if value is not None})
+
+
+def _check_convert(case: ConvertCase, directory: Path) -> None:
+    source, destination = _written(case.files, directory), directory / "out"
+    before = sorted(path.name for path in directory.iterdir())
+    result = _attempt(directory, lambda: convert(source, destination, **case.options))
+    if isinstance(result, HfMegatronError) or case.options["dry_run"]:
+        left = sorted(path.name for path in directory.iterdir())
+        if left != before:
+            raise FindError("a refused conversion leaves something behind", f"{left}: {result}")
+        return
+    written = _attempt(directory, lambda: read_model(destination))
+    if isinstance(written, HfMegatronError):
+        raise FindError(f"what was written is refused: {type(written).__name__}", str(written)[:1000])
+    sizes = {
+        path.relative_to(destination).as_posix(): path.stat().st_size
+        for path in destination.rglob("*")
+        if path.is_file()
+    }
+    if sizes != dict(result.files):
+        raise FindError("other files than were announced", f"{sizes} is not {dict(result.files)}")
+    leaked = [path.name for path in destination.iterdir() if path.is_file() and directories.SECRET in path.read_bytes()]
+    if leaked:
+        raise FindError("a file from outside of the source is in the result", str(leaked))
+
+
+def _check_verify(files: directories.Files, directory: Path) -> None:
+    source = _written(files, directory)
+    directories.write(directories.hub_seeds()["hub"], directory / "whole")
+    _attempt(directory, lambda: verify(directory / "whole", source))
+
+
+def _any_directory() -> st.SearchStrategy[directories.Files]:
+    return st.one_of(directories.hub_directories(), directories.megatron_directories())
+
+
+# --- Training checkpoints and adapters.
+
+
+def _check_training(files: directories.Files, directory: Path) -> None:
+    from hf_megatron.training import training_state
+    from tests.fuzz import training
+
+    source, state = _written(files, directory), training.fresh()
+    streams = random.getstate()
+    for act in (
+        lambda: training_state.verify_checkpoint(source),
+        lambda: training_state.load_optimizer(state.model, state.optimizer, source),
+        lambda: training_state.load_scheduler(state.scheduler, source, step=1, may_skip=False),
+        lambda: training_state.load_random_state(source, 0),
+    ):
+        with watched(directory, training.is_allowed):
+            try:
+                act()
+            except HfMegatronError:
+                pass
+    random.setstate(streams)
+
+
+def _check_adapter(files: directories.Files, directory: Path) -> None:
+    from hf_megatron.peft import load_adapter
+    from tests.fuzz import training
+
+    source, model = _written(files, directory), training.small_model()
+    _attempt(directory, lambda: load_adapter(model, source))
+
+
+def _training_cases() -> st.SearchStrategy[directories.Files]:
+    from tests.fuzz import training
+
+    return training.checkpoints()
+
+
+def _adapter_cases() -> st.SearchStrategy[directories.Files]:
+    from tests.fuzz import training
+
+    return training.adapters()
+
+
+def _pickle_cases() -> st.SearchStrategy[bytes]:
+    objects = [{"a": [1, 2.5, None, True, "x", b"y", (1, 2), {3}]}, {"iteration": 3, "args": directories.VARIANTS}]
+    seeds = [pickle.dumps(objects[0], protocol) for protocol in range(6)]
+    return pickles(
+        [*seeds, *(_main_pickle(content) for content in _zips()), *(split_legacy(c)[3] for c in _legacies())]
+    )
+
+
+def _main_pickle(content: bytes) -> bytes:
+    import zipfile
+
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+
+@cache
+def _zips() -> list[bytes]:
+    ranks = [directories.megatron_seed(name) for name in ("megatron", "megatron-core")]
+    small = directories.torch_bytes({"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(3, dtype=torch.bfloat16)})
+    return [small, small, *(cast(bytes, next(iter(files.values()))) for files in ranks)]
+
+
+@cache
+def _legacies() -> list[bytes]:
+    small = {"a": torch.arange(6.0)[2:], "b": torch.ones(3, dtype=torch.int8)}
+    return [
+        directories.torch_bytes(small, is_zip=False),
+        cast(bytes, next(iter(directories.megatron_seed("megatron-bert").values()))),
+    ]
+
+
+@cache
+def _safetensors_seeds() -> list[bytes]:
+    seeds = directories.hub_seeds()
+    found = [
+        content for name in ("hub", "tp") for path, content in seeds[name].items() if path.endswith(".safetensors")
+    ]
+    return cast(list[bytes], found)
+
+
+READERS = {
+    reader.name: reader
+    for reader in (
+        Reader("pickle", _pickle_cases, _check_pickle),
+        Reader("torch-file", lambda: torch_files(_zips(), _legacies()), _check_torch_file),
+        Reader("safetensors", lambda: safetensors_files(_safetensors_seeds()), _check_safetensors),
+        Reader("inspect", _any_directory, _check_inspect),
+        Reader("dry-run", lambda: _conversions(_any_directory(), True), _check_convert),
+        Reader("convert-hub", lambda: _conversions(directories.hub_directories(), False), _check_convert),
+        Reader("convert-megatron", lambda: _conversions(directories.megatron_directories(), False), _check_convert),
+        Reader("verify", _any_directory, _check_verify),
+        Reader("training", _training_cases, _check_training),
+        Reader("adapter", _adapter_cases, _check_adapter),
+    )
+}

@@ -1,0 +1,126 @@
+"""Training checkpoints and adapters to damage, and the small models that load them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from peft import LoraConfig
+
+from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
+from hf_megatron.checkpoint.checksums import compute_checksums, write_checksums
+from hf_megatron.peft import get_peft_model
+from hf_megatron.training.training_state import TRAINER_STATE_NAME, save_optimizer, save_random_state
+from tests.checkpoint.directories import CONFIG
+from tests.fuzz import archives
+from tests.fuzz.directories import _NAMES, _SPECIALS, Files, _read, torch_bytes
+from tests.fuzz.documents import edited_json, edited_safetensors
+from tests.fuzz.pickles import Draw, edited, pick, whole
+
+
+def fresh() -> SimpleNamespace:
+    """A module with an optimizer that has made a step, and its scheduler."""
+    model = torch.nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler)
+
+
+def small_model() -> Any:
+    """A model of ours, to be adapted."""
+    torch.manual_seed(0)
+    return MegatronGPT2LMHeadModel(MegatronGPT2Config(**{k: v for k, v in CONFIG.items() if k[:2] in ("n_", "vo")}))
+
+
+@cache
+def _checkpoint() -> Files:
+    with TemporaryDirectory() as root:
+        directory, state = Path(root), fresh()
+        save_optimizer(state.model, state.optimizer, directory)
+        save_random_state(directory, 0)
+        (directory / "scheduler.pt").write_bytes(torch_bytes(state.scheduler.state_dict()))
+        (directory / TRAINER_STATE_NAME).write_text(json.dumps({"global_step": 1, "log_history": []}))
+        write_checksums(directory, compute_checksums(directory))
+        return _read(directory)
+
+
+@cache
+def _adapter() -> Files:
+    with TemporaryDirectory() as root:
+        config = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+        get_peft_model(small_model(), config).save_pretrained(f"{root}/adapter")
+        return _read(Path(root) / "adapter")
+
+
+@cache
+def _harmless() -> frozenset[tuple[str, str]]:
+    """What an undamaged checkpoint of torch's distributed format makes the standard unpickler look up."""
+    import io
+
+    from tests.fuzz.readers import _Lookups, _lookups_of
+
+    metadata = _checkpoint()["optimizer/.metadata"]
+    assert isinstance(metadata, bytes)
+    return frozenset(_lookups_of(lambda: _Lookups(io.BytesIO(metadata)).load()))
+
+
+def is_allowed(module: str, name: str) -> bool:
+    """Whether torch may look up a name of a distributed checkpoint."""
+    return (module, name) in _harmless() or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+
+
+@st.composite
+def checkpoints(draw: Draw) -> Files:
+    """A training checkpoint with wrong files, mostly of the right checksums, or none."""
+    files = dict(_checkpoint())
+    for _ in range(draw(st.integers(1, 2))):
+        name = pick(draw, sorted(_checkpoint()))
+        content = files.get(name)
+        if draw(st.integers(0, 7)) == 0 or not isinstance(content, bytes):
+            files[name] = pick(draw, [*_SPECIALS, b""])
+        else:
+            files[name] = _changed(draw, name, content)
+    if draw(st.booleans()):
+        files.pop("checksums.json", None)
+    return files
+
+
+@st.composite
+def adapters(draw: Draw) -> Files:
+    """An adapter with wrong files."""
+    files = dict(_adapter())
+    for name in draw(st.lists(st.sampled_from(sorted(files)), min_size=1, max_size=2)):
+        content = files[name]
+        if draw(st.integers(0, 7)) == 0 or not isinstance(content, bytes):
+            files[name] = pick(draw, [*_SPECIALS, b""])
+        elif draw(st.integers(0, 7)) == 0:
+            files[pick(draw, _NAMES)] = files.pop(name)
+            return files
+        else:
+            files[name] = _changed(draw, name, content)
+    return files
+
+
+def _changed(draw: Draw, name: str, content: bytes) -> bytes:
+    """A file with something wrong in it, by its kind."""
+    try:
+        if name.endswith(".safetensors"):
+            return edited_safetensors(draw, content)
+        if name.endswith(".json"):
+            return edited_json(draw, json.loads(content), ["global_step", "r", "peft_type", "target_modules", "bias"])
+        if name.endswith((".pt", ".distcp")):
+            return archives.archive(draw, content)
+        if name.endswith(".metadata"):
+            return edited(draw, content) if draw(st.integers(0, 5)) else whole(draw)
+    except Exception:
+        pass  # it has been changed before
+    return content + b"\xff"
