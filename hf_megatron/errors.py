@@ -69,3 +69,19 @@ class CheckpointIncompleteError(CheckpointError):
 
 class DestinationError(CheckpointError):
     """The destination exists, overlaps the source or cannot be written."""
+
+
+_MAX_SHOWN = 80
+
+
+def shown(value: object) -> str:
+    """A value from a file, for a message: short, and without characters that do something to a terminal."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]!r}..."
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, (int, float, type(None))):
+        return repr(value)
+    if isinstance(value, (list, tuple)) and len(value) <= 8 and not any(isinstance(v, (list, tuple)) for v in value):
+        return f"[{', '.join(map(shown, value))}]"
+    return f"a {type(value).__name__}"

@@ -68,6 +68,12 @@ PRIVATE_INTERFACES: tuple[PrivateInterface, ...] = (
         ("model", "checkpoint_dir"),
     ),
     PrivateInterface(
+        "transformers.distributed.checkpoint",
+        "_redistribute_state_dict",
+        "loading an optimizer's state, whose entries are loaded as weights only",
+        ("state_dict", "reference_state_dict"),
+    ),
+    PrivateInterface(
         _MODEL,
         "_get_resized_lm_head",
         "resizing the vocabulary of a model with an untied head",

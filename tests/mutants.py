@@ -167,9 +167,9 @@ _LIST = r"""
 + if not name:
 @ hf_megatron/checkpoint/unpickle.py -> tests/checkpoint/test_torch_file.py
 # test_nothing_is_imported_or_made: a module that a pickle names is imported
-- return Global(self.names[-1])
+- result = Global(module, attribute)
 + __import__(module)
-+         return Global(self.names[-1])
++         result = Global(module, attribute)
 @ hf_megatron/checkpoint/atomic_directory.py -> tests/checkpoint/test_atomic_directory.py
 # test_everything_is_on_disk_before_it_has_its_name: files are renamed before they are on disk
 - _sync(*self.path.rglob("*"), self.path)
@@ -192,8 +192,9 @@ _LIST = r"""
 # test_resuming_at_the_same_layout_changes_no_bit: torch's random state is not restored
 - torch.random.set_rng_state(state["cpu"])
 + pass
+@ hf_megatron/training/optimizer_state.py -> tests/training/test_trainer.py
 # test_resuming_at_another_layout: a resumed run has a fresh optimizer
-- load_optimizer_distributed(model, optimizer, str(path))
+- set_optimizer_state_dict(model, optimizer, state, options=options)
 + optimizer.state.clear()
 @ hf_megatron/training/checkpoints.py -> tests/training/test_float16.py
 # test_the_loss_scale_is_resumed: the loss scale starts over

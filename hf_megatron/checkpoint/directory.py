@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from hf_megatron.architectures import table_for
+from hf_megatron.checkpoint.budgets import (
+    MAX_FILES,
+    MAX_JSON_BYTES,
+    MAX_NAME_LENGTH,
+    MAX_TENSORS,
+    BudgetError,
+    require_within,
+)
+from hf_megatron.checkpoint.json_text import parse_json
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
+from hf_megatron.checkpoint.regular_file import open_regular
 from hf_megatron.checkpoint.safetensors_header import read_header
 from hf_megatron.checkpoint.sharded import SHARDING_INFO, is_shard, open_shards
 from hf_megatron.checkpoint.spelling import listed, respelled
 from hf_megatron.checkpoint.torch_file import open_state_dict
-from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, shown
 from hf_megatron.partition import Box
 
 # In the order in which transformers prefers them where a directory holds several.
@@ -89,6 +99,8 @@ def open_files(files: Sequence[Path]) -> dict[str, LazyTensor]:
                     f"{name} is stored in both {tensors[name].pieces[0].path} and {file}; remove one of the two."
                 )
             tensors[name] = tensor
+        if len(tensors) > MAX_TENSORS:
+            raise CheckpointFormatError(f"{file} is refused: with it there are more than {MAX_TENSORS:,} tensors.")
     return tensors
 
 
@@ -98,6 +110,8 @@ def _open_hub(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
         return open_files([path]), (path,)
     weight_map = _weight_map(path)
     files = tuple(path.parent / name for name in sorted(set(weight_map.values())))
+    if len(files) > MAX_FILES:
+        raise CheckpointFormatError(f"{path} is refused: it names {len(files):,} files; the limit is {MAX_FILES:,}.")
     if missing := [file.name for file in files if not file.is_file()]:
         raise CheckpointIncompleteError(
             f"{path} names {len(files)} files, of which {len(missing)} are missing: {listed(missing)}. Fetch them."
@@ -128,15 +142,27 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file such as config.json; CheckpointFormatError if there is no such file or object."""
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file such as config.json; CheckpointFormatError if there is no such file or object.
+
+    It is refused too if it has more than ``max_bytes``, an integer of more than 64 bits, or a name twice.
+    """
     try:
-        content = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            raw = file.read(max_bytes + 1)
+            require_within(max_bytes, max(len(raw), os.fstat(file.fileno()).st_size), "bytes")
+            content = parse_json(raw)
     except FileNotFoundError:
         raise CheckpointFormatError(f"{path.parent} holds no {path.name}.") from None
     except OSError as error:
         raise CheckpointFormatError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
+    except BudgetError as error:
+        raise CheckpointFormatError(f"{path} is refused: {error}.") from error
+    except UnicodeError:
+        raise CheckpointFormatError(f"{path} is not valid JSON: it is not UTF-8.") from None
+    except ValueError as error:
+        if isinstance(error, CheckpointFormatError):
+            raise
         raise CheckpointFormatError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointFormatError(f"{path} holds a {type(content).__name__} where an object is expected.")
@@ -150,6 +176,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointFormatError(f"{index} has no weight_map.")
     for file in weight_map.values():
         # A file name with a directory part could point outside of the checkpoint.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith((".safetensors", ".bin")):
-            raise CheckpointFormatError(f"{index} names {file!r}, which is not the name of a weight file.")
+        is_name = isinstance(file, str) and Path(file).name == file and len(file.encode()) <= MAX_NAME_LENGTH
+        if not is_name or "\0" in file or not file.endswith((".safetensors", ".bin")):
+            raise CheckpointFormatError(f"{index} names {shown(file)}, which is not the name of a weight file.")
     return weight_map

@@ -7,13 +7,21 @@ Source: the format section of https://github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron.checkpoint.budgets import (
+    MAX_DIMENSIONS,
+    MAX_KEY_LENGTH,
+    MAX_SAFETENSORS_HEADER_BYTES,
+    MAX_TENSORS,
+    require_within,
+)
+from hf_megatron.checkpoint.json_text import ObjectWithDuplicates, parse_json
+from hf_megatron.checkpoint.regular_file import open_regular
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +35,10 @@ DTYPES: dict[str, tuple[int, str]] = {
     "BF16": (2, "bfloat16"),
     "F8_E4M3": (1, "float8_e4m3fn"),
     "F8_E5M2": (1, "float8_e5m2"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (1, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (1, "float8_e5m2fnuz"),
+    "C64": (8, "complex64"),
     "I64": (8, "int64"),
     "I32": (4, "int32"),
     "I16": (2, "int16"),
@@ -39,8 +51,9 @@ DTYPES: dict[str, tuple[int, str]] = {
 }
 
 _LENGTH_BYTES = 8
-# The limit of the format. Without it, a damaged length could make us allocate up to 2**64 bytes.
-_MAX_HEADER_BYTES = 100_000_000
+_SIZES = 2**64  # are smaller than this, in bits too
+_FIELDS = ("dtype", "shape", "data_offsets")
+_METADATA = "__metadata__"
 
 
 class StoredTensor(NamedTuple):
@@ -79,33 +92,33 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file; no tensor data is read.
 
     CheckpointIncompleteError if the file is shorter or longer than its header says, CheckpointFormatError if it is not
-    a safetensors file or uses a dtype unknown here.
+    a safetensors file, is beyond a limit, or uses a dtype unknown here.
     """
-    if not path.is_file():  # a directory, or a link that leads nowhere or back to itself
-        raise CheckpointFormatError(f"{path} is not a file.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(_LENGTH_BYTES)
-        if len(prefix) < _LENGTH_BYTES:
-            raise CheckpointIncompleteError(f"{path} is truncated: it holds {size} bytes, not even a header.")
-        length = int.from_bytes(prefix, "little")
-        if length > _MAX_HEADER_BYTES:
-            raise CheckpointFormatError(
-                f"{path} is not a safetensors file: its header would be {length} bytes long (a Git LFS pointer that "
-                "was never fetched?)."
-            )
-        raw = file.read(length)
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(_LENGTH_BYTES)
+            if len(prefix) < _LENGTH_BYTES:
+                raise CheckpointIncompleteError(f"{path} is truncated: it holds {size} bytes, not even a header.")
+            length = int.from_bytes(prefix, "little")
+            if length > MAX_SAFETENSORS_HEADER_BYTES:
+                raise CheckpointFormatError(
+                    f"{path} is not a safetensors file: its header would be {length} bytes long, and the limit is "
+                    f"{MAX_SAFETENSORS_HEADER_BYTES} (a Git LFS pointer that was never fetched?)."
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {error.strerror}.") from error
     start = _LENGTH_BYTES + length
     if len(raw) < length:
         raise CheckpointIncompleteError(
             f"{path} is truncated: its header ends at byte {start}, the file has {size} bytes. Fetch it again."
         )
     try:
-        entries = json.loads(raw)
-        metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
-        tensors = {name: _tensor(entry, start) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointFormatError(f"{path} is not a safetensors file: {error or type(error).__name__}.") from error
+        tensors, metadata = _parsed(raw, start)
+    except ValueError as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeError) else str(error)
+        raise CheckpointFormatError(f"{path} is not a safetensors file: {reason}.") from error
     stop = start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.data_start, tensor.data_stop)):
         if tensor.data_start != stop:
@@ -121,12 +134,44 @@ def read_header(path: Path) -> Header:
     return Header(path, tensors, metadata)
 
 
-def _tensor(entry: dict[str, Any], start: int) -> StoredTensor:
-    dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, first, last)):
-        raise ValueError(f"shape {entry['shape']} or data_offsets {entry['data_offsets']} are not sizes")
-    if last - first != prod(shape) * itemsize(dtype):
-        raise ValueError(f"a {dtype} tensor of shape {list(shape)} does not fill bytes {first} to {last}")
-    return StoredTensor(dtype, shape, start + first, start + last)
+def _parsed(raw: bytes, start: int) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors and metadata of a header, as the reference implementation takes them; ValueError if it does not."""
+    entries = parse_json(raw, strict=True)
+    if not isinstance(entries, dict):
+        raise ValueError("its header is not an object")
+    if isinstance(entries, ObjectWithDuplicates) and _METADATA in entries.duplicates:
+        raise ValueError(f"it has {_METADATA} twice")
+    metadata = entries.pop(_METADATA, None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"its {_METADATA} is not an object of texts")
+    require_within(MAX_TENSORS, len(entries), "tensors")
+    require_within(MAX_KEY_LENGTH, max(map(len, entries), default=0), "characters in a tensor's name")
+    return {name: _tensor(name, entry, start) for name, entry in entries.items()}, dict(metadata)
+
+
+def _tensor(name: str, entry: Any, start: int) -> StoredTensor:
+    if isinstance(entry, list):  # the reference implementation takes this too
+        entry = dict(zip(_FIELDS, entry, strict=True))
+    duplicates = entry.duplicates if isinstance(entry, ObjectWithDuplicates) else frozenset()
+    if not isinstance(entry, dict) or not entry.keys() >= set(_FIELDS) or not duplicates.isdisjoint(_FIELDS):
+        raise ValueError(f"{shown(name)} does not have one {', one '.join(_FIELDS)}")
+    dtype, shape, offsets = (entry[field] for field in _FIELDS)
+    if isinstance(dtype, dict) and len(dtype) == 1 and list(dtype.values()) == [None]:
+        (dtype,) = dtype
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"dtype {shown(dtype)} of {shown(name)} is not one of {', '.join(DTYPES)}")
+    is_place = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not is_place or not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
+        raise ValueError(f"shape {shown(shape)} or data_offsets {shown(offsets)} of {shown(name)} are not sizes")
+    require_within(MAX_DIMENSIONS, len(shape), f"dimensions in {shown(name)}")
+    numel, (first, last) = 1, offsets
+    for number in shape:
+        numel *= number
+        if numel >= _SIZES:
+            break
+    if 8 * itemsize(dtype) * numel >= _SIZES or last - first != numel * itemsize(dtype):
+        raise ValueError(
+            f"{shown(name)}, a {dtype} tensor of shape {shown(shape)}, does not fill bytes {first} to {last}"
+        )
+    return StoredTensor(dtype, tuple(shape), start + first, start + last)

@@ -6,17 +6,17 @@ the full tensors are not stored. They come from the architecture's table, which 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_megatron.architectures import Architecture, table_for
+from hf_megatron.checkpoint.json_text import parse_json
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
 from hf_megatron.checkpoint.safetensors_header import Header, read_header
 from hf_megatron.checkpoint.spelling import listed, model_class_of, respelled
-from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, shown
 from hf_megatron.partition import Box, tiling_error
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
@@ -75,18 +75,18 @@ def open_shards(files: Sequence[Path], config: Mapping[str, Any]) -> dict[str, L
 def _offsets(header: Header) -> dict[str, Shape]:
     """Where each tensor of a file starts in the full tensor."""
     try:
-        info = json.loads(header.metadata[SHARDING_INFO])
-        offsets = {name: tuple(int(start) for start in info[name]["saved_offsets"]) for name in header.tensors}
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        info = parse_json(header.metadata[SHARDING_INFO].encode())
+        offsets = {name: tuple(info[name]["saved_offsets"]) for name in header.tensors}
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointFormatError(
             f"{header.path} is named like a shard of a distributed checkpoint, but its {SHARDING_INFO} does not say "
             "where each of its tensors starts."
         ) from error
     for name, offset in offsets.items():
         shape = header.tensors[name].shape
-        if len(offset) != len(shape) or any(start < 0 for start in offset):
+        if len(offset) != len(shape) or not all(type(start) is int and start >= 0 for start in offset):
             raise CheckpointFormatError(
-                f"{header.path}: {name} of shape {list(shape)} cannot start at {list(offset)} of the full tensor."
+                f"{header.path}: {shown(name)} of shape {list(shape)} cannot start at {shown(offset)} of the full one."
             )
     return offsets
 

@@ -20,15 +20,14 @@ from hf_megatron.errors import DestinationError, HfMegatronError
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.models.processes import barrier, share_failure
 from hf_megatron.models.saving import rewrite_config
+from hf_megatron.training.optimizer_state import load_optimizer, save_optimizer
 from hf_megatron.training.rank_guard import GuardedTrainer
 from hf_megatron.training.training_state import (
     finish_checkpoint,
-    load_optimizer,
     load_random_state,
     load_scheduler,
     read_state,
     remove_old_checkpoints,
-    save_optimizer,
     save_random_state,
 )
 

@@ -12,34 +12,28 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerState
-from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 from transformers.optimization import GreedyLR
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
-from hf_megatron.checkpoint import AtomicDirectory
+from hf_megatron.checkpoint import AtomicDirectory, read_json
 from hf_megatron.checkpoint.atomic_directory import recover, remove
+from hf_megatron.checkpoint.budgets import MAX_TRAINER_STATE_BYTES
 from hf_megatron.checkpoint.checksums import CHECKSUMS, compute_checksums, damages, read_checksums, write_checksums
-from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, DestinationError
-from hf_megatron.models.processes import barrier, is_first_rank, one_process_allowed
-from hf_megatron.models.saving import reasons
+from hf_megatron.checkpoint.regular_file import open_regular
+from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron.models.processes import barrier, is_first_rank
+from hf_megatron.training.optimizer_state import load_weights_only
 
 logger = logging.get_logger(__name__)
 
-# What numpy's random state is pickled with.
-_RECONSTRUCT: Any = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-_NUMPY_GLOBALS = [_RECONSTRUCT, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-OPTIMIZER_DIRECTORY = "optimizer"
 TRAINER_STATE_NAME = "trainer_state.json"
 
 _HIDDEN = re.compile(r"\.(checkpoint-\d+)\.(incomplete|replaced)")
@@ -74,6 +68,7 @@ def verify_checkpoint(directory: Path) -> None:
     error: CheckpointError | None = None
     found: list[str] = []
     try:
+        _require_files(directory)
         checksums = read_checksums(directory)
         if checksums is None:
             logger.warning_once(f"{directory} has no {CHECKSUMS}: its files are not verified.")
@@ -92,14 +87,21 @@ def verify_checkpoint(directory: Path) -> None:
         raise error
 
 
+def _require_files(directory: Path) -> None:
+    """See that no pipe or device is among the files, which to open could take forever."""
+    for path in directory.rglob("*"):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointFormatError(f"{path} is neither a file nor a directory. Resume from another checkpoint.")
+
+
 def check_step(directory: Path) -> None:
     """See that ``trainer_state.json`` is there, and is that of the step in the directory's name."""
     path = directory / TRAINER_STATE_NAME
     if not path.is_file():
         raise CheckpointIncompleteError(f"{path} is missing: {directory} is no training checkpoint, or not whole.")
     try:
-        step = TrainerState.load_from_json(str(path)).global_step
-    except (ValueError, TypeError) as error:
+        step = TrainerState(**read_json(path, MAX_TRAINER_STATE_BYTES)).global_step
+    except TypeError as error:
         raise CheckpointFormatError(f"{path} cannot be read: {error}") from None
     named = re.fullmatch(r"checkpoint-(\d+)", directory.name)
     if named is not None and int(named[1]) != step:
@@ -149,32 +151,6 @@ def remove_old_checkpoints(run_directory: Path, limit: int | None, best: str | N
         remove(path)
 
 
-def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Save the optimizer state by parameter name, each rank its own shards; every rank must call it."""
-    try:
-        with one_process_allowed(), _without_empty_groups(optimizer):
-            save_optimizer_distributed(model, optimizer, str(directory / OPTIMIZER_DIRECTORY))
-    except CheckpointException as error:
-        raise DestinationError(f"{directory / OPTIMIZER_DIRECTORY}: {reasons(error)}") from error
-
-
-def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Load what :func:`save_optimizer` wrote, at any layout; every rank must call it."""
-    path = directory / OPTIMIZER_DIRECTORY
-    if not (path / ".metadata").is_file():
-        raise CheckpointIncompleteError(
-            f"{directory} holds no optimizer state ({OPTIMIZER_DIRECTORY}/ is missing: was it saved with "
-            "save_only_model=True?). To go on with a fresh optimizer, load the model from it and start anew."
-        )
-    # If gradients exist, torch assumes that the optimizer has stepped and silently restores nothing.
-    model.zero_grad(set_to_none=True)
-    try:
-        with one_process_allowed(), _without_empty_groups(optimizer):
-            load_optimizer_distributed(model, optimizer, str(path))
-    except CheckpointException as error:
-        raise CheckpointFormatError(f"{path} cannot be read: {reasons(error)}") from error
-
-
 def load_scheduler(scheduler: Any, directory: Path, *, step: int, may_skip: bool) -> None:
     """Restore the learning rate's schedule, which does not count steps that overflow, if such are skipped."""
     state = read_state(directory / "scheduler.pt")
@@ -193,22 +169,10 @@ def read_state(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointIncompleteError(f"{path} is missing. Resume from another checkpoint.")
     try:
-        with torch.serialization.safe_globals(_NUMPY_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            return load_weights_only(file)
     except Exception as error:
         raise CheckpointFormatError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Hide empty parameter groups, for which torch raises an IndexError (an adapter may have no biases)."""
-    groups = optimizer.param_groups
-    optimizer.param_groups = [group for group in groups if group["params"]]
-    try:
-        yield
-    finally:
-        filled = iter(optimizer.param_groups)
-        optimizer.param_groups = [next(filled) if group["params"] else group for group in groups]
 
 
 def save_random_state(directory: Path, data_parallel_rank: int) -> None:

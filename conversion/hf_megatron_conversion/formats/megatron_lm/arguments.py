@@ -13,8 +13,8 @@ from typing import Any
 
 from hf_megatron.architectures import TABLES, Architecture
 from hf_megatron.architectures.table import MegatronLM
-from hf_megatron.checkpoint.unpickle import Call, Global
 from hf_megatron.errors import UnsupportedError
+from hf_megatron_conversion.formats.megatron_lm.pickled import value_of
 
 Arguments = Mapping[str, Any]
 
@@ -145,10 +145,3 @@ def vocab_size_of(arguments: Arguments) -> int | None:
             is_null = name == "vocab_size" and arguments.get("tokenizer_type") == "NullTokenizer"
             return value + 1 if is_null else value
     return None
-
-
-def value_of(value: object) -> str:
-    """A stored value, in a few words."""
-    if isinstance(value, Call):
-        return f"{value.function}{value.arguments!r}"[:80]
-    return value.name if isinstance(value, Global) else repr(value)[:80]

@@ -15,10 +15,10 @@ from hf_megatron_conversion.formats.megatron_lm.arguments import (
     activations,
     megatron_of,
     padded_vocab_size,
-    value_of,
     vocab_size_of,
 )
 from hf_megatron_conversion.formats.megatron_lm.names import has_second_head
+from hf_megatron_conversion.formats.megatron_lm.pickled import value_of
 
 _logger = logging.getLogger(__name__)
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_megatron.checkpoint import LazyTensor, listed
-from hf_megatron.checkpoint.torch_file import TENSOR_NAMES, StoredArray, open_torch_file
+from hf_megatron.checkpoint.budgets import MAX_KEY_LENGTH, MAX_TENSORS
+from hf_megatron.checkpoint.torch_file import StoredArray, open_torch_file
 from hf_megatron.checkpoint.unpickle import Call
 from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError
 from hf_megatron_conversion.formats.megatron_lm.names import own_name
+from hf_megatron_conversion.formats.megatron_lm.pickled import MEGATRON_GLOBALS, plain
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")
@@ -20,37 +22,9 @@ _ITERATION = re.compile(r"iter_\d{7,}|release")
 # Tensor rank, pipeline stage, and in some versions the data-parallel or expert rank.
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _DISTRIBUTED = (".metadata", "metadata.json", "common.pt")
-_MAX_LEAVES = 10**6
 # What the arguments called the number of ranks, and of stages, over the years.
 _TP_SIZE = ("tensor_model_parallel_size", "intra_layer_model_parallel_size", "model_parallel_size")
 _PP_SIZE = ("pipeline_model_parallel_size", "inter_layer_model_parallel_size")
-
-# What Megatron's files name besides tensors. None of it is looked up.
-_ALLOWED = TENSOR_NAMES | {
-    "_codecs.encode",
-    "argparse.Namespace",
-    "types.SimpleNamespace",
-    *(f"builtins.{name}" for name in ("set", "frozenset", "bytearray")),
-    "collections.defaultdict",
-    "copyreg._reconstructor",
-    "datetime.timedelta",
-    *(f"{module}.BytesIO" for module in ("_io", "io")),  # the first is what CPython pickles: Transformer Engine 1.x
-    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
-    "signal.Signals",
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
-    "numpy.dtype",
-    "numpy.ndarray",
-    "torch._C.Generator",
-    "torch._utils._rebuild_device_tensor_from_numpy",
-    "torch.device",
-    *(f"torch.{name}" for name in ("float16", "bfloat16", "float32", "float64", "uint8", "int32", "int64", "half")),
-}
-_ALLOWED_PATTERNS = (
-    re.compile(r"numpy\.dtypes\.\w+DType"),
-    # Enumerations in the arguments, loss scalers, and whatever else Megatron-LM defines.
-    re.compile(r"(?:megatron|fp16|deepspeed)(?:\.\w+)+"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,60 +159,53 @@ def _first_size(arguments: dict[str, Any], names: Sequence[str]) -> int | None:
 
 
 def _open_rank(path: Path, tp: int, pp: int) -> Rank:
-    content = open_torch_file(path, _is_allowed)
+    content = open_torch_file(path, MEGATRON_GLOBALS)
     if not isinstance(content, dict):
         raise CheckpointFormatError(f"{path} holds a {type(content).__name__} where a dictionary is expected.")
-    keys = [key for key in content if isinstance(key, str) and re.fullmatch(r"model\d*", key)]
+    keys = [key for key in content if isinstance(key, str) and re.fullmatch(r"model\d{0,4}", key)]
     keys.sort(key=lambda key: int(key.removeprefix("model") or 0))
     if not keys:
         raise CheckpointFormatError(f"{path} has no 'model' in it, which a checkpoint of Megatron-LM has.")
     chunks: list[dict[str, LazyTensor]] = []
     unmapped: list[str] = []
+    is_core = False
     for key in keys:
-        tensors, unknown = _own_tensors(path, content[key])
+        tensors: dict[str, LazyTensor] = {}
+        for count, (stored, value) in enumerate(_leaves(content[key], "")):
+            if count >= MAX_TENSORS:
+                raise CheckpointFormatError(f"{path} is refused: it has more than {MAX_TENSORS:,} tensors.")
+            is_core |= ".linear_qkv." in stored
+            name = own_name(stored)
+            if name is not None and isinstance(value, StoredArray) and name not in tensors:
+                tensors[name] = value.lazy(name)
+            elif not stored.endswith("._extra_state") and value != {}:  # transformer-engine's, without weights
+                unmapped.append(stored)
         chunks.append(tensors)
-        unmapped += unknown
     return Rank(
         path=path,
         tp=tp,
         pp=pp,
         arguments=_arguments(content.get("args")),
-        version=content.get("checkpoint_version"),
-        iteration=content.get("iteration", content.get("total_iters")),
+        version=plain(content.get("checkpoint_version")),
+        iteration=plain(content.get("iteration", content.get("total_iters"))),
         chunks=tuple(chunks),
         unmapped=tuple(unmapped),
-        is_core=any(".linear_qkv." in stored for key in keys for stored, _ in _leaves(content[key], "")),
+        is_core=is_core,
     )
-
-
-def _is_allowed(name: str) -> bool:
-    return name in _ALLOWED or any(pattern.fullmatch(name) for pattern in _ALLOWED_PATTERNS)
 
 
 def _arguments(stored: Any) -> dict[str, Any] | None:
     state = stored.state if isinstance(stored, Call) else stored
-    return {str(key): value for key, value in state.items()} if isinstance(state, dict) else None
-
-
-def _own_tensors(path: Path, model: Any) -> tuple[dict[str, LazyTensor], Sequence[str]]:
-    """The tensors by the names used here, and the stored names that are not known or not tensors."""
-    tensors: dict[str, LazyTensor] = {}
-    unknown = []
-    for count, (stored, value) in enumerate(_leaves(model, "")):
-        if count > _MAX_LEAVES:
-            raise CheckpointFormatError(f"{path} holds more than {_MAX_LEAVES:,} tensors.")
-        name = own_name(stored)
-        if name is not None and isinstance(value, StoredArray) and name not in tensors:
-            tensors[name] = value.lazy(name)
-        elif not stored.endswith("._extra_state") and value != {}:  # transformer-engine's, without weights
-            unknown.append(stored)
-    return tensors, unknown
+    if not isinstance(state, dict):
+        return None
+    return {key: plain(value) for key, value in state.items() if isinstance(key, str)}
 
 
 def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Everything in nested dictionaries, under dotted names; empty ones are leaves."""
+    """Everything in nested dictionaries, under dotted names that are cut short; empty ones are leaves."""
     if not isinstance(value, dict) or not value:
         yield prefix.removesuffix("."), value
         return
     for key, item in value.items():
-        yield from _leaves(item, f"{prefix}{str(key)[:200]}.")
+        name = key if isinstance(key, str) else str(plain(key.value))
+        yield from _leaves(item, f"{prefix}{name}."[:MAX_KEY_LENGTH])

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from hf_megatron.checkpoint import DTYPES, LazyTensor, listed
-from hf_megatron_conversion.formats.megatron_lm.arguments import Arguments, value_of
+from hf_megatron_conversion.formats.megatron_lm.arguments import Arguments
 from hf_megatron_conversion.formats.megatron_lm.names import split_layer
+from hf_megatron_conversion.formats.megatron_lm.pickled import value_of
 from hf_megatron_conversion.formats.megatron_lm.ranks import Rank
 
 _VERSIONS = (0.0, 1.0, 2.0, 3.0)

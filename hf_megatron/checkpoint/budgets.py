@@ -1,0 +1,48 @@
+"""How much a checkpoint's files may ask for. Every limit is here; what is beyond one is refused, with both numbers.
+
+The limits are far above what real checkpoints need. Within them no file makes a reader take more than seconds of CPU
+time or hundreds of megabytes of memory, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+# Pickles. A tensor takes about 200 bytes, 25 objects and 40 instructions.
+MAX_PICKLE_BYTES = 32 * 2**20
+MAX_PICKLE_OBJECTS = 1_000_000  # that are pushed onto the stack
+MAX_PICKLE_INSTRUCTIONS = 4_000_000
+METADATA_FACTOR = 8  # by which a distributed checkpoint's .metadata may be larger: it lists each rank's part
+MAX_NESTING = 16  # dictionaries within dictionaries
+
+# Of pickles and JSON.
+MAX_INTEGER_BITS = 64  # with or without a sign
+MAX_KEY_LENGTH = 1024  # characters of a dictionary's key, and of a tensor's name
+MAX_NAME_LENGTH = 256  # characters of a module or class that a pickle names, and bytes of a file's name
+
+# Archives of torch.save, which hold a file for each tensor.
+MAX_ZIP_ENTRIES = 100_000
+MAX_ZIP_DIRECTORY_BYTES = 16 * 2**20
+
+MAX_JSON_BYTES = 16 * 2**20
+MAX_TOKENIZER_JSON_BYTES = 256 * 2**20
+MAX_TRAINER_STATE_BYTES = 256 * 2**20  # which hold what was logged in each step
+MAX_JSON_NESTING = 127  # which is serde_json's limit too
+
+MAX_SAFETENSORS_HEADER_BYTES = 16 * 2**20
+MAX_TENSORS = 100_000  # in a checkpoint
+MAX_DIMENSIONS = 64  # of a tensor, which is torch's limit too
+MAX_FILES = 10_000  # with weights, in a checkpoint
+
+
+class BudgetError(ValueError):
+    """A file asks for more than a limit allows. Readers turn it into a CheckpointFormatError that names the file."""
+
+
+def require_within(limit: int, number: int, what: str) -> None:
+    """Raise a BudgetError if ``number`` of ``what`` (a plural) is more than ``limit``."""
+    if number > limit:
+        raise BudgetError(f"it has {number:,} {what}, and the limit is {limit:,}")
+
+
+def is_64_bit(number: int) -> bool:
+    """Whether an integer fits 64 bits, with or without a sign."""
+    return -(1 << MAX_INTEGER_BITS - 1) <= number < 1 << MAX_INTEGER_BITS

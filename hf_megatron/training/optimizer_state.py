@@ -1,0 +1,169 @@
+"""The optimizer's state, in torch's distributed format, read without running what its files may hold.
+
+torch itself unpickles ``.metadata``, and every entry that is not a tensor, and does whatever they ask for. So
+``.metadata`` is read as data first and refused if it names more than a checkpoint's metadata needs, and entries are
+loaded as weights only.
+
+Source: ``filesystem.FileSystemReader`` and ``default_planner.DefaultLoadPlanner`` of ``torch.distributed.checkpoint``.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers.distributed.checkpoint import _redistribute_state_dict, save_optimizer_distributed
+
+from hf_megatron.checkpoint.budgets import METADATA_FACTOR, BudgetError
+from hf_megatron.checkpoint.regular_file import open_regular
+from hf_megatron.checkpoint.unpickle import Call, Global, UnpickleError, globals_in, read_pickle
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, DestinationError, shown
+from hf_megatron.models.processes import one_process_allowed
+from hf_megatron.models.saving import reasons
+
+OPTIMIZER_DIRECTORY = "optimizer"
+
+_METADATA = ".metadata"
+_DATA_FILE = re.compile(r"__\d{1,9}_\d{1,9}\.distcp")
+_DTYPES = (name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
+_PLACE = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+# All that torch's metadata needs: its own classes, without methods that run anything, and values.
+METADATA_GLOBALS = (
+    globals_in("torch", "Size", *_DTYPES)
+    | globals_in("torch.serialization", "_get_layout")
+    | {_PLACE}
+    | globals_in(
+        "torch.distributed.checkpoint.metadata",
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    )
+    | globals_in("pathlib", "PosixPath")
+    | globals_in("pathlib._local", "PosixPath")
+    | globals_in("collections", "OrderedDict")
+)
+# What numpy's random state, and its scalars, are pickled with.
+_RECONSTRUCT: Any = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+_SAFE_NUMPY = [_RECONSTRUCT, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+
+
+def load_weights_only(source: Any) -> Any:
+    """What ``torch.save`` has written: tensors and plain data, and what numpy's random state consists of."""
+    with torch.serialization.safe_globals(_SAFE_NUMPY):
+        return torch.load(source, map_location="cpu", weights_only=True)
+
+
+def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+    """Save the optimizer state by parameter name, each rank its own shards; every rank must call it."""
+    try:
+        with one_process_allowed(), _without_empty_groups(optimizer):
+            save_optimizer_distributed(model, optimizer, str(directory / OPTIMIZER_DIRECTORY))
+    except CheckpointException as error:
+        raise DestinationError(f"{directory / OPTIMIZER_DIRECTORY}: {reasons(error)}") from error
+
+
+def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+    """Load what :func:`save_optimizer` wrote, at any layout; every rank must call it."""
+    path = directory / OPTIMIZER_DIRECTORY
+    if not (path / _METADATA).is_file():
+        raise CheckpointIncompleteError(
+            f"{directory} holds no optimizer state ({OPTIMIZER_DIRECTORY}/ is missing: was it saved with "
+            "save_only_model=True?). To go on with a fresh optimizer, load the model from it and start anew."
+        )
+    reader = _Reader(path)
+    # If gradients exist, torch assumes that the optimizer has stepped and silently restores nothing.
+    model.zero_grad(set_to_none=True)
+    try:
+        with one_process_allowed(), _without_empty_groups(optimizer):
+            options = StateDictOptions(flatten_optimizer_state_dict=True)
+            reference = get_optimizer_state_dict(model, optimizer, options=options)
+            state = _redistribute_state_dict(reference)
+            dcp.load({"optimizer": state}, storage_reader=reader, planner=_Planner())
+            state = _redistribute_state_dict(state, reference_state_dict=reference)
+            set_optimizer_state_dict(model, optimizer, state, options=options)
+    except CheckpointException as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {reasons(error)}") from error
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, with metadata that was judged before it is unpickled."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._judged = _judged_metadata(directory / _METADATA)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        metadata = pickle.loads(self._judged)
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """torch's planner, which loads what is not a tensor as weights only."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        buffer = io.BytesIO()
+        torch.save(load_weights_only(value), buffer)  # plain data by now
+        buffer.seek(0)
+        super().load_bytes(read_item, buffer)
+
+
+def _judged_metadata(path: Path) -> bytes:
+    """The bytes of a ``.metadata`` that names nothing but what one consists of, and no files but those beside it."""
+    with open_regular(path) as file:
+        data = file.read()
+    try:
+        read = read_pickle(io.BytesIO(data), factor=METADATA_FACTOR)
+    except (UnpickleError, BudgetError) as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {error}.") from None
+    if refused := read.refused(METADATA_GLOBALS):
+        raise CheckpointFormatError(
+            f"{path} is refused: its pickle asks for {', '.join(map(shown, refused[:20]))}, which could run any code "
+            "and which no checkpoint written here needs. Nothing of it was run. Resume from another checkpoint."
+        )
+    for name in {_place(path, call) for call in read.calls if call.function == _PLACE}:
+        try:
+            open_regular(path.parent / name).close()
+        except FileNotFoundError:
+            raise CheckpointIncompleteError(
+                f"{path.parent / name} is missing. Resume from another checkpoint."
+            ) from None
+    return data
+
+
+def _place(path: Path, call: Call) -> str:
+    """The file that a tensor lies in; CheckpointFormatError unless it is a data file of the same directory."""
+    state = call.state if isinstance(call.state, dict) else {}
+    name = state.get("relative_path")
+    if not isinstance(name, str) or _DATA_FILE.fullmatch(name) is None or state.get("transform_descriptors"):
+        raise CheckpointFormatError(
+            f"{path} is refused: it places a tensor in {shown(name)}, which is no .distcp file."
+        )
+    return name
+
+
+@contextmanager
+def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Hide empty parameter groups, for which torch raises an IndexError (an adapter may have no biases)."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        filled = iter(optimizer.param_groups)
+        optimizer.param_groups = [next(filled) if group["params"] else group for group in groups]
