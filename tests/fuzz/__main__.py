@@ -46,7 +46,7 @@ class _Session:
     def __init__(self, reader: Reader, seed: int, finds: Path, work: Path) -> None:
         self._reader, self._seed, self._finds, self._work = reader, seed, finds, work
         self._result_path = work / "result.json"
-        self.result: dict[str, Any] = {"executions": 0, "cpu": 0.0, "peak": 0, "finds": {}, "round": 0}
+        self.result: dict[str, Any] = {"executions": 0, "accepted": 0, "cpu": 0.0, "peak": 0, "finds": {}, "round": 0}
 
     def save(self, kind: str, details: str, case: Any) -> None:
         """Count a find; keep the smallest case of its kind."""
@@ -74,7 +74,7 @@ class _Session:
             (self._work / "case.pickle").write_bytes(pickle.dumps(case))
             self.result["executions"] += 1
             try:
-                run(self._reader, case, self._work / "case")
+                self.result["accepted"] += run(self._reader, case, self._work / "case")
             except FindError as error:
                 self.save(error.kind, str(error), case)
             self.result["cpu"] = spent_before + time.process_time() - started
@@ -158,7 +158,7 @@ def _replay(path: Path) -> int:
 
 def _print(name: str, result: dict[str, Any]) -> None:
     print(
-        f"{name:<17} {result['executions']:>8} {result['cpu']:>9.1f} {result['peak'] / 1e6:>8.0f} {len(result['finds']):>6}",
+        f"{name:<17} {result['executions']:>8} {result['accepted']:>8} {result['cpu']:>9.1f} {result['peak'] / 1e6:>8.0f} {len(result['finds']):>6}",
         flush=True,
     )
     for kind, found in sorted(result["finds"].items(), key=lambda item: -item[1]["count"]):
@@ -181,14 +181,16 @@ def main(arguments: Sequence[str]) -> int:
     readers = given_options.reader or list(READERS)
     shared = Path("/dev/shm")
     work = Path(mkdtemp(dir=shared if shared.is_dir() else None))
-    print(f"{'reader':<17} {'cases':>8} {'CPU s':>9} {'peak MB':>8} {'finds':>6}", flush=True)
+    print(f"{'reader':<17} {'cases':>8} {'accepted':>8} {'CPU s':>9} {'peak MB':>8} {'finds':>6}", flush=True)
     count = 0
     try:
         for name in readers:
             place = work / name
             place.mkdir()
             (place / "trace.txt").touch()
-            READERS[name].cases()  # so that the undamaged files are made once, before the fork
+            # Everything is imported, and the undamaged files are made, before the fork.
+            READERS[name].cases()
+            assert run(READERS[name], READERS[name].healthy(), place / "case"), f"{name} refuses an undamaged case"
             session = _Session(READERS[name], given_options.seed, given_options.finds, place)
             session.fuzz_in_process(given_options.seconds / len(readers))
             _print(name, session.result)

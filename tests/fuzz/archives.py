@@ -15,7 +15,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.fuzz.guard import CANARY
-from tests.fuzz.pickles import Draw, edited, pick, whole
+from tests.fuzz.pickles import Draw, edited, pick, whole, rarely
 
 _EVIL = b"\x80\x02c%s\nfire\n)R." % CANARY.encode()
 _SIZES = [0, 1, 100, 2**16, 2**31, 2**32 - 1]
@@ -116,7 +116,7 @@ def archive(draw: Draw, seed: bytes, most: int = 2) -> bytes:
     """An archive of torch with a changed pickle, changed records or both."""
     records = records_of(seed)
     place = next(index for index, record in enumerate(records) if record.name.endswith(b"/data.pkl"))
-    if draw(st.integers(0, 4)) == 0:
+    if rarely(draw, 5):
         pickle = whole(draw)
     else:
         pickle = edited(draw, records[place].data, most=pick(draw, [0, 1, 3]))
@@ -220,7 +220,7 @@ def split_legacy(content: bytes) -> list[bytes]:
 
 def legacy(draw: Draw, seed: bytes) -> bytes:
     """A file of before torch 1.6 with some of its pickles, their order or the storages' sizes changed."""
-    if draw(st.integers(0, 15)) == 0:
+    if rarely(draw, 16):
         return _in_a_tar(seed)
     parts = split_legacy(seed)
     for _ in range(draw(st.integers(0, 2))):
@@ -271,6 +271,6 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 @st.composite
 def torch_files(draw: Draw, zips: Sequence[bytes], legacies: Sequence[bytes]) -> bytes:
     """A changed file of either kind."""
-    if draw(st.integers(0, 3)) == 0:
+    if rarely(draw, 4):
         return legacy(draw, pick(draw, legacies))
     return archive(draw, pick(draw, zips))

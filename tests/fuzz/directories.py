@@ -32,7 +32,7 @@ from tests.checkpoint.directories import (
 from tests.conversion.megatron_lm.generator import Variant, arguments_of, content_of, make_weights
 from tests.fuzz import archives
 from tests.fuzz.documents import edited_json, edited_safetensors, large_json
-from tests.fuzz.pickles import TEXTS, Draw, pick
+from tests.fuzz.pickles import TEXTS, Draw, pick, rarely
 
 SECRET = b"of another directory, and of no checkpoint"
 SIDE_FILES: dict[str, bytes] = {
@@ -48,11 +48,11 @@ SIDE_FILES: dict[str, bytes] = {
     "LICENSE": b"Free.\n",
 }
 VARIANTS = {
-    "megatron": Variant(),
+    "megatron": Variant(layers=1),
     "megatron-pipeline": Variant(pp=2, version=3.0),
-    "megatron-core": Variant(names="core", tp=1),
-    "megatron-bert": Variant(kind="bert", is_zip=False),
-    "megatron-old": Variant(version=None, names="flat", tp=1, has_arguments=False, is_zip=False),
+    "megatron-core": Variant(names="core", tp=1, layers=1),
+    "megatron-bert": Variant(kind="bert", is_zip=False, layers=1),
+    "megatron-old": Variant(version=None, names="flat", tp=1, layers=1, has_arguments=False, is_zip=False),
 }
 
 
@@ -277,12 +277,12 @@ def hub_directories(draw: Draw, kinds: Sequence[str] = ("hub", "bin", "tp")) -> 
             if draw(st.booleans()):
                 config["architectures"] = [pick(draw, _BERT_CLASSES if is_bert else _CLASSES)]
             files = _with_model(draw, config, draw(st.booleans()))
-    return _wrong(draw, files, 0 if draw(st.integers(0, 5)) == 0 else 1)
+    return _wrong(draw, files, 0 if rarely(draw, 6) else 1)
 
 
 def _with_model(draw: Draw, config: dict[str, Any], is_pickled: bool) -> Files:
     tensors: dict[str, Any] = dict(model_tensors(config))
-    if draw(st.integers(0, 4)):
+    if not rarely(draw, 5):
         tensors = _wrong_tensors(draw, tensors)
     files: Files = {"config.json": json.dumps(config).encode(), **SIDE_FILES}
     if is_pickled:
@@ -301,7 +301,7 @@ def megatron_directories(draw: Draw) -> Files:
     """A Megatron-LM checkpoint with wrong arguments, tensors, files or places."""
     name = pick(draw, sorted(VARIANTS))
     files = dict(megatron_seed(name))
-    if draw(st.integers(0, 3)):
+    if not rarely(draw, 4):
         contents = _contents(name)
         which = [pick(draw, sorted(contents))] if draw(st.booleans()) else sorted(contents)
         edits = _content_edits(draw, VARIANTS[name])
@@ -477,7 +477,7 @@ def _wrong_index(draw: Draw, files: Files) -> None:
 
 def _wrong_content(draw: Draw, name: str, content: bytes) -> bytes:
     """A file of the same kind, with something wrong in it."""
-    if draw(st.integers(0, 399)) == 0:
+    if rarely(draw, 400):
         return large_json(draw)
     if name.endswith(".json"):
         return edited_json(draw, _object(content), _CONFIG_KEYS if name == "config.json" else ())

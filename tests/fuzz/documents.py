@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.fuzz.pickles import INTEGERS, TEXTS, Draw, pick
+from tests.fuzz.pickles import INTEGERS, TEXTS, Draw, pick, rarely
 
 # Values as they stand in a file; some are no JSON, though Python's parser takes them.
 _RAW = [
@@ -94,7 +94,7 @@ def _edit(draw: Draw, pairs: Pairs, more_keys: Sequence[str]) -> None:
 
 def encoded(draw: Draw, text: str) -> bytes:
     """A document's bytes, sometimes of an encoding or with an end that JSON does not have."""
-    if draw(st.integers(0, 19)):
+    if not rarely(draw, 20):
         return text.encode("utf-8", "surrogatepass")
     if draw(st.booleans()):
         return text.encode(pick(draw, _ENCODINGS), "replace")
@@ -113,13 +113,13 @@ def edited_json(draw: Draw, content: dict[str, Any], more_keys: Sequence[str] = 
             pairs = [(k, _object(nested) if k == json.dumps(key) else value) for k, value in pairs]
         else:
             _edit(draw, pairs, more_keys)
-    text = _object(pairs) if draw(st.integers(0, 19)) else str(pick(draw, _RAW))
+    text = _object(pairs) if not rarely(draw, 20) else str(pick(draw, _RAW))
     return encoded(draw, text)
 
 
 def large_json(draw: Draw) -> bytes:
     """A document of tens of megabytes, most of them one thing again and again."""
-    count = pick(draw, [10**5, 10**6, 6 * 10**6])
+    count = pick(draw, [10**5, 10**6, 6 * 10**6, 16 * 10**6])
     return draw(
         st.sampled_from(
             [
@@ -127,7 +127,7 @@ def large_json(draw: Draw) -> bytes:
                 lambda: b'{"a": "' + b"x" * 8 * count + b'"}',
                 lambda: b"{" + b'"a":1,' * count + b'"b":2}',
                 lambda: b" " * 8 * count + b"{}",
-                lambda: b"{" + b",".join(b'"%d":{}' % n for n in range(count // 4)) + b"}",
+                lambda: b"{" + b",".join(b'"%d":{}' % n for n in range(count // 16)) + b"}",
             ]
         )
     )()
@@ -191,7 +191,7 @@ def edited_safetensors(draw: Draw, content: bytes, most: int = 3) -> bytes:
     """A file whose header was changed, or a new one of few tensors that fit."""
     header = header_of(content)
     data = content[8 + int.from_bytes(content[:8], "little") :]
-    if draw(st.integers(0, 2)) == 0:
+    if rarely(draw, 3):
         header, data = _few_tensors(draw)
     texts = pairs_of(header)
     for _ in range(draw(st.integers(0, most))):
@@ -205,7 +205,7 @@ def edited_safetensors(draw: Draw, content: bytes, most: int = 3) -> bytes:
             texts[at] = (texts[at][0], _entry(draw, entry, len(data)))
     raw = encoded(draw, _object(texts))
     raw += b" " * pick(draw, [0, -len(raw) % 8, 1, 3])
-    length = len(raw) + (pick(draw, [-1, 1, 8, 2**40, 2**63]) if draw(st.integers(0, 24)) == 0 else 0)
+    length = len(raw) + (pick(draw, [-1, 1, 8, 2**40, 2**63]) if rarely(draw, 25) else 0)
     end = pick(draw, [data] * 12 + [data[:-1], data + b"\0", b""])
     return struct.pack("<Q", max(length, 0)) + raw + end
 
@@ -287,7 +287,7 @@ def _metadata(draw: Draw, metadata: Any) -> str:
 @st.composite
 def safetensors_files(draw: Draw, seeds: Sequence[bytes]) -> bytes:
     """A changed file; rarely one with a header of tens of megabytes."""
-    if draw(st.integers(0, 199)) == 0:
+    if rarely(draw, 200):
         raw = large_json(draw)
         return struct.pack("<Q", len(raw)) + raw
     return edited_safetensors(draw, pick(draw, seeds))

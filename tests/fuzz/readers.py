@@ -16,7 +16,7 @@ import traceback
 import warnings
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -30,12 +30,13 @@ import torch
 from hypothesis import strategies as st
 
 from hf_megatron.checkpoint.safetensors_header import DTYPES, read_header
-from hf_megatron.checkpoint.torch_file import TENSOR_NAMES, open_state_dict, open_torch_file
-from hf_megatron.checkpoint.unpickle import UnpickleError, read_pickle
+from hf_megatron.checkpoint.budgets import BudgetError
+from hf_megatron.checkpoint.torch_file import TENSOR_GLOBALS, open_state_dict, open_torch_file
+from hf_megatron.checkpoint.unpickle import Global, UnpickleError, read_pickle
 from hf_megatron.errors import HfMegatronError
 from hf_megatron_conversion import convert, inspect, verify
 from hf_megatron_conversion.formats import read_model
-from hf_megatron_conversion.formats.megatron_lm.ranks import _is_allowed
+from hf_megatron_conversion.formats.megatron_lm.pickled import MEGATRON_GLOBALS
 from hf_megatron_conversion.tensors import raw_bytes
 from tests.conversion.megatron_lm.generator import VOCAB
 from tests.fuzz import directories
@@ -44,7 +45,7 @@ from tests.fuzz.documents import safetensors_files
 from tests.fuzz.guard import Violation, watched
 from tests.fuzz.pickles import Draw, pick, pickles
 
-Check = Callable[[Any, Path], None]
+Check = Callable[[Any, Path], bool]
 
 
 class FindError(AssertionError):
@@ -57,20 +58,24 @@ class FindError(AssertionError):
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader: the strategy for its cases, and the check of one, which is given an empty directory to work in."""
+    """A reader: the strategy for its cases, the check of one, and an undamaged case.
+
+    The check is given an empty directory to work in, and says whether the reader has accepted the case.
+    """
 
     name: str
     cases: Callable[[], st.SearchStrategy[Any]]
     check: Check
+    healthy: Callable[[], Any]
 
 
-def run(reader: Reader, case: Any, directory: Path) -> None:
-    """Check one case; FindError if something does not hold."""
+def run(reader: Reader, case: Any, directory: Path) -> bool:
+    """Check one case, and say whether it was accepted; FindError if something does not hold."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     try:
         with warnings.catch_warnings(action="ignore"):
-            reader.check(case, directory)
+            return reader.check(case, directory)
     except FindError:
         raise
     except Violation as violation:
@@ -184,8 +189,8 @@ def _torch_lookups(path: Path) -> set[tuple[str, str]]:
         return _lookups_of(lambda: torch.load(path, "cpu", cast(Any, module), weights_only=False))
 
 
-def _require_harmless(lookups: set[tuple[str, str]], is_allowed: Callable[[str], bool]) -> None:
-    names = sorted(f"{module}:{name}" for module, name in lookups if "." in name or not is_allowed(f"{module}.{name}"))
+def _require_harmless(lookups: set[tuple[str, str]], allowed: Collection[Global]) -> None:
+    names = sorted(f"{module}:{name}" for module, name in lookups if "." in name or Global(module, name) not in allowed)
     if names:
         raise FindError("harmless for us, not for pickle", f"It would look up {names}.")
 
@@ -193,48 +198,42 @@ def _require_harmless(lookups: set[tuple[str, str]], is_allowed: Callable[[str],
 # --- Readers of one file.
 
 
-def _check_pickle(content: bytes, directory: Path) -> None:
+def _check_pickle(content: bytes, directory: Path) -> bool:
     (directory / "case.pkl").write_bytes(content)
     with watched(directory):
         try:
             read = read_pickle(io.BytesIO(content), lambda persistent_id: persistent_id)
-        except UnpickleError:
-            return
-    names = set(map(str, read.names))
-    lookups = _lookups_of(lambda: _Lookups(io.BytesIO(content)).load())
-    missing = [f"{module}:{name}" for module, name in lookups if not _is_named(f"{module}.{name}", names)]
+        except (UnpickleError, BudgetError):
+            return False
+    missing = _lookups_of(lambda: _Lookups(io.BytesIO(content)).load()) - {(g.module, g.attribute) for g in read.names}
     if missing:
-        raise FindError("a name that pickle looks up was not listed", f"{missing} is not in {sorted(names)}.")
+        raise FindError("a name that pickle looks up was not listed", f"{sorted(missing)} is not in {read.names}.")
+    return True
 
 
-def _is_named(name: str, names: set[str]) -> bool:
-    """Whether a name was listed; long ones are cut."""
-    aliased = name.replace("posix.", "os.", 1) if name.startswith("posix.") else name
-    return bool({name, aliased} & names) or (len(name) > 1000 and any(name.startswith(part[:500]) for part in names))
-
-
-def _check_torch_file(content: bytes, directory: Path) -> None:
+def _check_torch_file(content: bytes, directory: Path) -> bool:
     path = directory / "pytorch_model.bin"
     path.write_bytes(content)
     with watched(directory):
         try:
-            open_torch_file(path, _is_allowed)
+            open_torch_file(path, MEGATRON_GLOBALS)
         except HfMegatronError:
-            return
-    _require_harmless(_torch_lookups(path), _is_allowed)
+            return False
+    _require_harmless(_torch_lookups(path), MEGATRON_GLOBALS)
     with watched(directory):
         try:
             tensors = open_state_dict(path)
             read = {name: tensor.read() for name, tensor in tensors.items() if tensor.nbytes < 10**6}
         except HfMegatronError:
-            return
-    _require_harmless(_torch_lookups(path), TENSOR_NAMES.__contains__)
+            return True
+    _require_harmless(_torch_lookups(path), TENSOR_GLOBALS)
     try:
         expected = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch checks more
-        return
+        return True
     if isinstance(expected, dict) and all(isinstance(value, torch.Tensor) for value in expected.values()):
         _require_equal(read, expected, set(tensors))
+    return True
 
 
 def _require_equal(read: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], names: set[str]) -> None:
@@ -247,7 +246,7 @@ def _require_equal(read: dict[str, torch.Tensor], expected: dict[str, torch.Tens
             raise FindError("another tensor than torch reads", f"{name} is {tensor!r}, torch has {other!r}")
 
 
-def _check_safetensors(content: bytes, directory: Path) -> None:
+def _check_safetensors(content: bytes, directory: Path) -> bool:
     path = directory / "model.safetensors"
     path.write_bytes(content)
     with watched(directory):
@@ -256,7 +255,7 @@ def _check_safetensors(content: bytes, directory: Path) -> None:
         except HfMegatronError as error:
             header, reason = None, str(error)
     if len(content) > 2 * 10**6:  # more than the reference's limit allows us to compare
-        return
+        return header is not None
     try:
         with safetensors.safe_open(path, "np") as file:
             theirs = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
@@ -266,12 +265,12 @@ def _check_safetensors(content: bytes, directory: Path) -> None:
         if header is not None:
             reason = re.sub(r"\d+", "N", str(error).removeprefix("Error while deserializing header: "))[:60]
             raise FindError(f"safetensors refuses what we accept: {reason}", str(error)) from None
-        return
+        return False
     if header is None:
         if all(dtype in DTYPES for dtype, _ in expected.values()):
             words = re.sub(r"\d+", "N", reason.partition("model.safetensors")[2])[:60]
             raise FindError(f"safetensors accepts what we refuse: {words}", reason)
-        return
+        return False
     mine = {name: (tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()}
     if (mine, header.metadata) != (expected, metadata):
         raise FindError("safetensors reads another header", f"{mine} {header.metadata} is not {expected} {metadata}")
@@ -279,6 +278,7 @@ def _check_safetensors(content: bytes, directory: Path) -> None:
     for name, tensor in header.tensors.items():
         if content[tensor.data_start : tensor.data_stop] != bytes(data[name]):
             raise FindError("safetensors reads other data", name)
+    return True
 
 
 # --- Readers of directories.
@@ -301,28 +301,22 @@ def _written(files: directories.Files, directory: Path) -> Path:
     return directory / "source"
 
 
-def _check_inspect(files: directories.Files, directory: Path) -> None:
+def _check_inspect(files: directories.Files, directory: Path) -> bool:
     source = _written(files, directory)
     result = _attempt(directory, lambda: inspect(source))
-    if not isinstance(result, HfMegatronError):
-        for path in [*source.rglob("*.bin"), *source.rglob("*.pt")]:
-            # Only what inspect has opened: at most one file in each of the directories of ranks.
-            if path.is_file() and path.stat().st_size < 10**8 and _was_read(path, source, result.format):
-                _require_harmless(_torch_lookups(path), _is_allowed)
-
-
-def _was_read(path: Path, source: Path, format_name: str) -> bool:
-    """Whether a file is one of those that a directory of the format consists of."""
-    if format_name != "hub":
-        return False  # of several iterations or copies, one is read; check_torch_file covers the file itself
-    return path.parent == source and path in read_model(source).files
+    if isinstance(result, HfMegatronError):
+        return False
+    if result.format == "hub":
+        for path in read_model(source).files:
+            if path.suffix == ".bin":
+                _require_harmless(_torch_lookups(path), TENSOR_GLOBALS)
+    return True
 
 
 @dataclass(frozen=True)
 class ConvertCase:
     files: directories.Files
     options: dict[str, Any]
-    others: directories.Files | None = None  # for verify
 
 
 @st.composite
@@ -338,7 +332,7 @@ def _conversions(draw: Draw, sources: st.SearchStrategy[directories.Files], dry_
     return ConvertCase(files, {name: value for name, value in options.items() if value is not None})
 
 
-def _check_convert(case: ConvertCase, directory: Path) -> None:
+def _check_convert(case: ConvertCase, directory: Path) -> bool:
     source, destination = _written(case.files, directory), directory / "out"
     before = sorted(path.name for path in directory.iterdir())
     result = _attempt(directory, lambda: convert(source, destination, **case.options))
@@ -346,7 +340,7 @@ def _check_convert(case: ConvertCase, directory: Path) -> None:
         left = sorted(path.name for path in directory.iterdir())
         if left != before:
             raise FindError("a refused conversion leaves something behind", f"{left}: {result}")
-        return
+        return not isinstance(result, HfMegatronError)
     written = _attempt(directory, lambda: read_model(destination))
     if isinstance(written, HfMegatronError):
         raise FindError(f"what was written is refused: {type(written).__name__}", str(written)[:1000])
@@ -360,12 +354,13 @@ def _check_convert(case: ConvertCase, directory: Path) -> None:
     leaked = [path.name for path in destination.iterdir() if path.is_file() and directories.SECRET in path.read_bytes()]
     if leaked:
         raise FindError("a file from outside of the source is in the result", str(leaked))
+    return True
 
 
-def _check_verify(files: directories.Files, directory: Path) -> None:
+def _check_verify(files: directories.Files, directory: Path) -> bool:
     source = _written(files, directory)
     directories.write(directories.hub_seeds()["hub"], directory / "whole")
-    _attempt(directory, lambda: verify(directory / "whole", source))
+    return not isinstance(_attempt(directory, lambda: verify(directory / "whole", source)), HfMegatronError)
 
 
 def _any_directory() -> st.SearchStrategy[directories.Files]:
@@ -375,15 +370,15 @@ def _any_directory() -> st.SearchStrategy[directories.Files]:
 # --- Training checkpoints and adapters.
 
 
-def _check_training(files: directories.Files, directory: Path) -> None:
-    from hf_megatron.training import training_state
+def _check_training(files: directories.Files, directory: Path) -> bool:
+    from hf_megatron.training import optimizer_state, training_state
     from tests.fuzz import training
 
     source, state = _written(files, directory), training.fresh()
-    streams = random.getstate()
+    streams, accepted = random.getstate(), True
     for act in (
         lambda: training_state.verify_checkpoint(source),
-        lambda: training_state.load_optimizer(state.model, state.optimizer, source),
+        lambda: optimizer_state.load_optimizer(state.model, state.optimizer, source),
         lambda: training_state.load_scheduler(state.scheduler, source, step=1, may_skip=False),
         lambda: training_state.load_random_state(source, 0),
     ):
@@ -391,16 +386,17 @@ def _check_training(files: directories.Files, directory: Path) -> None:
             try:
                 act()
             except HfMegatronError:
-                pass
+                accepted = False
     random.setstate(streams)
+    return accepted
 
 
-def _check_adapter(files: directories.Files, directory: Path) -> None:
+def _check_adapter(files: directories.Files, directory: Path) -> bool:
     from hf_megatron.peft import load_adapter
     from tests.fuzz import training
 
     source, model = _written(files, directory), training.small_model()
-    _attempt(directory, lambda: load_adapter(model, source))
+    return not isinstance(_attempt(directory, lambda: load_adapter(model, source)), HfMegatronError)
 
 
 def _training_cases() -> st.SearchStrategy[directories.Files]:
@@ -455,18 +451,49 @@ def _safetensors_seeds() -> list[bytes]:
     return cast(list[bytes], found)
 
 
+def _healthy_conversion(kind: str, **options: Any) -> ConvertCase:
+    files = directories.hub_seeds()[kind] if kind in directories.hub_seeds() else directories.megatron_seed(kind)
+    return ConvertCase(files, {"to": "hub", "dry_run": False, **options})
+
+
+def _healthy_training(kind: str) -> directories.Files:
+    from tests.fuzz import training
+
+    return training.healthy(kind)
+
+
 READERS = {
     reader.name: reader
     for reader in (
-        Reader("pickle", _pickle_cases, _check_pickle),
-        Reader("torch-file", lambda: torch_files(_zips(), _legacies()), _check_torch_file),
-        Reader("safetensors", lambda: safetensors_files(_safetensors_seeds()), _check_safetensors),
-        Reader("inspect", _any_directory, _check_inspect),
-        Reader("dry-run", lambda: _conversions(_any_directory(), True), _check_convert),
-        Reader("convert-hub", lambda: _conversions(directories.hub_directories(), False), _check_convert),
-        Reader("convert-megatron", lambda: _conversions(directories.megatron_directories(), False), _check_convert),
-        Reader("verify", _any_directory, _check_verify),
-        Reader("training", _training_cases, _check_training),
-        Reader("adapter", _adapter_cases, _check_adapter),
+        Reader("pickle", _pickle_cases, _check_pickle, lambda: _main_pickle(_zips()[0])),
+        Reader("torch-file", lambda: torch_files(_zips(), _legacies()), _check_torch_file, lambda: _zips()[0]),
+        Reader(
+            "safetensors",
+            lambda: safetensors_files(_safetensors_seeds()),
+            _check_safetensors,
+            lambda: _safetensors_seeds()[0],
+        ),
+        Reader("inspect", _any_directory, _check_inspect, lambda: directories.hub_seeds()["bin"]),
+        Reader(
+            "dry-run",
+            lambda: _conversions(_any_directory(), True),
+            _check_convert,
+            lambda: _healthy_conversion("tp", dry_run=True),
+        ),
+        Reader(
+            "convert-hub",
+            lambda: _conversions(directories.hub_directories(), False),
+            _check_convert,
+            lambda: _healthy_conversion("bin", to="tp", tp_size=2),
+        ),
+        Reader(
+            "convert-megatron",
+            lambda: _conversions(directories.megatron_directories(), False),
+            _check_convert,
+            lambda: _healthy_conversion("megatron"),
+        ),
+        Reader("verify", _any_directory, _check_verify, lambda: directories.hub_seeds()["tp"]),
+        Reader("training", _training_cases, _check_training, lambda: _healthy_training("checkpoint")),
+        Reader("adapter", _adapter_cases, _check_adapter, lambda: _healthy_training("adapter")),
     )
 }

@@ -16,13 +16,15 @@ from peft import LoraConfig
 
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
 from hf_megatron.checkpoint.checksums import compute_checksums, write_checksums
+from hf_megatron.checkpoint.unpickle import Global
 from hf_megatron.peft import get_peft_model
-from hf_megatron.training.training_state import TRAINER_STATE_NAME, save_optimizer, save_random_state
+from hf_megatron.training.optimizer_state import METADATA_GLOBALS, save_optimizer
+from hf_megatron.training.training_state import TRAINER_STATE_NAME, save_random_state
 from tests.checkpoint.directories import CONFIG
 from tests.fuzz import archives
 from tests.fuzz.directories import _NAMES, _SPECIALS, Files, _read, torch_bytes
 from tests.fuzz.documents import edited_json, edited_safetensors
-from tests.fuzz.pickles import Draw, edited, pick, whole
+from tests.fuzz.pickles import Draw, edited, pick, whole, rarely
 
 
 def fresh() -> SimpleNamespace:
@@ -61,21 +63,14 @@ def _adapter() -> Files:
         return _read(Path(root) / "adapter")
 
 
-@cache
-def _harmless() -> frozenset[tuple[str, str]]:
-    """What an undamaged checkpoint of torch's distributed format makes the standard unpickler look up."""
-    import io
-
-    from tests.fuzz.readers import _Lookups, _lookups_of
-
-    metadata = _checkpoint()["optimizer/.metadata"]
-    assert isinstance(metadata, bytes)
-    return frozenset(_lookups_of(lambda: _Lookups(io.BytesIO(metadata)).load()))
+def healthy(kind: str) -> Files:
+    """An undamaged checkpoint, or adapter."""
+    return _checkpoint() if kind == "checkpoint" else _adapter()
 
 
 def is_allowed(module: str, name: str) -> bool:
     """Whether torch may look up a name of a distributed checkpoint."""
-    return (module, name) in _harmless() or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+    return Global(module, name) in METADATA_GLOBALS and "." not in name
 
 
 @st.composite
@@ -85,7 +80,7 @@ def checkpoints(draw: Draw) -> Files:
     for _ in range(draw(st.integers(1, 2))):
         name = pick(draw, sorted(_checkpoint()))
         content = files.get(name)
-        if draw(st.integers(0, 7)) == 0 or not isinstance(content, bytes):
+        if rarely(draw, 8) or not isinstance(content, bytes):
             files[name] = pick(draw, [*_SPECIALS, b""])
         else:
             files[name] = _changed(draw, name, content)
@@ -100,9 +95,9 @@ def adapters(draw: Draw) -> Files:
     files = dict(_adapter())
     for name in draw(st.lists(st.sampled_from(sorted(files)), min_size=1, max_size=2)):
         content = files[name]
-        if draw(st.integers(0, 7)) == 0 or not isinstance(content, bytes):
+        if rarely(draw, 8) or not isinstance(content, bytes):
             files[name] = pick(draw, [*_SPECIALS, b""])
-        elif draw(st.integers(0, 7)) == 0:
+        elif rarely(draw, 8):
             files[pick(draw, _NAMES)] = files.pop(name)
             return files
         else:
@@ -120,7 +115,7 @@ def _changed(draw: Draw, name: str, content: bytes) -> bytes:
         if name.endswith((".pt", ".distcp")):
             return archives.archive(draw, content)
         if name.endswith(".metadata"):
-            return edited(draw, content) if draw(st.integers(0, 5)) else whole(draw)
+            return edited(draw, content) if not rarely(draw, 6) else whole(draw)
     except Exception:
         pass  # it has been changed before
     return content + b"\xff"
