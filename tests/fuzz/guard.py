@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -86,7 +87,8 @@ def _check_place(event: str, path: Any) -> None:
     if isinstance(path, int) or path is None:  # a descriptor
         return
     place = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 (a Path would open nothing either, and is slow)
-    is_inside = place.startswith((_watch.directory, "/dev/null")) or "__pycache__" in place
+    temporary = os.path.join(tempfile.gettempdir(), tempfile.gettempprefix())  # noqa: PTH118
+    is_inside = place.startswith((_watch.directory, "/dev/null", temporary)) or "__pycache__" in place
     # Paths relative to a directory's descriptor, as shutil.rmtree uses them.
     if not is_inside and os.path.isabs(os.fsdecode(path)):  # noqa: PTH117
         _report(f"{event} outside of the case's directory: {place!r:.200}")
@@ -118,6 +120,8 @@ def _look_for_blocked_cases() -> None:
             last, since = (watch, state), time.monotonic()
         elif time.monotonic() - since > _BLOCKED_SECONDS:
             signal.pthread_kill(watch.thread, signal.SIGUSR1)
+            if time.monotonic() - since > 3 * _BLOCKED_SECONDS:  # code that tries again when interrupted
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _state_of(watch: _Watch | None) -> str:

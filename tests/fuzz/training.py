@@ -31,9 +31,10 @@ def fresh() -> SimpleNamespace:
     """A module with an optimizer that has made a step, and its scheduler."""
     model = torch.nn.Linear(3, 4)
     optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     model(torch.ones(3)).sum().backward()
     optimizer.step()
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    scheduler.step()
     return SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler)
 
 
@@ -96,7 +97,8 @@ def adapters(draw: Draw) -> Files:
     for name in draw(st.lists(st.sampled_from(sorted(files)), min_size=1, max_size=2)):
         content = files[name]
         if rarely(draw, 8) or not isinstance(content, bytes):
-            files[name] = pick(draw, [*_SPECIALS, b""])
+            # Not a FIFO: safetensors waits for it.
+            files[name] = pick(draw, [special for special in _SPECIALS if special.kind != "fifo"])
         elif rarely(draw, 8):
             files[pick(draw, _NAMES)] = files.pop(name)
             return files
