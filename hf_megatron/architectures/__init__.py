@@ -11,7 +11,7 @@ from typing import Any
 from hf_megatron.architectures.bert import BERT_POST, BERT_PRE
 from hf_megatron.architectures.gpt2 import GPT2
 from hf_megatron.architectures.table import Architecture, Field, ModelClass, Tensor
-from hf_megatron.errors import UnsupportedError
+from hf_megatron.errors import UnsupportedError, shown
 
 __all__ = ["BERT_POST", "BERT_PRE", "GPT2", "TABLES", "Architecture", "Field", "ModelClass", "Tensor", "table_for"]
 
@@ -28,7 +28,7 @@ def table_for(config: Mapping[str, Any]) -> Architecture:
         if table.is_for(config):
             return table
     known = dict.fromkeys(name for table in TABLES for name in (table.stock_model_type, table.model_type))
-    own = {name: config.get(name) for table in TABLES for name in table.own_config}
+    own = ", ".join(f"{name}={shown(config.get(name))}" for name in {name for t in TABLES for name in t.own_config})
     raise UnsupportedError(
-        f"model_type {config.get('model_type')!r} with {own} is not supported; known are {', '.join(known)}."
+        f"model_type {shown(config.get('model_type'))} with {own} is not supported; known are {', '.join(known)}."
     )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal
 
-from hf_megatron.errors import PartitionError, UnsupportedError
+from hf_megatron.errors import PartitionError, UnsupportedError, shown
 from hf_megatron.partition.spec import Replicated, Shape, Spec
 
 Config = Mapping[str, Any]
@@ -21,9 +22,17 @@ Config = Mapping[str, Any]
 TANH_GELUS = ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate")
 ERF_GELUS = ("gelu", "gelu_python")
 
+# All that the stock library knows.
+ACTIVATIONS = (
+    *TANH_GELUS,
+    *ERF_GELUS,
+    *("gelu_10", "gelu_python_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "prelu", "quick_gelu"),
+    *("relu", "relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh", "xielu"),
+)
+
 # Beyond any model, so that a damaged configuration does not become a table of a billion rows.
-_MAX_LAYERS = 10_000
 _MAX_SIZE = 2**30
+_MAX_SIZES = {"num_hidden_layers": 10_000, "num_attention_heads": 65_536, "num_labels": 2**24}
 _MAX_LISTED_DEGREE = 4096
 
 
@@ -172,9 +181,9 @@ class Architecture:
             value = where.read(config)
             if value is None and where.default is None:
                 value = 4 * sizes["hidden_size"]
-            if not isinstance(value, int) or value < 1:
-                raise UnsupportedError(f"{where.name}={value!r} in the configuration is not a positive integer.")
-            largest = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+            if type(value) is not int or value < 1:
+                raise UnsupportedError(f"{where.name}={shown(value)} in the configuration is not a positive integer.")
+            largest = _MAX_SIZES.get(name, _MAX_SIZE)
             if value > largest:
                 message = f"{where.name}={value} in the configuration is more than {largest}, a damaged number?"
                 raise UnsupportedError(message)
@@ -185,10 +194,36 @@ class Architecture:
             raise UnsupportedError(f"{message}; every head must have the same size.")
         for name, (only, reason) in self.required.items():
             if (value := config.get(name)) not in (None, only):
-                raise UnsupportedError(f"{name}={value!r} is not supported: {reason}.")
+                raise UnsupportedError(f"{name}={shown(value)} is not supported: {reason}.")
         max_length = sizes["num_positions"] - self.unused_positions
         labels = _number_of_labels(config)
         return {**sizes, "query_key_value": 3 * hidden, "max_length": max_length, "num_labels": labels}
+
+    def check_numerics(self, config: Config) -> None:
+        """Refuse a configuration with which the stock library could not run the model, or would compute nonsense.
+
+        Raises:
+            UnsupportedError: An unknown activation, an epsilon or a dropout out of range, or quantization.
+        """
+        problems = [
+            f"{name}={shown(value)} (known are {', '.join(ACTIVATIONS)})"
+            for name, value in zip((self.activation.name, self.head_activation), self.activations(config), strict=True)
+            if not isinstance(value, str) or value not in ACTIVATIONS
+        ]
+        epsilon = self.epsilon.read(config)
+        if not _is_number(epsilon) or epsilon <= 0:
+            problems.append(f"{self.epsilon.name}={shown(epsilon)} (a number above 0)")
+        for name, rate in {where.name: where.read(config) for where in self.dropouts}.items():
+            # null is what some tools write for no dropout.
+            if rate is not None and (not _is_number(rate) or not 0 <= rate < 1):
+                problems.append(f"{name}={shown(rate)} (a number from 0 to below 1)")
+        scale = config.get("initializer_range")
+        if scale is not None and (not _is_number(scale) or scale < 0):
+            problems.append(f"initializer_range={shown(scale)} (a number of 0 or more)")
+        if config.get("quantization_config") is not None:
+            problems.append("quantization_config (only weights that are not quantized)")
+        if problems:
+            raise UnsupportedError(f"The configuration is not that of a model that runs: {'; '.join(problems)}.")
 
     def activations(self, config: Config) -> tuple[Any, Any]:
         """Names of the activation in the layers and of the one in the masked-LM head."""
@@ -218,7 +253,14 @@ class Architecture:
             if name in (model_class.stock, model_class.ours):
                 return model_class
         known = ", ".join(model_class.stock for model_class in self.classes)
-        raise UnsupportedError(f"{name} is not one of the {self.name} classes offered here: {known}.")
+        raise UnsupportedError(f"{shown(name)} is not one of the {self.name} classes offered here: {known}.")
+
+    def class_of(self, config: Config) -> ModelClass:
+        """The class that a config.json names, or the first one; UnsupportedError if there is no such class here."""
+        named = config.get("architectures") or [None]
+        if not isinstance(named, list):
+            raise UnsupportedError(f"architectures={shown(named)} in the configuration is no list of class names.")
+        return self.model_class(named[0])
 
     def tensors(self, config: Config, model_class: ModelClass) -> dict[str, Tensor]:
         """Every tensor in the state dict of ``model_class`` under ``config``, by name, rule by rule."""
@@ -233,15 +275,25 @@ class Architecture:
         """Raise PartitionError if a model of this configuration cannot be cut over ``tp_size`` ranks."""
         if tp_size < 1:
             raise PartitionError(f"tp_size={tp_size} is not a degree; choose 1 or more.")
+        if (reason := self._misfit(config, tp_size)) is not None:
+            heads = self.sizes(config)["num_attention_heads"]
+            candidates = [degree for degree in range(1, min(heads, _MAX_LISTED_DEGREE) + 1) if heads % degree == 0]
+            fitting = [str(degree) for degree in candidates if self._misfit(config, degree) is None]
+            choices = " or ".join(filter(None, (", ".join(fitting[:-1]), fitting[-1])))
+            raise PartitionError(f"{reason} {choices}.")
+
+    def _misfit(self, config: Config, tp_size: int) -> str | None:
+        """Why a model cannot be cut over so many ranks, or None if it can; what is so for one layer is so for all."""
         heads = self.sizes(config)["num_attention_heads"]
         if heads % tp_size:
-            fitting = [str(degree) for degree in range(1, min(heads, _MAX_LISTED_DEGREE) + 1) if heads % degree == 0]
-            choices = " or ".join(filter(None, (", ".join(fitting[:-1]), fitting[-1])))
-            raise PartitionError(
-                f"num_attention_heads={heads} is not divisible by tp_size={tp_size}; choose {choices}."
-            )
-        for tensor in self.tensors(config, self.classes[0]).values():
-            tensor.spec.check(tensor.name, tensor.shape, tp_size)
+            return f"num_attention_heads={heads} is not divisible by tp_size={tp_size}; choose"
+        one_layer = {**config, self.size_fields["num_hidden_layers"].name: 1}
+        for tensor in self.tensors(one_layer, self.classes[0]).values():
+            try:
+                tensor.spec.check(tensor.name, tensor.shape, tp_size)
+            except PartitionError as error:
+                return f"{str(error).removesuffix('.')}:"
+        return None
 
     @cached_property
     def rules(self) -> tuple[TensorRule, ...]:
@@ -282,10 +334,18 @@ def is_same_function(a: object, b: object) -> bool:
     return a == b or any(a in family and b in family for family in (TANH_GELUS, ERF_GELUS))
 
 
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
 def _number_of_labels(config: Config) -> int:
     """``num_labels``, which config.json may say in words (``id2label``) or not at all."""
     labels, names = config.get("num_labels"), config.get("id2label")
-    return labels if isinstance(labels, int) else len(names) if isinstance(names, Mapping) else 2
+    if labels is None:
+        return len(names) if isinstance(names, Mapping) else 2
+    if type(labels) is not int or not 0 < labels <= _MAX_SIZES["num_labels"]:
+        raise UnsupportedError(f"num_labels={shown(labels)} in the configuration is not a number of labels.")
+    return labels
 
 
 def _instances(name: str, rule: TensorRule, sizes: Mapping[str, int]) -> Iterator[Tensor]:

@@ -79,9 +79,10 @@ def _with_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = _with_duplicates(pairs)
-    if isinstance(result, ObjectWithDuplicates):
-        raise ValueError(f"{shown(min(result.duplicates))} occurs twice in one object")
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{shown(twice)} occurs twice in one object")
     return result
 
 

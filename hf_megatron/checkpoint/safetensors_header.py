@@ -151,7 +151,7 @@ def _parsed(raw: bytes, start: int) -> tuple[dict[str, StoredTensor], dict[str, 
 
 
 def _tensor(name: str, entry: Any, start: int) -> StoredTensor:
-    if isinstance(entry, list):  # the reference implementation takes this too
+    if isinstance(entry, list) and len(entry) == len(_FIELDS):  # the reference implementation takes this too
         entry = dict(zip(_FIELDS, entry, strict=True))
     duplicates = entry.duplicates if isinstance(entry, ObjectWithDuplicates) else frozenset()
     if not isinstance(entry, dict) or not entry.keys() >= set(_FIELDS) or not duplicates.isdisjoint(_FIELDS):

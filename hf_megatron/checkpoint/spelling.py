@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_megatron.architectures import Architecture, ModelClass
 from hf_megatron.checkpoint.lazy import LazyTensor
-from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, UnsupportedError
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, shown
 
 Shape = tuple[int, ...]
 
@@ -34,10 +34,7 @@ class CanonicalTensors:
 
 def model_class_of(table: Architecture, config: Mapping[str, Any]) -> ModelClass:
     """The class that a config.json names, or the table's first one; UnsupportedError if the table lacks that class."""
-    architectures = config.get("architectures") or [None]
-    if not isinstance(architectures, list):
-        raise UnsupportedError(f"architectures={architectures!r} in the configuration is not a list of class names.")
-    return table.model_class(architectures[0])
+    return table.class_of(config)
 
 
 def respelled(name: str, known: Mapping[str, object], base_prefix: str) -> str | None:
@@ -130,8 +127,8 @@ def require_complete(canonical: CanonicalTensors) -> None:
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:
     """The items in one line, cut short after a readable number of them."""
-    shown = separator.join(items[:_MAX_LISTED])
-    return shown if len(items) <= _MAX_LISTED else f"{shown}{separator}and {len(items) - _MAX_LISTED} more"
+    line = separator.join(item if item.isprintable() else shown(item) for item in items[:_MAX_LISTED])
+    return line if len(items) <= _MAX_LISTED else f"{line}{separator}and {len(items) - _MAX_LISTED} more"
 
 
 def _require_same(copy: LazyTensor, original: LazyTensor) -> None:

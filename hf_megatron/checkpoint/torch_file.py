@@ -142,7 +142,7 @@ def open_torch_file(path: Path, allowed: Collection[Global] = TENSOR_GLOBALS) ->
     except OSError as error:
         raise CheckpointIncompleteError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointIncompleteError(f"{path} cannot be read; is it truncated? {error!r}") from error
+        raise CheckpointIncompleteError(f"{path} cannot be read; is it truncated? {shown(repr(error))}") from error
 
 
 def _read_pickle(
@@ -274,6 +274,9 @@ def _with_places(path: Path, content: Any, start: Callable[[_Storage], int]) -> 
                 done[id(value)] = {key: place(item, depth + 1) for key, item in value.items()}
             return done[id(value)]
         if isinstance(value, Call) and value.function in _REBUILD_PARAMETER and value.arguments:
+            # A state could give it other data.
+            if value.state is not None or value.items or any(value.arguments[3:]):
+                raise UnpickleError("it has a parameter with more than torch.save stores of one")
             return place(value.arguments[0], depth + 1)
         if isinstance(value, Call) and value.function in _REBUILD_TENSOR and value.arguments:
             return _array(path, value, start)

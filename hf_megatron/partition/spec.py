@@ -159,10 +159,9 @@ class Split(Spec):
         size = shape[self.dim]
         start, stop = chunk_range(size, tp_size, tp_size - 1)
         if start == stop:
-            largest = max(degree for degree in range(1, tp_size) if _fills_all_ranks(size, degree))
             raise PartitionError(
                 f"{name} has {size} entries along dim {self.dim}; cut over tp_size={tp_size} ranks the last rank would "
-                f"hold none. Choose a tp_size of {largest}, or another that leaves every rank at least one."
+                f"hold none. Choose fewer."
             )
 
 
@@ -210,8 +209,3 @@ class FusedSplit(Spec):
         block_shape = list(shape)
         block_shape[self.dim] = size // self.num_blocks
         Split(self.dim).check(name, tuple(block_shape), tp_size)
-
-
-def _fills_all_ranks(size: int, tp_size: int) -> bool:
-    start, stop = chunk_range(size, tp_size, tp_size - 1)
-    return stop > start

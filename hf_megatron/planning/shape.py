@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from hf_megatron.architectures import Architecture, ModelClass, Tensor, table_for
-from hf_megatron.errors import CheckpointFormatError, UnsupportedError
+from hf_megatron.errors import UnsupportedError
 
 # Activation functions that are one kernel in these models, and whether their backward pass needs the input. If it needs
 # the output instead, that is the next product's input, and kept in any case.
@@ -58,25 +58,20 @@ class ModelShape:
         """The shape of the model that a config.json describes, ours or the stock one.
 
         Raises:
-            UnsupportedError: A model that this package does not have, or an activation whose cost is not known here.
-            CheckpointFormatError: A dropout probability is no number from 0 to 1.
+            UnsupportedError: A model that this package does not have or that does not run, or an activation whose cost
+                is not known here.
         """
         table = table_for(config)
         sizes, activation = table.sizes(config), str(table.activation.read(config))
         if activation not in _KEEPS_INPUT:
             known = ", ".join(_KEEPS_INPUT)
             raise UnsupportedError(f"The cost of activation {activation!r} is not known; known are {known}.")
-        for where in table.dropouts:
-            value = where.read(config)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise CheckpointFormatError(
-                    f"{where.name} in config.json is {value!r}; it should be a number from 0 to 1."
-                )
-        embedding, attention, residual = (float(where.read(config)) for where in table.dropouts)
+        table.check_numerics(config)
+        embedding, attention, residual = (float(where.read(config) or 0) for where in table.dropouts)
         return cls(
             config=config,
             table=table,
-            model_class=table.model_class((config.get("architectures") or [None])[0]),
+            model_class=table.class_of(config),
             num_layers=sizes["num_hidden_layers"],
             hidden_size=sizes["hidden_size"],
             num_heads=sizes["num_attention_heads"],

@@ -16,7 +16,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from hf_megatron.checkpoint import AtomicDirectory
-from hf_megatron.errors import DestinationError, HfMegatronError
+from hf_megatron.errors import CheckpointFormatError, DestinationError, HfMegatronError
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.models.processes import barrier, share_failure
 from hf_megatron.models.saving import rewrite_config
@@ -153,12 +153,14 @@ class CheckpointingTrainer(GuardedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._own_model is None or self._is_adapted:
+            _refuse_fsdp_files(Path(resume_from_checkpoint))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._own_model.load_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self._own_model is None or self._is_adapted:
+            _refuse_fsdp_files(Path(self.state.best_model_checkpoint))
             super()._load_best_model()
         else:
             logger.info(f"Loading the best model, {self.state.best_model_checkpoint} ({self.state.best_metric}).")
@@ -182,6 +184,14 @@ class CheckpointingTrainer(GuardedTrainer):
                 f"{checkpoint} has no random state for data-parallel rank {self._data_parallel_rank} (it was saved by "
                 "fewer); dropout and shuffling go on with other random numbers."
             )
+
+
+def _refuse_fsdp_files(directory: Path) -> None:
+    """Refuse what accelerate would have torch unpickle; no checkpoint written here holds it."""
+    if found := [path.name for path in directory.glob("pytorch_model_fsdp*")]:
+        raise CheckpointFormatError(
+            f"{directory} is refused: {', '.join(found)} is accelerate's own format, and loading it could run any code."
+        )
 
 
 def _on_all(action: Callable[[], Any]) -> Any:

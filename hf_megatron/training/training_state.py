@@ -23,12 +23,12 @@ from transformers.optimization import GreedyLR
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
-from hf_megatron.checkpoint import AtomicDirectory, read_json
+from hf_megatron.checkpoint import AtomicDirectory
 from hf_megatron.checkpoint.atomic_directory import recover, remove
-from hf_megatron.checkpoint.budgets import MAX_TRAINER_STATE_BYTES
+from hf_megatron.checkpoint.budgets import MAX_TRAINER_STATE_BYTES, require_within
 from hf_megatron.checkpoint.checksums import CHECKSUMS, compute_checksums, damages, read_checksums, write_checksums
 from hf_megatron.checkpoint.regular_file import open_regular
-from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, shown
 from hf_megatron.models.processes import barrier, is_first_rank
 from hf_megatron.training.optimizer_state import load_weights_only
 
@@ -100,14 +100,16 @@ def check_step(directory: Path) -> None:
     if not path.is_file():
         raise CheckpointIncompleteError(f"{path} is missing: {directory} is no training checkpoint, or not whole.")
     try:
-        step = TrainerState(**read_json(path, MAX_TRAINER_STATE_BYTES)).global_step
-    except TypeError as error:
+        # Not read_json: the number of floating-point operations may have more than 64 bits.
+        require_within(MAX_TRAINER_STATE_BYTES, path.stat().st_size, "bytes")
+        step = TrainerState.load_from_json(str(path)).global_step
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointFormatError(f"{path} cannot be read: {error}") from None
     named = re.fullmatch(r"checkpoint-(\d+)", directory.name)
     if named is not None and int(named[1]) != step:
         raise CheckpointFormatError(
-            f"{path} is of step {step}, and the directory's name says {named[1]}. Give the directory the name it had, "
-            "or resume from another checkpoint."
+            f"{path} is of step {shown(step)}, and the directory's name says {named[1]}. Give the directory the name "
+            "it had, or resume from another checkpoint."
         )
 
 
@@ -154,6 +156,8 @@ def remove_old_checkpoints(run_directory: Path, limit: int | None, best: str | N
 def load_scheduler(scheduler: Any, directory: Path, *, step: int, may_skip: bool) -> None:
     """Restore the learning rate's schedule, which does not count steps that overflow, if such are skipped."""
     state = read_state(directory / "scheduler.pt")
+    if not isinstance(state, dict):
+        raise CheckpointFormatError(f"{directory / 'scheduler.pt'} holds no state of a schedule.")
     place = state.get("last_epoch")
     follows_metrics = isinstance(scheduler, (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR))
     if isinstance(place, int) and not follows_metrics and (place > step or (place < step and not may_skip)):
@@ -189,9 +193,12 @@ def load_random_state(directory: Path, data_parallel_rank: int) -> bool:
     if not path.is_file():
         return False
     state = read_state(path)
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.random.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+    try:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.random.set_rng_state(state["cpu"])
+        if torch.cuda.is_available() and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError) as error:
+        raise CheckpointFormatError(f"{path} holds no state of random streams: {shown(str(error))}.") from error
     return True

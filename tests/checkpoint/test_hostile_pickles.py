@@ -202,6 +202,21 @@ def test_tensors_with_other_values_than_their_storage(tmp_path: Path, change: Ca
         open_torch_file(with_pickle(tmp_path / "x.bin", change(data)))
 
 
+_OTHER_DATA = [b"}X\4\0\0\0data\x88s", b"(X\1\0\0\0xt", b"]N\x61"]
+
+
+@pytest.mark.parametrize("state", _OTHER_DATA, ids=range(len(_OTHER_DATA)))
+def test_parameters_with_other_values_than_their_tensor(tmp_path: Path, state: bytes) -> None:
+    """Catches a parameter whose state gives it other data in torch, read without that."""
+    inner = tensor((2, 3), (3, 1), storage_id(6))
+    start = b"ctorch._utils\n_rebuild_parameter_with_state\n(" + inner + b"\x89ccollections\nOrderedDict\n)R"
+    stored = open_torch_file(with_pickle(tmp_path / "x.bin", named(x=start + b"}tR")))["x"]
+    assert torch.equal(stored.lazy("x").read(), torch.arange(6.0).reshape(2, 3))
+    for pickled in (start + state + b"tR", start + b"}tR" + state + b"b"):
+        with pytest.raises(CheckpointError, match=r"a parameter with more than torch\.save stores of one"):
+            open_torch_file(with_pickle(tmp_path / "x.bin", named(x=pickled)))
+
+
 def test_lists_of_names() -> None:
     """Catches a pair that is allowed by its dotted name."""
     assert globals_in("a", "b.c").isdisjoint(globals_in("a.b", "c"))

@@ -163,9 +163,9 @@ def test_what_has_no_table_is_refused() -> None:
     """Catches an unknown type that is taken for GPT-2, and a head that is dropped without a word."""
     with pytest.raises(UnsupportedError, match=r"model_type 'llama' .*is not supported; known are gpt2, megatron_gpt2"):
         table_for({"model_type": "llama"})
-    with pytest.raises(UnsupportedError, match=r"'layernorm_placement': 'sandwich'"):
+    with pytest.raises(UnsupportedError, match="layernorm_placement='sandwich'"):
         table_for({"model_type": "megatron_bert", "layernorm_placement": "sandwich"})
-    with pytest.raises(UnsupportedError, match="GPT2DoubleHeadsModel is not one of the gpt2 classes"):
+    with pytest.raises(UnsupportedError, match="'GPT2DoubleHeadsModel' is not one of the gpt2 classes"):
         GPT2.model_class("GPT2DoubleHeadsModel")
 
 

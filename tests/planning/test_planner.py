@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hf_megatron.architectures.presets import PRESETS
-from hf_megatron.errors import CheckpointFormatError, PartitionError, UnsupportedError
+from hf_megatron.errors import PartitionError, UnsupportedError
 from hf_megatron.planning import (
     MACHINES,
     PRECISIONS,
@@ -190,8 +190,8 @@ def test_sharded_data_parallelism_divides_weights_and_state() -> None:
         ({}, {"sequence_length": 2048}, UnsupportedError, "1024 positions"),
         ({"activation_function": "mish"}, {}, UnsupportedError, r"'mish'.*gelu_new"),
         *(
-            ({"attn_pdrop": value}, {}, CheckpointFormatError, "attn_pdrop in config")
-            for value in ("x", None, [0.1], True, -0.1, float("nan"))
+            ({"attn_pdrop": value}, {}, UnsupportedError, "attn_pdrop=.* from 0 to below 1")
+            for value in ("x", [0.1], True, -0.1, 7, float("nan"))
         ),
     ],
 )

@@ -42,7 +42,9 @@ def read_model(directory: Path, given: SourceOptions | None = None) -> Model:
     """
     if given is None:
         given = import_module("hf_megatron_conversion.formats.base").SourceOptions()
-    return format_of(directory).read(directory, given)
+    model = format_of(directory).read(directory, given)
+    model.table.check_numerics(model.config)
+    return model
 
 
 def format_of(directory: Path) -> Format:

@@ -117,7 +117,8 @@ def _class_name(found: DetectedModel, table: Architecture, given: Mapping[str, A
         for known in table.classes
         if known.is_language_model and (found.has_binary_head or not has_second_head(known))
     ]
-    named = (given.get("architectures") or [None])[0]
+    names = given.get("architectures")
+    named = names[0] if isinstance(names, list) and names else None
     return next((known.stock for known in fitting if named in (known.stock, known.ours)), fitting[0].stock)
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from hf_megatron.architectures.table import ERF_GELUS, TANH_GELUS
-from hf_megatron.checkpoint import torch_dtype
-from hf_megatron.errors import UnsupportedError
+from hf_megatron.checkpoint import listed, torch_dtype
+from hf_megatron.errors import UnsupportedError, shown
 from hf_megatron_conversion.formats.base import Model
 from hf_megatron_conversion.formats.megatron_lm.arguments import megatron_of
+from hf_megatron_conversion.tensors import Readable
+
+# What Megatron-LM trains in, and torch.save has a type of storage for.
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 _logger = logging.getLogger(__name__)
 
 
-def require_expressible(model: Model) -> None:
+def require_expressible(model: Model, tensors: Mapping[str, Readable]) -> None:
     """Raise UnsupportedError with everything of a model that Megatron-LM's models cannot compute."""
     mlp, head = model.table.activations(model.config)
     required, gelus, problems = megatron_of(model.table).required, TANH_GELUS + ERF_GELUS, []
@@ -22,13 +27,15 @@ def require_expressible(model: Model) -> None:
         problems.append(f"a {model.model_class.stock} (only language models)")
     for name, value in (("activation", mlp), ("prediction_head_act", head)):
         if value not in gelus:
-            problems.append(f"{name}={value!r} (only {', '.join(gelus)})")
+            problems.append(f"{name}={shown(value)} (only {', '.join(gelus)})")
     if mlp in ERF_GELUS and head in TANH_GELUS:
         problems.append(f"{mlp} in the layers with {head} in the head")
+    if others := [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]:
+        problems.append(f"tensors of other types than {', '.join(_FLOATS)}: {listed(others)}")
     for name, only in required.items():
         value = model.config.get(name, only)
         if (bool(value) if isinstance(only, bool) else value) != only:
-            problems.append(f"{name}={value} (only {only})")
+            problems.append(f"{name}={shown(value)} (only {only})")
     if problems:
         raise UnsupportedError("Megatron-LM has no such model: " + "; ".join(problems) + ".")
 

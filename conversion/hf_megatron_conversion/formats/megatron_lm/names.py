@@ -28,9 +28,11 @@ ROW = (f"{_DENSE}.weight", f"{_FC2}.weight")
 # Wrappers around the model and the language model in it, which are in the names or not.
 _WRAPPERS = re.compile(r"(?:(?:module|float16_module|model)\.)*(?:language_model\.)?")
 _EMBEDDING = re.compile(r"(?:embedding\.)?((?:word|position|tokentype)_embeddings\.weight)")
-_BODY = re.compile(r"(?:transformer|encoder|decoder)\.(?:final_(?:layer)?norm|layers\.(\d+)\.(.+))\.(weight|bias)")
+_BODY = re.compile(
+    r"(?:transformer|encoder|decoder)\.(?:final_(?:layer)?norm|layers\.([0-9]{1,5})\.(.+))\.(weight|bias)"
+)
 # transformer-engine keeps the parameters of a norm in the linear layer behind it.
-_FUSED = re.compile(r"(?:encoder|decoder|transformer)\.layers\.(\d+)\.(.+?)\.(layer_norm|fc1|fc2)_(weight|bias)")
+_FUSED = re.compile(r"(?:encoder|decoder|transformer)\.layers\.([0-9]{1,5})\.(.+?)\.(layer_norm|fc1|fc2)_(weight|bias)")
 _HEAD = re.compile(r"(?:pooler\.dense|lm_head\.dense|lm_head\.layer_?norm|binary_head)\.(?:weight|bias)")
 _MODULES = {
     "input_layernorm": _FIRST_NORM,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_megatron.checkpoint import LazyTensor, listed
-from hf_megatron.checkpoint.budgets import MAX_KEY_LENGTH, MAX_TENSORS
+from hf_megatron.checkpoint.budgets import MAX_FILES, MAX_KEY_LENGTH, MAX_TENSORS
+from hf_megatron.checkpoint.regular_file import open_regular
 from hf_megatron.checkpoint.torch_file import StoredArray, open_torch_file
 from hf_megatron.checkpoint.unpickle import Call
-from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, shown
 from hf_megatron_conversion.formats.megatron_lm.names import own_name
 from hf_megatron_conversion.formats.megatron_lm.pickled import MEGATRON_GLOBALS, plain
 
@@ -20,7 +21,7 @@ _TRACKER = "latest_checkpointed_iteration.txt"
 _FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")
 _ITERATION = re.compile(r"iter_\d{7,}|release")
 # Tensor rank, pipeline stage, and in some versions the data-parallel or expert rank.
-_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
+_RANK = re.compile(r"mp_rank_([0-9]{2,5})(?:_([0-9]{3,5}))?(?:_([0-9]{3,5}))?")
 _DISTRIBUTED = (".metadata", "metadata.json", "common.pt")
 # What the arguments called the number of ranks, and of stages, over the years.
 _TP_SIZE = ("tensor_model_parallel_size", "intra_layer_model_parallel_size", "model_parallel_size")
@@ -66,9 +67,10 @@ def iteration_directory(directory: Path) -> Path:
         )
     tracker = directory / _TRACKER
     if tracker.is_file():
-        latest = tracker.read_text(encoding="utf-8", errors="replace").strip()[:32]
+        with open_regular(tracker) as file:
+            latest = file.read(32).decode(errors="replace").strip()
         if latest != "release" and not latest.isdecimal():
-            raise CheckpointFormatError(f"{tracker} holds {latest!r} where an iteration or 'release' is expected.")
+            raise CheckpointFormatError(f"{tracker} holds {shown(latest)} where an iteration or 'release' is expected.")
         chosen = directory / (latest if latest == "release" else f"iter_{int(latest):07d}")
     else:
         found = sorted(path for path in directory.iterdir() if _ITERATION.fullmatch(path.name))
@@ -140,6 +142,9 @@ def _missing(ranks: dict[tuple[int, int], Rank], directory: Path) -> Iterator[st
     known_tp, known_pp = ([_first_size(stated, names) for stated in arguments] for names in (_TP_SIZE, _PP_SIZE))
     tp_size = max([size for size in known_tp if size] or [1 + max(tp for tp, _ in ranks)])
     pp_size = max([size for size in known_pp if size] or [1 + max(pp for _, pp in ranks)])
+    if tp_size * pp_size > MAX_FILES:
+        yield f"{tp_size} x {pp_size} ranks and stages are more than {MAX_FILES:,}, which is the limit"
+        return
     expected = dict.fromkeys((tp, pp) for tp in range(tp_size) for pp in range(pp_size))
     whole = f"of {tp_size} x {pp_size} ranks and stages"
     if missing := [_named(place, pp_size) for place in expected if place not in ranks]:

@@ -25,7 +25,7 @@ from hf_megatron_conversion.formats.megatron_lm.names import COLUMN, ROW, VOCABU
 from hf_megatron_conversion.formats.megatron_lm.ranks import Rank, iteration_directory, open_ranks
 from hf_megatron_conversion.formats.megatron_lm.stages import Shards, common, merged_stages
 from hf_megatron_conversion.formats.megatron_lm.views import Filled, Memo, Transposed
-from hf_megatron_conversion.tensors import Readable, bounded
+from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
 
 _WORDS, _POSITIONS, _TOKEN_TYPES = (f"{kind}_embeddings.weight" for kind in ("word", "position", "tokentype"))
 _HEAD, _HEAD_COPY = "output_layer.weight", "word_embeddings_for_head.weight"
@@ -184,7 +184,9 @@ def _have_same_words(head: Sequence[LazyTensor], stored: Shards, vocab_size: int
     a, b = (joined(shards, 0, vocab_size) for shards in (head, stored[_WORDS]))
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return all(torch.equal(a.read(box), b.read(box)) for box in bounded(Box.whole(a.shape), a.dtype))
+    parts = ((a.read(box), b.read(box)) for box in bounded(Box.whole(a.shape), a.dtype))
+    # By bytes, as NaN is not equal to itself.
+    return all(torch.equal(raw_bytes(mine), raw_bytes(other)) for mine, other in parts)
 
 
 class _Assembly:

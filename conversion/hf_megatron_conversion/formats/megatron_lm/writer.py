@@ -53,7 +53,7 @@ class _Layout:
 
     def __init__(self, target: Target) -> None:
         model = target.model
-        require_expressible(model)
+        require_expressible(model, target.tensors)
         self._table, self._tensors, self._tp_size = model.table, target.tensors, target.tp_size
         self._sizes = model.table.sizes(model.config)
         self._memo = Memo()
