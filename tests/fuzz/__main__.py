@@ -157,10 +157,8 @@ def _replay(path: Path) -> int:
 
 
 def _print(name: str, result: dict[str, Any]) -> None:
-    print(
-        f"{name:<17} {result['executions']:>8} {result['accepted']:>8} {result['cpu']:>9.1f} {result['peak'] / 1e6:>8.0f} {len(result['finds']):>6}",
-        flush=True,
-    )
+    counts = f"{result['executions']:>8} {result['accepted']:>8} {result['cpu']:>9.1f} {result['peak'] / 1e6:>8.0f}"
+    print(f"{name:<17} {counts} {len(result['finds']):>6}", flush=True)
     for kind, found in sorted(result["finds"].items(), key=lambda item: -item[1]["count"]):
         print(f"    {found['count']:>6} x {kind!r:.200}\n             {found['path']}", flush=True)
 

@@ -15,7 +15,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.fuzz.guard import CANARY
-from tests.fuzz.pickles import Draw, edited, pick, whole, rarely
+from tests.fuzz.pickles import Draw, edited, pick, rarely, whole
 
 _EVIL = b"\x80\x02c%s\nfire\n)R." % CANARY.encode()
 _SIZES = [0, 1, 100, 2**16, 2**31, 2**32 - 1]
@@ -50,13 +50,13 @@ class Record:
     def header(self) -> bytes:
         f = self._fields(self.local)
         numbers = (20, f["flags"], f["method"], 0, 33, f["crc"], f["packed"], f["size"], len(f["name"]))
-        return struct.pack("<4s5H3L2H", b"PK\3\4", *numbers, len(f["extra"])) + f["name"] + f["extra"]
+        return struct.pack("<4s5H3L2H", b"PK\3\4", *numbers, len(f["extra"])) + bytes(f["name"] + f["extra"])
 
     def entry(self, offset: int) -> bytes:
         f = self._fields(self.central)
         numbers = (20, 20, f["flags"], f["method"], 0, 33, f["crc"], f["packed"], f["size"], len(f["name"]))
         rest = (len(f["extra"]), 0, 0, 0, 0, f.get("offset", offset))
-        return struct.pack("<4s6H3L5H2L", b"PK\1\2", *numbers, *rest) + f["name"] + f["extra"]
+        return struct.pack("<4s6H3L5H2L", b"PK\1\2", *numbers, *rest) + bytes(f["name"] + f["extra"])
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,7 @@ def archive(draw: Draw, seed: bytes, most: int = 2) -> bytes:
     """An archive of torch with a changed pickle, changed records or both."""
     records = records_of(seed)
     place = next(index for index, record in enumerate(records) if record.name.endswith(b"/data.pkl"))
-    if rarely(draw, 5):
-        pickle = whole(draw)
-    else:
-        pickle = edited(draw, records[place].data, most=pick(draw, [0, 1, 3]))
+    pickle = whole(draw) if rarely(draw, 5) else edited(draw, records[place].data, most=pick(draw, [0, 1, 3]))
     records[place] = replace(records[place], data=pickle)
     result = Archive(records)
     for _ in range(draw(st.integers(0, most))):
@@ -135,7 +132,8 @@ def _changed(draw: Draw, result: Archive) -> Archive:
     side = pick(draw, ["local", "central"])
 
     def put(**fields: Any) -> None:
-        records[at] = replace(record, **{side: {**getattr(record, side), **fields}})
+        changed: dict[str, Any] = {side: {**getattr(record, side), **fields}}
+        records[at] = replace(record, **changed)
 
     match pick(draw, _CHANGES):
         case "twice":
@@ -190,8 +188,8 @@ def _changed(draw: Draw, result: Archive) -> Archive:
             inner = Archive([Record(b"inner/data.pkl", _EVIL)]).build()
             result = replace(result, comment=pick(draw, [b"x", b"PK\5\6" + b"\0" * 18, b"\0" * 65535, inner]))
         case "end":
-            name = pick(draw, ["count", "size", "offset"])
-            result = replace(result, end={**result.end, name: pick(draw, _SIZES)})
+            number = pick(draw, ["count", "size", "offset"])
+            result = replace(result, end={**result.end, number: pick(draw, _SIZES)})
         case "hidden":
             result = replace(result, hidden=[at])
         case "tail":
@@ -245,11 +243,10 @@ def _in_a_tar(content: bytes) -> bytes:
     The name of the archive's first file is the start of the legacy file, whose fourth pickle drops the rest.
     """
     parts = split_legacy(content)
-    numbers = {"storages": [0, []], "tensors": [0]}
+    pickles = {"storages": b"\x80\x02K\0.\x80\x02].", "tensors": b"\x80\x02K\0."}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, values in numbers.items():
-            data = b"".join(b"\x80\x02" + (b"]" if value == [] else b"K\0") + b"." for value in values)
+        for name, data in pickles.items():
             _add(archive, name, data)
         _add(archive, "pickle", _EVIL)
     inner = buffer.getvalue()

@@ -1,10 +1,10 @@
-"""Strategies for JSON: headers of safetensors files, configurations, indices, tokenizers, and what is no JSON at all."""
+"""Strategies for JSON: safetensors' headers, configurations, indices, tokenizers, and what is no JSON at all."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -120,17 +120,14 @@ def edited_json(draw: Draw, content: dict[str, Any], more_keys: Sequence[str] = 
 def large_json(draw: Draw) -> bytes:
     """A document of tens of megabytes, most of them one thing again and again."""
     count = pick(draw, [10**5, 10**6, 6 * 10**6, 16 * 10**6])
-    return draw(
-        st.sampled_from(
-            [
-                lambda: b'{"a": [' + b"[]," * count + b"1]}",
-                lambda: b'{"a": "' + b"x" * 8 * count + b'"}',
-                lambda: b"{" + b'"a":1,' * count + b'"b":2}',
-                lambda: b" " * 8 * count + b"{}",
-                lambda: b"{" + b",".join(b'"%d":{}' % n for n in range(count // 16)) + b"}",
-            ]
-        )
-    )()
+    makers: list[Callable[[], bytes]] = [
+        lambda: b'{"a": [' + b"[]," * count + b"1]}",
+        lambda: b'{"a": "' + b"x" * 8 * count + b'"}',
+        lambda: b"{" + b'"a":1,' * count + b'"b":2}',
+        lambda: b" " * 8 * count + b"{}",
+        lambda: b"{" + b",".join(b'"%d":{}' % n for n in range(count // 16)) + b"}",
+    ]
+    return pick(draw, makers)()
 
 
 # --- safetensors.

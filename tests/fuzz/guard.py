@@ -1,7 +1,7 @@
 """Runs one case of the fuzzer under watch: what it may do, and how much time and memory it may take.
 
-``watched`` raises a :class:`Violation` as soon as the case does what no reader may: run a command, look up a name that a
-pickle asks for, write outside of its directory, take 20 seconds of CPU time or 600 MB of memory, or wait for ever.
+``watched`` raises a :class:`Violation` as soon as the case does what no reader may: run a command, look up a name that
+a pickle asks for, write outside of its directory, take 20 seconds of CPU time or 600 MB of memory, or wait for ever.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MAX_FILE_BYTES = 2**29
 
 
 class Violation(BaseException):
-    """A case did what no reader may. No BaseException, so that no reader takes it for an error of the file."""
+    """A case did what no reader may. No Exception, so that no reader takes it for an error of the file."""
 
 
 @dataclass
@@ -112,7 +112,8 @@ def _late(message: str) -> None:
 
 def _look_for_blocked_cases() -> None:
     """Interrupt a case that waits, as for a FIFO: it is asleep, and uses no CPU time."""
-    last, since = (None, ""), 0.0
+    last: tuple[_Watch | None, str] = (None, "")
+    since = 0.0
     while True:
         time.sleep(0.5)
         watch, state = _watch, _state_of(_watch)

@@ -7,13 +7,14 @@ import pickletools
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 
 from tests.fuzz.guard import CANARY
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
+T = TypeVar("T")
 
 INTEGERS = st.one_of(
     st.integers(-2, 12),
@@ -70,7 +71,7 @@ _GLOBALS = [
 ]
 
 
-def pick(draw: Draw, items: Sequence[Any]) -> Any:
+def pick(draw: Draw, items: Sequence[T]) -> T:
     """One of the items; ``sampled_from`` would hash them first, which takes for ever for some."""
     return items[draw(st.integers(0, len(items) - 1))]
 
@@ -97,7 +98,7 @@ def integer(draw: Draw) -> bytes:
 
 def text(draw: Draw) -> bytes:
     """Text, in one of the instructions for it."""
-    raw = draw(TEXTS).encode("utf-8", "surrogatepass")
+    raw = str(draw(TEXTS)).encode("utf-8", "surrogatepass")
     forms = [b"X" + struct.pack("<I", len(raw)) + raw, b"\x8d" + struct.pack("<Q", len(raw)) + raw]
     forms += [b"\x8c" + bytes([len(raw)]) + raw, b"U" + bytes([len(raw)]) + raw] if len(raw) < 256 else []
     forms += [b"V" + raw.replace(b"\n", b"") + b"\n", b"T" + struct.pack("<i", len(raw)) + raw]
@@ -121,16 +122,8 @@ def call(draw: Draw) -> bytes:
     function = pick(draw, [a_global, a_global, a_global, text, integer])(draw)
     operands = [_tuple(draw), b")", b"]", b"N", b"}"]
     arguments, keywords, state = (pick(draw, operands) for _ in range(3))
-    made = draw(
-        st.sampled_from(
-            [
-                function + arguments + b"R",
-                function + arguments + b"\x81",
-                function + arguments + keywords + b"\x92",
-                b"(" + function + arguments + b"o",
-            ]
-        )
-    )
+    forms = [function + arguments + b"R", function + arguments + b"\x81", b"(" + function + arguments + b"o"]
+    made = pick(draw, [*forms, function + arguments + keywords + b"\x92"])
     return made + (state + b"b" if draw(st.booleans()) else b"")
 
 
@@ -206,7 +199,7 @@ def scalar(draw: Draw) -> bytes:
         b"C\x02ab",
     ]
     forms += [b"\x96" + struct.pack("<Q", 3) + b"abc", b"\x97", b"\x97\x98", b"B" + struct.pack("<I", 1) + b"a"]
-    return pick(draw, forms + [b"S'a'\n", b'S"\\x00"\n', b"Sx\n", b"\x8e" + struct.pack("<Q", 2) + b"ab"])
+    return pick(draw, [*forms, b"S'a'\n", b'S"\\x00"\n', b"Sx\n", b"\x8e" + struct.pack("<Q", 2) + b"ab"])
 
 
 _VALUES = [integer, integer, integer, text, text, scalar, tensor, call, a_global, persistent, knot, _tuple]

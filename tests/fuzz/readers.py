@@ -17,7 +17,7 @@ import warnings
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,8 +29,8 @@ import safetensors
 import torch
 from hypothesis import strategies as st
 
-from hf_megatron.checkpoint.safetensors_header import DTYPES, read_header
 from hf_megatron.checkpoint.budgets import BudgetError
+from hf_megatron.checkpoint.safetensors_header import DTYPES, read_header
 from hf_megatron.checkpoint.torch_file import TENSOR_GLOBALS, open_state_dict, open_torch_file
 from hf_megatron.checkpoint.unpickle import Global, UnpickleError, read_pickle
 from hf_megatron.errors import HfMegatronError
@@ -97,6 +97,9 @@ def _place(error: BaseException, *words: str) -> str:
 # --- What the standard unpickler would look up.
 
 
+_UNPICKLER: Any = pickle._Unpickler  # the one in Python, whose parts can be replaced
+
+
 class _Inert:
     """Stands for everything that a pickle asks for."""
 
@@ -121,10 +124,10 @@ class _Inert:
     add = append
 
 
-class _Lookups(pickle._Unpickler):  # type: ignore[name-defined]
+class _Lookups(_UNPICKLER):
     """Python's unpickler, which notes what it is asked to look up, imports nothing, and hashes no tuples."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined] # noqa: RUF012
+    dispatch = dict(_UNPICKLER.dispatch)  # noqa: RUF012
     found: set[tuple[str, str]] = set()  # noqa: RUF012 (torch makes the instances, so the class collects)
 
     def find_class(self, module: str, name: str) -> Any:
@@ -172,10 +175,8 @@ class _Lookups(pickle._Unpickler):  # type: ignore[name-defined]
 
 def _lookups_of(read: Callable[[], object]) -> set[tuple[str, str]]:
     _Lookups.found = set()
-    try:
+    with suppress(Exception):  # what it has looked up until then is what counts
         read()
-    except Exception:  # what it has looked up until then is what counts
-        pass
     return _Lookups.found
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz.found import FOUND
 from tests.fuzz.guard import CANARY, watched
 from tests.fuzz.readers import READERS, FindError, Reader, run
 
@@ -51,6 +53,13 @@ def test_short_run(name: str, tmp_path: Path) -> None:
     assert False in accepted, "what is never refused was not damaged"
 
 
+@pytest.mark.parametrize("name", FOUND)
+def test_found(name: str, tmp_path: Path) -> None:
+    """Catches the return of a bug that this very case has shown."""
+    reader, make = FOUND[name]
+    run(READERS[reader], make(), tmp_path / "case")
+
+
 def _fails(check: Callable[[], object], tmp_path: Path) -> str:
     def in_watch(case: Any, directory: Path) -> bool:
         with watched(directory):
@@ -63,10 +72,8 @@ def _fails(check: Callable[[], object], tmp_path: Path) -> str:
 
 
 def _swallow() -> None:
-    try:
+    with suppress(BaseException):
         os.system("true")
-    except BaseException:
-        pass
 
 
 def _wait(tmp_path: Path) -> None:
