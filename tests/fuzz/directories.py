@@ -408,7 +408,7 @@ _TRACKERS = [
 _SPECIALS = [
     Special("fifo"),
     Special("directory"),
-    Special("zeros", size=2**33),
+    Special("zeros", size=2**30),
     Special("zeros", size=2**60),
     Special("zeros"),
 ]

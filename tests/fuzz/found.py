@@ -94,7 +94,7 @@ FOUND: dict[str, tuple[str, Callable[[], Any]]] = {
     "one element as a model": ("convert-hub", lambda: _converted(_expanded())),
     "large tracker": (
         "inspect",
-        lambda: {**megatron_seed("megatron"), "latest_checkpointed_iteration.txt": Special("zeros", size=2**33)},
+        lambda: {**megatron_seed("megatron"), "latest_checkpointed_iteration.txt": Special("zeros", size=2**30)},
     ),
     "architectures that are no list": (
         "inspect",
@@ -102,7 +102,7 @@ FOUND: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "large README": (
         "convert-hub",
-        lambda: _converted({**hub_seeds()["hub"], "README.md": Special("zeros", size=2**33)}),
+        lambda: _converted({**hub_seeds()["hub"], "README.md": Special("zeros", size=2**30)}),
     ),
     "link out of the source": (
         "convert-hub",
