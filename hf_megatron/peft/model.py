@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from functools import cache, partial
 from pathlib import Path
@@ -15,12 +16,24 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from hf_megatron.checkpoint import AtomicDirectory
+from hf_megatron.checkpoint import AtomicDirectory, read_header, read_json
+from hf_megatron.checkpoint.torch_file import open_torch_file
 from hf_megatron.errors import CheckpointIncompleteError
 from hf_megatron.models.processes import is_first_rank, share_failure
 from hf_megatron.peft.lora_layers import is_managed_by_fsdp
 from hf_megatron.peft.targets import adapting
 from hf_megatron.tensor_parallel import ParallelModule, local, parallelize_module
+
+
+def check_adapter_files(directory: str | os.PathLike[str], subfolder: str | None = None) -> None:
+    """Raise a CheckpointError if the files of a local adapter are not what peft takes them for, first."""
+    path = Path(directory, subfolder or "")
+    if not path.is_dir():
+        return  # a name on the Hub
+    read_json(path / "adapter_config.json")
+    for name, read in (("adapter_model.safetensors", read_header), ("adapter_model.bin", open_torch_file)):
+        if (path / name).exists():
+            read(path / name)
 
 
 class _MegatronPeftModel(PeftModel):
@@ -70,6 +83,7 @@ class _MegatronPeftModel(PeftModel):
 
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Same as the stock method, except that missing weights raise a CheckpointIncompleteError."""
+        check_adapter_files(model_id, kwargs.get("subfolder"))
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         if result.missing_keys:
             raise CheckpointIncompleteError(f"the adapter {model_id} lacks {', '.join(result.missing_keys)}.")

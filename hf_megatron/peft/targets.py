@@ -55,6 +55,8 @@ def _check_config(config: LoraConfig) -> None:
         value, usual = getattr(config, field.name), getattr(default, field.name)
         if field.name not in _HONOURED and value != usual:
             raise UnsupportedError(f"LoraConfig({field.name}={value!r}) is not supported; leave it {usual!r}.")
+    if type(config.r) is not int or config.r < 1:
+        raise UnsupportedError(f"LoraConfig(r={config.r!r}) is not a rank of 1 or more.")
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise UnsupportedError(
             f"init_lora_weights={config.init_lora_weights!r} needs whole weights, which no rank has; use True, False "

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers.distributed.checkpoint import _redistribute_state_dict, save_optimizer_distributed
 
-from hf_megatron.checkpoint.budgets import METADATA_FACTOR, BudgetError
+from hf_megatron.checkpoint.budgets import MAX_PICKLE_BYTES, METADATA_FACTOR, BudgetError, require_within
 from hf_megatron.checkpoint.regular_file import open_regular
 from hf_megatron.checkpoint.unpickle import Call, Global, UnpickleError, globals_in, read_pickle
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, DestinationError, shown
@@ -126,8 +126,9 @@ class _Planner(dcp.DefaultLoadPlanner):
 def _judged_metadata(path: Path) -> bytes:
     """The bytes of a ``.metadata`` that names nothing but what one consists of, and no files but those beside it."""
     with open_regular(path) as file:
-        data = file.read()
+        data = file.read(METADATA_FACTOR * MAX_PICKLE_BYTES + 1)
     try:
+        require_within(METADATA_FACTOR * MAX_PICKLE_BYTES, len(data), "bytes at least")
         read = read_pickle(io.BytesIO(data), factor=METADATA_FACTOR)
     except (UnpickleError, BudgetError) as error:
         raise CheckpointFormatError(f"{path} cannot be read: {error}.") from None

@@ -67,6 +67,8 @@ def test_every_dtype_is_kept_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     assert _data(tmp_path / "hub") == _data(source)
     assert {found for found, _ in _data(source).values()} == {dtype}
     if dtype not in ("F64", "F32", "F16", "BF16"):
+        convert(source, tmp_path / "cast", to="hub", dtype="bfloat16")
+        assert _data(tmp_path / "cast") == _data(source)
         with pytest.raises(
             UnsupportedError, match=rf"tensors of other types than F64, .*transformer\.wte\.weight \({dtype}\)"
         ):
