@@ -236,7 +236,7 @@ def _wrong_tensors(draw: Draw, tensors: dict[str, Any]) -> dict[str, Any]:
                 result[pick(draw, copies)] = tensors[name]
             case "all":
                 dtype = pick(draw, _DTYPES)
-                result = {key: value.to(dtype) if torch.is_tensor(value) else value for key, value in result.items()}
+                result = {key: value.to(dtype) if _fits(key, value) else value for key, value in result.items()}
     return result
 
 

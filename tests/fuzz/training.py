@@ -96,8 +96,7 @@ def adapters(draw: Draw) -> Files:
     for name in draw(st.lists(st.sampled_from(sorted(files)), min_size=1, max_size=2)):
         content = files[name]
         if rarely(draw, 8) or not isinstance(content, bytes):
-            # Not a FIFO: safetensors waits for it.
-            files[name] = pick(draw, [special for special in _SPECIALS if special.kind != "fifo"])
+            files[name] = pick(draw, _SPECIALS)
         elif rarely(draw, 8):
             files[pick(draw, _NAMES)] = files.pop(name)
             return files
