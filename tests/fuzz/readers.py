@@ -14,16 +14,11 @@ import re
 import shutil
 import traceback
 import warnings
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections import OrderedDict
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
-from unittest.mock import patch
 
 import safetensors
 import torch
@@ -39,10 +34,11 @@ from hf_megatron_conversion.formats import read_model
 from hf_megatron_conversion.formats.megatron_lm.pickled import MEGATRON_GLOBALS
 from hf_megatron_conversion.tensors import raw_bytes
 from tests.conversion.megatron_lm.generator import VOCAB
-from tests.fuzz import directories
+from tests.fuzz import directories, models
 from tests.fuzz.archives import split_legacy, torch_files
 from tests.fuzz.documents import safetensors_files
 from tests.fuzz.guard import Violation, watched
+from tests.fuzz.lookups import Lookups, lookups_of, torch_lookups
 from tests.fuzz.pickles import Draw, pick, pickles
 
 Check = Callable[[Any, Path], bool]
@@ -94,103 +90,6 @@ def _place(error: BaseException, *words: str) -> str:
     return " | ".join([*words, last])
 
 
-# --- What the standard unpickler would look up.
-
-
-_UNPICKLER: Any = pickle._Unpickler  # the one in Python, whose parts can be replaced
-
-
-class _Inert:
-    """Stands for everything that a pickle asks for."""
-
-    def __new__(cls, *arguments: Any, **keywords: Any) -> _Inert:
-        return object.__new__(cls)
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
-
-    add = append
-
-
-class _Lookups(_UNPICKLER):
-    """Python's unpickler, which notes what it is asked to look up, imports nothing, and hashes no tuples."""
-
-    dispatch = dict(_UNPICKLER.dispatch)  # noqa: RUF012
-    found: set[tuple[str, str]] = set()  # noqa: RUF012 (torch makes the instances, so the class collects)
-
-    def find_class(self, module: str, name: str) -> Any:
-        names = (module, name)
-        if self.proto < 3:
-            names = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-        self.found.add(names)
-        kept = {("torch.storage", "UntypedStorage"): torch.UntypedStorage, ("collections", "OrderedDict"): OrderedDict}
-        return kept.get(names, _Inert)
-
-    def persistent_load(self, persistent_id: Any) -> Any:
-        return persistent_id
-
-    def _store(self, items: list[Any]) -> None:
-        for key, value in zip(items[::2], items[1::2], strict=False):
-            # Nested tuples that share their halves would never be hashed.
-            self.stack[-1][key if isinstance(key, (str, int)) else id(key)] = value
-
-    def _store_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._store([key, value])
-
-    def _store_items(self) -> None:
-        self._store(self.pop_mark())
-
-    def _make_dictionary(self) -> None:
-        items = self.pop_mark()
-        self.stack.append({})
-        self._store(items)
-
-    def _make_set(self) -> None:
-        self.stack.append(self.pop_mark())
-
-    def _add_items(self) -> None:
-        self.pop_mark()
-
-    dispatch |= {
-        ord("s"): _store_item,
-        ord("u"): _store_items,
-        ord("d"): _make_dictionary,
-        0x90: _add_items,
-        0x91: _make_set,
-    }
-
-
-def _lookups_of(read: Callable[[], object]) -> set[tuple[str, str]]:
-    _Lookups.found = set()
-    with suppress(Exception):  # what it has looked up until then is what counts
-        read()
-    return _Lookups.found
-
-
-def _torch_lookups(path: Path) -> set[tuple[str, str]]:
-    """What ``torch.load(weights_only=False)`` would look up, in any of a file's pickles."""
-    module = SimpleNamespace(Unpickler=_Lookups, load=lambda file, **keywords: _Lookups(file, **keywords).load())
-
-    def as_program(*arguments: Any, **keywords: Any) -> None:
-        _Lookups.found.add(("torch.jit", "load"))
-
-    with patch("torch.jit.load", as_program):
-        return _lookups_of(lambda: torch.load(path, "cpu", cast(Any, module), weights_only=False))
-
-
 def _require_harmless(lookups: set[tuple[str, str]], allowed: Collection[Global]) -> None:
     names = sorted(f"{module}:{name}" for module, name in lookups if "." in name or Global(module, name) not in allowed)
     if names:
@@ -207,7 +106,7 @@ def _check_pickle(content: bytes, directory: Path) -> bool:
             read = read_pickle(io.BytesIO(content), lambda persistent_id: persistent_id)
         except (UnpickleError, BudgetError):
             return False
-    missing = _lookups_of(lambda: _Lookups(io.BytesIO(content)).load()) - {(g.module, g.attribute) for g in read.names}
+    missing = lookups_of(lambda: Lookups(io.BytesIO(content)).load()) - {(g.module, g.attribute) for g in read.names}
     if missing:
         raise FindError("a name that pickle looks up was not listed", f"{sorted(missing)} is not in {read.names}.")
     return True
@@ -221,14 +120,14 @@ def _check_torch_file(content: bytes, directory: Path) -> bool:
             open_torch_file(path, MEGATRON_GLOBALS)
         except HfMegatronError:
             return False
-    _require_harmless(_torch_lookups(path), MEGATRON_GLOBALS)
+    _require_harmless(torch_lookups(path), MEGATRON_GLOBALS)
     with watched(directory):
         try:
             tensors = open_state_dict(path)
             read = {name: tensor.read() for name, tensor in tensors.items() if tensor.nbytes < 10**6}
         except HfMegatronError:
             return True
-    _require_harmless(_torch_lookups(path), TENSOR_GLOBALS)
+    _require_harmless(torch_lookups(path), TENSOR_GLOBALS)
     try:
         expected = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch checks more
@@ -311,7 +210,7 @@ def _check_inspect(files: directories.Files, directory: Path) -> bool:
     if result.format == "hub":
         for path in read_model(source).files:
             if path.suffix == ".bin":
-                _require_harmless(_torch_lookups(path), TENSOR_GLOBALS)
+                _require_harmless(torch_lookups(path), TENSOR_GLOBALS)
     return True
 
 
@@ -366,7 +265,7 @@ def _check_verify(files: directories.Files, directory: Path) -> bool:
 
 
 def _any_directory() -> st.SearchStrategy[directories.Files]:
-    return st.one_of(directories.hub_directories(), directories.megatron_directories())
+    return st.one_of(models.hub_directories(), models.megatron_directories())
 
 
 # --- Training checkpoints and adapters.
@@ -484,13 +383,13 @@ READERS = {
         ),
         Reader(
             "convert-hub",
-            lambda: _conversions(directories.hub_directories(), False),
+            lambda: _conversions(models.hub_directories(), False),
             _check_convert,
             lambda: _healthy_conversion("bin", to="tp", tp_size=2),
         ),
         Reader(
             "convert-megatron",
-            lambda: _conversions(directories.megatron_directories(), False),
+            lambda: _conversions(models.megatron_directories(), False),
             _check_convert,
             lambda: _healthy_conversion("megatron"),
         ),

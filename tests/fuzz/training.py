@@ -21,7 +21,8 @@ from hf_megatron.training.optimizer_state import METADATA_GLOBALS, save_optimize
 from hf_megatron.training.training_state import TRAINER_STATE_NAME, save_random_state
 from tests.checkpoint.directories import CONFIG
 from tests.fuzz import archives
-from tests.fuzz.directories import _NAMES, _SPECIALS, Files, _read, torch_bytes
+from tests.fuzz.damages import NAMES, SPECIALS
+from tests.fuzz.directories import Files, read, torch_bytes
 from tests.fuzz.documents import edited_json, edited_safetensors
 from tests.fuzz.pickles import Draw, edited, pick, rarely, whole
 
@@ -52,7 +53,7 @@ def _checkpoint() -> Files:
         (directory / "scheduler.pt").write_bytes(torch_bytes(state.scheduler.state_dict()))
         (directory / TRAINER_STATE_NAME).write_text(json.dumps({"global_step": 1, "log_history": []}))
         write_checksums(directory, compute_checksums(directory))
-        return _read(directory)
+        return read(directory)
 
 
 @cache
@@ -60,7 +61,7 @@ def _adapter() -> Files:
     with TemporaryDirectory() as root:
         config = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
         get_peft_model(small_model(), config).save_pretrained(f"{root}/adapter")
-        return _read(Path(root) / "adapter")
+        return read(Path(root) / "adapter")
 
 
 def healthy(kind: str) -> Files:
@@ -81,7 +82,7 @@ def checkpoints(draw: Draw) -> Files:
         name = pick(draw, sorted(_checkpoint()))
         content = files.get(name)
         if rarely(draw, 8) or not isinstance(content, bytes):
-            files[name] = pick(draw, _SPECIALS)
+            files[name] = pick(draw, SPECIALS)
         else:
             files[name] = _changed(draw, name, content)
     if draw(st.booleans()):
@@ -96,9 +97,9 @@ def adapters(draw: Draw) -> Files:
     for name in draw(st.lists(st.sampled_from(sorted(files)), min_size=1, max_size=2)):
         content = files[name]
         if rarely(draw, 8) or not isinstance(content, bytes):
-            files[name] = pick(draw, _SPECIALS)
+            files[name] = pick(draw, SPECIALS)
         elif rarely(draw, 8):
-            files[pick(draw, _NAMES)] = files.pop(name)
+            files[pick(draw, NAMES)] = files.pop(name)
             return files
         else:
             files[name] = _changed(draw, name, content)
