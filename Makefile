@@ -14,7 +14,7 @@ TRIPWIRES := tests/packaging/test_private_interfaces.py tests/packaging/test_pub
 	tests/models/test_saving.py tests/models/test_fsdp.py tests/training/test_trainer.py tests/peft/test_equality.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all test-gpu test-mutants test-newest test-oldest tripwires bench cards \
+.PHONY: help install format lint typecheck test test-all test-gpu test-mutants fuzz test-newest test-oldest tripwires bench cards \
 	build check quickstart clean
 
 help: ## List the targets
@@ -57,6 +57,10 @@ test-gpu: install ## The tests that need a GPU
 
 test-mutants: install ## Plant defects in a copy, one at a time, and see that the tests catch them
 	$(BIN)/python -m tests.mutants $(MUTANTS)
+
+SECONDS := 60
+fuzz: install ## Change checkpoints at random for SECONDS of CPU time, and see that the readers stay safe
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 # TORCH=torch==2.13.0 keeps to a build of torch that is at hand: others may be downloads of gigabytes.
 test-newest: ## Fast tests and quickstart with the newest releases that pyproject.toml admits, in .venv-newest

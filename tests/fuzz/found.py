@@ -1,0 +1,126 @@
+"""Cases that the fuzzer or a reviewer has found, by name: (reader, what makes the case)."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from tests.checkpoint.directories import CONFIG, model_tensors
+from tests.fuzz.archives import _EVIL, Archive, Record, _in_a_tar, records_of
+from tests.fuzz.directories import Files, Special, hub_seeds, megatron_seed, torch_bytes
+from tests.fuzz.pickles import _KNOTS
+from tests.fuzz.readers import ConvertCase, _legacies, _zips
+
+
+def _knot(number: int) -> bytes:
+    return _KNOTS[number](20000) + b"."
+
+
+def _twice() -> bytes:
+    records = records_of(_zips()[0])
+    return Archive([replace(records[0], data=_EVIL), *records]).build()
+
+
+def _bomb() -> bytes:
+    records = records_of(_zips()[0])
+    root = records[0].name.partition(b"/")[0]
+    return Archive([*records, Record(root + b"/byteorder", b"little" + b"\0" * 10**8, method=12)]).build()
+
+
+def _third_pickle() -> bytes:
+    """Code in the pickle that says which machine wrote the file."""
+    content = _legacies()[0]
+    start = content.index(b"\x80\x02}", 20)
+    return content[:start] + _EVIL[:-1] + b"0" + content[start + 2 :]
+
+
+def _expanded() -> Files:
+    """Tensors of 2**28 rows that are one element."""
+    config = {**CONFIG, "n_layer": 1, "n_inner": 2**28}
+    small = model_tensors({**CONFIG, "n_layer": 1, "n_inner": 4})
+    tensors = {
+        name: torch.zeros(1).expand([2**28 if size == 4 and "mlp" in name else size for size in tensor.shape])
+        for name, tensor in small.items()
+    }
+    return {"config.json": json.dumps(config).encode(), "pytorch_model.bin": torch_bytes(tensors)}
+
+
+def _training(**files: bytes) -> Files:
+    from tests.fuzz.training import healthy
+
+    names = {"metadata": "optimizer/.metadata", "random": "random_state_0.pt"}
+    changed = {names[name]: content for name, content in files.items()}
+    return {name: content for name, content in {**healthy("checkpoint"), **changed}.items() if name != "checksums.json"}
+
+
+def _converted(files: Files, to: str = "hub") -> ConvertCase:
+    return ConvertCase(files, {"to": to, "dry_run": False, **({} if to == "hub" else {"tp_size": 2})})
+
+
+_DOTTED = b"\x80\x04X\x1a\0\0\0megatron.core._rank_utils\0X\x09\0\0\0os.system\x93."
+_BROKEN_TOKENIZER = b'{"model": {"vocab": {"a": 0}, "vocab": {}}}'
+
+FOUND: dict[str, tuple[str, Callable[[], Any]]] = {
+    **{f"knot {number}": ("pickle", partial(_knot, number)) for number in range(len(_KNOTS))},
+    "memo far away": ("pickle", lambda: b"\x80\x02Nr\xff\xff\xff\x7f."),
+    "long text that is not there": ("pickle", lambda: b"\x80\x02X\xff\xff\xff\x7f."),
+    "longer text that is not there": ("pickle", lambda: b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f."),
+    "long number that is not there": ("pickle", lambda: b"\x80\x02\x8b\xff\xff\xff\x7f."),
+    "number of many digits": ("pickle", lambda: b"L" + b"7" * 5000 + b"L\n."),
+    "many marks": ("pickle", lambda: b"(" * 10000 + b"."),
+    "long line": ("pickle", lambda: b"c" + b"x" * 10**6 + b"\n"),
+    "dotted attribute": ("pickle", lambda: _DOTTED),
+    "two pickles of one name": ("torch-file", _twice),
+    "compressed byte order": ("torch-file", _bomb),
+    "code in the third pickle": ("torch-file", _third_pickle),
+    "tar and legacy file in one": ("torch-file", lambda: _in_a_tar(_legacies()[0])),
+    "metadata twice": ("safetensors", lambda: _safetensors(b'{"__metadata__": {}, "__metadata__": {"a": "b"}}')),
+    "size that overflows": (
+        "safetensors",
+        lambda: _safetensors(b'{"a": {"dtype": "U8", "shape": [4294967296, 4294967296, 0], "data_offsets": [0, 0]}}'),
+    ),
+    "FIFO": ("inspect", lambda: {**hub_seeds()["bin"], "pytorch_model.bin": Special("fifo")}),
+    "endless configuration": ("inspect", lambda: {**hub_seeds()["hub"], "config.json": Special("link", "/dev/zero")}),
+    "many heads": (
+        "dry-run",
+        lambda: _dry({**hub_seeds()["hub"], "config.json": json.dumps({**CONFIG, "n_head": 2**30}).encode()}),
+    ),
+    "one element as a model": ("convert-hub", lambda: _converted(_expanded())),
+    "large tracker": (
+        "inspect",
+        lambda: {**megatron_seed("megatron"), "latest_checkpointed_iteration.txt": Special("zeros", size=2**30)},
+    ),
+    "architectures that are no list": (
+        "inspect",
+        lambda: {**megatron_seed("megatron"), "config.json": b'{"num_attention_heads": 8, "architectures": 1.5}'},
+    ),
+    "large README": (
+        "convert-hub",
+        lambda: _converted({**hub_seeds()["hub"], "README.md": Special("zeros", size=2**30)}),
+    ),
+    "link out of the source": (
+        "convert-hub",
+        lambda: _converted({**hub_seeds()["hub"], "LICENSE": Special("link", "../secret")}),
+    ),
+    "tokenizer that is not read again": (
+        "convert-hub",
+        lambda: _converted({**hub_seeds()["hub"], "tokenizer.json": _BROKEN_TOKENIZER}, "megatron-lm"),
+    ),
+    "code in a checkpoint's metadata": ("training", lambda: _training(metadata=_EVIL)),
+    "random state of nothing": ("training", lambda: _training(random=torch_bytes([]))),
+    "random state of another shape": ("training", lambda: _training(random=torch_bytes({"python": (3, (1,), None)}))),
+}
+
+
+def _dry(files: Files) -> ConvertCase:
+    return ConvertCase(files, {"to": "tp", "tp_size": 2, "dry_run": True})
+
+
+def _safetensors(header: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header
