@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_megatron.checkpoint import read_json
+from hf_megatron.checkpoint.budgets import MAX_TOKENIZER_JSON_BYTES
+from hf_megatron.checkpoint.regular_file import open_regular
 from hf_megatron.errors import CheckpointFormatError
 
 TOKENIZER_FILES = frozenset(
@@ -45,28 +49,39 @@ def tokenizer_facts(directory: Path) -> TokenizerFacts | None:
     """Read them from tokenizer.json, vocab.json or vocab.txt; None without, CheckpointFormatError if one is broken."""
     ids: dict[str, Any] = {}
     if (directory / "tokenizer.json").is_file():
-        content = read_json(directory / "tokenizer.json")
+        content = _read(directory / "tokenizer.json")
         vocab = _mapping(content.get("model")).get("vocab")
         if isinstance(vocab, list):
             vocab = {str(entry): index for index, entry in enumerate(vocab)}
         ids |= _mapping(vocab)
-        added = content.get("added_tokens")
-        ids |= {str(_mapping(entry).get("content")): _mapping(entry).get("id") for entry in added or ()}
+        added = content.get("added_tokens") or ()
+        if not isinstance(added, list | tuple):
+            raise CheckpointFormatError(f"added_tokens in {directory / 'tokenizer.json'} is not a list.")
+        ids |= {str(_mapping(entry).get("content")): _mapping(entry).get("id") for entry in added}
     elif (directory / "vocab.json").is_file():
-        ids |= read_json(directory / "vocab.json")
+        ids |= _read(directory / "vocab.json")
     elif (directory / "vocab.txt").is_file():
         # Not splitlines, which also splits at characters that vocabularies of many languages have as tokens.
-        with (directory / "vocab.txt").open(encoding="utf-8", errors="replace") as lines:
+        with open_regular(directory / "vocab.txt") as file:
+            if os.fstat(file.fileno()).st_size > MAX_TOKENIZER_JSON_BYTES:
+                raise CheckpointFormatError(
+                    f"{file.name} is larger than any vocabulary; the limit is {MAX_TOKENIZER_JSON_BYTES:,} bytes."
+                )
+            lines = io.TextIOWrapper(file, encoding="utf-8", errors="replace")
             ids |= {line.rstrip("\n"): index for index, line in enumerate(lines)}
     else:
         return None
     if (directory / "added_tokens.json").is_file():
-        ids |= read_json(directory / "added_tokens.json")
+        ids |= _read(directory / "added_tokens.json")
     numbers = [number for number in ids.values() if type(number) is int and number >= 0]
     if not numbers:
         raise CheckpointFormatError(f"The tokenizer in {directory} has no tokens.")
     end = ids.get(_END_OF_TEXT)
     return TokenizerFacts(1 + max(numbers), end if type(end) is int else None)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path, MAX_TOKENIZER_JSON_BYTES)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -28,9 +28,9 @@ from typing import Any
 import peft
 from peft import LoraConfig, PeftModel
 
-from hf_megatron.errors import CheckpointFormatError, UnsupportedError, shown
+from hf_megatron.errors import UnsupportedError
 from hf_megatron.models.pretrained import MegatronModelMixin
-from hf_megatron.peft.model import check_adapter_files, join_data_parallel_ranks, with_our_methods
+from hf_megatron.peft.model import adapter_errors, check_adapter_files, join_data_parallel_ranks, with_our_methods
 from hf_megatron.peft.targets import adapting
 
 __all__ = ["get_peft_model", "load_adapter"]
@@ -83,11 +83,9 @@ def load_adapter(
         CheckpointError: The adapter lacks weights, or its files are not what they should be.
     """
     check_adapter_files(directory, kwargs.get("subfolder"))
-    try:
+    with adapter_errors(directory):
         config = peft.PeftConfig.from_pretrained(os.fspath(directory), **kwargs)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise CheckpointFormatError(f"adapter_config.json of {directory} is not one: {shown(str(error))}.") from error
-    config.inference_mode = not is_trainable
-    adapted = get_peft_model(model, config, adapter_name)
+        config.inference_mode = not is_trainable
+        adapted = get_peft_model(model, config, adapter_name)
     adapted.load_adapter(os.fspath(directory), adapter_name, is_trainable=is_trainable, **kwargs)
     return adapted

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_megatron.checkpoint import AtomicDirectory, read_header, read_json
 from hf_megatron.checkpoint.torch_file import open_torch_file
-from hf_megatron.errors import CheckpointIncompleteError
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, HfMegatronError, shown
 from hf_megatron.models.processes import is_first_rank, share_failure
 from hf_megatron.peft.lora_layers import is_managed_by_fsdp
 from hf_megatron.peft.targets import adapting
@@ -31,9 +34,26 @@ def check_adapter_files(directory: str | os.PathLike[str], subfolder: str | None
     if not path.is_dir():
         return  # a name on the Hub
     read_json(path / "adapter_config.json")
-    for name, read in (("adapter_model.safetensors", read_header), ("adapter_model.bin", open_torch_file)):
-        if (path / name).exists():
-            read(path / name)
+    readers: Mapping[str, Callable[[Path], object]] = {
+        "adapter_model.safetensors": read_header,
+        "adapter_model.bin": open_torch_file,
+    }
+    found = [name for name in readers if (path / name).exists()]
+    if not found:
+        raise CheckpointIncompleteError(f"{path} has no {' or '.join(readers)}.")
+    for name in found:
+        readers[name](path / name)
+
+
+@contextmanager
+def adapter_errors(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what peft raises for values that no adapter has into a CheckpointFormatError."""
+    try:
+        yield
+    except HfMegatronError:
+        raise
+    except (TypeError, KeyError, AttributeError, ValueError, re.error) as error:
+        raise CheckpointFormatError(f"{directory} holds no adapter for this model: {shown(str(error))}.") from error
 
 
 class _MegatronPeftModel(PeftModel):
@@ -84,7 +104,8 @@ class _MegatronPeftModel(PeftModel):
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Same as the stock method, except that missing weights raise a CheckpointIncompleteError."""
         check_adapter_files(model_id, kwargs.get("subfolder"))
-        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        with adapter_errors(model_id):
+            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         if result.missing_keys:
             raise CheckpointIncompleteError(f"the adapter {model_id} lacks {', '.join(result.missing_keys)}.")
         return result
