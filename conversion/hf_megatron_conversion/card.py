@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
@@ -11,7 +12,10 @@ from hf_megatron.architectures import table_for
 from hf_megatron.checkpoint import DTYPES
 from hf_megatron_conversion.files import TextFile
 from hf_megatron_conversion.formats.base import Model, Target
+from hf_megatron_conversion.source_files import hub_commit, is_inside
 from hf_megatron_conversion.tensors import Readable, num_bytes
+
+_logger = logging.getLogger(__name__)
 
 _BEGIN, _END = "<!-- hf-megatron convert: begin -->", "<!-- hf-megatron convert: end -->"
 _PIPELINES = {
@@ -35,13 +39,14 @@ def model_card(
     result is published only if it equals the source, ``mismatch`` what the stock class computes differently.
     """
     model, tensors = target.model, target.tensors
+    commit = hub_commit(model.directory)
     cast = ", cast to the new dtype," if target.is_cast else ""
     check = "not asked for; `hf-megatron verify SOURCE THIS` compares every tensor"
     if verified:
         check = f"every tensor was read back and equals the source{cast} bit for bit, and both models compute the same "
         check += "logits"
     rows = {
-        "source": f"`{source}` ({_origin(model)})",
+        "source": f"`{source}`{f' at commit `{commit}`' if commit else ''} ({_origin(model)})",
         "format": layout,
         "architecture": f"`{config['architectures'][0]}` (`{config['model_type']}`)",
         "parameters": f"{sum(prod(tensor.shape) for tensor in tensors.values()):,}",
@@ -59,7 +64,9 @@ def model_card(
         f"---\n{metadata(config)}\n---\n\n# {config['architectures'][0]}\n\nThe checkpoint came without a card. What "
         f"stands here follows from its configuration.\n\n## Architecture\n\n{architecture_table(config)}\n"
     )
-    if path.is_file():
+    if path.is_file() and not is_inside(model.directory, path):
+        _logger.warning("%s is a link to %s, out of its directory, and left out.", path, path.resolve())
+    elif path.is_file():
         card = path.read_text(encoding="utf-8", errors="replace")
     head, begin, rest = card.partition(_BEGIN)
     text = head + section + rest.partition(_END)[2].lstrip() if begin else f"{card.rstrip()}\n\n{section}"

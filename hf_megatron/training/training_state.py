@@ -42,7 +42,7 @@ _NUMPY_GLOBALS = [_RECONSTRUCT, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 OPTIMIZER_DIRECTORY = "optimizer"
 TRAINER_STATE_NAME = "trainer_state.json"
 
-_HIDDEN = re.compile(r"\.(checkpoint-\d+)\.(incomplete|replaced)")
+_HIDDEN = re.compile(r"\.(checkpoint-\d+)\.incomplete")
 
 
 def tidy_checkpoints(run_directory: Path, *, is_first: bool) -> None:

@@ -6,10 +6,11 @@ import logging
 from typing import Any
 
 from hf_megatron.architectures.table import ERF_GELUS, TANH_GELUS
-from hf_megatron.checkpoint import torch_dtype
+from hf_megatron.checkpoint import DTYPES
 from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.formats.base import Model
 from hf_megatron_conversion.formats.megatron_lm.arguments import megatron_of
+from hf_megatron_conversion.torch_pickle import GlobalName
 
 _logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def arguments_of(
         "init_method_std": config.get("initializer_range", 0.02),
         "fp16": dtype == "F16",
         "bf16": dtype == "BF16",
-        "params_dtype": torch_dtype(dtype),
+        "params_dtype": GlobalName("torch", DTYPES[dtype][1]),
         "tensor_model_parallel_size": tp_size,
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
