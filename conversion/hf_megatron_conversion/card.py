@@ -17,6 +17,7 @@ from hf_megatron_conversion.tensors import Readable, num_bytes
 
 _logger = logging.getLogger(__name__)
 
+CARD = "README.md"
 _BEGIN, _END = "<!-- hf-megatron convert: begin -->", "<!-- hf-megatron convert: end -->"
 _PIPELINES = {
     "LMHeadModel": "text-generation",
@@ -59,7 +60,7 @@ def model_card(
         rows["differs in stock transformers"] = mismatch
     conversion = f"## Conversion\n\n{table(('', ''), rows.items())}\n\nMade with `hf-megatron convert`."
     section = f"{_BEGIN}\n{conversion}\n{_END}\n"
-    path = model.directory / "README.md"
+    path = model.directory / CARD
     card = (
         f"---\n{metadata(config)}\n---\n\n# {config['architectures'][0]}\n\nThe checkpoint came without a card. What "
         f"stands here follows from its configuration.\n\n## Architecture\n\n{architecture_table(config)}\n"
@@ -70,7 +71,7 @@ def model_card(
         card = path.read_text(encoding="utf-8", errors="replace")
     head, begin, rest = card.partition(_BEGIN)
     text = head + section + rest.partition(_END)[2].lstrip() if begin else f"{card.rstrip()}\n\n{section}"
-    return TextFile("README.md", text.encode())
+    return TextFile(CARD, text.encode())
 
 
 def dtype_names(tensors: Mapping[str, Readable]) -> str:

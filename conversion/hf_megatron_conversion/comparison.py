@@ -35,6 +35,7 @@ class Verification:
             make it compute something else.
         compared: Number of tensors that both have.
         differences: What differs, by tensor name (or ``config.json: entry``), in words.
+        damaged: Weight files that are not those that the SHA256SUMS beside them names.
         max_abs_diff: Largest difference of two values, over the tensors that both have in the same shape.
         max_logit_diff: Largest difference of the two models' outputs, if they were run. Both differences are None if
             they are not finite.
@@ -46,6 +47,7 @@ class Verification:
     equal: bool
     compared: int
     differences: Mapping[str, str]
+    damaged: tuple[str, ...]
     max_abs_diff: float | None
     max_logit_diff: float | None
     loss_a: float | None = None
@@ -89,8 +91,9 @@ def verify(
     differences = _config_differences(model_a, model_b)
     found, largest = compare(model_a.tensors, model_b.tensors, progress or Silent())
     differences.update(found)
-    for model in (model_a, model_b):
-        differences.update({str(path): reason for path, reason in damaged(model.directory, model.files).items()})
+    damages = {str(p): why for model in (model_a, model_b) for p, why in damaged(model.directory, model.files).items()}
+    for path, reason in damages.items():
+        _logger.error("%s %s", path, reason)
     ran = None
     if logits:
         from hf_megatron_conversion.logits import agreement
@@ -102,6 +105,7 @@ def verify(
         equal=not differences,
         compared=len(model_a.tensors.keys() & model_b.tensors.keys()),
         differences=differences,
+        damaged=tuple(damages),
         max_abs_diff=finite(largest),
         max_logit_diff=finite(ran.max_logit_diff) if ran else None,
         loss_a=finite(ran.losses[0]) if ran else None,

@@ -16,6 +16,7 @@ from hf_megatron.architectures import table_for
 from hf_megatron.checkpoint import AtomicDirectory, read_json
 from hf_megatron.checkpoint.atomic_directory import leftovers
 from hf_megatron.errors import DestinationError
+from hf_megatron_conversion.card import CARD
 from hf_megatron_conversion.comparison import compare, finite
 from hf_megatron_conversion.conversion_plan import ConversionPlan, Options, check_options, make_plan
 from hf_megatron_conversion.files import CopiedFile, OutputFile, Progress, Silent, Writing, write_files
@@ -25,7 +26,7 @@ from hf_megatron_conversion.journal import Journal, fingerprint
 from hf_megatron_conversion.memory import parse_size, peak_rss_bytes, writing_within
 from hf_megatron_conversion.sha256sums import write_sums
 from hf_megatron_conversion.source import source_directory
-from hf_megatron_conversion.source_files import SourceFiles, identities
+from hf_megatron_conversion.source_files import SourceFiles, identities, is_inside
 from hf_megatron_conversion.tensors import dtype_code
 
 if TYPE_CHECKING:
@@ -213,9 +214,10 @@ def _open(directory: Path, options: Options, given: SourceOptions) -> Model:
 
 def _read_by(model: Model, plan: ConversionPlan) -> list[Path]:
     """The files that a conversion reads, of which some may be missing."""
-    names = ("config.json", "README.md", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+    names = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
     copied = [file.source for file in plan.files if isinstance(file, CopiedFile)]
-    return [*model.files, *copied, *(model.directory / name for name in names)]
+    card = [path for path in [model.directory / CARD] if is_inside(model.directory, path)]
+    return [*model.files, *copied, *card, *(model.directory / name for name in names)]
 
 
 def _weights_mode(model: Model) -> int:
@@ -275,12 +277,16 @@ def _write(
                     written = replace(written, is_verified=is_verified, agreement=agreement)
                 sources.require_unchanged()
             except (OSError, DestinationError, KeyboardInterrupt):
-                target.is_to_remove = not (target.resumes and journal.has_files())
+                if target.resumes and journal.has_files():
+                    target.is_to_remove = False
+                    _logger.warning("What is complete is left in %s for --resume.", target.container)
                 raise
             if written.is_verified is not False:
                 target.publish()
     except OSError as error:
-        raise DestinationError(f"{target.destination} cannot be written: {error}.") from error
+        place = f" ({error.filename})" if error.filename and str(target.container) not in str(error.filename) else ""
+        reason = error.strerror or str(error)
+        raise DestinationError(f"{target.destination} cannot be written: {reason}{place}.") from error
     return written
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hf_megatron.errors import UnsupportedError
+from hf_megatron_conversion import tensors as bounds
 from hf_megatron_conversion.files import Writing
-from hf_megatron_conversion.tensors import SLICE_BYTES, Cast, Readable
+from hf_megatron_conversion.tensors import Cast, Readable
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _MAX_THREADS = 4
@@ -45,10 +46,10 @@ def writing_within(max_memory: str | int | None, tensors: Iterable[Readable], we
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(_MAX_THREADS, cores)
     if max_memory is None:
-        return Writing(threads=threads, slice_bytes=SLICE_BYTES // slices, weights_mode=weights_mode)
+        return Writing(threads=threads, slice_bytes=bounds.SLICE_BYTES // slices, weights_mode=weights_mode)
     limit, used = parse_size(max_memory, "max_memory"), peak_rss_bytes()
     while True:
-        slice_bytes = min(((limit - used) // threads - _FIXED_BYTES) // slices, SLICE_BYTES)
+        slice_bytes = min(((limit - used) // threads - _FIXED_BYTES) // slices, bounds.SLICE_BYTES)
         if slice_bytes >= _MIN_SLICE_BYTES:
             return Writing(threads=threads, slice_bytes=slice_bytes, weights_mode=weights_mode)
         if threads == 1:

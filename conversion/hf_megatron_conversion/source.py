@@ -42,8 +42,10 @@ def _download(repository: str, revision: str | None, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    options = {} if revision is None else {"revision": revision}
+
     def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repository, allow_patterns=patterns, **options))
 
     try:
         if config_only:

@@ -34,7 +34,7 @@ def is_inside(directory: Path, path: Path) -> bool:
     A link may lead anywhere, and what is behind it would be copied, and perhaps uploaded.
     """
     root, target = directory.resolve(), path.resolve()
-    blobs = root.parent.parent / "blobs" if hub_commit(root) else root
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     return target.is_relative_to(root) or target.is_relative_to(blobs)
 
 

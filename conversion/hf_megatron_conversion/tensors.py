@@ -101,14 +101,16 @@ def dtype_code(name: str) -> str:
     raise UnsupportedError(f"dtype {name!r} is not one of {known}.")
 
 
-def bounded(box: Box, dtype: str, num_bytes: int = SLICE_BYTES) -> Iterator[Box]:
+def bounded(box: Box, dtype: str, num_bytes: int | None = None) -> Iterator[Box]:
     """Parts of ``box``, each of bounded bytes, whose row-major bytes one after the other are those of ``box``.
 
-    They are as many rows as are within ``num_bytes``, or where even a row is more, parts of one row.
+    They are as many rows as are within ``num_bytes`` (default: SLICE_BYTES), or parts of one row where even that is
+    more.
     """
     if not box.shape or not box.numel:
         yield box
         return
+    num_bytes = SLICE_BYTES if num_bytes is None else num_bytes
     sizes = [prod(box.shape[dim + 1 :]) * itemsize(dtype) for dim in range(len(box.shape))]  # bytes of one entry
     cut = next((dim for dim, size in enumerate(sizes) if size <= num_bytes), len(sizes) - 1)
     step = max(num_bytes // sizes[cut], 1)
@@ -126,7 +128,7 @@ class Buffer:
     ``num_bytes`` is what a slice may have.
     """
 
-    def __init__(self, num_bytes: int = SLICE_BYTES) -> None:
+    def __init__(self, num_bytes: int | None = None) -> None:
         self.num_bytes = num_bytes
         self._memory = bytearray()
 

@@ -103,6 +103,7 @@ class AtomicDirectory:
     def __exit__(self, *exception: object) -> None:
         if self._lock is not None:
             if self.is_to_remove and self._lock.is_held():
+                renaming.undo_or_finish(self.path, self.destination)
                 self._lock.remove()
             self._lock.release()
             self._lock = None

@@ -14,7 +14,7 @@ Array = Any  # numpy's, which is imported to read tensors only
 SCRATCH_BYTES = 2**20
 """What a gather holds in memory besides its result, two times at most; it fits a core's cache."""
 # To read bytes that nobody wants costs less than another system call until there are this many of them.
-_MAX_GAP_BYTES = 8192
+_MAX_GAP_BYTES = 4096
 # A matrix is transposed tile by tile, from memory whose rows do not all fall on the same lines of the cache.
 _TILE_ROWS, _TILE_COLUMNS, _PADDING = 64, 512, 32
 

@@ -24,4 +24,4 @@ def command(
     shown = {**found, "differences": [f"{name}: {reason}" for name, reason in verification.differences.items()]}
     title = "The same model" if verification.equal else "Not the same model"
     result = {**found, "mismatched": verification.mismatched}
-    return report(title, result, as_json, shown=shown, ok=verification.equal)
+    return report(title, result, as_json, shown=shown, ok=verification.equal and not verification.damaged)

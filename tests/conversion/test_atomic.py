@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hf_megatron.checkpoint import renaming
 from hf_megatron.errors import DestinationError
 from hf_megatron_conversion import convert, files
 from tests.conversion.checkpoints import directory_bytes, hub_bytes
@@ -63,7 +64,7 @@ def test_kill_leaves_nothing_loadable(num_bytes: int, tied: Path, tmp_path: Path
     assert _convert_until(signal.SIGKILL, num_bytes, tied, destination).returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name == ".tp.incomplete"
-    assert not (left / "config.json").exists()
+    assert not (left / "tp/config.json").exists()
     convert(tied, destination, to="tp", tp_size=4)  # which clears away what the killed one left
     assert list(tmp_path.iterdir()) == [destination]
 
@@ -92,9 +93,11 @@ def test_an_error_restores_everything(
     rename = Path.rename
 
     def fail(path: object, *arguments: Any) -> Any:
-        if isinstance(path, Path) and ".incomplete" not in path.name:
-            return rename(path, *arguments)  # of the two renames, the first one
+        if isinstance(path, Path) and (path.parent == tmp_path or path.suffix == ".replaced"):
+            return rename(path, *arguments)  # of the two renames the first one, and its undoing
         raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(renaming, "exchange", lambda *_: False)
 
     place: Any = files if where == "writing" else Path
     monkeypatch.setattr(place, "_write" if where == "writing" else "rename", fail)
@@ -108,7 +111,8 @@ def test_an_error_restores_everything(
 def test_killed_between_the_renames_is_repaired(tied: Path, old: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     """Catches an old directory that stays hidden for ever, or is deleted while it is the only one there is."""
     destination, before = old
-    destination.rename(tmp_path / ".tp.replaced")
+    assert _convert_until(signal.SIGKILL, 100_000, tied, destination).returncode == -signal.SIGKILL
+    destination.rename(tmp_path / ".tp.incomplete/tp.replaced")  # without an exchange, the first of two renames
     with pytest.raises(DestinationError, match="exists"):
         convert(tied, destination, to="tp", tp_size=2)
     assert directory_bytes(destination) == before
@@ -208,6 +212,8 @@ def test_dry_run_writes_nothing_and_predicts_every_byte(stock: Path, tmp_path: P
         assert not destination.exists()
         assert planned.verified is None
         written = convert(stock, destination, **options)  # type: ignore[arg-type]
-        sizes = {str(path.relative_to(destination)): path.stat().st_size for path in destination.rglob("*.*")}
+        sizes = {
+            str(path.relative_to(destination)): path.stat().st_size for path in destination.rglob("*") if path.is_file()
+        }
         assert planned.files == written.files == sizes
         assert planned.bytes_written == sum(sizes.values())

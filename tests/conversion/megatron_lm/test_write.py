@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from hf_megatron.errors import PartitionError, UnsupportedError
-from hf_megatron_conversion import convert, memory, verify
+from hf_megatron_conversion import convert, tensors, verify
 from tests.conversion.checkpoints import hub_bytes, read_config, save_stock
 from tests.conversion.megatron_lm.generator import HEADS, VOCAB, Variant, write
 from tests.repository import environment
@@ -66,7 +66,7 @@ def test_small_slices_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Catches large tensors, which are read in parts, of rows and of heads even, cut elsewhere than small ones."""
     source = _stock(tmp_path / "hub", "gpt2")
     for size in (2**24, 1000, 70):
-        monkeypatch.setattr(memory, "SLICE_BYTES", size)
+        monkeypatch.setattr(tensors, "SLICE_BYTES", size)
         convert(source, tmp_path / f"m-{size}", to="megatron-lm", tp_size=4)
         convert(tmp_path / f"m-{size}", tmp_path / f"tp-{size}", to="tp", tp_size=2)
         convert(tmp_path / f"m-{size}", tmp_path / f"hub-{size}", to="hub")
