@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from hf_megatron.errors import CheckpointFormatError, UnsupportedError
@@ -42,10 +43,10 @@ def _download(repository: str, revision: str | None, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    options = {} if revision is None else {"revision": revision}
+    download = snapshot_download if revision is None else partial(snapshot_download, revision=revision)
 
     def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(repository, allow_patterns=patterns, **options))
+        return Path(download(repository, allow_patterns=patterns))
 
     try:
         if config_only:
