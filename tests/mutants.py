@@ -196,7 +196,7 @@ _LIST = r"""
 # test_a_flipped_bit_of_an_archive_is_found: checksums of archives are not compared
 - if self._crc != crc:
 + if False:
-@ conversion/hf_megatron_conversion/journal.py -> tests/conversion/test_nothing_is_lost.py
+@ conversion/hf_megatron_conversion/journal.py -> tests/conversion/test_kills.py
 # test_resume_keeps_what_is_complete: files of another content are kept
 -  and sha256_of(directory / name) == digest:
 + :

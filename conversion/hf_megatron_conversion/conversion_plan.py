@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from hf_megatron.architectures import Architecture
 from hf_megatron.checkpoint import DTYPES
-from hf_megatron.errors import CheckpointFormatError, PartitionError
+from hf_megatron.errors import CheckpointFormatError, PartitionError, UnsupportedError
 from hf_megatron_conversion.card import model_card
 from hf_megatron_conversion.files import CopiedFile, OutputFile, TextFile
 from hf_megatron_conversion.formats import FormatName, format_named
@@ -70,6 +71,18 @@ def check_options(options: Options, config: Mapping[str, Any], table: Architectu
         dtype_code(options.dtype)
     if options.max_shard_size is not None:
         parse_size(options.max_shard_size, "max_shard_size")
+    problems = ["quantization_config, whose tensors"] if config.get("quantization_config") is not None else []
+    epsilon = table.epsilon.read(config)
+    problems += [] if _is_within(epsilon, math.inf) else [f"{table.epsilon.name}={epsilon!r}, which"]
+    rates = {where.name: where.read(config) for where in table.dropouts}
+    problems += [f"{name}={rate!r}, which" for name, rate in rates.items() if not (rate is None or _is_within(rate, 1))]
+    if problems:
+        raise UnsupportedError(f"config.json has {problems[0]} no class here can run with; correct it.")
+
+
+def _is_within(value: object, largest: float) -> bool:
+    """Whether it is a number from 0 to ``largest``."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= largest
 
 
 def make_plan(model: Model, options: Options, source_name: str) -> ConversionPlan:

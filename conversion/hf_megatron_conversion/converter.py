@@ -6,11 +6,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import and_
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_megatron.architectures import table_for
 from hf_megatron.checkpoint import AtomicDirectory, read_json
@@ -155,17 +155,12 @@ def convert(
     target = AtomicDirectory(destination, replace=overwrite, resume=resume)
     _check_content(target.destination)
     directory = _directory(source, revision, target.destination, options, given)
-    before = identities(directory)
-    model = _open(directory, options, given)
-    plan = make_plan(model, options, directory.resolve().name if Path(source).is_dir() else str(source))
-    if plan.mismatch is not None:
-        _logger.warning("%s --model-type megatron writes a config.json that says both.", plan.mismatch)
-    sources = SourceFiles.of(model.directory, before, _read_by(model, plan))
-    written = None
+    name = directory.resolve().name if Path(source).is_dir() else str(source)
+    model, plan, sources = _planned(directory, name, options, given)
+    written = _Written()
     if not dry_run:
         how = writing_within(max_memory, plan.tensors.values(), _weights_mode(model))
         written = _write(model, plan, sources, target, options, how, progress or Silent())
-    ran = written.agreement if written else None
     return Conversion(
         source=str(source),
         destination=str(destination),
@@ -174,18 +169,26 @@ def convert(
         tensors=len(plan.tensors),
         bytes_written=plan.nbytes,
         files=plan.sizes,
-        sha256=written.digests if written else {},
-        source_sha256=written.source_digests if written else {},
+        sha256=written.digests,
+        source_sha256=written.source_digests,
         dropped=tuple(model.dropped),
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak_rss_bytes(),
-        verified=written.is_verified if written else None,
+        verified=written.is_verified,
         dry_run=dry_run,
-        max_logit_diff=finite(ran.max_logit_diff) if ran else None,
-        loss_source=finite(ran.losses[0]) if ran else None,
-        loss_destination=finite(ran.losses[1]) if ran else None,
-        argmax_agreement=ran.argmax_agreement if ran else None,
+        **_figures(written.agreement),
     )
+
+
+def _figures(ran: Agreement | None) -> dict[str, Any]:
+    if ran is None:
+        return {}
+    return {
+        "max_logit_diff": finite(ran.max_logit_diff),
+        "loss_source": finite(ran.losses[0]),
+        "loss_destination": finite(ran.losses[1]),
+        "argmax_agreement": ran.argmax_agreement,
+    }
 
 
 def _directory(source: str | Path, revision: str | None, target: Path, options: Options, given: SourceOptions) -> Path:
@@ -203,13 +206,20 @@ def _directory(source: str | Path, revision: str | None, target: Path, options: 
     return source_directory(source, revision=revision)
 
 
-def _open(directory: Path, options: Options, given: SourceOptions) -> Model:
+def _planned(
+    directory: Path, name: str, options: Options, given: SourceOptions
+) -> tuple[Model, ConversionPlan, SourceFiles]:
+    """Open the source, and plan what becomes of it; the card calls it ``name``."""
+    before = identities(directory)
     model = read_model(directory, given)
     check_options(options, model.config, model.table)
     warn_of_padding(model)
     if model.dropped:
         _logger.info("Not needed by the model and left out: %s.", ", ".join(model.dropped))
-    return model
+    plan = make_plan(model, options, name)
+    if plan.mismatch is not None:
+        _logger.warning("%s --model-type megatron writes a config.json that says both.", plan.mismatch)
+    return model, plan, SourceFiles.of(model.directory, before, _read_by(model, plan))
 
 
 def _read_by(model: Model, plan: ConversionPlan) -> list[Path]:
@@ -246,8 +256,8 @@ def _is_release(directory: Path) -> bool:
 class _Written:
     """What was written; nothing of it is there if ``is_verified`` is False."""
 
-    digests: Mapping[str, str]
-    source_digests: Mapping[str, str]
+    digests: Mapping[str, str] = field(default_factory=dict)
+    source_digests: Mapping[str, str] = field(default_factory=dict)
     is_verified: bool | None = None
     agreement: Agreement | None = None
 
