@@ -150,8 +150,7 @@ def convert(
     given = SourceOptions(
         config=None if config is None else read_json(Path(config)), vocab_size=vocab_size, tokenizer=options.tokenizer
     )
-    if max_memory is not None:
-        parse_size(max_memory, "max_memory")
+    limit = None if max_memory is None else parse_size(max_memory, "max_memory")
     target = AtomicDirectory(destination, replace=overwrite, resume=resume)
     _check_content(target.destination)
     directory = _directory(source, revision, target.destination, options, given)
@@ -159,7 +158,7 @@ def convert(
     model, plan, sources = _planned(directory, name, options, given)
     written = _Written()
     if not dry_run:
-        how = writing_within(max_memory, plan.tensors.values(), _weights_mode(model))
+        how = writing_within(limit, plan.tensors.values(), _weights_mode(model))
         written = _write(model, plan, sources, target, options, how, progress or Silent())
     return Conversion(
         source=str(source),

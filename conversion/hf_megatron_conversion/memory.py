@@ -32,8 +32,8 @@ def parse_size(value: str | int, name: str) -> int:
     return size
 
 
-def writing_within(max_memory: str | int | None, tensors: Iterable[Readable], weights_mode: int) -> Writing:
-    """As many threads, and as large slices, as the memory of the process allows; UnsupportedError if it is too little.
+def writing_within(limit: int | None, tensors: Iterable[Readable], weights_mode: int) -> Writing:
+    """As many threads, and as large slices, as ``limit`` bytes allow; UnsupportedError if that is too little.
 
     Libraries that writing needs are imported before it is looked at.
     """
@@ -45,9 +45,9 @@ def writing_within(max_memory: str | int | None, tensors: Iterable[Readable], we
     slices = _SLICES_OF_CAST if is_cast else 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(_MAX_THREADS, cores)
-    if max_memory is None:
+    if limit is None:
         return Writing(threads=threads, slice_bytes=bounds.SLICE_BYTES // slices, weights_mode=weights_mode)
-    limit, used = parse_size(max_memory, "max_memory"), peak_rss_bytes()
+    used = peak_rss_bytes()
     while True:
         slice_bytes = min(((limit - used) // threads - _FIXED_BYTES) // slices, bounds.SLICE_BYTES)
         if slice_bytes >= _MIN_SLICE_BYTES:
@@ -55,7 +55,7 @@ def writing_within(max_memory: str | int | None, tensors: Iterable[Readable], we
         if threads == 1:
             least = used + _FIXED_BYTES + slices * _MIN_SLICE_BYTES
             raise UnsupportedError(
-                f"max_memory={max_memory!r}: {used:,} bytes are in use before a weight is read; give at least "
+                f"max_memory={limit:,}: {used:,} bytes are in use before a weight is read; give at least "
                 f"{-(-least // 10**6)}MB."
             )
         threads -= 1
