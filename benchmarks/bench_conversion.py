@@ -1,4 +1,4 @@
-"""How fast and in how much memory checkpoints are converted, next to a plain copy of the same files.
+"""How fast and in how much memory checkpoints are converted, next to ``cp``, ``sha256sum`` and ``sync``.
 
     python -m benchmarks.bench_conversion                      # GPT-2 355M and 2.5B: writes results/conversion.json
     python -m benchmarks.bench_conversion --models gpt2-355m   # the smaller one only; needs 5 GB of disk instead of 35
@@ -9,13 +9,16 @@ What is measured is told in README.md beside this file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -27,19 +30,10 @@ import torch
 from benchmarks.command_line import make_parser, parse
 from benchmarks.records import environment, read, write
 from hf_megatron.architectures import GPT2
-from hf_megatron.checkpoint import itemsize, torch_dtype
-from hf_megatron.partition import Box
-from hf_megatron_conversion.files import Part, SafetensorsFile
+from hf_megatron.checkpoint import itemsize
 
 MEGA = 10**6
-CHUNK = 16 * 2**20
-# Where the interpreter stands when the command has imported all that any conversion needs, and opened no file.
-BASE = """
-import re, hf_megatron.checkpoint, hf_megatron_conversion.converter, hf_megatron.commands.console, torch
-from hf_megatron_conversion.formats import megatron_lm, hub, tp
-from hf_megatron_conversion.formats.megatron_lm import writer
-print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-"""
+CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -79,33 +73,17 @@ class Direction:
     source: str
     destination: str
     options: tuple[str, ...]
-    is_safetensors: bool
 
 
 DIRECTIONS = (
-    Direction("hub", "hub in files of 2 GB", ("--to", "hub", "--max-shard-size", "2GB"), True),
-    Direction("hub", "tp 4", ("--to", "tp", "--tp", "4"), True),
-    Direction("tp 4", "tp 2", ("--to", "tp", "--tp", "2"), True),
-    Direction("tp 4", "hub", ("--to", "hub"), True),
-    Direction("hub", "megatron-lm 4", ("--to", "megatron-lm", "--tp", "4"), False),
-    Direction("megatron-lm 4", "megatron-lm 2", ("--to", "megatron-lm", "--tp", "2"), False),
-    Direction("megatron-lm 4", "hub", ("--to", "hub"), False),
+    Direction("hub", "hub in files of 2 GB", ("--to", "hub", "--max-shard-size", "2GB")),
+    Direction("hub", "tp 4", ("--to", "tp", "--tp", "4")),
+    Direction("tp 4", "tp 2", ("--to", "tp", "--tp", "2")),
+    Direction("tp 4", "hub", ("--to", "hub")),
+    Direction("hub", "megatron-lm 4", ("--to", "megatron-lm", "--tp", "4")),
+    Direction("megatron-lm 4", "megatron-lm 2", ("--to", "megatron-lm", "--tp", "2")),
+    Direction("megatron-lm 4", "hub", ("--to", "hub")),
 )
-
-
-@dataclass(frozen=True)
-class Noise:
-    """A tensor of random numbers: one block of them over and over."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    def read(self, box: Box | None = None) -> torch.Tensor:
-        """The part inside ``box``."""
-        shape = self.shape if box is None else box.shape
-        count = prod(shape)
-        block = torch.randn(min(count, 2**20), generator=torch.Generator().manual_seed(count))
-        return block.repeat(-(-count // max(len(block), 1)))[:count].view(shape).to(torch_dtype(self.dtype))
 
 
 def generate(directory: Path, size: Size, *, is_sparse: bool = False) -> Path:
@@ -113,16 +91,22 @@ def generate(directory: Path, size: Size, *, is_sparse: bool = False) -> Path:
     config = size.config()
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    tensors = GPT2.tensors(config, GPT2.classes[0])
-    parts = [Part(name, Noise("F32", tensor.shape), Box.whole(tensor.shape)) for name, tensor in tensors.items()]
-    file = SafetensorsFile("model.safetensors", parts, {"format": "pt"})
-    with (directory / file.path).open("wb") as stream:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, tensor in GPT2.tensors(config, GPT2.classes[0]).items():
+        stop = position + prod(tensor.shape) * itemsize("F32")
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [position, stop]}
+        position = stop
+    text = json.dumps(header).encode()
+    # One block of random numbers over and over.
+    block = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).numpy().tobytes()
+    with (directory / "model.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
         if is_sparse:
-            stream.write(file._header)
-            stream.truncate(file.nbytes)
-        else:
-            file.write(stream, lambda _: None)
-            os.fsync(stream.fileno())
+            stream.truncate(stream.tell() + position)
+        while position > 0 and not is_sparse:
+            position -= stream.write(block[:position])
+        os.fsync(stream.fileno())
     return directory
 
 
@@ -131,104 +115,120 @@ def files_of(directory: Path) -> list[Path]:
     return [path for path in directory.rglob("*") if path.is_file()]
 
 
-def copy_seconds(source: Path, scratch: Path) -> float:
-    """Seconds that a plain copy of all files takes until it is on disk, as a conversion's result is."""
-    started = time.perf_counter()
-    for index, path in enumerate(files_of(source)):
-        with path.open("rb") as original, (scratch / str(index)).open("xb") as copy:
-            while chunk := original.read(CHUNK):
-                copy.write(chunk)
-            copy.flush()
-            os.fsync(copy.fileno())
-    seconds = time.perf_counter() - started
-    for path in scratch.iterdir():
-        path.unlink()
-    return seconds
+@dataclass(frozen=True)
+class Cost:
+    """Of a process: seconds on the clock, and seconds of processor time, in all its threads and in the kernel."""
+
+    seconds: float
+    cpu_seconds: float
 
 
-def convert(source: Path, destination: Path, options: tuple[str, ...]) -> dict[str, Any]:
-    """What the command reports of a conversion in a process of its own."""
-    command = [sys.executable, "-m", "hf_megatron_conversion", "convert", str(source), str(destination), *options]
-    done = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+def run(command: Sequence[object]) -> tuple[Cost, str]:
+    """Run a command; what it cost, and its output."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Cost(time.perf_counter() - started, cpu_seconds), done.stdout
 
 
-def base_bytes() -> int:
-    """Peak resident memory before a file is opened."""
-    done = subprocess.run([sys.executable, "-c", BASE], check=True, capture_output=True, text=True)
-    return int(done.stdout) * 1024
+def reference(source: Path, result: Path, scratch: Path) -> Cost:
+    """A copy of the source, checksums of source and result, and all of it on the disk, with the system's tools."""
+    commands: list[list[object]] = [
+        ["cp", "-r", source, scratch],
+        ["sync"],
+        ["sha256sum", *files_of(source), *files_of(result)],
+    ]
+    costs = [run(command)[0] for command in commands]
+    shutil.rmtree(scratch)
+    return Cost(sum(cost.seconds for cost in costs), sum(cost.cpu_seconds for cost in costs))
 
 
-def measure(size: Size, directory: Path, base: int, repetitions: int) -> Iterator[dict[str, Any]]:
-    """Every direction, each next to a copy of its source; the fastest of the repetitions of both."""
+def checksum_seconds(source: Path, result: Path) -> float:
+    """Processor time of the checksums that a conversion computes, by the same functions."""
+    started = time.process_time()
+    for path in (*files_of(source), *files_of(result)):
+        sha256, crc = hashlib.sha256(), 0
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                sha256.update(chunk)
+                crc = zlib.crc32(chunk, crc) if path.suffix == ".pt" else 0
+    return time.process_time() - started
+
+
+def convert(source: Path, destination: Path, options: tuple[str, ...]) -> tuple[Cost, dict[str, Any]]:
+    """A conversion in a process of its own: what it cost, and what the command reports."""
+    cost, out = run([sys.executable, "-m", "hf_megatron", "convert", source, destination, *options, "--json"])
+    result: dict[str, Any] = json.loads(out)
+    return cost, result
+
+
+def measure(size: Size, directory: Path, repetitions: int) -> Iterator[dict[str, Any]]:
+    """Every direction, each next to the system's tools; of both the run with the least processor time."""
     generate(directory / "hub", size)
-    (directory / "scratch").mkdir()
-    largest = max(prod(t.shape) for t in GPT2.tensors(size.config(), GPT2.classes[0]).values()) * itemsize("F32")
     for index, direction in enumerate(DIRECTIONS):
         source = directory / direction.source
         # What comes back to "hub" must not replace the model that everything starts from.
         target = directory / ("hub again" if direction.destination == "hub" else direction.destination)
-        copies, runs = [], []
+        references, runs, checksums = [], [], []
         for _ in range(repetitions):
             shutil.rmtree(target, ignore_errors=True)
-            copies.append(copy_seconds(source, directory / "scratch"))
             runs.append(convert(source, target, direction.options))
-        copied = sum(path.stat().st_size for path in files_of(source))
+            references.append(reference(source, target, directory / "scratch"))
+            checksums.append(checksum_seconds(source, target))
         # What no later direction starts from makes room: three models at most are on the disk, copies among them.
         needed = {later.source for later in DIRECTIONS[index + 1 :]}
         for path in {source, target}:
             if path.name not in needed:
                 shutil.rmtree(path)
-        run = min(runs, key=lambda run: run["seconds"])
-        num_bytes = run["bytes_written"]
-        speed, copy_speed = num_bytes / run["seconds"], copied / min(copies)
-        peak = max(run["peak_rss_bytes"] for run in runs)
+        cost, result = min(runs, key=lambda run: run[0].cpu_seconds)
+        tools = min(references, key=lambda cost: cost.cpu_seconds)
         yield {
             "from": direction.source,
             "to": direction.destination,
-            "bytes": num_bytes,
-            "seconds": run["seconds"],
-            "bytes_per_second": speed,
-            "copy_bytes_per_second": copy_speed,
-            "share_of_copy": speed / copy_speed,
-            "is_safetensors": direction.is_safetensors,
-            "peak_rss_bytes": peak,
-            "beyond_base_and_largest_tensor_bytes": max(0, peak - base - largest),
+            "bytes": result["bytes_written"],
+            "seconds": cost.seconds,
+            "cpu_seconds": cost.cpu_seconds,
+            "tools_seconds": tools.seconds,
+            "tools_cpu_seconds": tools.cpu_seconds,
+            "cpu_ratio": cost.cpu_seconds / tools.cpu_seconds,
+            "bytes_per_cpu_second_without_checksums": result["bytes_written"] / (cost.cpu_seconds - min(checksums)),
+            "peak_rss_bytes": max(result["peak_rss_bytes"] for _, result in runs),
         }
 
 
 def dry_run(directory: Path) -> dict[str, Any]:
     """Plan the largest model of the paper."""
     source = generate(directory / "largest", LARGEST, is_sparse=True)
-    started = time.perf_counter()
-    result = convert(source, directory / "nowhere", ("--to", "megatron-lm", "--tp", "8", "--dry-run"))
-    return {"seconds_with_start": time.perf_counter() - started, "bytes": result["bytes_written"]}
+    cost, result = convert(source, directory / "nowhere", ("--to", "megatron-lm", "--tp", "8", "--dry-run"))
+    found = {name: result[name] for name in ("bytes_written", "peak_rss_bytes")}
+    return {"seconds_with_start": cost.seconds, "cpu_seconds": cost.cpu_seconds, **found}
 
 
 def show(row: dict[str, Any]) -> None:
     """Print a row of the table that README.md has."""
-    speeds = f"{row['bytes_per_second'] / MEGA:.0f} | {row['copy_bytes_per_second'] / MEGA:.0f}"
     print(
-        f"| {row['from']} | {row['to']} | {row['bytes'] / 1e9:.2f} | {row['seconds']:.1f} | {speeds} | "
-        f"{row['share_of_copy']:.2f} | {row['peak_rss_bytes'] / MEGA:.0f} |",
+        f"| {row['from']} | {row['to']} | {row['bytes'] / 1e9:.2f} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | "
+        f"{row['tools_cpu_seconds']:.1f} | {row['cpu_ratio']:.2f} | "
+        f"{row['bytes_per_cpu_second_without_checksums'] / MEGA:.0f} | {row['peak_rss_bytes'] / MEGA:.0f} |",
         flush=True,
     )
 
 
 def report_on(size: Size, parent: Path | None, repetitions: int) -> dict[str, Any]:
     """All that is measured with one model."""
-    load, base = os.getloadavg()[0], base_bytes()
+    load = os.getloadavg()[0]
     rows: list[dict[str, Any]] = []
-    print("| from | to | GB | s | MB/s | copy MB/s | share of copy | peak MB |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| from | to | GB | s | CPU s | cp + sha256sum + sync: CPU s | ratio | MB per CPU s, no checksums | peak MB |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory(dir=parent) as directory:
-        for row in measure(size, Path(directory), base, repetitions):
+        for row in measure(size, Path(directory), repetitions):
             show(row)
             rows.append(row)
-    print(f"\nbefore a file is opened: {base / MEGA:.0f} MB")
     here = {**environment("torch", "transformers"), "load_at_start": load}
-    return {"environment": here, "base_rss_bytes": base, "directions": rows}
+    return {"environment": here, "directions": rows}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -245,7 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results[name] = report_on(size, given.directory, given.repetitions)
     with tempfile.TemporaryDirectory(dir=given.directory) as directory:
         results["dry run of gpt2-8.3b"] = dry_run(Path(directory))
-    print(f"dry run of 8.3B: {results['dry run of gpt2-8.3b']['seconds_with_start']:.1f} s")
+    dry = results["dry run of gpt2-8.3b"]
+    print(f"\ndry run of 8.3B: {dry['seconds_with_start']:.1f} s, {dry['peak_rss_bytes'] / MEGA:.0f} MB")
     write(file, results)
 
 

@@ -203,18 +203,34 @@ _LIST = r"""
 + return torch.load(source, map_location="cpu", weights_only=False)
 @ hf_megatron/checkpoint/atomic_directory.py -> tests/checkpoint/test_atomic_directory.py
 # test_everything_is_on_disk_before_it_has_its_name: files are renamed before they are on disk
-- _sync(*self.path.rglob("*"), self.path)
+- sync(*self.path.rglob("*"), self.path, self.container)
 + pass
 # test_the_first_rank_waits_for_the_others_before_it_publishes: the first rank publishes before the others have written
 - self._settle()  # every rank has written its part
 + pass
-@ hf_megatron/checkpoint/atomic_directory.py -> tests/conversion/test_atomic.py
-# test_an_error_restores_everything: a failed overwrite leaves the old directory aside
-- if old.exists() and not self.destination.exists():
-+ if not old.exists():
+# test_what_another_host_has_taken_over_is_not_published: another host's files are published
+- if not self._lock.is_held():
++ if False:
+@ hf_megatron/checkpoint/write_lock.py -> tests/checkpoint/test_atomic_directory.py
+# test_a_directory_of_the_users_is_never_touched: a name is taken for a mark
+- if not mark.exists() and any(directory.iterdir()):
++ if False:
+@ hf_megatron/checkpoint/renaming.py -> tests/conversion/test_atomic.py
 # test_killed_between_the_renames_is_repaired: what was killed between the renames is deleted
-- if old.is_dir() and not destination.exists():
-+ if not old.is_dir():
+- if not old.exists():
++ if False:
+@ hf_megatron/checkpoint/file_identity.py -> tests/checkpoint/test_lazy.py
+# test_a_file_that_changes_after_opening_is_noticed: offsets of one file are used in another
+- if now != before:
++ if now.size != before.size:
+@ conversion/hf_megatron_conversion/source_files.py -> tests/conversion/test_nothing_is_lost.py
+# test_a_flipped_bit_of_an_archive_is_found: checksums of archives are not compared
+- if self._crc != crc:
++ if False:
+@ conversion/hf_megatron_conversion/journal.py -> tests/conversion/test_kills.py
+# test_resume_keeps_what_is_complete: files of another content are kept
+-  and sha256_of(directory / name) == digest:
++ :
 @ hf_megatron/checkpoint/checksums.py -> tests/training/test_damage.py
 # test_every_damage_to_every_file_is_found_before_the_first_step: sizes are compared, checksums are not
 - elif not sizes_only and _of(path)

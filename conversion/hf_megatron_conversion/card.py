@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
@@ -9,10 +10,15 @@ from typing import Any
 
 from hf_megatron.architectures import table_for
 from hf_megatron.checkpoint import DTYPES
+from hf_megatron.checkpoint.budgets import MAX_CARD_BYTES
 from hf_megatron_conversion.files import TextFile
 from hf_megatron_conversion.formats.base import Model, Target
+from hf_megatron_conversion.source_files import hub_commit, is_inside
 from hf_megatron_conversion.tensors import Readable, num_bytes
 
+_logger = logging.getLogger(__name__)
+
+CARD = "README.md"
 _BEGIN, _END = "<!-- hf-megatron convert: begin -->", "<!-- hf-megatron convert: end -->"
 _PIPELINES = {
     "LMHeadModel": "text-generation",
@@ -35,13 +41,14 @@ def model_card(
     result is published only if it equals the source, ``mismatch`` what the stock class computes differently.
     """
     model, tensors = target.model, target.tensors
+    commit = hub_commit(model.directory)
     cast = ", cast to the new dtype," if target.is_cast else ""
     check = "not asked for; `hf-megatron verify SOURCE THIS` compares every tensor"
     if verified:
         check = f"every tensor was read back and equals the source{cast} bit for bit, and both models compute the same "
         check += "logits"
     rows = {
-        "source": f"`{source}` ({_origin(model)})",
+        "source": f"`{source}`{f' at commit `{commit}`' if commit else ''} ({_origin(model)})",
         "format": layout,
         "architecture": f"`{config['architectures'][0]}` (`{config['model_type']}`)",
         "parameters": f"{sum(prod(tensor.shape) for tensor in tensors.values()):,}",
@@ -54,16 +61,20 @@ def model_card(
         rows["differs in stock transformers"] = mismatch
     conversion = f"## Conversion\n\n{table(('', ''), rows.items())}\n\nMade with `hf-megatron convert`."
     section = f"{_BEGIN}\n{conversion}\n{_END}\n"
-    path = model.directory / "README.md"
+    path = model.directory / CARD
     card = (
         f"---\n{metadata(config)}\n---\n\n# {config['architectures'][0]}\n\nThe checkpoint came without a card. What "
         f"stands here follows from its configuration.\n\n## Architecture\n\n{architecture_table(config)}\n"
     )
-    if path.is_file():
+    if path.is_file() and not is_inside(model.directory, path):
+        _logger.warning("%s is a link to %s, out of its directory, and left out.", path, path.resolve())
+    elif path.is_file() and path.stat().st_size > MAX_CARD_BYTES:
+        _logger.warning("%s is larger than a model card (%d bytes), and left out.", path, MAX_CARD_BYTES)
+    elif path.is_file():
         card = path.read_text(encoding="utf-8", errors="replace")
     head, begin, rest = card.partition(_BEGIN)
     text = head + section + rest.partition(_END)[2].lstrip() if begin else f"{card.rstrip()}\n\n{section}"
-    return TextFile("README.md", text.encode())
+    return TextFile(CARD, text.encode())
 
 
 def dtype_names(tensors: Mapping[str, Readable]) -> str:
@@ -77,7 +88,7 @@ def dtype_names(tensors: Mapping[str, Readable]) -> str:
 def metadata(config: Mapping[str, Any]) -> str:
     """The lines of the YAML header by which the Hub finds and runs a model."""
     architecture = table_for(config)
-    stock = architecture.model_class((config.get("architectures") or [None])[0]).stock
+    stock = architecture.class_of(config).stock
     pipeline = next(tag for suffix, tag in _PIPELINES.items() if stock.endswith(suffix))
     tags = "\n".join(f"- {tag}" for tag in (architecture.name, "megatron-lm", "tensor-parallelism"))
     return f"library_name: transformers\npipeline_tag: {pipeline}\ntags:\n{tags}"
@@ -86,7 +97,7 @@ def metadata(config: Mapping[str, Any]) -> str:
 def architecture_table(config: Mapping[str, Any]) -> str:
     """What config.json says of the model's class and sizes."""
     architecture = table_for(config)
-    model_class = architecture.model_class((config.get("architectures") or [None])[0])
+    model_class = architecture.class_of(config)
     sizes = architecture.sizes(config)
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     parameters = sum(prod(tensor.shape) for tensor in architecture.tensors(config, model_class).values())

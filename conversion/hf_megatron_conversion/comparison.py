@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,15 +11,19 @@ from typing import TYPE_CHECKING
 
 from hf_megatron.architectures.table import TANH_GELUS
 from hf_megatron.checkpoint import DTYPES
+from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import Box
 from hf_megatron_conversion.files import Progress, Silent
 from hf_megatron_conversion.formats import format_of, read_model
 from hf_megatron_conversion.formats.base import Model, SourceOptions, warn_of_padding
 from hf_megatron_conversion.source import source_directory
+from hf_megatron_conversion.source_files import damaged
 from hf_megatron_conversion.tensors import Readable, bounded, num_bytes, raw_bytes
 
 if TYPE_CHECKING:
     import torch
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +35,7 @@ class Verification:
             make it compute something else.
         compared: Number of tensors that both have.
         differences: What differs, by tensor name (or ``config.json: entry``), in words.
+        damaged: Weight files that are not those that the SHA256SUMS beside them names.
         max_abs_diff: Largest difference of two values, over the tensors that both have in the same shape.
         max_logit_diff: Largest difference of the two models' outputs, if they were run. Both differences are None if
             they are not finite.
@@ -41,6 +47,7 @@ class Verification:
     equal: bool
     compared: int
     differences: Mapping[str, str]
+    damaged: tuple[str, ...]
     max_abs_diff: float | None
     max_logit_diff: float | None
     loss_a: float | None = None
@@ -53,7 +60,14 @@ class Verification:
         return tuple(self.differences)
 
 
-def verify(a: str | Path, b: str | Path, *, logits: bool = False, progress: Progress | None = None) -> Verification:
+def verify(
+    a: str | Path,
+    b: str | Path,
+    *,
+    logits: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Verification:
     """Compare two checkpoints of any formats and degrees.
 
     Args:
@@ -61,18 +75,25 @@ def verify(a: str | Path, b: str | Path, *, logits: bool = False, progress: Prog
         b: The other one.
         logits: Also run both on the CPU in float64 on the same token ids, a Megatron-LM checkpoint by Megatron-LM's own
             equations. This holds one whole model in memory at a time.
+        revision: Branch, tag or commit of those that are on the Hub.
         progress: Told how far it is.
 
     Raises:
         CheckpointError: One of them is no checkpoint, or incomplete.
         UnsupportedError: A model that is not offered here.
     """
-    model_a, model_b = _read_both(source_directory(a), source_directory(b))
+    if revision is not None and Path(a).is_dir() and Path(b).is_dir():
+        raise UnsupportedError(f"revision={revision!r} was given, but both {a} and {b} are directories.")
+    directories = (source_directory(path, revision=None if Path(path).is_dir() else revision) for path in (a, b))
+    model_a, model_b = _read_both(*directories)
     for model in (model_a, model_b):
         warn_of_padding(model)
     differences = _config_differences(model_a, model_b)
     found, largest = compare(model_a.tensors, model_b.tensors, progress or Silent())
     differences.update(found)
+    damages = {str(p): why for model in (model_a, model_b) for p, why in damaged(model.directory, model.files).items()}
+    for path, reason in damages.items():
+        _logger.error("%s %s", path, reason)
     ran = None
     if logits:
         from hf_megatron_conversion.logits import agreement
@@ -84,6 +105,7 @@ def verify(a: str | Path, b: str | Path, *, logits: bool = False, progress: Prog
         equal=not differences,
         compared=len(model_a.tensors.keys() & model_b.tensors.keys()),
         differences=differences,
+        damaged=tuple(damages),
         max_abs_diff=finite(largest),
         max_logit_diff=finite(ran.max_logit_diff) if ran else None,
         loss_a=finite(ran.losses[0]) if ran else None,
@@ -116,7 +138,9 @@ def compare(a: Mapping[str, Readable], b: Mapping[str, Readable], progress: Prog
         elif a[name].shape != b[name].shape:
             differences[name] = f"shape {list(a[name].shape)} is not {list(b[name].shape)}"
         else:
-            count, difference = _compare_values(a[name], b[name], progress)
+            count, difference, strange = _compare_values(a[name], b[name], progress)
+            if strange:
+                _logger.warning("%s holds %d values that are NaN or infinite.", name, strange)
             largest = max(largest, difference)
             if a[name].dtype != b[name].dtype:
                 dtypes = " is not ".join(DTYPES[tensor.dtype][1] for tensor in (a[name], b[name]))
@@ -126,18 +150,20 @@ def compare(a: Mapping[str, Readable], b: Mapping[str, Readable], progress: Prog
     return differences, largest
 
 
-def _compare_values(a: Readable, b: Readable, progress: Progress) -> tuple[int, float]:
-    """Number of values that are not the same bits, and the largest difference."""
+def _compare_values(a: Readable, b: Readable, progress: Progress) -> tuple[int, float, int]:
+    """Number of values that are not the same bits, the largest difference, and number of the first's not finite."""
     import torch
 
-    count, largest = 0, 0.0
+    count, largest, strange = 0, 0.0, 0
     for box in bounded(Box.whole(a.shape), a.dtype):
         parts = a.read(box), b.read(box)
         progress.advance(parts[0].nbytes)
+        if parts[0].is_floating_point():
+            strange += int((~torch.isfinite(parts[0].float())).sum())
         if a.dtype != b.dtype or not torch.equal(*map(raw_bytes, parts)):
             differing, difference = _difference(*parts)
             count, largest = count + differing, max(largest, difference)
-    return count, largest
+    return count, largest, strange
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,13 @@ from hf_megatron_conversion.card import model_card
 from hf_megatron_conversion.files import CopiedFile, OutputFile, TextFile
 from hf_megatron_conversion.formats import FormatName, format_named
 from hf_megatron_conversion.formats.base import Format, Model, ModelType, Target
+from hf_megatron_conversion.memory import parse_size
+from hf_megatron_conversion.sha256sums import SHA256SUMS, sums_size
+from hf_megatron_conversion.source_files import is_inside
 from hf_megatron_conversion.tensors import Readable, cast, dtype_code
-from hf_megatron_conversion.tokenizer_files import TOKENIZER_FILES
+from hf_megatron_conversion.tokenizer_files import TOKENIZER_FILES, tokenizer_facts
+
+_logger = logging.getLogger(__name__)
 
 _GENERATION_CONFIG = "generation_config.json"
 _OTHER_SIDE_FILES = {_GENERATION_CONFIG, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"}
@@ -44,8 +50,14 @@ class ConversionPlan:
     mismatch: str | None  # what the stock class named in the config.json computes differently
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, that of the checksums included."""
+        sizes = {file.path: file.nbytes for file in self.files}
+        return {**sizes, SHA256SUMS: sums_size(sizes)}
+
+    @property
     def nbytes(self) -> int:
-        return sum(file.nbytes for file in self.files)
+        return sum(self.sizes.values())
 
 
 def check_options(options: Options, config: Mapping[str, Any], table: Architecture) -> None:
@@ -56,6 +68,9 @@ def check_options(options: Options, config: Mapping[str, Any], table: Architectu
         table.check_degree(config, options.tp_size)
     if options.dtype is not None:
         dtype_code(options.dtype)
+    if options.max_shard_size is not None:
+        parse_size(options.max_shard_size, "max_shard_size")
+    table.check_numerics(config)
 
 
 def make_plan(model: Model, options: Options, source_name: str) -> ConversionPlan:
@@ -64,12 +79,18 @@ def make_plan(model: Model, options: Options, source_name: str) -> ConversionPla
     code = None if options.dtype is None else dtype_code(options.dtype)
     tensors = {name: cast(name, tensor, code) for name, tensor in model.tensors.items()}
     tp_size = _degree(target_format, model, options.tp_size)
+    if not target_format.has_config:
+        tokenizer_facts(options.tokenizer or model.directory)  # which whoever reads the result goes by
     target = Target(model=model, tensors=tensors, tp_size=tp_size, max_shard_size=options.max_shard_size)
     model_type = options.model_type or target_format.default_model_type
     config = model.table.config_of(model.config, model.model_class, stock=model_type == "stock")
     if code is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = DTYPES[code][1]
+    if config.pop("auto_map", None) is not None:
+        _logger.warning(
+            "auto_map is left out of config.json: it names code that the source brings along, which is not converted."
+        )
     mismatch = model.table.stock_mismatch(config) if model_type == "stock" and target_format.has_config else None
     layout = f"{options.to}, tensor-parallel degree {tp_size}" if target_format.is_cut else options.to
     files = [
@@ -107,4 +128,8 @@ def _side_files(model: Model, tokenizer: Path | None) -> list[OutputFile]:
 
 
 def _named(directory: Path, names: Set[str]) -> list[CopiedFile]:
-    return [CopiedFile.of(directory / name) for name in sorted(names) if (directory / name).is_file()]
+    files = [directory / name for name in sorted(names) if (directory / name).is_file()]
+    for path in files:
+        if not is_inside(directory, path):
+            _logger.warning("%s is a link to %s, out of its directory, and left out.", path, path.resolve())
+    return [CopiedFile.of(path) for path in files if is_inside(directory, path)]

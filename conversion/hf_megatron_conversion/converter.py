@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import logging
-import re
-import resource
-import sys
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from operator import and_
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_megatron.architectures import table_for
 from hf_megatron.checkpoint import AtomicDirectory, read_json
+from hf_megatron.checkpoint.atomic_directory import leftovers
 from hf_megatron.errors import DestinationError
+from hf_megatron_conversion.card import CARD
 from hf_megatron_conversion.comparison import compare, finite
 from hf_megatron_conversion.conversion_plan import ConversionPlan, Options, check_options, make_plan
-from hf_megatron_conversion.files import Progress, Silent, write_files
+from hf_megatron_conversion.files import CopiedFile, OutputFile, Progress, Silent, Writing, write_files
 from hf_megatron_conversion.formats import FormatName, format_of, read_model
 from hf_megatron_conversion.formats.base import Model, ModelType, SourceOptions, warn_of_padding
+from hf_megatron_conversion.journal import Journal, fingerprint
+from hf_megatron_conversion.memory import parse_size, peak_rss_bytes, writing_within
+from hf_megatron_conversion.sha256sums import write_sums
 from hf_megatron_conversion.source import source_directory
+from hf_megatron_conversion.source_files import SourceFiles, identities, is_inside
 from hf_megatron_conversion.tensors import dtype_code
 
 if TYPE_CHECKING:
@@ -42,6 +48,8 @@ class Conversion:
         tensors: Number of tensors.
         bytes_written: Bytes of all files of the destination.
         files: Size of each of them, by name.
+        sha256: SHA-256 of each of them except for SHA256SUMS, which holds the same. Empty with ``dry_run``.
+        source_sha256: SHA-256 of each file that was read, by its name in the source.
         dropped: Names of stored tensors that the model does not need.
         seconds: Time it took.
         peak_rss_bytes: The process's peak resident memory so far.
@@ -61,6 +69,8 @@ class Conversion:
     tensors: int
     bytes_written: int
     files: Mapping[str, int]
+    sha256: Mapping[str, str]
+    source_sha256: Mapping[str, str]
     dropped: tuple[str, ...]
     seconds: float
     peak_rss_bytes: int
@@ -84,7 +94,10 @@ def convert(
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     model_type: ModelType | None = None,
+    revision: str | None = None,
+    max_memory: str | int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     verify: bool = False,
     progress: Progress | None = None,
@@ -107,7 +120,12 @@ def convert(
             the number of attention heads is enough.
         tokenizer: Directory of a tokenizer in place of the source's.
         model_type: Whose ``model_type`` to write, the stock library's (default for hub) or this package's (for tp).
+        revision: Branch, tag or commit of a repository on the Hub.
+        max_memory: What the process may take, in bytes or like ``"500MB"``, by fewer threads and smaller slices. It
+            does not count for running the models (``verify``).
         overwrite: Replace an existing destination.
+        resume: Go on with a conversion of the same source and options that was interrupted: its complete files are kept
+            if they still are as they were written. If this one is interrupted, leave them for another.
         dry_run: Only plan; write nothing.
         verify: Before the result is put in place, compare every tensor with the source, and run both on the CPU on the
             same token ids, which holds one whole model in memory at a time.
@@ -115,7 +133,7 @@ def convert(
 
     Raises:
         PartitionError: The model cannot be cut for ``tp_size``.
-        CheckpointError: The source is incomplete or damaged.
+        CheckpointError: The source is incomplete or damaged, or changes meanwhile.
         DestinationError: The destination is taken, overlaps the source, or cannot be written.
         UnsupportedError: A model, dtype or option that is not offered here.
     """
@@ -132,14 +150,16 @@ def convert(
     given = SourceOptions(
         config=None if config is None else read_json(Path(config)), vocab_size=vocab_size, tokenizer=options.tokenizer
     )
-    target = AtomicDirectory(destination, replace=overwrite)
+    limit = None if max_memory is None else parse_size(max_memory, "max_memory")
+    target = AtomicDirectory(destination, replace=overwrite, resume=resume)
     _check_content(target.destination)
-    model = _open(source, target.destination, options, given)
-    plan = make_plan(model, options, model.directory.resolve().name if Path(source).is_dir() else str(source))
-    if plan.mismatch is not None:
-        _logger.warning("%s --model-type megatron writes a config.json that says both.", plan.mismatch)
-    check = None if dry_run else _write(model, plan, target, options, progress or Silent())
-    ran = None if check is None else check[1]
+    directory = _directory(source, revision, target.destination, options, given)
+    name = directory.resolve().name if Path(source).is_dir() else str(source)
+    model, plan, sources = _planned(directory, name, options, given)
+    written = _Written()
+    if not dry_run:
+        how = writing_within(limit, plan.tensors.values(), _weights_mode(model))
+        written = _write(model, plan, sources, target, options, how, progress or Silent())
     return Conversion(
         source=str(source),
         destination=str(destination),
@@ -147,22 +167,32 @@ def convert(
         tp_size=plan.tp_size,
         tensors=len(plan.tensors),
         bytes_written=plan.nbytes,
-        files={file.path: file.nbytes for file in plan.files},
+        files=plan.sizes,
+        sha256=written.digests,
+        source_sha256=written.source_digests,
         dropped=tuple(model.dropped),
         seconds=time.perf_counter() - started,
-        peak_rss_bytes=_peak_rss_bytes(),
-        verified=None if check is None else check[0],
+        peak_rss_bytes=peak_rss_bytes(),
+        verified=written.is_verified,
         dry_run=dry_run,
-        max_logit_diff=finite(ran.max_logit_diff) if ran else None,
-        loss_source=finite(ran.losses[0]) if ran else None,
-        loss_destination=finite(ran.losses[1]) if ran else None,
-        argmax_agreement=ran.argmax_agreement if ran else None,
+        **_figures(written.agreement),
     )
 
 
-def _open(source: str | Path, target: Path, options: Options, given: SourceOptions) -> Model:
-    """Open the source, after refusing what can be refused without its weights."""
-    directory = source_directory(source, config_only=True)
+def _figures(ran: Agreement | None) -> dict[str, Any]:
+    if ran is None:
+        return {}
+    return {
+        "max_logit_diff": finite(ran.max_logit_diff),
+        "loss_source": finite(ran.losses[0]),
+        "loss_destination": finite(ran.losses[1]),
+        "argmax_agreement": ran.argmax_agreement,
+    }
+
+
+def _directory(source: str | Path, revision: str | None, target: Path, options: Options, given: SourceOptions) -> Path:
+    """The source's directory, after refusing what can be refused without its weights."""
+    directory = source_directory(source, revision=revision, config_only=True)
     resolved = directory.resolve()
     if target == resolved or target in resolved.parents or resolved in target.parents:
         raise DestinationError(
@@ -172,17 +202,42 @@ def _open(source: str | Path, target: Path, options: Options, given: SourceOptio
     if format_of(directory).has_config:
         config = given.config or read_json(directory / "config.json")
         check_options(options, config, table_for(config))
-    model = read_model(source_directory(source), given)
+    return source_directory(source, revision=revision)
+
+
+def _planned(
+    directory: Path, name: str, options: Options, given: SourceOptions
+) -> tuple[Model, ConversionPlan, SourceFiles]:
+    """Open the source, and plan what becomes of it; the card calls it ``name``."""
+    before = identities(directory)
+    model = read_model(directory, given)
     check_options(options, model.config, model.table)
     warn_of_padding(model)
     if model.dropped:
         _logger.info("Not needed by the model and left out: %s.", ", ".join(model.dropped))
-    return model
+    plan = make_plan(model, options, name)
+    if plan.mismatch is not None:
+        _logger.warning("%s --model-type megatron writes a config.json that says both.", plan.mismatch)
+    return model, plan, SourceFiles.of(model.directory, before, _read_by(model, plan))
+
+
+def _read_by(model: Model, plan: ConversionPlan) -> list[Path]:
+    """The files that a conversion reads, of which some may be missing."""
+    names = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+    copied = [file.source for file in plan.files if isinstance(file, CopiedFile)]
+    card = [path for path in [model.directory / CARD] if is_inside(model.directory, path)]
+    return [*model.files, *copied, *card, *(model.directory / name for name in names)]
+
+
+def _weights_mode(model: Model) -> int:
+    """What everybody may do with every file of the source's weights."""
+    return reduce(and_, (path.stat().st_mode for path in model.files), 0o666)
 
 
 def _check_content(destination: Path) -> None:
     """Raise DestinationError if replacing a directory would delete more than a checkpoint."""
-    found = destination.iterdir() if destination.exists() else ()
+    unfinished = leftovers(destination)
+    found = [path for path in destination.iterdir() if path not in unfinished] if destination.exists() else ()
     if kept := sorted(path.name for path in found if path.is_dir() and not _is_release(path)):
         raise DestinationError(
             f"The destination {destination} holds directories ({', '.join(kept[:5])}), which no checkpoint written "
@@ -196,22 +251,75 @@ def _is_release(directory: Path) -> bool:
     return is_named and all(path.name.startswith("mp_rank_") for path in directory.iterdir())
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """What was written; nothing of it is there if ``is_verified`` is False."""
+
+    digests: Mapping[str, str] = field(default_factory=dict)
+    source_digests: Mapping[str, str] = field(default_factory=dict)
+    is_verified: bool | None = None
+    agreement: Agreement | None = None
+
+
 def _write(
-    model: Model, plan: ConversionPlan, target: AtomicDirectory, options: Options, progress: Progress
-) -> tuple[bool, Agreement] | None:
+    model: Model,
+    plan: ConversionPlan,
+    sources: SourceFiles,
+    target: AtomicDirectory,
+    options: Options,
+    how: Writing,
+    progress: Progress,
+) -> _Written:
     """Write, check if that is asked for, and publish if nothing is wrong."""
-    check = None
     try:
         with target:
-            target.require_space(plan.nbytes)
-            write_files(plan.files, target.path, progress)
-            if options.verify:
-                check = _verify(model, plan, read_model(target.path), options, progress)
-            if check is None or check[0]:
+            journal = Journal(target.container / "journal", fingerprint(options, plan.files, sources.files))
+            kept = journal.kept(target.path)
+            files = [file for file in plan.files if file.path not in kept]
+            target.require_space(sum(file.nbytes for file in files), len(files))
+            try:
+                written = _write_files(files, plan, sources, target.path, how, progress, journal.add)
+                written = replace(written, digests={**kept, **written.digests})
+                write_sums(target.path, written.digests)
+                if options.verify:
+                    is_verified, agreement = _verify(model, plan, read_model(target.path), options, progress)
+                    written = replace(written, is_verified=is_verified, agreement=agreement)
+                sources.require_unchanged()
+            except (OSError, DestinationError, KeyboardInterrupt):
+                if target.resumes and journal.has_files():
+                    target.is_to_remove = False
+                    _logger.warning("What is complete is left in %s for --resume.", target.container)
+                raise
+            if written.is_verified is not False:
                 target.publish()
     except OSError as error:
-        raise DestinationError(f"{target.destination} cannot be written: {error}. Nothing was left behind.") from error
-    return check
+        place = f" ({error.filename})" if error.filename and str(target.container) not in str(error.filename) else ""
+        reason = error.strerror or str(error)
+        raise DestinationError(f"{target.destination} cannot be written: {reason}{place}.") from error
+    return written
+
+
+def _write_files(
+    files: Sequence[OutputFile],
+    plan: ConversionPlan,
+    sources: SourceFiles,
+    directory: Path,
+    how: Writing,
+    progress: Progress,
+    done: Callable[[str, str], None],
+) -> _Written:
+    """Write files, and check those that they are made from."""
+    copies = {file.source: file.path for file in plan.files if isinstance(file, CopiedFile)}
+    found: dict[Path, str] = {}
+
+    def check(path: Path, stop: threading.Event) -> None:
+        found[path] = sources.digest(path, stop)
+
+    beside = [partial(check, path) for path in sources.files if path not in copies]
+    digests = write_files(files, directory, progress, how, beside=beside, done=done)
+    found |= {path: digests[name] for path, name in copies.items() if name in digests}
+    sources.require_listed(found)
+    return _Written(digests=digests, source_digests={sources.name(path): found[path] for path in sorted(found)})
 
 
 def _verify(
@@ -231,12 +339,3 @@ def _verify(
         gap = stock_gap(written, options.tokenizer)
         _logger.warning("Run as the stock class, the result's logits differ by up to %.2g.", gap)
     return not differences, result
-
-
-def _peak_rss_bytes() -> int:
-    # On Linux, getrusage counts what the parent had in memory when it started this process.
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
-        return int(found[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

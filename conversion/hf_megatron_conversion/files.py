@@ -6,16 +6,20 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
-from hf_megatron.checkpoint import LazyTensor, itemsize
+from hf_megatron.checkpoint import itemsize
+from hf_megatron.checkpoint.file_identity import FileIdentity, open_unchanged
 from hf_megatron.errors import CheckpointIncompleteError, DestinationError
 from hf_megatron.partition import Box
-from hf_megatron_conversion.tensors import Buffer, Readable, slices_of_bytes
+from hf_megatron_conversion.output import Output
+from hf_megatron_conversion.tensors import SLICE_BYTES, Buffer, Readable, slices_of_bytes
 
 _COPY_BYTES = 256 * 2**20
 # What copy_file_range says where it does not work; None is for systems that do not have it.
@@ -34,8 +38,12 @@ class OutputFile(Protocol):
     def nbytes(self) -> int:
         """Its exact size."""
 
-    def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        """Write it, calling ``advance`` with the bytes written since the last call."""
+    @property
+    def mode(self) -> int | None:
+        """Its permissions, of which the umask may take some away; None for those of the source's weights."""
+
+    def write(self, output: Output) -> None:
+        """Write it."""
 
 
 class Progress(Protocol):
@@ -58,28 +66,94 @@ class Silent:
         """Ignored."""
 
 
-def write_files(files: Sequence[OutputFile], directory: Path, progress: Progress) -> None:
-    """Write files into a directory, one after the other; DestinationError if the disk is full."""
-    num_bytes = sum(file.nbytes for file in files)
-    progress.begin("Writing", num_bytes)
-    for file in files:
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How files are written.
+
+    Attributes:
+        threads: How many at a time.
+        slice_bytes: How much of each is held in memory.
+        weights_mode: Permissions of files made from weights.
+    """
+
+    threads: int = 1
+    slice_bytes: int = SLICE_BYTES
+    weights_mode: int = 0o666
+
+
+def write_files(
+    files: Sequence[OutputFile],
+    directory: Path,
+    progress: Progress,
+    how: Writing,
+    *,
+    beside: Sequence[Callable[[threading.Event], None]] = (),
+    done: Callable[[str, str], None] = lambda path, digest: None,
+) -> dict[str, str]:
+    """Write files into a directory, several at a time, those of known content at the end.
+
+    Args:
+        files: The files.
+        directory: Where to.
+        progress: Told how far it is.
+        how: How many at a time, and in how much memory.
+        beside: What else is to be done meanwhile; the event says that it is in vain.
+        done: Told the path and the SHA-256 of each file that is complete.
+
+    Returns:
+        SHA-256 of each file, by path.
+
+    Raises:
+        DestinationError: The disk is full.
+    """
+    progress.begin("Writing", sum(file.nbytes for file in files))
+    digests: dict[str, str] = {}
+    stop = threading.Event()
+    buffers = threading.local()
+
+    def write(file: OutputFile) -> None:
+        if not hasattr(buffers, "own"):
+            buffers.own = Buffer(how.slice_bytes)
+        mode = how.weights_mode if file.mode is None else file.mode
+        digests[file.path] = _write(file, directory / file.path, progress, mode, buffers.own, stop)
+        done(file.path, digests[file.path])
+
+    large = [file for file in files if not isinstance(file, TextFile)]
+    tasks = [partial(write, file) for file in large] + [partial(action, stop) for action in beside]
+    with ThreadPoolExecutor(how.threads) as pool:
         try:
-            _write(file, directory / file.path, progress)
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise DestinationError(
-                f"There is no space left to write {file.path} of {file.nbytes:,} bytes ({error.strerror}); "
-                f"{num_bytes:,} bytes are needed in all. Nothing was left behind."
-            ) from error
+            for future in as_completed([pool.submit(task) for task in tasks]):
+                future.result()
+        except BaseException as error:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, OSError) and error.errno in _FULL:
+                num_bytes = sum(file.nbytes for file in files)
+                raise DestinationError(
+                    f"There is no space left to write {error.filename or directory} ({error.strerror}); {num_bytes:,} "
+                    "bytes are needed in all."
+                ) from error
+            raise
+    for file in files:
+        if isinstance(file, TextFile):
+            write(file)
+    return digests
 
 
-def _write(file: OutputFile, path: Path, progress: Progress) -> None:
+def _write(file: OutputFile, path: Path, progress: Progress, mode: int, buffer: Buffer, stop: threading.Event) -> str:
+    """Write a file, and return its SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as stream:
-        file.write(stream, progress.advance)
-    size = path.stat().st_size
+    output = Output(path, mode, progress.advance, buffer, stop)
+    try:
+        file.write(output)
+        size, digest = output.close()
+    except BaseException as error:
+        output.abandon()
+        if isinstance(error, OSError) and error.errno in _FULL:
+            error.filename = file.path
+        raise
     assert size == file.nbytes, f"{file.path}: {file.nbytes} bytes were planned, {size} written"
+    return digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +176,7 @@ class SafetensorsFile:
     path: str
     parts: Sequence[Part]
     metadata: Mapping[str, str]
+    mode: None = None
 
     @cached_property
     def _ordered(self) -> list[Part]:
@@ -126,17 +201,11 @@ class SafetensorsFile:
     def nbytes(self) -> int:
         return len(self._header) + sum(part.nbytes for part in self.parts)
 
-    def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        stream.write(self._header)
-        advance(len(self._header))
-        buffer = Buffer()
+    def write(self, output: Output) -> None:
+        output.write(self._header)
         for part in self._ordered:
-            extent = part.tensor.extent(part.box) if isinstance(part.tensor, LazyTensor) else None
-            if extent is not None and _copy_range(*extent, stream, advance):
-                continue
-            for data in slices_of_bytes(part.tensor, part.box, buffer):
-                stream.write(data)
-                advance(len(data))
+            for data in slices_of_bytes(part.tensor, part.box, output.buffer):
+                output.write(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +214,7 @@ class TextFile:
 
     path: str
     data: bytes
+    mode: int = 0o666
 
     @classmethod
     def json(cls, path: str, content: object) -> TextFile:
@@ -155,14 +225,13 @@ class TextFile:
     def nbytes(self) -> int:
         return len(self.data)
 
-    def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        stream.write(self.data)
-        advance(len(self.data))
+    def write(self, output: Output) -> None:
+        output.write(self.data)
 
 
 @dataclass(frozen=True, slots=True)
 class CopiedFile:
-    """A file taken over as it is.
+    """A file taken over as it is, its permissions included.
 
     Where the file system can share blocks between files until one of them changes (Btrfs, XFS), the kernel does that.
     With a hard link, whoever saves into the destination afterwards would overwrite the source.
@@ -170,36 +239,32 @@ class CopiedFile:
 
     path: str
     source: Path
-    nbytes: int
+    identity: FileIdentity
+    mode: int
 
     @classmethod
     def of(cls, source: Path) -> CopiedFile:
         """A copy under the same name."""
-        return cls(source.name, source, source.stat().st_size)
+        return cls(source.name, source, FileIdentity.of(source), source.stat().st_mode & 0o666)
 
-    def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        if not _copy_range(self.source, 0, self.nbytes, stream, advance):
-            with self.source.open("rb") as original:
-                shutil.copyfileobj(original, stream)
-            advance(self.nbytes)
+    @property
+    def nbytes(self) -> int:
+        return self.identity.size
 
-
-def _copy_range(source: Path, start: int, stop: int, stream: BinaryIO, advance: Callable[[int], None]) -> bool:
-    """Have the kernel append bytes ``[start, stop)`` of a file; False if it cannot between these two file systems."""
-    stream.flush()
-    position = start
-    with source.open("rb") as original:
-        while position < stop:
-            try:
-                size = min(stop - position, _COPY_BYTES)
-                copied = os.copy_file_range(original.fileno(), stream.fileno(), size, offset_src=position)
-            except (AttributeError, OSError) as error:
-                if position > start or getattr(error, "errno", None) not in _CANNOT_COPY:
-                    raise
-                return False
-            if copied == 0:
-                raise CheckpointIncompleteError(f"{source} became shorter while it was copied.")
-            position += copied
-            advance(copied)
-    stream.seek(0, os.SEEK_END)  # what was written past its back has to be counted in
-    return True
+    def write(self, output: Output) -> None:
+        with open_unchanged(self.source, self.identity) as original:
+            copy = output.rewritten()
+            position = 0
+            while position < self.nbytes:
+                try:
+                    size = min(self.nbytes - position, _COPY_BYTES)
+                    copied = os.copy_file_range(original.fileno(), copy.fileno(), size, offset_src=position)
+                except (AttributeError, OSError) as error:
+                    if position or getattr(error, "errno", None) not in _CANNOT_COPY:
+                        raise
+                    shutil.copyfileobj(original, copy)
+                    copied = self.nbytes
+                if copied == 0:
+                    raise CheckpointIncompleteError(f"{self.source} became shorter while it was copied.")
+                position += copied
+                output.advance(copied)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from hf_megatron.checkpoint.atomic_directory import leftovers
 from hf_megatron_conversion.card import dtype_names
 from hf_megatron_conversion.formats import FormatName, read_model
 from hf_megatron_conversion.formats.base import SourceOptions, warn_of_padding
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.tensors import num_bytes
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +52,17 @@ class Inspection:
     dropped: tuple[str, ...]
 
 
-def inspect(path: str | Path) -> Inspection:
-    """Open a checkpoint, a directory or a repository on the Hub, and describe it; no weights are read.
+def inspect(path: str | Path, *, revision: str | None = None) -> Inspection:
+    """Open a checkpoint, a directory or a repository on the Hub (at a revision), and describe it; reads no weights.
 
     Raises:
         CheckpointError: It is no checkpoint, or incomplete.
         UnsupportedError: A model that is not offered here.
     """
-    model = read_model(source_directory(path), SourceOptions(is_only_described=True))
+    directory = source_directory(path, revision=revision)
+    for place in leftovers(directory.resolve()):
+        _logger.warning("%s is being written, or was left by a process that was killed.", place)
+    model = read_model(directory, SourceOptions(is_only_described=True))
     warn_of_padding(model)
     tensors = model.tensors.values()
     return Inspection(

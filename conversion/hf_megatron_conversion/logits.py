@@ -8,6 +8,7 @@ model is in memory at a time, which is why this stands apart from conversion.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def agreement(
         return Agreement(None, losses, None, f"the outputs' shapes {shapes[0]} are not {shapes[1]}")
     difference = _largest_difference(outputs_a, outputs_b)
     same = (outputs_a[0].argmax(dim=-1) == outputs_b[0].argmax(dim=-1)).double().mean().item()
-    scale = max(1.0, *(tensor.abs().max().item() for tensor in outputs_a))
+    scale = max(1.0, *(tensor.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item() for tensor in outputs_a))
     words = f"the outputs, at most {scale:g}, differ by up to {difference:g}"
     return Agreement(difference, losses, same, None if difference <= _TOLERANCE * scale else words)
 
@@ -114,7 +115,9 @@ def _sample(models: Sequence[Model], tokenizer: Path | None) -> torch.Tensor:
 
 
 def _largest_difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
-    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+    """Of values of which one is finite at least: a model with NaN in its weights gives NaN on either side."""
+    differences = ((x - y).abs()[x.isfinite() | y.isfinite()] for x, y in zip(a, b, strict=True))
+    return max((math.inf if part.isnan().any() else part.max().item()) if len(part) else 0.0 for part in differences)
 
 
 def _loss(model: Model, results: Sequence[torch.Tensor], ids: torch.Tensor) -> float | None:

@@ -3,42 +3,50 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
-from hf_megatron.errors import CheckpointFormatError
+from hf_megatron.errors import CheckpointFormatError, UnsupportedError
 
 _logger = logging.getLogger(__name__)
 
-_SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+_SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*", "SHA256SUMS"]
 # "*" matches slashes too.
 _WEIGHTS = ["model*.safetensors", "shard-*.safetensors", "*mp_rank_*/model_optim_rng.pt", "*mp_rank_*/model_rng.pt"]
 _WHAT_IT_IS = ["config.json", "latest_checkpointed_iteration.txt"]
 _PICKLED_WEIGHTS = ["pytorch_model*.bin"]
 
 
-def source_directory(source: str | Path, *, config_only: bool = False) -> Path:
+def source_directory(source: str | Path, *, revision: str | None = None, config_only: bool = False) -> Path:
     """The directory of a checkpoint: ``source``, or that of a repository of this name, downloaded.
 
     With ``config_only`` only what says what a repository holds is fetched. CheckpointFormatError if there is neither
-    (or no way to reach it).
+    (or no way to reach it, or no such ``revision``), UnsupportedError for the ``revision`` of a directory.
     """
     directory = Path(source)
     if directory.is_dir():
+        if revision is not None:
+            raise UnsupportedError(
+                f"revision={revision!r} was given, but {source} is a directory; only repositories on the Hub have "
+                "revisions."
+            )
         return directory
     name = str(source)
     if directory.exists():
         raise CheckpointFormatError(f"{name} is a file; give the directory that holds the checkpoint.")
     if isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointFormatError(f"The directory {name} does not exist.")
-    return _download(name, config_only)
+    return _download(name, revision, config_only)
 
 
-def _download(repository: str, config_only: bool) -> Path:
+def _download(repository: str, revision: str | None, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    download = snapshot_download if revision is None else partial(snapshot_download, revision=revision)
+
     def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        return Path(download(repository, allow_patterns=patterns))
 
     try:
         if config_only:

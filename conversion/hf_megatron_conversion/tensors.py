@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
-from hf_megatron.checkpoint import DTYPES, LazyTensor, itemsize, torch_dtype
+from hf_megatron.checkpoint import DTYPES, itemsize, torch_dtype
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import Box
 
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# A tensor is read and written this many bytes at a time, so that the size of the model does not matter.
-_SLICE_BYTES = 16 * 2**20
+SLICE_BYTES = 16 * 2**20
+"""A tensor is read and written this many bytes at a time, so that the size of the model does not matter."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -34,8 +35,11 @@ class Readable(Protocol):
     def read(self, box: Box | None = None) -> torch.Tensor:
         """The part inside ``box`` (default: all of it), as a contiguous CPU tensor."""
 
+    def read_into(self, memory: memoryview, box: Box) -> None:
+        """The same into memory of exactly its bytes, row-major. Where this is enough, torch need not be imported."""
 
-def num_bytes(tensor: Readable) -> int:
+
+def num_bytes(tensor: Readable | Reshaped) -> int:
     """Bytes of a full tensor."""
     return prod(tensor.shape) * itemsize(tensor.dtype)
 
@@ -66,6 +70,21 @@ class Cast:
             )
         return result
 
+    def read_into(self, memory: memoryview, box: Box) -> None:
+        memory[:] = raw_bytes(self.read(box)).numpy().data
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """A tensor that is stored with more dimensions, and written as one of this shape with the same bytes."""
+
+    tensor: Readable
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.dtype
+
 
 def cast(name: str, tensor: Readable, dtype: str | None) -> Readable:
     """``tensor`` in ``dtype`` (safetensors' spelling); itself if that is None, already so, or not for floats."""
@@ -82,22 +101,35 @@ def dtype_code(name: str) -> str:
     raise UnsupportedError(f"dtype {name!r} is not one of {known}.")
 
 
-def bounded(box: Box, dtype: str) -> Iterator[Box]:
-    """Parts of ``box``, each of bounded bytes, whose row-major bytes one after the other are those of ``box``."""
-    if not box.shape:
+def bounded(box: Box, dtype: str, num_bytes: int | None = None) -> Iterator[Box]:
+    """Parts of ``box``, each of bounded bytes, whose row-major bytes one after the other are those of ``box``.
+
+    They are as many rows as are within ``num_bytes`` (default: SLICE_BYTES), or parts of one row where even that is
+    more.
+    """
+    if not box.shape or not box.numel:
         yield box
         return
-    row_bytes = prod(box.shape[1:]) * itemsize(dtype)
-    rows = max(_SLICE_BYTES // max(row_bytes, 1), 1)
-    first, last = box.offset[0], box.offset[0] + box.shape[0]
-    for start in range(first, last, rows):
-        yield box.narrowed(0, start, min(start + rows, last))
+    num_bytes = SLICE_BYTES if num_bytes is None else num_bytes
+    sizes = [prod(box.shape[dim + 1 :]) * itemsize(dtype) for dim in range(len(box.shape))]  # bytes of one entry
+    cut = next((dim for dim, size in enumerate(sizes) if size <= num_bytes), len(sizes) - 1)
+    step = max(num_bytes // sizes[cut], 1)
+    stop = box.offset[cut] + box.shape[cut]
+    starts = (range(start, start + size) for start, size in zip(box.offset[:cut], box.shape[:cut], strict=True))
+    for index in product(*starts):
+        for start in range(box.offset[cut], stop, step):
+            shape = (*[1] * cut, min(step, stop - start), *box.shape[cut + 1 :])
+            yield Box((*index, start, *box.offset[cut + 1 :]), shape)
 
 
 class Buffer:
-    """Memory for one slice after the other: to get new memory from the system for each takes longer than to read it."""
+    """Memory for one slice after the other: to get new memory from the system for each takes longer than to read it.
 
-    def __init__(self) -> None:
+    ``num_bytes`` is what a slice may have.
+    """
+
+    def __init__(self, num_bytes: int | None = None) -> None:
+        self.num_bytes = num_bytes
         self._memory = bytearray()
 
     def view(self, num_bytes: int) -> memoryview:
@@ -109,13 +141,19 @@ class Buffer:
 
 def slices_of_bytes(tensor: Readable, box: Box, buffer: Buffer) -> Iterator[memoryview]:
     """The bytes of the part inside ``box``, row-major, in bounded slices, each valid until the next is asked for."""
-    for part in bounded(box, tensor.dtype):
-        if isinstance(tensor, LazyTensor):
-            memory = buffer.view(part.numel * itemsize(tensor.dtype))
-            tensor.read_into(memory, part)
-            yield memory
-        else:
-            yield raw_bytes(tensor.read(part)).numpy().data
+    for part in bounded(box, tensor.dtype, buffer.num_bytes):
+        memory = buffer.view(part.numel * itemsize(tensor.dtype))
+        tensor.read_into(memory, part)
+        yield memory
+
+
+def have_same_bytes(a: Readable, b: Readable) -> bool:
+    """Whether two tensors are the same bit for bit."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    box = Box.whole(a.shape)
+    slices = zip(slices_of_bytes(a, box, Buffer()), slices_of_bytes(b, box, Buffer()), strict=True)
+    return all(bytes(part) == other for part, other in slices)
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,33 +8,23 @@ Source: PKWARE's APPNOTE.TXT 6.3; ``torch.serialization._save`` and ``caffe2/ser
 
 from __future__ import annotations
 
-import io
-import pickle
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
-from hf_megatron.checkpoint.torch_file import STORAGES
 from hf_megatron.partition import Box
-from hf_megatron_conversion.tensors import Buffer, Readable, num_bytes, slices_of_bytes
+from hf_megatron_conversion.output import Output
+from hf_megatron_conversion.tensors import Buffer, Readable, Reshaped, num_bytes, slices_of_bytes
+from hf_megatron_conversion.torch_pickle import pickled
 
 _ALIGNMENT = 64
-_PICKLE_PROTOCOL = 2  # torch.save's
 # Bytes of a header before an entry (without its name, with its size in 64 bits), of an entry in the directory (without
 # its name), of the end of the directory, and what that has in addition where 32 bits do not do.
 _HEADER, _RECORD, _END, _LONG_END = 30 + 20, 46, 22, 56 + 20
-
-
-@dataclass(frozen=True)
-class _Storage:
-    key: str
-    tensor: Readable
 
 
 @dataclass(frozen=True)
@@ -42,7 +32,7 @@ class _Entry:
     """A file in the archive: where its header starts, and how many bytes fill that up to align the data."""
 
     name: str
-    data: bytes | Readable
+    data: bytes | Readable | Reshaped
     position: int
 
     @property
@@ -68,7 +58,8 @@ class _Entry:
     def chunks(self, buffer: Buffer) -> Iterator[Any]:
         if isinstance(self.data, bytes):
             return iter([self.data])
-        return slices_of_bytes(self.data, Box.whole(self.data.shape), buffer)
+        tensor = self.data.tensor if isinstance(self.data, Reshaped) else self.data
+        return slices_of_bytes(tensor, Box.whole(tensor.shape), buffer)
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,8 @@ class TorchZipFile:
     """A file that ``torch.load`` reads."""
 
     path: str  # relative to the destination
-    content: Mapping[str, Any]  # nested dictionaries, in which a Readable stands for a tensor, or what can be pickled
+    content: Mapping[str, Any]  # nested dictionaries, in which a Readable stands for a tensor, or a plain value
+    mode: None = None
 
     @property
     def nbytes(self) -> int:
@@ -84,51 +76,25 @@ class TorchZipFile:
         is_long = max(stop, directory) > zipfile.ZIP64_LIMIT or len(self._entries) > zipfile.ZIP_FILECOUNT_LIMIT
         return stop + directory + _END + (_LONG_END if is_long else 0)
 
-    def write(self, stream: BinaryIO, advance: Callable[[int], None]) -> None:
-        buffer = Buffer()
-        with zipfile.ZipFile(stream, "w") as archive:
+    def write(self, output: Output) -> None:
+        with zipfile.ZipFile(output.rewritten(), "w") as archive:
             for entry in self._entries:
                 info = zipfile.ZipInfo(entry.name)  # of 1980, so that equal content gives equal files
                 info.extra = entry.padding
                 with archive.open(info, "w", force_zip64=True) as target:
-                    for chunk in entry.chunks(buffer):
+                    for chunk in entry.chunks(output.buffer):
                         target.write(chunk)
-                        advance(len(chunk))
+                        output.advance(len(chunk))
                 info.extra = b""  # the directory, which is written at the end, is without the padding
 
     @cached_property
     def _entries(self) -> list[_Entry]:
-        storages: list[_Storage] = []
-        data = _pickled(self.content, storages)
+        data, tensors = pickled(self.content)
         stem = PurePosixPath(self.path).stem
-        content: dict[str, bytes | Readable] = {"data.pkl": data, "byteorder": b"little"}
-        content |= {f"data/{storage.key}": storage.tensor for storage in storages}
+        content: dict[str, bytes | Readable | Reshaped] = {"data.pkl": data, "byteorder": b"little"}
+        content |= {f"data/{key}": tensor for key, tensor in enumerate(tensors)}
         content["version"] = b"3\n"
         entries: list[_Entry] = []
         for name, part in content.items():
             entries.append(_Entry(f"{stem}/{name}", part, entries[-1].stop if entries else 0))
         return entries
-
-
-def _pickled(content: Mapping[str, Any], storages: list[_Storage]) -> bytes:
-    """The object's pickle; ``storages`` is filled with its tensors, in order."""
-    import torch
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value: Any) -> Any:
-            if not isinstance(value, _Storage):
-                return None
-            storage_type = getattr(torch, STORAGES[value.tensor.dtype])
-            return "storage", storage_type, value.key, "cpu", prod(value.tensor.shape)
-
-        def reducer_override(self, value: Any) -> Any:
-            if not (hasattr(value, "read") and hasattr(value, "shape")):
-                return NotImplemented
-            storages.append(_Storage(str(len(storages)), value))
-            strides = tuple(prod(value.shape[dim + 1 :]) for dim in range(len(value.shape)))
-            hooks: OrderedDict[str, Any] = OrderedDict()
-            return torch._utils._rebuild_tensor_v2, (storages[-1], 0, tuple(value.shape), strides, False, hooks)
-
-    buffer = io.BytesIO()
-    Pickler(buffer, _PICKLE_PROTOCOL).dump(content)
-    return buffer.getvalue()

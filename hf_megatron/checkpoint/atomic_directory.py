@@ -1,20 +1,25 @@
 """Atomic directory writes: the destination is either complete or absent, even if writing processes are killed.
 
-The directory is written under a hidden name next to the destination, ``.NAME.incomplete``, and renamed once all of it
-is on disk. An existing destination is first renamed to ``.NAME.replaced`` and deleted at the end. The next write to the
-same destination cleans up what killed processes left under these two names, and touches nothing else.
+The directory is written within a hidden one next to the destination, ``.NAME.incomplete``, and takes the destination's
+place once all of it is on disk; what was there before is deleted at the end. Where a directory cannot be renamed (a
+mount point, a lower layer of an overlay) the hidden one lies in the destination, and files are moved one by one. The
+next write to the same destination cleans up what killed processes left, and touches nothing without their mark.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+from hf_megatron.checkpoint import renaming
+from hf_megatron.checkpoint.renaming import move, sync
+from hf_megatron.checkpoint.write_lock import MARK, WriteLock, clear, lock_directory
 from hf_megatron.errors import DestinationError
+
+_BLOCK_BYTES = 4096  # which a file system gives to a file as a whole
 
 
 class AtomicDirectory:
@@ -25,12 +30,13 @@ class AtomicDirectory:
             directory.publish()
 
     Ranks that write one directory together each create an instance and call the same methods. If the destination is
-    itself the hidden directory of another instance, it is part of that one and is written directly.
+    itself the directory that another instance writes, it is part of that one and is written directly.
 
     Args:
         destination: The directory to write; symbolic links are resolved.
         replace: Whether one that exists may be replaced.
-        keep: Which entries of a replaced directory to move into the new one, unless it has entries of the same name.
+        keep: Which entries of a replaced directory the new one has too, unless it has entries of the same name.
+        resume: Whether to go on with what a killed process has left.
         is_first: Whether this process creates and publishes.
         meet: With several ranks, a barrier that takes this rank's error and raises on all ranks if any has one.
 
@@ -44,17 +50,26 @@ class AtomicDirectory:
         *,
         replace: bool = True,
         keep: Callable[[Path], bool] = lambda entry: False,
+        resume: bool = False,
         is_first: bool = True,
         meet: Callable[[Exception | None], None] | None = None,
     ) -> None:
         self.destination = Path(destination).resolve()
-        self._replace, self._keep, self._is_first, self._meet = replace, keep, is_first, meet
-        self._is_part = self.destination.name.startswith(".") and self.destination.suffix == ".incomplete"
-        self.path = self.destination if self._is_part else _hidden(self.destination, "incomplete")  # where to write
-        self._is_to_remove = False
-        self._lock: int | None = None
+        self._replace, self._keep, self.resumes = replace, keep, resume
+        self._is_first, self._meet = is_first, meet
+        around = self.destination.parent
+        self._is_part = around.name == _hidden(self.destination).name and (around / MARK).exists()
+        self.container = around if self._is_part else _hidden(self.destination)
+        self.is_to_remove = False
+        """Whether leaving the context deletes the directory; a process that may go on later clears it."""
+        self._lock: WriteLock | None = None
         self._new_parents: list[Path] = []
         self._check_destination()
+
+    @property
+    def path(self) -> Path:
+        """Where to write."""
+        return self.container / self.destination.name
 
     def __enter__(self) -> Self:
         """Clean up after killed processes and create the directory; DestinationError if it is being written now."""
@@ -63,28 +78,34 @@ class AtomicDirectory:
         except BaseException:
             self.__exit__()
             raise
-        self._is_to_remove = not self._is_part
+        inside = _inside(self.destination)
+        if not self._is_first and not self._is_part and inside.is_dir():
+            self.container = inside
+        self.is_to_remove = not self._is_part
         return self
 
-    def require_space(self, num_bytes: int) -> None:
-        """Raise DestinationError if fewer bytes are free."""
-        if (free := shutil.disk_usage(self.path).free) < num_bytes:
+    def require_space(self, num_bytes: int, num_files: int = 0) -> None:
+        """Raise DestinationError if fewer bytes are free. A directory that will be replaced stays until the end."""
+        needed = num_bytes + num_files * _BLOCK_BYTES
+        if (free := shutil.disk_usage(self.path).free) < needed:
+            beside = f" beside the {self.destination.name} that is there" if self.destination.exists() else ""
             raise DestinationError(
-                f"{self.destination.parent} has {free:,} bytes of free space, {num_bytes:,} are needed; nothing was "
-                "written."
+                f"{self.destination.parent} has {free:,} bytes of free space, {needed:,} are needed{beside}; nothing "
+                "was written."
             )
 
     def publish(self, *, merge: bool = False) -> None:
         """Rename the directory to its destination; with ``merge``, move its files into an existing destination."""
         self._settle()  # every rank has written its part
         self._on_first(self._move_files if merge and self.destination.exists() else self._swap)
-        self._is_to_remove = False
+        self.is_to_remove = False
 
     def __exit__(self, *exception: object) -> None:
-        if self._is_to_remove:
-            shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
-            os.close(self._lock)
+            if self.is_to_remove and self._lock.is_held():
+                renaming.undo_or_finish(self.path, self.destination)
+                self._lock.remove()
+            self._lock.release()
             self._lock = None
         for parent in self._new_parents:
             if parent.is_dir() and not any(parent.iterdir()):
@@ -112,103 +133,97 @@ class AtomicDirectory:
         if self.destination.exists() and not self.destination.is_dir():
             raise DestinationError(f"{place} is not a directory; remove it first.")
 
-    def _is_taken(self) -> DestinationError:
-        return DestinationError(f"Another process is writing {self.destination} (in {self.path}).")
-
     def _create(self) -> None:
         parent = self.destination.parent
         self._new_parents = [path for path in (parent, *parent.parents) if not path.exists()]
         parent.mkdir(parents=True, exist_ok=True)
-        if recover(self.destination, self._keep):
-            self._check_destination()
-            self.path.mkdir()
-            self._lock = _lock(self.path)
-        if self._lock is None:
-            raise self._is_taken()
-        self._is_to_remove = True
+        self._lock = self._locked_container()
+        self.container = self._lock.directory
+        self.is_to_remove = True
+        renaming.undo_or_finish(self.path, self.destination)
+        self._check_destination()
+        if not self.resumes:
+            clear(self.container)
+        self.path.mkdir(exist_ok=True)
+
+    def _locked_container(self) -> WriteLock:
+        """The hidden directory: next to the destination, or in it if it cannot be renamed."""
+        if not self.destination.exists():
+            return lock_directory(self.container)
+        if not os.path.ismount(self.destination):
+            lock = lock_directory(self.container)
+            try:
+                if renaming.can_rename(self.destination, self.container):
+                    return lock
+            except BaseException:
+                lock.remove()
+                raise
+            lock.remove()
+        return lock_directory(_inside(self.destination))
 
     def _swap(self) -> None:
-        _sync(*self.path.rglob("*"), self.path)
-        self._check_destination()
         assert self._lock is not None
-        if not os.path.samestat(os.fstat(self._lock), self.path.stat()):  # where there are no locks
-            raise self._is_taken()
-        old = _hidden(self.destination, "replaced")
-        try:
-            if self.destination.exists():
-                self.destination.rename(old)
-            self.path.rename(self.destination)
-        except BaseException:
-            if old.exists() and not self.destination.exists():
-                old.rename(self.destination)
-            raise
-        _sync(self.destination.parent)
+        self._check_destination()
+        is_inside = self.container.parent == self.destination
+        if self.destination.exists() and not is_inside:
+            for entry in self.destination.iterdir():
+                if self._keep(entry) and not (self.path / entry.name).exists():
+                    renaming.link_tree(entry, self.path / entry.name)
+        sync(*self.path.rglob("*"), self.path, self.container)
+        if not self._lock.is_held():
+            raise DestinationError(f"Another process has taken over {self.container}; nothing was replaced.")
+        if is_inside:
+            renaming.replace_files(self.path, self.destination, self._keep)
+        else:
+            renaming.replace_directory(self.path, self.destination)
+        self._end()
+
+    def _end(self) -> None:
+        """Flush the new names, and only then delete what is not needed any more."""
+        assert self._lock is not None
+        sync(self.container, self.destination, self.destination.parent, *(path.parent for path in self._new_parents))
         self._new_parents.clear()
-        _clear_replaced(self.destination, self._keep)
+        self._lock.remove()
 
     def _move_files(self) -> None:
         files = [path for path in self.path.rglob("*") if path.is_file()]
-        _sync(*files)
+        sync(*files)
         for path in sorted(files):
             target = self.destination / path.relative_to(self.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-            _sync(target.parent)
-        shutil.rmtree(self.path)
+            move(path, target)
+            sync(target.parent)
+        self._end()
 
 
-def recover(destination: Path, keep: Callable[[Path], bool] = lambda entry: False) -> bool:
-    """Clean up or restore what killed processes left next to ``destination``; False if it is being written now."""
-    incomplete = _hidden(destination, "incomplete")
-    if incomplete.is_dir():
-        lock = _lock(incomplete)
-        if lock is None:
+def recover(destination: Path) -> bool:
+    """Clean up or restore what killed processes left next to ``destination``; False if that is not possible now."""
+    container = _hidden(destination)
+    if (container / MARK).exists():
+        try:
+            lock = lock_directory(container)
+        except DestinationError:
             return False
-        shutil.rmtree(incomplete, ignore_errors=True)
-        os.close(lock)
-    _clear_replaced(destination, keep)
+        renaming.undo_or_finish(container / destination.name, destination)
+        lock.remove()
     return True
-
-
-def _clear_replaced(destination: Path, keep: Callable[[Path], bool]) -> None:
-    old = _hidden(destination, "replaced")
-    if old.is_dir() and not destination.exists():
-        old.rename(destination)  # killed between the two renames
-    elif old.is_dir():
-        for entry in old.iterdir():
-            if keep(entry) and not (destination / entry.name).exists():
-                entry.rename(destination / entry.name)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def remove(directory: Path) -> None:
     """Delete a directory so that a partly deleted one is never mistaken for a complete one: rename it first."""
-    shutil.rmtree(directory.rename(_hidden(directory, "incomplete")), ignore_errors=True)
+    lock = lock_directory(_hidden(directory))
+    directory.rename(lock.directory / directory.name)
+    lock.remove()
 
 
-def _hidden(destination: Path, what: str) -> Path:
-    return destination.with_name(f".{destination.name}.{what}")
+def leftovers(destination: Path) -> list[Path]:
+    """What killed processes left for the next write to clean up, or are writing now."""
+    places = (_hidden(destination), _inside(destination))
+    return [place for place in places if (place / MARK).exists()]
 
 
-def _lock(directory: Path) -> int | None:
-    """Lock the directory: a descriptor that holds the lock until closed, or None if another process holds it."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:
-        pass  # NFS, among others, does not lock directories; there what is found counts as abandoned
-    return descriptor
+def _hidden(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.incomplete")
 
 
-def _sync(*paths: Path) -> None:
-    """Flush files and directory entries to disk (fsync)."""
-    for path in paths:
-        if not path.is_symlink():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+def _inside(destination: Path) -> Path:
+    return destination / f".{destination.name}.incomplete"

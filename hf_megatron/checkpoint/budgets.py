@@ -25,6 +25,7 @@ MAX_ZIP_DIRECTORY_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 16 * 2**20
 MAX_TOKENIZER_JSON_BYTES = 256 * 2**20
 MAX_TRAINER_STATE_BYTES = 256 * 2**20  # which hold what was logged in each step
+MAX_CARD_BYTES = 16 * 2**20
 MAX_JSON_NESTING = 127  # which is serde_json's limit too
 
 MAX_SAFETENSORS_HEADER_BYTES = 16 * 2**20

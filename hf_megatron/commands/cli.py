@@ -15,7 +15,7 @@ import typer
 
 import hf_megatron
 from hf_megatron.commands import convert, evaluate, inspect, plan, quickstart, verify
-from hf_megatron.commands.console import messages_to_stderr, print_error, print_json
+from hf_megatron.commands.console import messages_to_stderr, print_error, print_json, printable
 from hf_megatron.errors import HfMegatronError
 
 _REFUSED, _INTERRUPTED = 2, 130
@@ -67,6 +67,7 @@ def _refuse(error: Exception, as_json: bool) -> int:
     kind = type(error).__name__
     if hasattr(error, "format_message") and hasattr(error, "show"):
         # A usage error of typer's, which shows the usage line with its message.
+        error.message = printable(error.format_message())  # type: ignore[attr-defined]
         error.show()
         if as_json:
             print_json({"error": error.format_message(), "error_type": kind})

@@ -44,9 +44,20 @@ def progress_bar() -> Iterator[ProgressBar]:
         yield ProgressBar(bars)
 
 
+def printable(text: str) -> str:
+    """Text with control characters, and others that nobody sees, spelled out; it may come from a file of anybody's."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def messages_to_stderr() -> None:
     """Show what the library logs, from INFO upwards."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
     for name in ("hf_megatron", "hf_megatron_conversion"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
@@ -60,12 +71,12 @@ def print_json(result: Mapping[str, object]) -> None:
 
 def print_message(message: str) -> None:
     """Print a line to stderr."""
-    Console(stderr=True).print(Text(message), soft_wrap=True)
+    Console(stderr=True).print(Text(printable(message)), soft_wrap=True)
 
 
 def print_error(message: str, kind: str, *, as_json: bool) -> None:
     """Print an error to stderr, and with ``as_json`` as one JSON object to stdout too."""
-    Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
+    Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), printable(message)), soft_wrap=True)
     if as_json:
         print_json({"error": message, "error_type": kind})
 
@@ -84,10 +95,10 @@ def report(
         return 0 if ok else 1
     table = Table("", "", show_header=False)
     for name, value in (result if shown is None else shown).items():
-        table.add_row(name.replace("_", " "), Text(_cell(value)))
+        table.add_row(Text(printable(name.replace("_", " "))), Text(printable(_cell(value))))
     # Not as the table's title, which is broken where the table ends.
     console = Console()
-    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(Text(printable(title), style="bold"), soft_wrap=True)
     console.print(table)
     return 0 if ok else 1
 

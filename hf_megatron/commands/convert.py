@@ -34,7 +34,12 @@ def command(
         Literal["stock", "megatron"] | None,
         typer.Option(help="Whose classes AutoModel gives: stock (default for hub) or megatron."),
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a source on the Hub.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="What the process may take, such as 500MB.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing destination.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the same conversion was interrupted, or let another go on.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
     verify: Annotated[
         bool,
@@ -58,7 +63,10 @@ def command(
             config=config,
             tokenizer=tokenizer,
             model_type=model_type,
+            revision=revision,
+            max_memory=max_memory,
             overwrite=overwrite,
+            resume=resume,
             dry_run=dry_run,
             verify=verify,
             progress=progress,
@@ -69,7 +77,7 @@ def command(
 def _report(conversion: hf_megatron_conversion.Conversion, as_json: bool) -> int:
     result = vars(conversion)
     shown = {
-        **result,
+        **{name: value for name, value in result.items() if name not in ("sha256", "source_sha256")},
         "bytes_written": human_bytes(conversion.bytes_written),
         "peak_rss_bytes": human_bytes(conversion.peak_rss_bytes),
         "files": [f"{name}: {human_bytes(size)}" for name, size in conversion.files.items()],

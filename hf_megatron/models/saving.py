@@ -26,6 +26,8 @@ from hf_megatron.models.uploading import Upload
 
 logger = logging.get_logger(__name__)
 
+SHA256SUMS = "SHA256SUMS"
+"""The checksums of a converted directory, which a save into it makes wrong."""
 # File names of whole weights, in one file or several; optimizer states and adapters have other names.
 _WHOLE_WEIGHTS = re.compile(
     r"(model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?"
@@ -47,8 +49,9 @@ def rewrite_config(directory: Path, table: Architecture, class_name: str, *, sto
     temporary.replace(path)
 
 
-def remove_shards(directory: Path) -> None:
-    """Remove shards of an earlier distributed save from a directory that now contains whole weights."""
+def remove_stale(directory: Path) -> None:
+    """Remove what does not belong to the whole weights that a directory now contains: shards, and old checksums."""
+    (directory / SHA256SUMS).unlink(missing_ok=True)
     if any((directory / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
         for path in directory.iterdir():
             if is_shard(path):
@@ -57,7 +60,7 @@ def remove_shards(directory: Path) -> None:
 
 def is_not_weights(entry: Path) -> bool:
     """Whether an entry of a directory, such as a tokenizer, is kept when a distributed save replaces the model."""
-    return not is_shard(entry) and _WHOLE_WEIGHTS.fullmatch(entry.name) is None
+    return not is_shard(entry) and _WHOLE_WEIGHTS.fullmatch(entry.name) is None and entry.name != SHA256SUMS
 
 
 def reasons(error: CheckpointException) -> str:
@@ -111,7 +114,7 @@ class SavingMixin:
                 barrier()
             self._save_files(directory, *args, is_writer=is_writer, stock=stock, **kwargs)
             if is_writer:
-                remove_shards(directory)
+                remove_stale(directory)
             if is_collective:
                 barrier()
         if upload is not None:

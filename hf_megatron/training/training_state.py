@@ -36,7 +36,7 @@ logger = logging.get_logger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
 
-_HIDDEN = re.compile(r"\.(checkpoint-\d+)\.(incomplete|replaced)")
+_HIDDEN = re.compile(r"\.(checkpoint-\d+)\.incomplete")
 
 
 def tidy_checkpoints(run_directory: Path, *, is_first: bool) -> None:

@@ -5,6 +5,7 @@ import itertools
 import operator
 import os
 import pickle
+import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,12 +18,15 @@ import torch
 from safetensors.torch import save_file
 
 from hf_megatron.checkpoint import DTYPES, LazyTensor, open_checkpoint, open_files, torch_dtype
-from hf_megatron.checkpoint import lazy as lazy_module
+from hf_megatron.checkpoint import gather as gather_module
+from hf_megatron.checkpoint.gather import FileReader, gather
 from hf_megatron.errors import CheckpointIncompleteError
 from hf_megatron.partition import Box
 from tests.checkpoint.directories import model_tensors, write_hub, write_tp
 
 SHAPE = (5, 3, 4)
+# How much may be read at once, and how much of that for nothing: all, a little, nothing that is not wanted.
+_BOUNDS = [(2**20, 8192), (64, 16), (200, 0)]
 
 
 def all_boxes(shape: tuple[int, ...]) -> Iterator[Box]:
@@ -50,13 +54,13 @@ def stored_in(path: Path, tensor: torch.Tensor, boxes: list[Box]) -> LazyTensor:
     ],
     ids=["whole", "rows", "columns", "grid"],
 )
-@pytest.mark.parametrize("least", [1, 10**9], ids=["scattered", "copied"])
+@pytest.mark.parametrize(("scratch", "gap"), _BOUNDS)
 def test_every_slice_is_what_torch_gives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boxes: list[Box], least: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boxes: list[Box], scratch: int, gap: int
 ) -> None:
     """Catches wrong byte runs: a row stride of the piece where the full tensor's is meant, or an off-by-one."""
-    monkeypatch.setattr(lazy_module, "_MIN_SCATTERED_BYTES", least)
-    monkeypatch.setattr(lazy_module, "_MAX_TARGETS", 2)
+    monkeypatch.setattr(gather_module, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(gather_module, "_MAX_GAP_BYTES", gap)
     tensor = torch.arange(60, dtype=torch.int64).view(SHAPE)
     lazy = stored_in(tmp_path / "x.safetensors", tensor, boxes)
     for box in all_boxes(SHAPE):
@@ -64,6 +68,46 @@ def test_every_slice_is_what_torch_gives(
         assert torch.equal(read, tensor[box.slices]), box
         assert read.is_contiguous()
     assert torch.equal(lazy.read(), tensor)
+
+
+@pytest.mark.parametrize(("scratch", "gap"), _BOUNDS)
+def test_every_layout_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scratch: int, gap: int) -> None:
+    """Catches strides of two dimensions exchanged, a block read twice or not at all, and memory beside the target
+    written to: random layouts of file and memory, as numpy reads them."""
+    monkeypatch.setattr(gather_module, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(gather_module, "_MAX_GAP_BYTES", gap)
+    monkeypatch.setattr(gather_module, "_TILE_ROWS", 3)
+    chance = random.Random(0)
+    data = chance.randbytes(2**17)
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    with path.open("rb", buffering=0) as opened:
+        file = FileReader(path, opened)
+        for _ in range(500):
+            item = chance.choice([1, 2, 4, 8])
+            shape = [chance.randint(1, 5) for _ in range(chance.randint(0, 4))]
+            strides, step = [0] * len(shape), item
+            for dim in chance.sample(range(len(shape)), len(shape)):
+                strides[dim], step = step, step * (shape[dim] + chance.choice([0, 0, 2]))
+            start = chance.randint(0, 50)
+            around: Any = np.zeros(
+                [size + chance.choice([0, 0, 1]) for size in shape], f"u{item}", order=chance.choice(["C", "F"])
+            )
+            target = around[(*(slice(0, size) for size in shape), ...)]
+            gather(file, start, strides, target)
+            expected = np.ndarray(shape, f"u{item}", data, offset=start, strides=strides)
+            assert np.array_equal(target, expected), (item, shape, strides)
+            assert around.sum(dtype=object) == expected.sum(dtype=object)
+
+
+@pytest.mark.parametrize("boxes", [[Box.whole((6, 4))], [Box((0, 0), (6, 1)), Box((0, 1), (6, 3))]])
+def test_views_move_no_bytes_and_read_the_right_ones(tmp_path: Path, boxes: list[Box]) -> None:
+    """Catches a transposed or narrowed tensor that reads its neighbour's rows, whole or in pieces."""
+    tensor = torch.arange(24, dtype=torch.int32).view(6, 4)
+    lazy = stored_in(tmp_path / "x.safetensors", tensor, boxes)
+    assert torch.equal(lazy.transposed().read(), tensor.t())
+    assert torch.equal(lazy.transposed().transposed().narrowed(0, 2, 5).read(), tensor[2:5])
+    assert torch.equal(lazy.transposed().narrowed(0, 1, 3).narrowed(1, 2, 6).read(), tensor.t()[1:3, 2:6])
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
@@ -205,3 +249,27 @@ def test_a_file_that_shrinks_after_opening_is_noticed(tmp_path: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(CheckpointIncompleteError, match="became shorter"):
         [tensor.read() for tensor in tensors.values()]
+
+
+def _write_in_place(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        opened.write(b"x")
+
+
+def _replace(file: Path) -> None:
+    status = file.stat()
+    copy = file.with_name("copy")
+    copy.write_bytes(file.read_bytes())
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    copy.replace(file)
+
+
+@pytest.mark.parametrize("change", [_write_in_place, _replace, Path.unlink])
+def test_a_file_that_changes_after_opening_is_noticed(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    """Catches the offsets of one file read in another: as many bytes, the right shapes, and another model's weights."""
+    tensors = open_checkpoint(write_hub(tmp_path, model_tensors())).tensors
+    change(tmp_path / "model.safetensors")
+    for tensor in pickle.loads(pickle.dumps(tensors)).values():
+        with pytest.raises(CheckpointIncompleteError, match=r"model\.safetensors was"):
+            tensor.read()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hf_megatron.checkpoint import AtomicDirectory, renaming
 from hf_megatron.errors import DestinationError
 from hf_megatron_conversion import convert, files
 from tests.conversion.checkpoints import directory_bytes, hub_bytes
@@ -63,7 +64,7 @@ def test_kill_leaves_nothing_loadable(num_bytes: int, tied: Path, tmp_path: Path
     assert _convert_until(signal.SIGKILL, num_bytes, tied, destination).returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name == ".tp.incomplete"
-    assert not (left / "config.json").exists()
+    assert not (left / "tp/config.json").exists()
     convert(tied, destination, to="tp", tp_size=4)  # which clears away what the killed one left
     assert list(tmp_path.iterdir()) == [destination]
 
@@ -92,9 +93,11 @@ def test_an_error_restores_everything(
     rename = Path.rename
 
     def fail(path: object, *arguments: Any) -> Any:
-        if isinstance(path, Path) and ".incomplete" not in path.name:
-            return rename(path, *arguments)  # of the two renames, the first one
+        if isinstance(path, Path) and (path.parent == tmp_path or path.suffix == ".replaced"):
+            return rename(path, *arguments)  # of the two renames the first one, and its undoing
         raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(renaming, "exchange", lambda *_: False)
 
     place: Any = files if where == "writing" else Path
     monkeypatch.setattr(place, "_write" if where == "writing" else "rename", fail)
@@ -108,7 +111,8 @@ def test_an_error_restores_everything(
 def test_killed_between_the_renames_is_repaired(tied: Path, old: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     """Catches an old directory that stays hidden for ever, or is deleted while it is the only one there is."""
     destination, before = old
-    destination.rename(tmp_path / ".tp.replaced")
+    assert _convert_until(signal.SIGKILL, 100_000, tied, destination).returncode == -signal.SIGKILL
+    destination.rename(tmp_path / ".tp.incomplete/tp.replaced")  # without an exchange, the first of two renames
     with pytest.raises(DestinationError, match="exists"):
         convert(tied, destination, to="tp", tp_size=2)
     assert directory_bytes(destination) == before
@@ -208,6 +212,89 @@ def test_dry_run_writes_nothing_and_predicts_every_byte(stock: Path, tmp_path: P
         assert not destination.exists()
         assert planned.verified is None
         written = convert(stock, destination, **options)  # type: ignore[arg-type]
-        sizes = {str(path.relative_to(destination)): path.stat().st_size for path in destination.rglob("*.*")}
+        sizes = {
+            str(path.relative_to(destination)): path.stat().st_size for path in destination.rglob("*") if path.is_file()
+        }
         assert planned.files == written.files == sizes
         assert planned.bytes_written == sum(sizes.values())
+
+
+def _in_mount(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a shell script in a mount namespace of its own, with the command line as ``$convert``."""
+    script = f'convert() {{ "{sys.executable}" -c "{_CHILD}" convert "$@" || exit 7; }}\n{script}'
+    command = ["unshare", "-rm", "sh", "-ec", script, "sh", *map(str, arguments)]
+    return subprocess.run(command, env=environment(), check=False, capture_output=True, text=True)
+
+
+def _can_overlay(directory: Path) -> bool:
+    for name in ("lower", "upper", "work", "merged"):
+        (directory / name).mkdir(parents=True)
+    mount = 'mount -t overlay -o "userxattr,lowerdir=$1/lower,upperdir=$1/upper,workdir=$1/work" none "$1/merged"'
+    return _can_mount() and _in_mount(mount, directory).returncode == 0
+
+
+@pytest.mark.skipif(not _can_mount(), reason="needs a mount namespace")
+def test_a_mount_point_is_overwritten(tied: Path, untied: Path, tmp_path: Path) -> None:
+    """Catches --overwrite that fails after all the work because a mount point cannot be renamed (EBUSY)."""
+    (tmp_path / "tp").mkdir()
+    script = """
+    mount -t tmpfs -o size=8m none "$1/tp"
+    echo mine > "$1/tp/notes"
+    convert "$2" "$1/tp" --to tp --tp 4 --overwrite
+    convert "$3" "$1/tp" --to megatron-lm --tp 2 --overwrite
+    convert "$2" "$1/tp" --to tp --tp 3 --overwrite
+    cp -r "$1/tp" "$1/copy"
+    """
+    done = _in_mount(script, tmp_path, tied, untied)
+    assert done.returncode == 0, done.stderr
+    convert(tied, tmp_path / "expected", to="tp", tp_size=3)
+    assert directory_bytes(tmp_path / "copy") == directory_bytes(tmp_path / "expected")
+    assert list((tmp_path / "tp").iterdir()) == []  # under the mount
+
+
+def test_a_lower_layer_of_an_overlay_is_overwritten(tied: Path, untied: Path, tmp_path: Path) -> None:
+    """Catches --overwrite that fails after all the work because a directory of an image cannot be renamed (EXDEV)."""
+    if not _can_overlay(tmp_path / "layers"):
+        pytest.skip("needs overlays in a mount namespace")
+    convert(untied, tmp_path / "layers/lower/out", to="megatron-lm", tp_size=2)
+    script = """
+    mount -t overlay -o "userxattr,lowerdir=$1/lower,upperdir=$1/upper,workdir=$1/work" none "$1/merged"
+    convert "$2" "$1/merged/out" --to tp --tp 3 --overwrite
+    cp -r "$1/merged" "$1/copy"
+    """
+    done = _in_mount(script, tmp_path / "layers", tied)
+    assert done.returncode == 0, done.stderr
+    convert(tied, tmp_path / "expected", to="tp", tp_size=3)
+    assert [path.name for path in (tmp_path / "layers/copy").iterdir()] == ["out"]
+    assert directory_bytes(tmp_path / "layers/copy/out") == directory_bytes(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_file_by_file_the_old_or_the_new_comes_of_it(
+    step: int, tied: Path, old: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a mixture of two checkpoints where files are moved one by one and the process is killed meanwhile."""
+    destination, before = old
+    convert(tied, tmp_path / "new", to="tp", tp_size=3)
+    after = directory_bytes(tmp_path / "new")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == destination)
+    moves: list[Path] = []
+    move = renaming.move
+
+    def killed(path: Path, target: Path) -> None:
+        if len(moves) == step:
+            raise SystemExit
+        moves.append(path)
+        move(path, target)
+
+    monkeypatch.setattr(renaming, "move", killed)
+    monkeypatch.setattr(AtomicDirectory, "__exit__", lambda self, *_: self._lock.release())  # a process that is gone
+    with pytest.raises(SystemExit):
+        convert(tied, destination, to="tp", tp_size=3, overwrite=True)
+    monkeypatch.undo()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == destination)
+    found = {path.name for path in destination.iterdir() if not path.name.startswith(".")}
+    assert "config.json" not in found or found in (set(before), set(after)), "half a checkpoint that loads"
+    with AtomicDirectory(destination) as directory:
+        assert directory.container.parent == destination
+    assert directory_bytes(destination) == (before if len(moves) < len(before) else after)

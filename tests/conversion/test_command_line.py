@@ -109,11 +109,20 @@ def _change_tensors(source: Path) -> None:
         (lambda source: (source / "config.json").write_text("{"), 2, ["config.json", "JSON"]),
         (_config(model_type="llama"), 2, ["llama", "gpt2"]),
         (_config(n_head=25, n_embd=50), 26, ["num_attention_heads=25", "tp_size=26", "25 or less"]),
+        *(
+            (_config(**{name: value}), 2, [name])
+            for name, value in (
+                ("layer_norm_epsilon", -1),
+                ("layer_norm_epsilon", "small"),
+                ("attn_pdrop", 7),
+                ("quantization_config", {"quant_method": "gptq"}),
+            )
+        ),
         (_change_tensors, 2, ["transformer.ln_f.bias", "transformer.h.7.unheard_of", "[5, 48]", "[32, 48]"]),
         # Before a download, or hours of reading, what the configuration alone decides.
         (lambda source: (source / "model.safetensors").unlink(), 13, ["num_attention_heads=12"]),
     ],
-    ids=["truncated", "no json", "llama", "25 heads", "tensors", "degree"],
+    ids=["truncated", "no json", "llama", "25 heads", "eps", "eps word", "dropout", "quantized", "tensors", "degree"],
 )
 def test_bad_source(
     damage: Callable[[Path], object], tp_size: int, told: list[str], tied: Path, tmp_path: Path, command: Commands
@@ -155,6 +164,12 @@ def test_absent_source(arguments: list[str], path: str, command: Commands) -> No
     code, result, err = command.run(arguments[0], path, *arguments[1:])
     assert (code, result["error_type"]) == (2, "CheckpointFormatError")
     assert path in err
+
+
+def test_an_empty_dropout_is_no_reason_to_refuse(tied: Path, tmp_path: Path) -> None:
+    """Catches a conversion that fails because its model card wants a number."""
+    source = write_hub(tmp_path / "source", read_tensors(tied), {**read_config(tied), "resid_pdrop": None})
+    convert(source, tmp_path / "tp", to="tp", tp_size=2)
 
 
 def test_overflow_is_refused(tied: Path, tmp_path: Path, command: Commands) -> None:

@@ -180,6 +180,7 @@ def test_side_files_come_along(tied: Path, tmp_path: Path) -> None:
     (source / "README.md").write_text("---\nlicense: mit\n---\n\n# A model\n\nIts story.\n")
     there_and_back(source, tmp_path, 2, verify=True)
     names = {"LICENSE", "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    names |= {"SHA256SUMS"}
     assert {path.name for path in (tmp_path / "hub").iterdir()} == names
     card = (tmp_path / "hub/README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n\n# A model\n\nIts story.\n")
@@ -236,9 +237,7 @@ def test_snapshot_of_the_hub_cache(tied: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_memory_does_not_grow_with_the_model(tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a tensor, or a file, read whole: with a small bound every read stays below it."""
-    monkeypatch.setattr("hf_megatron_conversion.tensors._SLICE_BYTES", 4096)
-    # What lies in one piece on both sides the kernel copies; that needs none of this process's memory, in any amount.
-    monkeypatch.setattr("hf_megatron_conversion.files._COPY_BYTES", 4096)
+    monkeypatch.setattr("hf_megatron_conversion.tensors.SLICE_BYTES", 4096)
     progress = MagicMock()
     convert(tied, tmp_path / "tp", to="tp", tp_size=2, verify=True, progress=progress)
     assert 0 < max(call.args[0] for call in progress.advance.call_args_list) <= 8192  # headers included

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from hf_megatron.checkpoint.write_lock import lock_directory
 from hf_megatron.errors import DestinationError, UnsupportedError
 from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, ModelCase, StockDir
@@ -117,10 +118,10 @@ def test_a_distributed_save_replaces_the_old_one_whole(pool: Pool, stock_dir: St
         (directory / name).write_text("old")
     (directory / "state").mkdir()
     (directory / "state" / "file").write_text("old")
-    leftover = tmp_path / ".checkpoint.incomplete"  # of a save that was killed
-    leftover.mkdir()
-    (leftover / "shard-00009-model-00001-of-00001.safetensors").write_text("stale")
-
+    lock = lock_directory(tmp_path / ".checkpoint.incomplete")  # of a save that was killed
+    (lock.directory / "checkpoint").mkdir()
+    (lock.directory / "checkpoint/shard-00009-model-00001-of-00001.safetensors").write_text("stale")
+    lock.release()
     run_at(pool, 2, _save, GPT2, stock_dir(), directory, 2, distributed_checkpoint=True)
     shards = {f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)}
     names = {path.name for path in directory.iterdir()}

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_megatron.checkpoint.write_lock import lock_directory
 from hf_megatron.errors import DivergenceError
 from hf_megatron.training.training_state import remove_old_checkpoints, tidy_checkpoints
 from tests.distributed import RankFailedError
@@ -110,19 +111,33 @@ def _checkpoint(directory: Path, content: str) -> None:
     (directory / "weights").write_text(content)
 
 
+def _killed(run_directory: Path, step: int, name: str, content: str) -> None:
+    """What a process leaves that is killed while it writes or replaces the checkpoint of a step."""
+    lock = lock_directory(run_directory / f".checkpoint-{step}.incomplete")
+    _checkpoint(lock.directory / name, content)
+    lock.release()
+
+
 def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     """Catches disks that fill up, a checkpoint lost while it was replaced, and one that was about to be deleted."""
     _checkpoint(tmp_path / "checkpoint-3", "three")
-    _checkpoint(tmp_path / ".checkpoint-6.incomplete", "half of six")
-    _checkpoint(tmp_path / ".checkpoint-5.replaced", "five")
-    _checkpoint(tmp_path / ".checkpoint-3.replaced", "three of an earlier run")
+    _killed(tmp_path, 6, "checkpoint-6", "half of six")
+    _killed(tmp_path, 5, "checkpoint-5.replaced", "five")
+    _killed(tmp_path, 3, "checkpoint-3.replaced", "three of an earlier run")
+    _checkpoint(tmp_path / ".checkpoint-4.incomplete", "mine")
     _checkpoint(tmp_path / ".checkpoint-3.old", "mine")
     _checkpoint(tmp_path / ".git", "mine")
     _checkpoint(tmp_path / "final", "mine")
     assert Path(str(get_last_checkpoint(str(tmp_path)))).name == "checkpoint-3"
     tidy_checkpoints(tmp_path, is_first=True)
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == [".checkpoint-3.old", ".git", "checkpoint-3", "checkpoint-5", "final"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".checkpoint-3.old",
+        ".checkpoint-4.incomplete",
+        ".git",
+        "checkpoint-3",
+        "checkpoint-5",
+        "final",
+    ]
     assert (tmp_path / "checkpoint-3" / "weights").read_text() == "three"
     assert (tmp_path / "checkpoint-5" / "weights").read_text() == "five"
 
@@ -163,8 +178,10 @@ def test_a_run_starts_by_tidying(gpt2: Path, tmp_path: Path) -> None:
     """Catches a resume from an older checkpoint than the last complete one, and litter that stays for good."""
     run = Run(gpt2, tmp_path / "run")
     train(run)
-    (run.output / "checkpoint-6").rename(run.output / ".checkpoint-6.replaced")
-    _checkpoint(run.output / ".checkpoint-9.incomplete", "")
+    lock = lock_directory(run.output / ".checkpoint-6.incomplete")
+    (run.output / "checkpoint-6").rename(lock.directory / "checkpoint-6.replaced")
+    lock.release()
+    _killed(run.output, 9, "checkpoint-9", "")
     trainer = make_trainer(replace(run, arguments={"max_steps": 9}))
     trainer.train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry][-3:] == [7, 8, 9]

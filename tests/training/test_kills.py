@@ -1,4 +1,7 @@
-"""Ranks are killed at random moments, half of them during a save; each run goes on from what the one before left."""
+"""Ranks are killed at random moments, half of them during a save; each run goes on from what the one before left.
+
+``HF_MEGATRON_KILLS=200`` makes it so many.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from tests.models.architectures import GPT2
 from tests.models.reference import Pool, assert_all_equal, full_weights, rank
 from tests.training.runs import DROPOUT, LAYOUTS, Run, make_trainer, on_ranks, train
 
+_NUM_KILLS = int(os.environ.get("HF_MEGATRON_KILLS", "3"))
 STEPS_PER_LIFE = 8  # at most, on which the next life's count begins
 
 
@@ -81,8 +85,8 @@ def _assert_complete(checkpoint: Path) -> None:
     assert (checkpoint / "random_state_0.pt").is_file()
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.timeout(900)
+@pytest.mark.parametrize("num_kills", [_NUM_KILLS, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.timeout(900 + 20 * _NUM_KILLS)
 def test_killed_runs_end_and_go_on_to_the_same_weights(pool: Pool, tmp_path: Path, num_kills: int) -> None:
     """Catches ranks that wait for a dead one, half a checkpoint taken for a whole one, steps done twice or never."""
     arguments = {"max_steps": num_kills * STEPS_PER_LIFE + 4, "save_steps": 2, "save_total_limit": 2, "report_to": []}

@@ -9,11 +9,11 @@ from math import prod
 from pathlib import Path
 
 from hf_megatron.checkpoint import itemsize
-from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import Box
 from hf_megatron_conversion.files import CopiedFile, OutputFile, Part, SafetensorsFile, TextFile
 from hf_megatron_conversion.formats import FormatName
 from hf_megatron_conversion.formats.base import Model, ModelType, SourceOptions, Target, read_transformers_directory
+from hf_megatron_conversion.memory import parse_size
 from hf_megatron_conversion.tensors import Readable
 
 _INDEX = "model.safetensors.index.json"
@@ -66,17 +66,12 @@ def _split(tensors: Mapping[str, Readable], max_shard_size: str | int) -> tuple[
     """File name of each tensor, and the bytes of all of them."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    if isinstance(max_shard_size, str) and max_shard_size.isdecimal():
-        max_shard_size = int(max_shard_size)
-    try:
-        split = split_state_dict_into_shards_factory(
-            {name: tensors[name] for name in _layer_by_layer(tensors)},
-            get_storage_size=lambda tensor: prod(tensor.shape) * itemsize(tensor.dtype),
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise UnsupportedError(f"max_shard_size={max_shard_size!r} is not a size such as 500MB or 5GB.") from error
+    split = split_state_dict_into_shards_factory(
+        {name: tensors[name] for name in _layer_by_layer(tensors)},
+        get_storage_size=lambda tensor: prod(tensor.shape) * itemsize(tensor.dtype),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=parse_size(max_shard_size, "max_shard_size"),
+    )
     return split.tensor_to_filename, split.metadata["total_size"]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ import torch
 import transformers
 
 import hf_megatron
+from hf_megatron.checkpoint import LazyTensor
+from hf_megatron.partition import Box
 from hf_megatron_conversion import convert, logits, sample, verify
 from hf_megatron_conversion.formats import read_model
 from hf_megatron_conversion.formats.base import SourceOptions
-from hf_megatron_conversion.formats.megatron_lm import arguments, config, merge, reader, views
+from hf_megatron_conversion.formats.megatron_lm import arguments, config, merge, reader, writer
 from hf_megatron_conversion.megatron_forward import megatron_outputs
+from hf_megatron_conversion.tensors import Reshaped
 from tests.conversion.checkpoints import read_config, read_tensors, write_hub
 from tests.conversion.commands import Commands
 from tests.conversion.megatron_lm.generator import HEADS, VOCAB, Variant, forward, inputs, make_weights, write
@@ -102,7 +107,18 @@ def test_a_planted_mistake_fails(tmp_path: Path, source: Path, monkeypatch: pyte
 
 def test_a_planted_mistake_of_the_writer_fails(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a Megatron-LM checkpoint that reads back as it was written, in an order Megatron-LM does not use."""
-    monkeypatch.setattr(views.Stacked, "_make", lambda self: torch.cat([tensor.read() for tensor in self.tensors]))
+
+    def one_after_the_other(parts: Sequence[LazyTensor], head_dim: int) -> Reshaped:
+        rows, *rest = parts[0].shape
+        pieces = [
+            replace(piece, box=Box((which * rows, *piece.box.offset[1:]), piece.box.shape))
+            for which, part in enumerate(parts)
+            for piece in part.pieces
+        ]
+        shape = (3 * rows, *rest)
+        return Reshaped(LazyTensor(parts[0].name, parts[0].dtype, shape, tuple(pieces)), shape)
+
+    monkeypatch.setattr(writer, "stacked", one_after_the_other)
     # A reader with the same idea of the order, so that the tensors come back as they were.
     monkeypatch.setattr(*_MISTAKES[0])
     assert convert(hub, tmp_path / "m", to="megatron-lm", tp_size=2, verify=True).verified is False

@@ -14,7 +14,6 @@ import transformers
 
 from hf_megatron.errors import PartitionError, UnsupportedError
 from hf_megatron_conversion import convert, tensors, verify
-from hf_megatron_conversion.formats.megatron_lm import views
 from tests.conversion.checkpoints import hub_bytes, read_config, save_stock
 from tests.conversion.megatron_lm.generator import HEADS, VOCAB, Variant, write
 from tests.repository import environment
@@ -63,20 +62,19 @@ def test_there_and_back_is_bit_exact(tmp_path: Path, kind: str) -> None:
     assert {name: after[name] for name in before if name in after} == before
 
 
-def test_both_ways_of_reading_what_is_transposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches large matrices, of which only the wanted runs are read, cut elsewhere than small ones."""
+def test_small_slices_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches large tensors, which are read in parts, of rows and of heads even, cut elsewhere than small ones."""
     source = _stock(tmp_path / "hub", "gpt2")
-    monkeypatch.setattr(tensors, "_SLICE_BYTES", 1000)
-    for least in (1, 10**9):
-        monkeypatch.setattr(views, "_MIN_RUN_BYTES", least)
-        convert(source, tmp_path / f"m-{least}", to="megatron-lm", tp_size=4)
-        convert(tmp_path / f"m-{least}", tmp_path / f"tp-{least}", to="tp", tp_size=2)
-        convert(tmp_path / f"m-{least}", tmp_path / f"hub-{least}", to="hub")
-        assert verify(source, tmp_path / f"tp-{least}").equal
-        assert verify(source, tmp_path / f"hub-{least}").equal
-    for rank in range(4):
-        file = f"release/mp_rank_{rank:02d}/model_optim_rng.pt"
-        assert (tmp_path / "m-1" / file).read_bytes() == (tmp_path / f"m-{10**9}" / file).read_bytes()
+    for size in (2**24, 1000, 70):
+        monkeypatch.setattr(tensors, "SLICE_BYTES", size)
+        convert(source, tmp_path / f"m-{size}", to="megatron-lm", tp_size=4)
+        convert(tmp_path / f"m-{size}", tmp_path / f"tp-{size}", to="tp", tp_size=2)
+        convert(tmp_path / f"m-{size}", tmp_path / f"hub-{size}", to="hub")
+        assert verify(source, tmp_path / f"tp-{size}").equal
+        assert verify(source, tmp_path / f"hub-{size}").equal
+        for rank in range(4):
+            file = f"release/mp_rank_{rank:02d}/model_optim_rng.pt"
+            assert (tmp_path / f"m-{size}" / file).read_bytes() == (tmp_path / f"m-{2**24}" / file).read_bytes()
 
 
 @pytest.mark.parametrize("has_binary_head", [True, False])

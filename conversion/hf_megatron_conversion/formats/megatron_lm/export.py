@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_megatron.architectures.table import ERF_GELUS, TANH_GELUS
-from hf_megatron.checkpoint import listed, torch_dtype
+from hf_megatron.checkpoint import DTYPES, listed
 from hf_megatron.errors import UnsupportedError, shown
 from hf_megatron_conversion.formats.base import Model
 from hf_megatron_conversion.formats.megatron_lm.arguments import megatron_of
 from hf_megatron_conversion.tensors import Readable
+from hf_megatron_conversion.torch_pickle import GlobalName
 
 # What Megatron-LM trains in, and torch.save has a type of storage for.
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -93,7 +94,7 @@ def arguments_of(
         "init_method_std": config.get("initializer_range", 0.02),
         "fp16": dtype == "F16",
         "bf16": dtype == "BF16",
-        "params_dtype": torch_dtype(dtype),
+        "params_dtype": GlobalName("torch", DTYPES[dtype][1]),
         "tensor_model_parallel_size": tp_size,
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,

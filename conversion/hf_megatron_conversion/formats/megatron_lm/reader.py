@@ -10,7 +10,6 @@ from typing import Any
 from hf_megatron.architectures import Architecture, ModelClass, Tensor
 from hf_megatron.checkpoint import DTYPES, LazyTensor, listed
 from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError
-from hf_megatron.partition import Box
 from hf_megatron_conversion.formats.base import Model
 from hf_megatron_conversion.formats.megatron_lm.arguments import (
     Arguments,
@@ -24,8 +23,8 @@ from hf_megatron_conversion.formats.megatron_lm.merge import fused_qkv, joined, 
 from hf_megatron_conversion.formats.megatron_lm.names import COLUMN, ROW, VOCABULARY, megatron_names, split_layer
 from hf_megatron_conversion.formats.megatron_lm.ranks import Rank, iteration_directory, open_ranks
 from hf_megatron_conversion.formats.megatron_lm.stages import Shards, common, merged_stages
-from hf_megatron_conversion.formats.megatron_lm.views import Filled, Memo, Transposed
-from hf_megatron_conversion.tensors import Readable, bounded, raw_bytes
+from hf_megatron_conversion.formats.megatron_lm.views import Filled, transposed
+from hf_megatron_conversion.tensors import Readable, have_same_bytes
 
 _WORDS, _POSITIONS, _TOKEN_TYPES = (f"{kind}_embeddings.weight" for kind in ("word", "position", "tokentype"))
 _HEAD, _HEAD_COPY = "output_layer.weight", "word_embeddings_for_head.weight"
@@ -177,16 +176,10 @@ def _left_over(shards: Shards, used: set[str], vocab_size: int, problems: list[s
 
 def _have_same_words(head: Sequence[LazyTensor], stored: Shards, vocab_size: int | None = None) -> bool:
     """Whether a head has the values of the word embedding, up to the padding."""
-    import torch
-
     if {shard.shape[1:] for shard in head} != {shard.shape[1:] for shard in stored[_WORDS]}:
         return False
     a, b = (joined(shards, 0, vocab_size) for shards in (head, stored[_WORDS]))
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    parts = ((a.read(box), b.read(box)) for box in bounded(Box.whole(a.shape), a.dtype))
-    # By bytes, as NaN is not equal to itself.
-    return all(torch.equal(raw_bytes(mine), raw_bytes(other)) for mine, other in parts)
+    return have_same_bytes(a, b)
 
 
 class _Assembly:
@@ -199,7 +192,6 @@ class _Assembly:
         self._shards, self._table, self._version, self._problems = shards, table, version, problems
         self._sizes = table.sizes(config)
         self._head_dim = self._sizes["hidden_size"] // self._sizes["num_attention_heads"]
-        self._memo = Memo()
 
     def tensors(self, expected: Mapping[str, Tensor]) -> dict[str, Readable]:
         """Every tensor of the model by its stock name; those that cannot be had are problems."""
@@ -244,4 +236,4 @@ class _Assembly:
             full = joined(shards, 0)
         else:
             full = joined(shards, 1) if rest in ROW else joined(shards[:1], 0)
-        return Transposed(full, self._memo) if rule.is_transposed else full
+        return transposed(full) if rule.is_transposed else full

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_megatron.errors import PartitionError, UnsupportedError
+from hf_megatron.partition import Box
 from hf_megatron_conversion.files import OutputFile, TextFile
 from hf_megatron_conversion.formats.base import Target
 from hf_megatron_conversion.formats.megatron_lm.arguments import padded_vocab_size
 from hf_megatron_conversion.formats.megatron_lm.export import arguments_of, require_expressible
 from hf_megatron_conversion.formats.megatron_lm.names import COLUMN, ROW, VOCABULARY, megatron_names, split_layer
-from hf_megatron_conversion.formats.megatron_lm.views import Filled, Memo, Padded, Stacked, Transposed, narrowed
-from hf_megatron_conversion.tensors import Readable
+from hf_megatron_conversion.formats.megatron_lm.views import Filled, Padded, narrowed, stacked, transposed
+from hf_megatron_conversion.tensors import Buffer, Readable, Reshaped, slices_of_bytes
 from hf_megatron_conversion.torch_zip import TorchZipFile
 
 _logger = logging.getLogger(__name__)
@@ -56,7 +57,6 @@ class _Layout:
         require_expressible(model, target.tensors)
         self._table, self._tensors, self._tp_size = model.table, target.tensors, target.tp_size
         self._sizes = model.table.sizes(model.config)
-        self._memo = Memo()
         heads, intermediate = self._sizes["num_attention_heads"], self._sizes["intermediate_size"]
         if heads % target.tp_size or intermediate % target.tp_size:
             degrees = [n for n in range(1, heads + 1) if heads % n == 0 and intermediate % n == 0]
@@ -105,7 +105,7 @@ class _Layout:
                 result.setdefault(module, {})[parameter] = tensor
         return result
 
-    def _of_rank(self, rank: int) -> list[tuple[str, Readable]]:
+    def _of_rank(self, rank: int) -> list[tuple[str, Readable | Reshaped]]:
         names = sorted(self._stock, key=lambda name: -1 if (layer := split_layer(name)[0]) is None else layer)
         found = [(name, self._shard(name, rank)) for name in names]
         if self._is_without_token_types:
@@ -117,7 +117,7 @@ class _Layout:
                 found += [(name, Filled(dtype, shape)) for name, shape in zeros.items() if name not in self._stock]
         return found
 
-    def _shard(self, name: str, rank: int) -> Readable:
+    def _shard(self, name: str, rank: int) -> Readable | Reshaped:
         """A rank's part of one of Megatron's tensors."""
         stored = [self._outwards(stock) for stock in self._stock[name]]
         rest = split_layer(name)[1]
@@ -136,19 +136,18 @@ class _Layout:
     def _outwards(self, stock: str) -> Readable:
         """A stock tensor in Megatron's orientation, matrices [out, in]."""
         tensor = self._tensors[stock]
-        if not self._table.rule_of(stock).is_transposed:
-            return tensor
-        return tensor.tensor if isinstance(tensor, Transposed) else Transposed(tensor, self._memo)
+        return transposed(tensor) if self._table.rule_of(stock).is_transposed else tensor
 
-    def _projections(self, stored: Sequence[Readable], rank: int) -> Readable:
+    def _projections(self, stored: Sequence[Readable], rank: int) -> Reshaped:
         """Queries, keys and values of a rank's heads."""
         hidden = self._sizes["hidden_size"]
         rows = hidden // self._tp_size
         # GPT-2 has the three one after the other in one tensor.
         parts = [(stored[0], which * hidden) for which in range(3)] if len(stored) == 1 else [(t, 0) for t in stored]
         own = [narrowed(tensor, 0, first + rank * rows, first + (rank + 1) * rows) for tensor, first in parts]
-        return Stacked(own, hidden // self._sizes["num_attention_heads"], self._memo)
+        return stacked(own, hidden // self._sizes["num_attention_heads"])
 
     def _has_no_token_types(self) -> bool:
         (stock,) = self._stock[_TOKEN_TYPES]
-        return not self._tensors[stock].read().any()
+        tensor = self._tensors[stock]
+        return not any(map(any, slices_of_bytes(tensor, Box.whole(tensor.shape), Buffer())))
