@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from hf_megatron.architectures import table_for
@@ -66,15 +67,22 @@ def model_card(
         f"---\n{metadata(config)}\n---\n\n# {config['architectures'][0]}\n\nThe checkpoint came without a card. What "
         f"stands here follows from its configuration.\n\n## Architecture\n\n{architecture_table(config)}\n"
     )
-    if path.is_file() and not is_inside(model.directory, path):
-        _logger.warning("%s is a link to %s, out of its directory, and left out.", path, path.resolve())
-    elif path.is_file() and path.stat().st_size > MAX_CARD_BYTES:
-        _logger.warning("%s is larger than a model card (%d bytes), and left out.", path, MAX_CARD_BYTES)
+    if (found := source_card(model.directory)) is not None:
+        card = found.read_text(encoding="utf-8", errors="replace")
     elif path.is_file():
-        card = path.read_text(encoding="utf-8", errors="replace")
+        is_large = is_inside(model.directory, path)
+        reason = f"larger than {MAX_CARD_BYTES:,} bytes" if is_large else f"a link to {path.resolve()}"
+        _logger.warning("%s is %s, and left out.", path, reason)
     head, begin, rest = card.partition(_BEGIN)
     text = head + section + rest.partition(_END)[2].lstrip() if begin else f"{card.rstrip()}\n\n{section}"
     return TextFile(CARD, text.encode())
+
+
+def source_card(directory: Path) -> Path | None:
+    """The card of a checkpoint; None if it has none, a link out of its directory, or a file too large for one."""
+    path = directory / CARD
+    is_card = path.is_file() and is_inside(directory, path) and path.stat().st_size <= MAX_CARD_BYTES
+    return path if is_card else None
 
 
 def dtype_names(tensors: Mapping[str, Readable]) -> str:

@@ -16,7 +16,7 @@ from hf_megatron.architectures import table_for
 from hf_megatron.checkpoint import AtomicDirectory, read_json
 from hf_megatron.checkpoint.atomic_directory import leftovers
 from hf_megatron.errors import DestinationError
-from hf_megatron_conversion.card import CARD
+from hf_megatron_conversion.card import source_card
 from hf_megatron_conversion.comparison import compare, finite
 from hf_megatron_conversion.conversion_plan import ConversionPlan, Options, check_options, make_plan
 from hf_megatron_conversion.files import CopiedFile, OutputFile, Progress, Silent, Writing, write_files
@@ -26,7 +26,7 @@ from hf_megatron_conversion.journal import Journal, fingerprint
 from hf_megatron_conversion.memory import parse_size, peak_rss_bytes, writing_within
 from hf_megatron_conversion.sha256sums import write_sums
 from hf_megatron_conversion.source import source_directory
-from hf_megatron_conversion.source_files import SourceFiles, identities, is_inside
+from hf_megatron_conversion.source_files import SourceFiles, identities
 from hf_megatron_conversion.tensors import dtype_code
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _read_by(model: Model, plan: ConversionPlan) -> list[Path]:
     """The files that a conversion reads, of which some may be missing."""
     names = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
     copied = [file.source for file in plan.files if isinstance(file, CopiedFile)]
-    card = [path for path in [model.directory / CARD] if is_inside(model.directory, path)]
+    card = filter(None, [source_card(model.directory)])
     return [*model.files, *copied, *card, *(model.directory / name for name in names)]
 
 

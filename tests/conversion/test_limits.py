@@ -176,7 +176,6 @@ _SOURCES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "UTF-16": (_json('{"n_head": 2}'.encode("utf-16")), "is not UTF-8"),
     "mark of byte order": (_json(b"\xef\xbb\xbf{}"), "is not valid JSON"),
     "half a character": (_json(b'{"n_head": "\\ud800"}'), "is not UTF-8"),
-    "escape": (_json(b'{"model_type": "\\u001b[2J"}'), r"'\\x1b\[2J'"),
     **{
         f"{name} {value}": (_config(name, value), re.escape(f"{name}={shown}"))
         for name, value, shown in [

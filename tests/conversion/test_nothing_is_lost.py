@@ -222,7 +222,7 @@ def test_weights_behind_a_link_out_of_the_source_are_refused(name: str, source: 
 @pytest.mark.parametrize(("mode", "umask", "expected"), [(0o600, 0o022, 0o600), (0o666, 0o027, 0o640)])
 def test_permissions_are_not_widened(mode: int, umask: int, expected: int, source: Path, tmp_path: Path) -> None:
     """Catches weights that only their owner may read, converted for everybody, and a umask that is ignored."""
-    (source / "tokenizer.json").write_text("{}")
+    (source / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     for path in source.iterdir():
         path.chmod(mode)
     before = os.umask(umask)
