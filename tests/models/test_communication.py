@@ -108,6 +108,19 @@ def test_collectives_of_a_training_step(
     assert seen == [_expected(case, head, tp_size, splits)] * tp_size
 
 
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_shared_heads_add_an_exchange(pool: Pool, stock_dir: StockDir, case: ModelCase) -> None:
+    """Catches Q, K and V that are exchanged one by one, or whole heads: each of two ranks lacks 4 columns of one."""
+    even, shared = (
+        pool(2).run(_record_steps, case, CLASSIFIER, stock_dir(case, CLASSIFIER, variant), 2)[0]
+        for variant in ("base", "shared_heads")
+    )
+    for phase, collectives in shared.items():
+        exchanges = [collective for collective in collectives if collective[0] == "alltoall_base_"]
+        assert exchanges == [("alltoall_base_", 3 * B * _length(2) * 4 * 4)] * (LAYERS if phase != "optimizer" else 0)
+        assert len(collectives) - len(exchanges) == len(even[phase])
+
+
 @pytest.mark.parametrize("splits", [False, True])
 @pytest.mark.parametrize("case", ARCHITECTURES)
 def test_recomputation_repeats_what_it_must(pool: Pool, stock_dir: StockDir, case: ModelCase, splits: bool) -> None:

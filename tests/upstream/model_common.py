@@ -43,12 +43,12 @@ def _ours(table: Architecture) -> tuple[Any, ...]:
 class ModelTester:
     """What the tests ask about the model under test."""
 
-    batch_size, seq_length, vocab_size, num_choices = 13, 7, 99, 4
-    num_hidden_layers, num_attention_heads, hidden_size = 2, 4, 32
+    batch_size, seq_length, vocab_size, num_choices, num_hidden_layers = 13, 7, 99, 4, 2
     is_training = True
 
-    def __init__(self, language_model: Any, **options: Any) -> None:
+    def __init__(self, language_model: Any, heads: int, head_dim: int, options: dict[str, Any]) -> None:
         self.causal_lm_class, self.options = language_model, options
+        self.num_attention_heads, self.hidden_size = heads, heads * head_dim
 
     def get_config(self) -> Any:
         names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -72,11 +72,12 @@ class CommonTests(ModelTesterMixin, TrainingTesterMixin, tensor_parallel.TensorP
     model_tester = None  # so that the mixin's abstract property does not stand in the way of setUp
     test_can_init_all_missing_weights_before_2023 = True
     all_model_classes: tuple[Any, ...]
+    heads: ClassVar[tuple[int, int]] = (3, 12)  # one of them lies on both of the two ranks
     options: ClassVar[dict[str, Any]] = {}
 
     def setUp(self) -> None:
         language_models = (c for c in self.all_model_classes if c.__name__.endswith(("LMHeadModel", "ForMaskedLM")))
-        self.model_tester = ModelTester(next(language_models), **self.options)
+        self.model_tester = ModelTester(next(language_models), *self.heads, self.options)
 
     def _get_tp_config(self, *args: Any, **kwargs: Any) -> Any:
         """Without dropout: the tests compare two training steps without setting the seed in between."""
@@ -137,8 +138,10 @@ class OurBertPost(BertTests, unittest.TestCase):
 
 class StockBertPre(BertTests, unittest.TestCase):
     all_model_classes = _stock(BERT_PRE)
+    heads = (4, 8)
 
 
 class OurBertPre(BertTests, unittest.TestCase):
     all_model_classes = _ours(BERT_PRE)
+    heads = (4, 8)
     options: ClassVar[dict[str, Any]] = {**BertTests.options, **BERT_PRE.own_config}
