@@ -37,6 +37,7 @@ _SCRIPTS: dict[str, tuple[list[str], Callable[[Path], bool] | tuple[str, int]]] 
     "wikitext103": ([], _is_the_right_way_round),
     "decoding": ([], ("times the tokens per second", 1)),
     "loading": ([], ("| ours-tp", 3)),
+    "shared_heads": ([], ("| seconds of a step |", 1)),
     "recomputation": (["--precisions", "bf16 autocast"], ("\n| bf16 autocast |", 4)),
     "loss_gradient": ([], lambda output: max(r["ratio"] for r in read(output / "loss_gradient.json")["rows"]) < 1.1),
     "rank_checks": ([], lambda output: read(output / "rank_checks.json")["seconds"]["exchange"] > 0),
