@@ -1,5 +1,7 @@
 """Stock models to adapt."""
 
+from typing import Any
+
 import pytest
 
 from tests.models.architectures import BERTS, GPT2
@@ -8,8 +10,9 @@ from tests.peft.adapters import BERT_TARGETS, GPT2_TARGETS, Case
 
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """Every linear layer of a GPT-2 whose inner size no degree divides."""
-    directory = GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), n_inner=101)
+    """Every linear layer of a GPT-2 whose inner size and heads no degree divides."""
+    uneven: dict[str, Any] = {"n_inner": 101, "num_attention_heads": 5, "hidden_size": 40}
+    directory = GPT2.save_stock(tmp_path_factory.mktemp("gpt2"), **uneven)
     lora = {"target_modules": list(GPT2_TARGETS), "task_type": "CAUSAL_LM"}
     return Case(directory, GPT2, "LMHeadModel", lora=lora)
 

@@ -28,6 +28,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "tp2 x replicate2": {"tp_size": 2, "dp_replicate_size": 2},
     "tp2, split sequences": {"tp_size": 2, "enable_sequence_parallel": True},
     "tp4, split sequences": {"tp_size": 4, "enable_sequence_parallel": True},
+    "tp5": {"tp_size": 5},  # which divides neither 12 heads nor 48 columns
     "tp2 x fsdp2, split sequences": {"tp_size": 2, "fsdp_size": 2, "enable_sequence_parallel": True},
 }
 

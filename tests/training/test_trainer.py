@@ -144,10 +144,12 @@ _MOVES = [
     ("one", "tp2 x fsdp2"),
     ("tp2 x replicate2", "tp2"),
     ("tp2, split sequences", "tp4"),
+    ("tp5", "tp2 x fsdp2"),
+    ("tp2", "tp5"),
 ]
 
 
-@cases("first, second", _MOVES, _MOVES[:1])
+@cases("first, second", _MOVES, [_MOVES[0], _MOVES[-2]])
 def test_resuming_at_another_layout(pool: Pool, gpt2: Path, tmp_path: Path, first: str, second: str) -> None:
     """Catches optimizer state that belongs to a layout: other moments, or a fresh optimizer without a word."""
     run = Run(gpt2, tmp_path / "run", layout=LAYOUTS.get(first, {}), arguments=TWENTY)
