@@ -111,6 +111,7 @@ _TABLE: Mapping[str, str] = {
     "torch._C._autograd": "where the name above is",
     "torch.amp.grad_scaler.GradScaler._unscale_grads_(self, optimizer)": "float16: a step that all ranks skip together",
     "torch._assert_async": "refusing token ids and labels out of range on a GPU",
+    "torch.Tensor._use_count": "waiting until gloo has let go of a tensor",
     "torch._C": "telling whether a graph is kept for another backward pass",
     "torch._utils": "writing Megatron-LM's files",
     "torch._utils._rebuild_tensor_v2": "writing Megatron-LM's files",

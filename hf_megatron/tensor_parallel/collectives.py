@@ -129,7 +129,8 @@ def _start(
 ) -> Callable[[], object]:
     is_compiling = torch.compiler.is_compiling()
     if tensors[0].device.type == "cpu" and not is_compiling:
-        unfinished = collective(*tensors, group=group.process_group, async_op=True)
-        return lambda: wait_for(unfinished, group.size)
+        aliases = [tensor.detach() for tensor in tensors]  # held only by the collective
+        unfinished = [collective(*aliases, group=group.process_group, async_op=True)]
+        return lambda: wait_for(unfinished.pop(), aliases, group.size)
     work = collective(*tensors, group=group.process_group, async_op=is_async and not is_compiling)
     return (lambda: None) if work is None else work.wait

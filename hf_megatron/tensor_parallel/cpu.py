@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -23,6 +24,8 @@ TUNED = os.environ.get("HF_MEGATRON_CPU_TUNING") != "0"
 # wakes, and decoding waits ten times per token. Longer waits are for another rank's computation. If ranks outnumber
 # cores, they sleep at once, because a polling rank would take a core from a computing one.
 POLLING_SECONDS = 10e-3
+# How long a rank waits for gloo's thread to release the tensors of a finished collective; see `wait_for`.
+RELEASE_SECONDS = 1.0
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Number of logits per block, chosen so that a block stays in the cache between operations.
 _LOGITS_PER_BLOCK = 2**18
@@ -33,18 +36,31 @@ def is_tuned(tensor: torch.Tensor) -> bool:
     return TUNED and tensor.is_cpu and not torch.compiler.is_compiling()
 
 
-def wait_for(work: dist.Work, group_size: int) -> None:
-    """Wait until gloo has finished a collective: poll, then sleep."""
+def wait_for(work: dist.Work, aliases: Sequence[torch.Tensor], group_size: int) -> None:
+    """Wait until gloo has finished a collective and released its tensors.
+
+    Gloo runs on its own thread, which holds references to the tensors for a moment after the work is done. If it holds
+    the last reference, it must delete a Python object, for which it takes the GIL, perhaps with a lock that others wait
+    for; and if the process exits at that moment, the process crashes with "terminate called without an active exception"
+    (pytorch issue 190489). ``aliases`` are the tensors that the collective was called with, held by nobody else.
+    """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", group_size))
-    end = time.perf_counter() + (POLLING_SECONDS if TUNED and ranks_here <= _CORES else 0.0)
     with suppress(RuntimeError):  # not implemented by gloo's reduce-scatter
         # work.is_completed would take a lock while holding the GIL. Under a profiler, gloo's thread may hold that lock
         # while it waits for the GIL: a deadlock.
-        while not work.get_future().done() and time.perf_counter() < end:
-            if hasattr(os, "sched_yield"):
-                os.sched_yield()
-            time.sleep(0)  # releases the GIL, which gloo's thread may need; before Python 3.12 the line above does not
+        _poll(work.get_future().done, POLLING_SECONDS if TUNED and ranks_here <= _CORES else 0.0)
     work.wait()  # sleeps if necessary, and raises errors of the collective
+    del work
+    _poll(lambda: all(alias._use_count() == 1 for alias in aliases), RELEASE_SECONDS)  # type: ignore[attr-defined]
+
+
+def _poll(is_true: Callable[[], bool], seconds: float) -> None:
+    """Poll until true or until the time is over, yielding the core in between."""
+    end = time.perf_counter() + seconds
+    while not is_true() and time.perf_counter() < end:
+        if hasattr(os, "sched_yield"):
+            os.sched_yield()
+        time.sleep(0)  # releases the GIL, which gloo's thread may need; before Python 3.12 the line above does not
 
 
 def row_blocks(logits: torch.Tensor) -> list[slice]:

@@ -1,5 +1,6 @@
 """Beginning a collective, and waiting for it; what ranks ask of each other beside the facts that training compares."""
 
+import threading
 import time
 from typing import Any, Self
 from unittest.mock import patch
@@ -57,12 +58,14 @@ class _Work:
 
 
 def _start(
-    monkeypatch: pytest.MonkeyPatch, work: _Work, device: str, is_async: bool = True
+    monkeypatch: pytest.MonkeyPatch, work: _Work, device: str, is_async: bool = True, held: list[Any] | None = None
 ) -> tuple[Any, dict[str, Any]]:
     given: dict[str, Any] = {}
 
     def all_reduce(tensor: torch.Tensor, **options: Any) -> _Work | None:
         given.update(options)
+        if held is not None:
+            held.append(tensor.view(-1))  # a view holds its base as gloo's thread would: not as a Python object
         return work if options["async_op"] else None
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
@@ -80,6 +83,24 @@ def test_ranks_that_outnumber_the_cores_sleep(monkeypatch: pytest.MonkeyPatch) -
         wait()
         assert 3 - len(work.answers) == questions
         assert work.waits == 1
+
+
+def test_a_wait_ends_when_the_tensors_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a thread of gloo's that is the last to hold a tensor: where a process ends then, it crashes."""
+    held: list[Any] = []
+    wait, _ = _start(monkeypatch, _Work([True]), "cpu", held=held)
+    assert len(held) == 1
+    threading.Timer(0.1, held.clear).start()
+    wait()
+    assert not held
+
+
+@pytest.mark.timeout(30)
+def test_a_tensor_that_is_never_let_go_is_waited_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a hang where a profiler, say, keeps what a collective was called with."""
+    monkeypatch.setattr(cpu, "RELEASE_SECONDS", 0.01)
+    wait, _ = _start(monkeypatch, _Work([True]), "cpu", held=[])
+    wait()
 
 
 def test_a_collective_that_fails_is_not_taken_for_done(monkeypatch: pytest.MonkeyPatch) -> None:
