@@ -40,9 +40,10 @@ def wait_for(work: dist.Work, aliases: Sequence[torch.Tensor], group_size: int) 
     """Wait until gloo has finished a collective and released its tensors.
 
     Gloo runs on its own thread, which holds references to the tensors for a moment after the work is done. If it holds
-    the last reference, it must delete a Python object, for which it takes the GIL, perhaps with a lock that others wait
-    for; and if the process exits at that moment, the process crashes with "terminate called without an active exception"
-    (pytorch issue 190489). ``aliases`` are the tensors that the collective was called with, held by nobody else.
+    the last reference, it must delete a Python object, for which it takes the GIL, perhaps with a lock that another
+    thread waits for; and if the process exits at that moment, it crashes with "terminate called without an active
+    exception" (pytorch issue 190489). ``aliases`` are the tensors that the collective was called with, held by nobody
+    else.
     """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", group_size))
     with suppress(RuntimeError):  # not implemented by gloo's reduce-scatter
