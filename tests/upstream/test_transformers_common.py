@@ -34,7 +34,6 @@ _TENSOR_PARALLEL = {
     "test_tp_forward_1",
     "test_tp_plan_matches_params",
     "test_tp_plan_shards_input_embeddings",
-    "test_tied_head_has_a_tp_plan_entry",
 }
 
 # Abstract, or a part; a head that is not offered; decoders, which are refused.
