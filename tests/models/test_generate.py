@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria
+from transformers import ContinuousBatchingConfig, GenerationConfig, StaticCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from hf_megatron.errors import HfMegatronError, UnsupportedError
+from hf_megatron.models.forward_arguments import CACHE
 from tests.live import on_live_ranks
 from tests.models.architectures import GPT2, StockDir, make_batch, token_ids
 from tests.models.reference import Pool, rank, run_at
@@ -59,6 +60,22 @@ def test_tokens_equal_stock(stock_dir: StockDir, variant: str, attention: str, t
             expected = stock.generate(**prompts, **limits, **options)
             actual = ours.generate(**prompts, **limits, **options)
             assert torch.equal(actual, expected), f"{options}, padding {padding}: {actual} instead of {expected}"
+
+
+@pytest.mark.parametrize(("variant", "tp_size", "heads"), [("base", 1, 12), ("base", 2, 6), ("shared_heads", 2, 3)])
+@on_live_ranks()
+def test_static_cache_holds_this_ranks_heads(stock_dir: StockDir, variant: str, tp_size: int, heads: int) -> None:
+    """Catches a preallocated cache sized for all heads on every rank, and a prompt in pieces that loses its place."""
+    directory = stock_dir(GPT2, None, variant)
+    stock = GPT2.load_stock(directory, dtype=torch.float64).eval()
+    ours = GPT2.load(directory, tp_size, dtype=torch.float64)
+    logits = []
+    for model in (stock, ours):
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        parts = [model(part, **{CACHE: cache}, use_cache=True).logits for part in token_ids(2, 9).split([5, 3, 1], 1)]
+        logits.append(torch.cat(parts, dim=1))
+    assert cache.layers[0].keys.shape[1] == heads
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-11)
 
 
 def _sample(directory: Path, tp_size: int, *, stock: bool = False) -> list[list[list[int]]]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -14,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
+from hf_megatron.errors import CheckpointFormatError
+from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, ModelCase, StockDir
-from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, run_at
+from tests.models.reference import Pool, Tensors, assert_all_equal, full_weights, rank, run_at
 from tests.tiers import cases
 
 Spelling = Callable[[ModelCase, Tensors], Tensors]
@@ -140,3 +143,31 @@ def test_dropped_names(stock_dir: StockDir, tmp_path: Path, caplog: pytest.LogCa
     names = load_file(tmp_path / "model.safetensors").keys() - load_file(stock_dir(case) / "model.safetensors").keys()
     assert len(names) == (4 if case is GPT2 else 2)
     assert [name for name in names if name not in dropped] == []
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case in (GPT2, POST) for name in case.tied])
+@on_live_ranks()
+def test_another_head_than_the_tied_one_is_refused(
+    stock_dir: StockDir, tmp_path: Path, case: ModelCase, name: str, tp_size: int
+) -> None:
+    """Catches a trained head, or its bias alone, thrown away because the config says it is tied; a bit is enough."""
+
+    def spelling(case: ModelCase, tensors: Tensors) -> Tensors:
+        tensors = _copies_of_what_is_tied(case, tensors)
+        tensors[name].view(-1)[-1] += 1e-6
+        return tensors
+
+    directory = tmp_path / str(rank())
+    _spell(case, stock_dir(case), directory, spelling, "model.safetensors", _write)
+    with pytest.raises(CheckpointFormatError, match='"tie_word_embeddings": false') as caught:
+        case.load(directory, tp_size)
+    assert name in str(caught.value)
+
+
+def test_a_pickle_with_code_is_refused(stock_dir: StockDir, tmp_path: Path) -> None:
+    """Catches weights that run what they like when a model is loaded from them."""
+    run = type("Run", (), {"__reduce__": lambda self: (os.system, ("true",))})
+    _spell(GPT2, stock_dir(), tmp_path, lambda _, tensors: {**tensors, "extra": run()}, "pytorch_model.bin", torch.save)
+    with pytest.raises(CheckpointFormatError, match=r"os\.system"):
+        GPT2.load(tmp_path)
