@@ -34,7 +34,8 @@ class WriteLock:
         os.pwrite(descriptor, (json.dumps(owner) + "\n").encode(), 0)
         self._owner = owner
         self._released = threading.Event()
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._heart.start()
 
     def is_held(self) -> bool:
         """Whether nobody has taken the directory over."""
@@ -44,6 +45,7 @@ class WriteLock:
         """Let others have the directory, if it is still there."""
         if not self._released.is_set():
             self._released.set()
+            self._heart.join()  # or it could touch another file that is given the same descriptor
             os.close(self._descriptor)
 
     def remove(self) -> None:

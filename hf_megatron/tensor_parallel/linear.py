@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ class _ParallelLinear(ParallelModule):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    _usual_specs: ClassVar[Mapping[WeightLayout, Mapping[str, Spec]]]
 
     def __init__(
         self,
@@ -56,11 +57,8 @@ class _ParallelLinear(ParallelModule):
         shape = (in_features, out_features) if weight_layout == "in_out" else (out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
-        self._specs = dict(specs or self._usual_specs())
+        self._specs = dict(specs or self._usual_specs[weight_layout])
         nn.init.normal_(self.weight, std=0.02)  # as in GPT-2 and BERT; models initialize it once more
-
-    def _usual_specs(self) -> Mapping[str, Spec]:
-        raise NotImplementedError
 
     def partition_specs(self) -> Mapping[str, Spec]:
         return self._specs
@@ -77,8 +75,10 @@ class ColumnParallelLinear(_ParallelLinear):
     (``Replicated(used=FusedSplit(...))``).
     """
 
-    def _usual_specs(self) -> Mapping[str, Spec]:
-        return {"weight": Split(1 if self.weight_layout == "in_out" else 0), "bias": Split(0)}
+    _usual_specs: ClassVar = {
+        "in_out": {"weight": Split(1), "bias": Split(0)},
+        "out_in": {"weight": Split(0), "bias": Split(0)},
+    }
 
     @property
     def _bias_blocks(self) -> int:
@@ -137,8 +137,10 @@ class RowParallelLinear(_ParallelLinear):
     The bias is replicated and added once, after the sum.
     """
 
-    def _usual_specs(self) -> Mapping[str, Spec]:
-        return {"weight": Split(0 if self.weight_layout == "in_out" else 1), "bias": Replicated()}
+    _usual_specs: ClassVar = {
+        "in_out": {"weight": Split(0), "bias": Replicated()},
+        "out_in": {"weight": Split(1), "bias": Replicated()},
+    }
 
     def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
         """[..., in_p] to [..., out]: split on the last dim, to replicated or with a region split on the sequence.
