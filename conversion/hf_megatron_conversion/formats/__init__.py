@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:
     from hf_megatron_conversion.formats.base import Format, Model, SourceOptions
 
-__all__ = ["FormatName", "format_named", "format_of", "read_model"]
+__all__ = ["Container", "FormatName", "TransformerImpl", "format_named", "format_of", "read_model"]
 
-FormatName = Literal["hub", "tp", "megatron-lm"]
+FormatName = Literal["hub", "tp", "megatron-lm", "megatron-core"]
+Container = Literal["torch_dist", "torch"]
+"""How Megatron-core's tensors lie in files, as Megatron-LM's ``--ckpt-format`` calls it."""
+TransformerImpl = Literal["local", "transformer_engine"]
+"""Whose names Megatron-core gives to a layer's tensors in the ``torch`` container, as Megatron-LM calls it."""
 
 # In the order in which a directory is asked whether it is one of them; the last one takes, and refuses, all others.
 _CLASSES: dict[FormatName, tuple[str, str]] = {
+    "megatron-core": ("hf_megatron_conversion.formats.megatron_core", "MegatronCoreFormat"),
     "megatron-lm": ("hf_megatron_conversion.formats.megatron_lm", "MegatronLmFormat"),
     "tp": ("hf_megatron_conversion.formats.tp", "TpFormat"),
     "hub": ("hf_megatron_conversion.formats.hub", "HubFormat"),
@@ -26,10 +31,11 @@ _CLASSES: dict[FormatName, tuple[str, str]] = {
 assert set(_CLASSES) == set(get_args(FormatName))
 
 
-def format_named(name: FormatName) -> Format:
-    """The format of this name; its module is imported only now."""
+def format_named(name: FormatName, container: Container | None = None) -> Format:
+    """The format of this name, in a ``container`` if it has several; its module is imported only now."""
     module, class_name = _CLASSES[name]
-    result: Format = getattr(import_module(module), class_name)()
+    of_class = getattr(import_module(module), class_name)
+    result: Format = of_class() if container is None else of_class(container)
     return result
 
 

@@ -16,7 +16,7 @@ from hf_megatron.architectures import Architecture, ModelClass, table_for
 from hf_megatron.checkpoint import model_class_of, open_checkpoint, read_header, require_complete, stored_model
 from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.files import OutputFile
-from hf_megatron_conversion.formats import FormatName
+from hf_megatron_conversion.formats import Container, FormatName, TransformerImpl
 from hf_megatron_conversion.tensors import Readable
 
 _logger = logging.getLogger(__name__)
@@ -53,6 +53,8 @@ class Model:
     # may be taken over as they are.
     is_canonical: bool = False
     checkpoint_version: float | None = None  # of formats that have one
+    container: Container | None = None  # of Megatron-core's tensors
+    core_version: str | None = None  # of Megatron-core, as far as it can be told: "0.14 to 0.18"
     has_known_vocab_size: bool = True  # False if the last rows of the vocabulary may be padding; they are kept
     generation_config: Mapping[str, Any] | None = None  # where the directory has no file that says so
     opened: object | None = None  # what the reader found, of formats whose models are run without being converted
@@ -65,6 +67,9 @@ class Target:
     model: Model  # the source
     tensors: Mapping[str, Readable]  # cast if need be
     tp_size: int  # which fits the model; 1 for a format that is not cut
+    pp_size: int = 1  # pipeline stages
+    container: Container = "torch_dist"  # for Megatron-core
+    transformer_impl: TransformerImpl = "transformer_engine"  # for Megatron-core
     max_shard_size: str | int | None = None  # largest size of a weight file ("5GB", or bytes)
 
     @property
@@ -78,7 +83,7 @@ class Format(Protocol):
 
     name: FormatName  # on the command line
     default_model_type: ModelType  # whose model_type a directory of this format carries unless asked otherwise
-    is_cut: bool  # whether it is written for a tensor-parallel degree
+    is_cut: bool  # whether it is written for a tensor-parallel degree; of Megatron-core, in the container ``torch``
     has_config: bool  # whether a config.json in its directories says what model they hold; if not, it is worked out
 
     def recognises(self, directory: Path) -> bool:
