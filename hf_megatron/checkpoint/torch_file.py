@@ -26,6 +26,7 @@ from hf_megatron.checkpoint.budgets import MAX_DIMENSIONS, MAX_NESTING, MAX_PICK
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
 from hf_megatron.checkpoint.regular_file import open_regular
 from hf_megatron.checkpoint.safetensors_header import itemsize
+from hf_megatron.checkpoint.section import Section, size_of
 from hf_megatron.checkpoint.unpickle import Call, Global, UnpickleError, globals_in, read_pickle
 from hf_megatron.checkpoint.zip_directory import ZIP_MAGIC, ZipError, data_start, is_archive, read_directory
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, shown
@@ -119,17 +120,21 @@ def open_state_dict(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def open_torch_file(path: Path, allowed: Collection[Global] = TENSOR_GLOBALS) -> Any:
+def open_torch_file(
+    path: Path, allowed: Collection[Global] = TENSOR_GLOBALS, *, section: tuple[int, int] | None = None
+) -> Any:
     """Read the object of a ``torch.save`` file, with a :class:`StoredArray` in place of each tensor.
 
-    ``allowed`` are the globals that the pickle may name, which are not looked up in any case. CheckpointFormatError if
-    it is no file of ``torch.save``, is beyond a limit, or names something else; CheckpointIncompleteError if it is
-    truncated or damaged.
+    ``allowed`` are the globals that the pickle may name, which are not looked up in any case. ``section`` is where the
+    file lies in a larger one: its first byte and its length. CheckpointFormatError if it is no file of ``torch.save``,
+    is beyond a limit, or names something else; CheckpointIncompleteError if it is truncated or damaged.
     """
     try:
         with open_regular(path) as file:
+            if section is not None:
+                return _open_zip(path, Section(file, *section), allowed, section[0])  # type: ignore[arg-type]
             is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
-            return (_open_zip if is_zip else _open_legacy)(path, file, allowed)
+            return _open_zip(path, file, allowed) if is_zip else _open_legacy(path, file, allowed)
     except (CheckpointFormatError, CheckpointIncompleteError):
         raise
     except (UnpickleError, ZipError) as error:
@@ -159,7 +164,8 @@ def _read_pickle(
     return read.value
 
 
-def _open_zip(path: Path, file: BinaryIO, allowed: Collection[Global]) -> Any:
+def _open_zip(path: Path, file: BinaryIO, allowed: Collection[Global], first_byte: int = 0) -> Any:
+    """An archive, which starts at ``first_byte`` of the file that it lies in."""
     entries = read_directory(file)
     if "constants.pkl" in entries:
         raise CheckpointFormatError(f"{path} is a TorchScript program, not a file of torch.save.")
@@ -182,7 +188,7 @@ def _open_zip(path: Path, file: BinaryIO, allowed: Collection[Global]) -> Any:
     value = _read_pickle(path, stream, allowed, storages.load)
     if stream.read(1):
         raise UnpickleError("its data.pkl goes on behind the pickle")
-    size = os.fstat(file.fileno()).st_size
+    size = size_of(file)
 
     def start(storage: _Storage) -> int:
         entry = entries.get(f"data/{storage.key}")
@@ -193,7 +199,7 @@ def _open_zip(path: Path, file: BinaryIO, allowed: Collection[Global]) -> Any:
             raise CheckpointIncompleteError(
                 f"{path} is truncated: data/{storage.key} has {entry.size} bytes, {storage.nbytes} are needed."
             )
-        return position
+        return first_byte + position
 
     return _with_places(path, value, start)
 

@@ -11,7 +11,6 @@ Source: PKWARE's APPNOTE.TXT 6.3; ``miniz.c`` and ``caffe2/serialize/inline_cont
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 import struct
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from hf_megatron.checkpoint.budgets import MAX_ZIP_DIRECTORY_BYTES, MAX_ZIP_ENTRIES, require_within
+from hf_megatron.checkpoint.section import size_of
 from hf_megatron.errors import shown
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -60,7 +60,7 @@ class Entry:
 
 def is_archive(file: BinaryIO) -> bool:
     """Whether it ends as an archive does that has no comment."""
-    size = os.fstat(file.fileno()).st_size
+    size = size_of(file)
     last = _read(file, size - _END.size, _END.size) if size >= _END.size else b""
     return last.startswith(_END_MAGIC) and last.endswith(bytes(2))
 
@@ -118,7 +118,7 @@ def _place(file: BinaryIO) -> tuple[int, int, int]:
     """Where the directory starts and stops, and its number of entries."""
     if not is_archive(file):
         raise ZipError("it does not end as an archive does")
-    end = os.fstat(file.fileno()).st_size - _END.size
+    end = size_of(file) - _END.size
     _, disk, first_disk, count, total, size, start, _ = _END.unpack(_read(file, end, _END.size))
     short, stop = (disk, first_disk, count, total, size, start), end
     place = end - _LOCATOR.size

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,33 +28,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers.distributed.checkpoint import _redistribute_state_dict, save_optimizer_distributed
 
-from hf_megatron.checkpoint.budgets import MAX_PICKLE_BYTES, METADATA_FACTOR, BudgetError, require_within
-from hf_megatron.checkpoint.regular_file import open_regular
-from hf_megatron.checkpoint.unpickle import Call, Global, UnpickleError, globals_in, read_pickle
-from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, DestinationError, shown
+from hf_megatron.checkpoint.budgets import RESUME_FACTOR
+from hf_megatron.checkpoint.distributed import METADATA, read_metadata
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, DestinationError
 from hf_megatron.models.processes import one_process_allowed
 from hf_megatron.models.saving import reasons
 
 OPTIMIZER_DIRECTORY = "optimizer"
 
-_METADATA = ".metadata"
-_DATA_FILE = re.compile(r"__\d{1,9}_\d{1,9}\.distcp")
-_DTYPES = (name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
-_PLACE = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-# All that torch's metadata needs: its own classes, without methods that run anything, and values.
-METADATA_GLOBALS = (
-    globals_in("torch", "Size", *_DTYPES)
-    | globals_in("torch.serialization", "_get_layout")
-    | {_PLACE}
-    | globals_in(
-        "torch.distributed.checkpoint.metadata",
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    )
-    | globals_in("pathlib", "PosixPath")
-    | globals_in("pathlib._local", "PosixPath")
-    | globals_in("collections", "OrderedDict")
-)
 # What numpy's random state, and its scalars, are pickled with.
 _RECONSTRUCT: Any = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
 _SAFE_NUMPY = [_RECONSTRUCT, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
@@ -79,7 +59,7 @@ def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, dir
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
     """Load what :func:`save_optimizer` wrote, at any layout; every rank must call it."""
     path = directory / OPTIMIZER_DIRECTORY
-    if not (path / _METADATA).is_file():
+    if not (path / METADATA).is_file():
         raise CheckpointIncompleteError(
             f"{directory} holds no optimizer state ({OPTIMIZER_DIRECTORY}/ is missing: was it saved with "
             "save_only_model=True?). To go on with a fresh optimizer, load the model from it and start anew."
@@ -104,7 +84,8 @@ class _Reader(dcp.FileSystemReader):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self._judged = _judged_metadata(directory / _METADATA)
+        remedy = " Resume from another checkpoint."
+        _, self._judged = read_metadata(directory / METADATA, factor=RESUME_FACTOR, remedy=remedy)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         metadata = pickle.loads(self._judged)
@@ -121,41 +102,6 @@ class _Planner(dcp.DefaultLoadPlanner):
         torch.save(load_weights_only(value), buffer)  # plain data by now
         buffer.seek(0)
         super().load_bytes(read_item, buffer)
-
-
-def _judged_metadata(path: Path) -> bytes:
-    """The bytes of a ``.metadata`` that names nothing but what one consists of, and no files but those beside it."""
-    with open_regular(path) as file:
-        data = file.read(METADATA_FACTOR * MAX_PICKLE_BYTES + 1)
-    try:
-        require_within(METADATA_FACTOR * MAX_PICKLE_BYTES, len(data), "bytes at least")
-        read = read_pickle(io.BytesIO(data), factor=METADATA_FACTOR)
-    except (UnpickleError, BudgetError) as error:
-        raise CheckpointFormatError(f"{path} cannot be read: {error}.") from None
-    if refused := read.refused(METADATA_GLOBALS):
-        raise CheckpointFormatError(
-            f"{path} is refused: its pickle asks for {', '.join(map(shown, refused[:20]))}, which could run any code "
-            "and which no checkpoint written here needs. Nothing of it was run. Resume from another checkpoint."
-        )
-    for name in {_place(path, call) for call in read.calls if call.function == _PLACE}:
-        try:
-            open_regular(path.parent / name).close()
-        except FileNotFoundError:
-            raise CheckpointIncompleteError(
-                f"{path.parent / name} is missing. Resume from another checkpoint."
-            ) from None
-    return data
-
-
-def _place(path: Path, call: Call) -> str:
-    """The file that a tensor lies in; CheckpointFormatError unless it is a data file of the same directory."""
-    state = call.state if isinstance(call.state, dict) else {}
-    name = state.get("relative_path")
-    if not isinstance(name, str) or _DATA_FILE.fullmatch(name) is None or state.get("transform_descriptors"):
-        raise CheckpointFormatError(
-            f"{path} is refused: it places a tensor in {shown(name)}, which is no .distcp file."
-        )
-    return name
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from peft import LoraConfig
 
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
 from hf_megatron.checkpoint.checksums import compute_checksums, write_checksums
+from hf_megatron.checkpoint.distributed import METADATA_GLOBALS
 from hf_megatron.checkpoint.unpickle import Global
 from hf_megatron.peft import get_peft_model
-from hf_megatron.training.optimizer_state import METADATA_GLOBALS, save_optimizer
+from hf_megatron.training.optimizer_state import save_optimizer
 from hf_megatron.training.training_state import TRAINER_STATE_NAME, save_random_state
 from tests.checkpoint.directories import CONFIG
 from tests.fuzz import archives

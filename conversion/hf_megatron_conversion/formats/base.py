@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -57,6 +57,8 @@ class Model:
     core_version: str | None = None  # of Megatron-core, as far as it can be told: "0.14 to 0.18"
     has_known_vocab_size: bool = True  # False if the last rows of the vocabulary may be padding; they are kept
     generation_config: Mapping[str, Any] | None = None  # where the directory has no file that says so
+    # Where files of torch.save lie in larger files, as (first byte, length): their CRCs are checked.
+    archives: Mapping[Path, Sequence[tuple[int, int]]] = field(default_factory=dict)
     opened: object | None = None  # what the reader found, of formats whose models are run without being converted
 
 

@@ -18,6 +18,9 @@ from pathlib import Path
 from hf_megatron_conversion.files import OutputFile
 from hf_megatron_conversion.formats import Container, FormatName
 from hf_megatron_conversion.formats.base import Model, ModelType, SourceOptions, Target
+from hf_megatron_conversion.formats.megatron_core.containers import is_distributed
+from hf_megatron_conversion.formats.megatron_core.reader import open_torch_dist
+from hf_megatron_conversion.formats.megatron_lm import external_facts
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,10 @@ class MegatronCoreFormat:
         return self.container == "torch"  # the other is the same for every degree
 
     def recognises(self, directory: Path) -> bool:
-        return False
+        return is_distributed(directory)
 
     def read(self, directory: Path, given: SourceOptions) -> Model:
-        raise NotImplementedError
+        return open_torch_dist(directory, external_facts(directory, given))
 
     def weight_files(self, target: Target) -> Sequence[OutputFile]:
         from hf_megatron_conversion.formats.megatron_core.writer import megatron_core_files

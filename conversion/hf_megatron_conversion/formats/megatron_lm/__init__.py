@@ -21,7 +21,7 @@ from hf_megatron_conversion.formats.megatron_lm.ranks import is_megatron_lm
 from hf_megatron_conversion.formats.megatron_lm.reader import MegatronCheckpoint, open_megatron_lm
 from hf_megatron_conversion.tokenizer_files import tokenizer_facts
 
-__all__ = ["MegatronCheckpoint", "MegatronLmFormat"]
+__all__ = ["MegatronCheckpoint", "MegatronLmFormat", "external_facts"]
 
 
 class MegatronLmFormat:
@@ -36,7 +36,7 @@ class MegatronLmFormat:
         return is_megatron_lm(directory)
 
     def read(self, directory: Path, given: SourceOptions) -> Model:
-        return open_megatron_lm(directory, _outside(directory, given))
+        return open_megatron_lm(directory, external_facts(directory, given))
 
     def weight_files(self, target: Target) -> Sequence[OutputFile]:
         from hf_megatron_conversion.formats.megatron_lm.writer import megatron_lm_files
@@ -44,8 +44,8 @@ class MegatronLmFormat:
         return megatron_lm_files(target)
 
 
-def _outside(directory: Path, given: SourceOptions) -> ExternalFacts:
-    """What is known from outside of the ranks' files: from the user, or from files beside them."""
+def external_facts(directory: Path, given: SourceOptions) -> ExternalFacts:
+    """What is known from outside of the files with the weights: from the user, or from files beside them."""
     beside = directory / "config.json"
     config = given.config
     if config is None:

@@ -55,8 +55,9 @@ class Activations:
 
 def activations(arguments: Arguments | None, table: Architecture, *, is_core: bool) -> Activations:
     """Which of the gelus the model was trained with; Megatron-core (``is_core``) knows fewer of the switches."""
-    if arguments is None:  # from before v1.0, whose models had the stock ones' activations
+    if arguments is None and not is_core:  # from before v1.0, whose models had the stock ones' activations
         return Activations(table.activation.default, table.activation.default)
+    arguments = {"bias_gelu_fusion": True} if arguments is None else arguments  # Megatron-core's default
     is_fused = bool(arguments.get("bias_gelu_fusion"))
     if is_core:
         return Activations("gelu_fast" if is_fused else "gelu", "gelu")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
 
 from hf_megatron.checkpoint import LazyTensor, Piece, itemsize
 from hf_megatron.partition import Box
@@ -19,7 +18,7 @@ def joined(shards: Sequence[LazyTensor], dim: int, limit: int | None = None) -> 
         if size <= 0:
             break
         box = Box.whole(shard.shape).narrowed(dim, position, position + size)
-        pieces.append(_moved(shard, 0, box.shape, 1, box.offset))
+        pieces += _moved(shard, 0, box.shape, box.offset)
         position += size
     full = Box.whole(shards[0].shape).narrowed(dim, 0, position).shape
     return LazyTensor(shards[0].name, shards[0].dtype, full, tuple(pieces))
@@ -55,21 +54,37 @@ def _qkv_pieces(shard: LazyTensor, rank: int, which: int, head_dim: int, version
     rest = shard.shape[1:]
     zeros = (0,) * len(rest)
     if version < 1.0:
-        return [_moved(shard, which * rows, (rows, *rest), 1, (rank * rows, *zeros))]
+        return _moved(shard, which * rows, (rows, *rest), (rank * rows, *zeros))
     if version < 2.0:
-        return [_moved(shard, which, (rows, *rest), 3, (rank * rows, *zeros))]
+        return [_every_third_row(shard, which, (rank * rows, *zeros))]
     return [
-        _moved(shard, (3 * head + which) * head_dim, (head_dim, *rest), 1, (rank * rows + head * head_dim, *zeros))
+        piece
         for head in range(rows // head_dim)
+        for piece in _moved(
+            shard, (3 * head + which) * head_dim, (head_dim, *rest), (rank * rows + head * head_dim, *zeros)
+        )
     ]
 
 
-def _moved(shard: LazyTensor, row: int, shape: tuple[int, ...], step: int, offset: tuple[int, ...]) -> Piece:
-    """Part of a shard, every ``step``-th row from ``row`` on, as the part at ``offset`` of the full tensor."""
+def _moved(shard: LazyTensor, row: int, shape: tuple[int, ...], offset: tuple[int, ...]) -> list[Piece]:
+    """Part of a shard, of ``shape`` from ``row`` on, as the part at ``offset`` of the full tensor."""
+    box = Box((row, *[0] * (len(shape) - 1)), shape)
+    parts = (piece.part(box, itemsize(shard.dtype)) for piece in shard.pieces)
+    shift = [a - b for a, b in zip(offset, box.offset, strict=True)]
+    return [
+        replace(part, box=Box(tuple(a + b for a, b in zip(part.box.offset, shift, strict=True)), part.box.shape))
+        for part in parts
+        if part is not None
+    ]
+
+
+def _every_third_row(shard: LazyTensor, row: int, offset: tuple[int, ...]) -> Piece:
+    """Every third row of a shard from ``row`` on, as the part at ``offset`` of the full tensor."""
     (piece,) = shard.pieces
     item = itemsize(shard.dtype)
-    strides = piece.strides or tuple(prod(shard.shape[dim + 1 :]) for dim in range(len(shard.shape)))
-    start = piece.data_start + row * strides[0] * item
-    strides = (step * strides[0], *strides[1:])
+    shape, strides = (shard.shape[0] // 3, *shard.shape[1:]), (3 * piece.steps[0], *piece.steps[1:])
+    start = piece.data_start + row * piece.steps[0] * item
     last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    return Piece(piece.path, Box(offset, shape), start, start + (1 + last) * item, strides)
+    return replace(
+        piece, box=Box(offset, shape), data_start=start, data_stop=start + (1 + last) * item, strides=strides
+    )

@@ -64,6 +64,14 @@ def plain(value: Any) -> Any:
     return Described(value_of(value))
 
 
+def attributes(value: Any) -> dict[str, Any] | None:
+    """The attributes of an instance, such as an ``argparse.Namespace``, or a dictionary's entries, as plain values."""
+    state = value.state if isinstance(value, Call) else value
+    if not isinstance(state, dict):
+        return None
+    return {key: plain(entry) for key, entry in state.items() if isinstance(key, str)}
+
+
 class Described(str):
     """A text in place of a value that is none."""
 

@@ -10,19 +10,15 @@ from typing import Any
 
 from hf_megatron.checkpoint import LazyTensor, listed
 from hf_megatron.checkpoint.budgets import MAX_FILES, MAX_KEY_LENGTH, MAX_TENSORS
-from hf_megatron.checkpoint.regular_file import open_regular
 from hf_megatron.checkpoint.torch_file import StoredArray, open_torch_file
-from hf_megatron.checkpoint.unpickle import Call
-from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, shown
+from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron_conversion.formats.megatron_lm.iterations import has_iterations, latest_iteration
 from hf_megatron_conversion.formats.megatron_lm.names import own_name
-from hf_megatron_conversion.formats.megatron_lm.pickled import MEGATRON_GLOBALS, plain
+from hf_megatron_conversion.formats.megatron_lm.pickled import MEGATRON_GLOBALS, attributes, plain
 
-_TRACKER = "latest_checkpointed_iteration.txt"
 _FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")
-_ITERATION = re.compile(r"iter_\d{7,}|release")
 # Tensor rank, pipeline stage, and in some versions the data-parallel or expert rank.
 _RANK = re.compile(r"mp_rank_([0-9]{2,5})(?:_([0-9]{3,5}))?(?:_([0-9]{3,5}))?")
-_DISTRIBUTED = (".metadata", "metadata.json", "common.pt")
 # What the arguments called the number of ranks, and of stages, over the years.
 _TP_SIZE = ("tensor_model_parallel_size", "intra_layer_model_parallel_size", "model_parallel_size")
 _PP_SIZE = ("pipeline_model_parallel_size", "inter_layer_model_parallel_size")
@@ -49,15 +45,14 @@ def is_megatron_lm(directory: Path) -> bool:
         return False
     if _is_rank(directory):
         return True
-    iterations = [path for path in directory.iterdir() if _ITERATION.fullmatch(path.name) and path.is_dir()]
-    return (directory / _TRACKER).exists() or any(map(_rank_directories, [directory, *iterations]))
+    return has_iterations(directory) or bool(_rank_directories(directory))
 
 
 def iteration_directory(directory: Path) -> Path:
     """The directory with the ranks' directories: the latest iteration, or the given directory itself.
 
     Raises:
-        CheckpointError: It is not there, nothing says which iteration is meant, or Megatron-core's distributed format.
+        CheckpointError: It is not there, or nothing says which iteration is meant.
     """
     if _rank_directories(directory):
         return directory
@@ -65,26 +60,7 @@ def iteration_directory(directory: Path) -> Path:
         raise CheckpointIncompleteError(
             f"{directory} is the part of one rank; give the directory that holds those of all ranks."
         )
-    tracker = directory / _TRACKER
-    if tracker.is_file():
-        with open_regular(tracker) as file:
-            latest = file.read(32).decode(errors="replace").strip()
-        if latest != "release" and not latest.isdecimal():
-            raise CheckpointFormatError(f"{tracker} holds {shown(latest)} where an iteration or 'release' is expected.")
-        chosen = directory / (latest if latest == "release" else f"iter_{int(latest):07d}")
-    else:
-        found = sorted(path for path in directory.iterdir() if _ITERATION.fullmatch(path.name))
-        if len(found) != 1:
-            names = ", ".join(path.name for path in found[-5:])
-            raise CheckpointIncompleteError(f"{directory} has no {_TRACKER}; give one of its iterations: {names}.")
-        (chosen,) = found
-    if not chosen.is_dir():
-        raise CheckpointIncompleteError(f"{chosen} is missing, which {tracker} names.")
-    if any((chosen / name).exists() for name in _DISTRIBUTED):
-        raise CheckpointFormatError(
-            f"{chosen} is a distributed checkpoint of Megatron-core (torch_dist), which is not read here. Have "
-            "Megatron-LM write it with --ckpt-format torch."
-        )
+    chosen = latest_iteration(directory)
     if not _rank_directories(chosen):
         raise CheckpointIncompleteError(f"{chosen} holds no mp_rank_XX/{_FILE_NAMES[0]}.")
     return chosen
@@ -190,20 +166,13 @@ def _open_rank(path: Path, tp: int, pp: int) -> Rank:
         path=path,
         tp=tp,
         pp=pp,
-        arguments=_arguments(content.get("args")),
+        arguments=attributes(content.get("args")),
         version=plain(content.get("checkpoint_version")),
         iteration=plain(content.get("iteration", content.get("total_iters"))),
         chunks=tuple(chunks),
         unmapped=tuple(unmapped),
         is_core=is_core,
     )
-
-
-def _arguments(stored: Any) -> dict[str, Any] | None:
-    state = stored.state if isinstance(stored, Call) else stored
-    if not isinstance(state, dict):
-        return None
-    return {key: plain(value) for key, value in state.items() if isinstance(key, str)}
 
 
 def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

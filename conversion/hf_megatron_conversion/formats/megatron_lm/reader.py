@@ -1,15 +1,16 @@
-"""Read a Megatron-LM checkpoint: its ranks and stages as one stock model, or everything that is wrong with it."""
+"""Read a Megatron checkpoint, of whatever container, as one stock model, or say everything that is wrong with it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_megatron.architectures import Architecture, ModelClass, Tensor
 from hf_megatron.checkpoint import DTYPES, LazyTensor, listed
 from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError
+from hf_megatron_conversion.formats import Container
 from hf_megatron_conversion.formats.base import Model
 from hf_megatron_conversion.formats.megatron_lm.arguments import (
     Arguments,
@@ -21,7 +22,7 @@ from hf_megatron_conversion.formats.megatron_lm.arguments import (
 from hf_megatron_conversion.formats.megatron_lm.config import DetectedModel, ExternalFacts, config_of
 from hf_megatron_conversion.formats.megatron_lm.merge import fused_qkv, joined, one_of_qkv
 from hf_megatron_conversion.formats.megatron_lm.names import COLUMN, ROW, VOCABULARY, megatron_names, split_layer
-from hf_megatron_conversion.formats.megatron_lm.ranks import Rank, iteration_directory, open_ranks
+from hf_megatron_conversion.formats.megatron_lm.ranks import iteration_directory, open_ranks
 from hf_megatron_conversion.formats.megatron_lm.stages import Shards, common, merged_stages
 from hf_megatron_conversion.formats.megatron_lm.views import Filled, transposed
 from hf_megatron_conversion.tensors import Readable, have_same_bytes
@@ -45,49 +46,85 @@ class MegatronCheckpoint:
     is_core: bool  # whether Megatron-core saved it
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What the files of a checkpoint hold, before anything is made of it."""
+
+    place: Path  # the directory of one iteration
+    shards: Shards  # one per tensor rank, or a single one that is the whole tensor; layers counted through all stages
+    tp_size: int  # the degree it was saved at
+    is_core: bool  # whether the names are Megatron-core's
+    files: Sequence[Path]
+    version: float = 3.0  # checkpoint_version, 0 if absent
+    arguments: Arguments | None = None  # Megatron's training arguments
+    container: Container | None = None  # of Megatron-core's tensors
+    core_version: str | None = None  # of Megatron-core, as far as it can be told
+    dropped: Sequence[str] = ()  # names of what is stored beside the weights
+    problems: list[str] = field(default_factory=list)  # what is wrong with them
+
+
 def open_megatron_lm(directory: Path, given: ExternalFacts) -> Model:
-    """Open a checkpoint as a stock model; nothing but the pickles in its files is read.
+    """Open a checkpoint of one file per rank as a stock model; nothing but the pickles in its files is read.
 
     Raises:
         CheckpointError: It is incomplete, damaged, of an unknown version, unsafe, or of a model that the stock classes
             do not have; one message lists everything that was found.
     """
-    iteration = iteration_directory(directory)
+    place = iteration_directory(directory)
     problems: list[str] = []
-    ranks = open_ranks(iteration, problems)
+    ranks = open_ranks(place, problems)
     if not ranks:
-        raise _refusal(iteration, problems)
+        raise _refusal(place, problems)
     version, arguments = common(list(ranks.values()), problems)
-    stored = merged_stages(ranks, problems)
+    is_core = any(rank.is_core for rank in ranks.values())
+    stored = Stored(
+        place=place,
+        shards=merged_stages(ranks, problems),
+        tp_size=1 + max(tp for tp, _ in ranks),
+        is_core=is_core,
+        files=[rank.path for rank in ranks.values()],
+        version=version,
+        arguments=arguments,
+        container="torch" if is_core else None,
+        problems=problems,
+    )
+    return stock_model(directory, stored, given)
+
+
+def stock_model(directory: Path, stored: Stored, given: ExternalFacts) -> Model:
+    """What is stored in ``directory`` as a stock model; raises as :func:`open_megatron_lm` does."""
+    arguments, problems, place = stored.arguments, stored.problems, stored.place
     problems += unsupported(arguments or {})
-    found = _found(stored, ranks, arguments or {}, problems)
+    found = _found(stored, arguments or {}, problems)
     if problems or found is None:
-        raise _refusal(iteration, problems)
+        raise _refusal(place, problems)
     config, table, has_known_vocab_size = config_of(found, arguments, given, problems)
     if problems:
-        raise _refusal(iteration, problems)
+        raise _refusal(place, problems)
     model_class = table.model_class(config["architectures"][0])
-    shards = _each_layer(stored, arguments or {})
-    assembly = _Assembly(shards, config, table, version, problems)
+    shards = _each_layer(stored.shards, arguments or {})
+    assembly = _Assembly(shards, config, table, stored.version, problems)
     tensors = assembly.tensors(table.tensors(config, model_class))
     dropped = _left_over(shards, assembly.used, config["vocab_size"], problems, table)
     if problems:
-        raise _refusal(iteration, problems)
+        raise _refusal(place, problems)
     return Model(
         directory=directory,
-        format="megatron-lm",
+        format="megatron-core" if stored.is_core else "megatron-lm",
         config=config,
         table=table,
         model_class=model_class,
         tensors=tensors,
         tp_size=found.tp_size,
-        files=[rank.path for rank in ranks.values()],
-        dropped=dropped,
-        checkpoint_version=version,
+        files=stored.files,
+        dropped=[*dropped, *stored.dropped],
+        checkpoint_version=stored.version,
+        container=stored.container,
+        core_version=stored.core_version,
         has_known_vocab_size=has_known_vocab_size,
         # Where generation stops, null if nobody knows it.
         generation_config={n: config[n] for n in ("bos_token_id", "eos_token_id")} if table.is_causal else None,
-        opened=MegatronCheckpoint(config, table, model_class, version, shards, arguments, found.is_core),
+        opened=MegatronCheckpoint(config, table, model_class, stored.version, shards, arguments, stored.is_core),
     )
 
 
@@ -97,41 +134,39 @@ def _refusal(directory: Path, problems: Sequence[str]) -> CheckpointError:
     return kind(f"{directory} cannot be read as a Megatron-LM checkpoint:\n  {lines}")
 
 
-def _found(
-    stored: Shards, ranks: Mapping[tuple[int, int], Rank], arguments: Arguments, problems: list[str]
-) -> DetectedModel | None:
+def _found(stored: Stored, arguments: Arguments, problems: list[str]) -> DetectedModel | None:
     """What the tensors show; None if those that show it are not there."""
-    table = architecture_of(stored, arguments, problems)
+    shards = stored.shards
+    table = architecture_of(shards, arguments, problems)
     needed = (_WORDS, _POSITIONS, _FIRST_QKV, _FIRST_UP)
-    if missing := [name for name in needed if name not in stored or len(stored[name][0].shape) != 2]:
+    if missing := [name for name in needed if name not in shards or len(shards[name][0].shape) != 2]:
         problems.append(f"missing: {listed(missing)}")
         return None
-    words, positions, qkv, up = (stored[name][0].shape for name in needed)
-    tp_size, hidden = 1 + max(tp for tp, _ in ranks), words[1]
-    if qkv[0] * tp_size != 3 * hidden:
+    words, positions, qkv, up = (shards[name][0].shape for name in needed)
+    parts, hidden = len(shards[_WORDS]), words[1]
+    if qkv[0] * parts != 3 * hidden:
         problems.append(
-            f"{_FIRST_QKV} has {qkv[0]} rows on each of {tp_size} ranks, where {3 * hidden} are needed in all: ranks "
+            f"{_FIRST_QKV} has {qkv[0]} rows on each of {parts} ranks, where {3 * hidden} are needed in all: ranks "
             "are missing, or heads share their keys"
         )
-    is_core = any(rank.is_core for rank in ranks.values())
-    count = 1 + max(layer for layer, _ in map(split_layer, stored) if layer is not None)
+    count = 1 + max(layer for layer, _ in map(split_layer, shards) if layer is not None)
     sizes = {
         "hidden_size": hidden,
         "num_hidden_layers": len(stored_layers(arguments, count)),
         "num_positions": positions[0],
-        "intermediate_size": up[0] * tp_size,
+        "intermediate_size": up[0] * parts,
     }
-    if _TOKEN_TYPES in stored:
-        sizes["num_token_types"] = stored[_TOKEN_TYPES][0].shape[0]
+    if _TOKEN_TYPES in shards:
+        sizes["num_token_types"] = shards[_TOKEN_TYPES][0].shape[0]
     return DetectedModel(
         table=table,
-        is_core=is_core,
+        is_core=stored.is_core,
         sizes=sizes,
-        padded_vocab_size=words[0] * tp_size,
-        tp_size=tp_size,
-        has_binary_head="binary_head.weight" in stored,
-        is_tied=(megatron_of(table).ties_head and not is_core) or _is_tied(stored, arguments),
-        dtype=DTYPES[stored[_WORDS][0].dtype][1],
+        padded_vocab_size=words[0] * parts,
+        tp_size=stored.tp_size,
+        has_binary_head="binary_head.weight" in shards,
+        is_tied=(megatron_of(table).ties_head and not stored.is_core) or _is_tied(shards, arguments),
+        dtype=DTYPES[shards[_WORDS][0].dtype][1],
     )
 
 

@@ -1,0 +1,152 @@
+"""Read a ``torch_dist`` checkpoint: its chunks as Megatron's tensors, whole and layer by layer.
+
+Its shapes are global, so neither the tensor-parallel degree nor the pipeline stages have to be undone. The layers are
+stacked in one tensor [L, ...], or each has a key of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hf_megatron.checkpoint import LazyTensor, Piece, itemsize, listed
+from hf_megatron.checkpoint.budgets import MAX_TENSORS, require_within
+from hf_megatron.checkpoint.distributed import METADATA_GLOBALS, Index, open_record, open_tensor, read_index
+from hf_megatron.checkpoint.torch_file import open_torch_file
+from hf_megatron.checkpoint.unpickle import globals_in
+from hf_megatron.errors import CheckpointFormatError
+from hf_megatron.partition import Box
+from hf_megatron_conversion.formats.base import Model
+from hf_megatron_conversion.formats.megatron_core.containers import torch_dist_directory
+from hf_megatron_conversion.formats.megatron_core.settings import arguments_beside
+from hf_megatron_conversion.formats.megatron_lm.config import ExternalFacts
+from hf_megatron_conversion.formats.megatron_lm.names import own_name
+from hf_megatron_conversion.formats.megatron_lm.pickled import MEGATRON_GLOBALS, attributes, value_of
+from hf_megatron_conversion.formats.megatron_lm.reader import Stored, stock_model
+from hf_megatron_conversion.formats.megatron_lm.stages import Shards
+
+_logger = logging.getLogger(__name__)
+
+_PLANNER = "torch.distributed.checkpoint.planner"
+_STRATEGY = "megatron.core.dist_checkpointing.strategies.torch"
+_INDEX_GLOBALS = (
+    METADATA_GLOBALS
+    | globals_in(_PLANNER, "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    | globals_in(_STRATEGY, "MCoreMetadata", "MCoreSavePlan")
+)
+_COMMON, _COMMON_STATE = "common.pt", "common_state/shard_0_1"
+_STACKED = re.compile(r"(.*\blayers)\.(?!\d+\.)(.+)")
+_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.")
+
+
+def open_torch_dist(directory: Path, given: ExternalFacts) -> Model:
+    """Open a distributed checkpoint as a stock model; of its tensors nothing but headers is read.
+
+    Raises:
+        CheckpointError: It is incomplete, damaged, unsafe, in another container, or of a model that the stock classes
+            do not have.
+    """
+    place = torch_dist_directory(directory)
+    index = read_index(place, _INDEX_GLOBALS)
+    common = _common(place, index)
+    problems: list[str] = []
+    shards = _shards(index, problems)
+    version = common.get("checkpoint_version", 3.0)
+    if version != 3.0:
+        problems.append(f"checkpoint_version={value_of(version)} is not known in this container (only 3.0)")
+    if optimizer := sum(map(_is_optimizer, index.tensors)):
+        _logger.warning("%s holds an optimizer's state (%d tensors), which is left out.", place, optimizer)
+    words = shards.get("word_embeddings.weight")
+    stored = Stored(
+        place=place,
+        shards=shards,
+        tp_size=1 if words is None else len({piece.box.offset[0] for piece in words[0].pieces}),
+        is_core=True,
+        files=sorted({piece.path for tensors in shards.values() for tensor in tensors for piece in tensor.pieces}),
+        arguments=attributes(common.get("args")) or arguments_beside(place),
+        container="torch_dist",
+        core_version=_core_version(place, index, common),
+        problems=problems,
+    )
+    return stock_model(directory, stored, given)
+
+
+def _common(place: Path, index: Index) -> Mapping[str, Any]:
+    """What is not cut: the arguments and where training was. Judges all other objects on the way."""
+    objects = {name: open_record(record, MEGATRON_GLOBALS) for name, record in index.objects.items()}
+    path = place / _COMMON
+    content = open_torch_file(path, MEGATRON_GLOBALS) if path.is_file() else None
+    if content is None:
+        stored = objects.get(_COMMON_STATE)
+        content = stored[0] if isinstance(stored, list) and len(stored) == 1 else None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise CheckpointFormatError(f"{place} has a {type(content).__name__} where {_COMMON} has a dictionary.")
+    return content
+
+
+def _shards(index: Index, problems: list[str]) -> Shards:
+    """Megatron's tensors by our names, each whole; ``problems`` is extended by what has no name here."""
+    shards: Shards = {}
+    unknown = []
+    for name, stored in index.tensors.items():
+        if _is_optimizer(name):
+            for chunk in stored.chunks:
+                open_record(chunk.record, MEGATRON_GLOBALS)  # whoever loads it would run its pickle
+            continue
+        for own, tensor in _by_layer(name, open_tensor(stored, MEGATRON_GLOBALS)):
+            if own is None:
+                unknown.append(name)
+            elif own in shards:
+                problems.append(f"{own} is stored under two names")
+            else:
+                shards[own] = [tensor]
+    if unknown := list(dict.fromkeys(unknown)):
+        problems.append(f"{len(unknown)} stored names are not known: {listed(unknown)}")
+    return shards
+
+
+def _by_layer(name: str, tensor: LazyTensor) -> list[tuple[str | None, LazyTensor]]:
+    """A tensor under our name for it, or if it is stacked [L, ...] each of its layers."""
+    stacked = _STACKED.fullmatch(name)
+    if stacked is None or not tensor.shape:
+        return [(own_name(name), tensor)]
+    require_within(MAX_TENSORS, tensor.shape[0], f"layers in {name}")
+    pieces: list[list[Piece]] = [[] for _ in range(tensor.shape[0])]
+    for piece in tensor.pieces:
+        first = piece.box.offset[0]
+        for layer in range(first, first + piece.box.shape[0]):
+            row = piece.part(piece.box.narrowed(0, layer, layer + 1), itemsize(tensor.dtype))
+            assert row is not None
+            box = Box(row.box.offset[1:], row.box.shape[1:])
+            pieces[layer].append(replace(row, box=box, strides=row.steps[1:]))
+    return [
+        (
+            own_name(f"{stacked[1]}.{layer}.{stacked[2]}"),
+            LazyTensor(name, tensor.dtype, tensor.shape[1:], tuple(of_layer)),
+        )
+        for layer, of_layer in enumerate(pieces)
+    ]
+
+
+def _is_optimizer(name: str) -> bool:
+    return _OPTIMIZER.match(name) is not None
+
+
+def _core_version(place: Path, index: Index, common: Mapping[str, Any]) -> str | None:
+    """The versions of Megatron-core that write such files; None if it was something else."""
+    names = {name.attribute for name in index.names}
+    if not (place / _COMMON).is_file():
+        return "0.19 or later" if _COMMON_STATE in index.objects else None
+    if "MCoreMetadata" in names:
+        return "0.15"
+    if "mcore_data" in index.fields:
+        if "all_local_plans" not in index.fields:
+            return "0.11 or earlier"
+        return "0.14" if "content_metadata" in common else "0.12 or 0.13"
+    return "0.15 to 0.18" if "all_local_plans" in index.fields else None
