@@ -91,7 +91,11 @@ def verify(
     differences = _config_differences(model_a, model_b)
     found, largest = compare(model_a.tensors, model_b.tensors, progress or Silent())
     differences.update(found)
-    damages = {str(p): why for model in (model_a, model_b) for p, why in damaged(model.directory, model.files).items()}
+    damages = {
+        str(path): reason
+        for model in (model_a, model_b)
+        for path, reason in damaged(model.directory, model.files, model.archives).items()
+    }
     for path, reason in damages.items():
         _logger.error("%s %s", path, reason)
     ran = None

@@ -218,7 +218,7 @@ def _planned(
     plan = make_plan(model, options, name)
     if plan.mismatch is not None:
         _logger.warning("%s --model-type megatron writes a config.json that says both.", plan.mismatch)
-    return model, plan, SourceFiles.of(model.directory, before, _read_by(model, plan))
+    return model, plan, SourceFiles.of(model.directory, before, _read_by(model, plan), model.archives)
 
 
 def _read_by(model: Model, plan: ConversionPlan) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hf_megatron.checkpoint.atomic_directory import leftovers
 from hf_megatron_conversion.card import dtype_names
-from hf_megatron_conversion.formats import FormatName, read_model
+from hf_megatron_conversion.formats import Container, FormatName, read_model
 from hf_megatron_conversion.formats.base import SourceOptions, warn_of_padding
 from hf_megatron_conversion.source import source_directory
 from hf_megatron_conversion.tensors import num_bytes
@@ -23,6 +23,8 @@ class Inspection:
 
     Attributes:
         format: The directory's format.
+        container: Of a Megatron-core checkpoint: ``torch_dist``, or ``torch`` for one file per rank; None for others.
+        core_version: The versions of Megatron-core that write such files, as far as it can be told.
         architecture: ``gpt2`` or ``bert``.
         model_class: The stock library's name of the class.
         model_type: In config.json.
@@ -33,11 +35,13 @@ class Inspection:
         dtype: As torch calls it; if there are several, separated by commas, the most frequent first.
         bytes: Bytes of all tensors.
         vocab_size: Rows of the word embedding.
-        checkpoint_version: Of a Megatron-LM checkpoint; None for the others.
+        checkpoint_version: Of a Megatron-LM or Megatron-core checkpoint; None for the others.
         dropped: Stored tensors that the model does not need.
     """
 
     format: FormatName
+    container: Container | None
+    core_version: str | None
     architecture: str
     model_class: str
     model_type: str
@@ -67,6 +71,8 @@ def inspect(path: str | Path, *, revision: str | None = None) -> Inspection:
     tensors = model.tensors.values()
     return Inspection(
         format=model.format,
+        container=model.container,
+        core_version=model.core_version,
         architecture=model.table.name,
         model_class=model.model_class.stock,
         model_type=str(model.config["model_type"]),

@@ -13,9 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 from hf_megatron.checkpoint.file_identity import FileIdentity, open_unchanged, require_unchanged
+from hf_megatron.checkpoint.section import Section
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError
 from hf_megatron_conversion.output import StoppedError
 from hf_megatron_conversion.sha256sums import SHA256SUMS, read_sums
@@ -26,6 +28,9 @@ _CHUNK_BYTES = 2**20
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ARCHIVES = (".pt", ".bin")
+
+Archives = Mapping[Path, Sequence[tuple[int, int]]]
+"""Where archives lie in larger files: first byte and length."""
 
 
 def is_inside(directory: Path, path: Path) -> bool:
@@ -56,10 +61,17 @@ class SourceFiles:
 
     directory: Path
     files: Mapping[Path, FileIdentity]
+    archives: Archives
 
     @classmethod
-    def of(cls, directory: Path, before: Mapping[Path, FileIdentity], paths: Iterable[Path]) -> SourceFiles:
-        """Those of ``paths`` that were there.
+    def of(
+        cls,
+        directory: Path,
+        before: Mapping[Path, FileIdentity],
+        paths: Iterable[Path],
+        archives: Archives = MappingProxyType({}),
+    ) -> SourceFiles:
+        """Those of ``paths`` that were there; ``archives`` lie within some of them.
 
         CheckpointFormatError if a link leads out of the directory that it lies in.
         """
@@ -70,7 +82,7 @@ class SourceFiles:
                     f"{path} is a link to {path.resolve()}, which is not in that directory. If it belongs to the "
                     "checkpoint, put the file itself there."
                 )
-        return cls(directory, files)
+        return cls(directory, files, archives)
 
     def name(self, path: Path) -> str:
         """What to call a file: its path in the directory, or all of it for one from elsewhere."""
@@ -86,7 +98,8 @@ class SourceFiles:
     def digest(self, path: Path, stop: threading.Event) -> str:
         """SHA-256 of one; damage that its own checksums show, or the directory's, is a CheckpointIncompleteError."""
         with open_unchanged(path, self.files[path]) as file:
-            crcs = _Crcs(path) if path.suffix in _ARCHIVES and zipfile.is_zipfile(path) else None
+            is_archive = path in self.archives or (path.suffix in _ARCHIVES and zipfile.is_zipfile(path))
+            crcs = _Crcs(path, self.archives.get(path)) if is_archive else None
             sha256 = hashlib.sha256()
             while chunk := file.read(_CHUNK_BYTES):
                 if stop.is_set():
@@ -102,14 +115,14 @@ class SourceFiles:
             raise CheckpointIncompleteError(f"{path} {reason}. Fetch or convert it again.")
 
 
-def damaged(directory: Path, files: Sequence[Path]) -> dict[Path, str]:
-    """What is wrong with weight files by the directory's SHA256SUMS, in words.
+def damaged(directory: Path, files: Sequence[Path], archives: Archives) -> dict[Path, str]:
+    """What is wrong with weight files by the directory's SHA256SUMS, in words; ``archives`` lie within some of them.
 
     CheckpointIncompleteError for those that are damaged by checksums of their own.
     """
-    if not read_sums(directory) and not any(path.suffix in _ARCHIVES for path in files):
+    if not read_sums(directory) and not archives and not any(path.suffix in _ARCHIVES for path in files):
         return {}
-    sources = SourceFiles.of(directory, {}, files)
+    sources = SourceFiles.of(directory, {}, files, archives)
     return _unlisted(directory, {path: sources.digest(path, threading.Event()) for path in sources.files})
 
 
@@ -118,7 +131,7 @@ def _unlisted(directory: Path, digests: Mapping[Path, str]) -> dict[Path, str]:
     found = {}
     for name, expected in read_sums(directory).items():
         path = directory / name
-        if path.suffix in _ARCHIVES and digests.get(path, expected) != expected:
+        if path.suffix in (*_ARCHIVES, ".distcp") and digests.get(path, expected) != expected:
             _logger.warning("%s was changed after %s was written.", path, SHA256SUMS)
         elif path.suffix == ".safetensors" and digests.get(path, expected) != expected:
             found[path] = (
@@ -128,16 +141,23 @@ def _unlisted(directory: Path, digests: Mapping[Path, str]) -> dict[Path, str]:
 
 
 class _Crcs:
-    """Checks the CRC-32 of each entry of a zip archive, whose bytes are handed over in the order of the file."""
+    """Checks the CRC-32 of each entry of a zip archive, whose bytes are handed over in the order of the file.
 
-    def __init__(self, path: Path) -> None:
+    ``sections`` are where in the file several archives lie, if it is not one itself.
+    """
+
+    def __init__(self, path: Path, sections: Sequence[tuple[int, int]] | None = None) -> None:
         self._path, self._position, self._next, self._crc = path, 0, 0, 0
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            self._entries = sorted(
-                (_data_start(file, info.header_offset), info.file_size, info.CRC, info.filename)
-                for info in archive.infolist()
-                if info.file_size and info.compress_type == zipfile.ZIP_STORED
-            )
+        self._entries: list[tuple[int, int, int, str]] = []
+        with path.open("rb") as file:
+            for first, length in [(0, path.stat().st_size)] if sections is None else sections:
+                with zipfile.ZipFile(Section(file, first, length)) as archive:
+                    self._entries += (
+                        (_data_start(file, first + info.header_offset), info.file_size, info.CRC, info.filename)
+                        for info in archive.infolist()
+                        if info.file_size and info.compress_type == zipfile.ZIP_STORED
+                    )
+        self._entries.sort()
         if self._entries and not any(crc for _, _, crc, _ in self._entries):
             raise CheckpointFormatError(
                 f"{path} has no checksums: it was saved after torch.serialization.set_crc32_options(False), and damage "

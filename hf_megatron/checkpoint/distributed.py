@@ -105,6 +105,12 @@ class Index:
     fields: frozenset[str]  # of the metadata itself, which differ between the versions of whoever wrote it
     names: tuple[Global, ...]  # all that the pickle refers to
 
+    @property
+    def records(self) -> list[Record]:
+        """All records, in the order of the files."""
+        chunks = (chunk.record for stored in self.tensors.values() for chunk in stored.chunks)
+        return sorted([*chunks, *self.objects.values()])
+
 
 def read_metadata(
     path: Path, allowed: Collection[Global] = METADATA_GLOBALS, *, factor: int = INDEX_FACTOR, remedy: str = ""

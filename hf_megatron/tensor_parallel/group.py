@@ -46,7 +46,7 @@ def _wait_for_gloo_at_exit() -> None:
     A thread that does so later aborts the process, after all its work is done and even after
     ``destroy_process_group`` (pytorch/pytorch#190489).
     """
-    atexit.register(time.sleep, 0.1)
+    atexit.register(time.sleep, 0.2)
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:

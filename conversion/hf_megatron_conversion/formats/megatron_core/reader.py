@@ -15,13 +15,13 @@ from typing import Any
 
 from hf_megatron.checkpoint import LazyTensor, Piece, itemsize, listed
 from hf_megatron.checkpoint.budgets import MAX_TENSORS, require_within
-from hf_megatron.checkpoint.distributed import METADATA_GLOBALS, Index, open_record, open_tensor, read_index
+from hf_megatron.checkpoint.distributed import METADATA, METADATA_GLOBALS, Index, open_record, open_tensor, read_index
 from hf_megatron.checkpoint.torch_file import open_torch_file
 from hf_megatron.checkpoint.unpickle import globals_in
 from hf_megatron.errors import CheckpointFormatError
 from hf_megatron.partition import Box
 from hf_megatron_conversion.formats.base import Model
-from hf_megatron_conversion.formats.megatron_core.containers import torch_dist_directory
+from hf_megatron_conversion.formats.megatron_core.containers import MARK, torch_dist_directory
 from hf_megatron_conversion.formats.megatron_core.settings import arguments_beside
 from hf_megatron_conversion.formats.megatron_lm.config import ExternalFacts
 from hf_megatron_conversion.formats.megatron_lm.names import own_name
@@ -60,13 +60,18 @@ def open_torch_dist(directory: Path, given: ExternalFacts) -> Model:
         problems.append(f"checkpoint_version={value_of(version)} is not known in this container (only 3.0)")
     if optimizer := sum(map(_is_optimizer, index.tensors)):
         _logger.warning("%s holds an optimizer's state (%d tensors), which is left out.", place, optimizer)
+    archives: dict[Path, list[tuple[int, int]]] = {}
+    for record in index.records:
+        archives.setdefault(record.path, []).append((record.start, record.length))
+    common_file = place / _COMMON
     words = shards.get("word_embeddings.weight")
     stored = Stored(
         place=place,
         shards=shards,
         tp_size=1 if words is None else len({piece.box.offset[0] for piece in words[0].pieces}),
         is_core=True,
-        files=sorted({piece.path for tensors in shards.values() for tensor in tensors for piece in tensor.pieces}),
+        files=[*sorted(archives), place / METADATA, place / MARK, *([common_file] if common_file.is_file() else [])],
+        archives=archives,
         arguments=attributes(common.get("args")) or arguments_beside(place),
         container="torch_dist",
         core_version=_core_version(place, index, common),

@@ -59,7 +59,7 @@ class Stored:
     arguments: Arguments | None = None  # Megatron's training arguments
     container: Container | None = None  # of Megatron-core's tensors
     core_version: str | None = None  # of Megatron-core, as far as it can be told
-    dropped: Sequence[str] = ()  # names of what is stored beside the weights
+    archives: Mapping[Path, Sequence[tuple[int, int]]] = field(default_factory=dict)  # as Model has it
     problems: list[str] = field(default_factory=list)  # what is wrong with them
 
 
@@ -117,10 +117,11 @@ def stock_model(directory: Path, stored: Stored, given: ExternalFacts) -> Model:
         tensors=tensors,
         tp_size=found.tp_size,
         files=stored.files,
-        dropped=[*dropped, *stored.dropped],
+        dropped=dropped,
         checkpoint_version=stored.version,
         container=stored.container,
         core_version=stored.core_version,
+        archives=stored.archives,
         has_known_vocab_size=has_known_vocab_size,
         # Where generation stops, null if nobody knows it.
         generation_config={n: config[n] for n in ("bos_token_id", "eos_token_id")} if table.is_causal else None,
