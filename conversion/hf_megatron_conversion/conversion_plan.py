@@ -107,7 +107,7 @@ def _degree(target_format: Format, model: Model, tp_size: int | None) -> int:
         return 1
     if tp_size is not None:
         return tp_size
-    if not format_named(model.format).is_cut:
+    if not format_named(model.format, model.container).is_cut:
         raise PartitionError(f"A {target_format.name} directory needs a degree: give tp_size (--tp N).")
     model.table.check_degree(model.config, model.tp_size)
     return model.tp_size

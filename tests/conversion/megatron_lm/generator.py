@@ -178,7 +178,7 @@ def content_of(variant: Variant, weights: Tensors, tp: int, pp: int, iteration: 
         layers = range(first, first + per_chunk)
         is_first, is_last = first == 0, first + per_chunk == variant.layers
         key = "model" if variant.chunks == 1 else f"model{chunk}"
-        flat = _flat(variant, weights, tp, layers, is_first=is_first, is_last=is_last)
+        flat = flat_state(variant, weights, tp, layers, is_first=is_first, is_last=is_last)
         content[key] = flat if variant.names in ("flat", "core", "te") else _nested(variant, flat)
     if variant.version is not None:
         content["checkpoint_version"] = variant.version
@@ -264,7 +264,7 @@ _NORMS = {
 }
 
 
-def _flat(
+def flat_state(
     variant: Variant, weights: Tensors, tp: int, layers: range, *, is_first: bool, is_last: bool
 ) -> dict[str, Any]:
     """The rank's tensors under dotted names without any wrapper."""

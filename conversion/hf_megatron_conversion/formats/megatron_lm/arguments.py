@@ -23,11 +23,24 @@ _SWITCHES = (
     "squared_relu",
     "quick_geglu",
     "glu_activation",
+    "gated_linear_unit",
+    "glu_linear_offset",
+    "activation_func_clamp_value",
     "use_rotary_position_embeddings",
     "apply_layernorm_1p",
+    "layernorm_zero_centered_gamma",  # the same since core 0.16
     "multi_latent_attention",
+    "attention_output_gate",
+    "experimental_attention_variant",
+    "linear_attention_freq",
     "qk_layernorm",
+    "qk_l2_norm",
+    "softmax_scale",
     "window_size",
+    "use_mup",
+    "mtp_num_layers",
+    "heterogeneous_layers_config_path",
+    "enable_mhc_connections",
     "retro_add_retriever",
     "is_hybrid_model",
 )
@@ -37,10 +50,15 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "add_position_embedding": (None, True),
     "position_embedding_type": (None, "learned_absolute"),
     "num_experts": (None, 0, 1, [1]),
+    "num_moe_experts": (None, 0, 1),
+    "softmax_type": (None, "vanilla"),
     "standalone_embedding_stage": (None, False),
     "account_for_embedding_in_pipeline_split": (None, False),
     "account_for_loss_in_pipeline_split": (None, False),
 }
+
+# With these, Megatron-core has Transformer Engine compute the gelu, which has the tanh form only.
+_TANH_IN_TRANSFORMER_ENGINE = ("use_te_activation_func", "use_transformer_engine_op_fuser")
 
 _MAX_LAYERS = 10_000
 
@@ -54,13 +72,14 @@ class Activations:
 
 
 def activations(arguments: Arguments | None, table: Architecture, *, is_core: bool) -> Activations:
-    """Which of the gelus the model was trained with; Megatron-core (``is_core``) knows fewer of the switches."""
+    """Which of the gelus the model was trained with; Megatron-core (``is_core``) does not read the same switches."""
     if arguments is None and not is_core:  # from before v1.0, whose models had the stock ones' activations
         return Activations(table.activation.default, table.activation.default)
     arguments = {"bias_gelu_fusion": True} if arguments is None else arguments  # Megatron-core's default
     is_fused = bool(arguments.get("bias_gelu_fusion"))
     if is_core:
-        return Activations("gelu_fast" if is_fused else "gelu", "gelu")
+        is_tanh = is_fused or any(arguments.get(name) for name in _TANH_IN_TRANSFORMER_ENGINE)
+        return Activations("gelu_fast" if is_tanh else "gelu", "gelu")
     openai, onnx = bool(arguments.get("openai_gelu")), bool(arguments.get("onnx_safe"))
     head = "gelu_new" if openai else "gelu"
     # onnx_safe is the exact form with 1.41421 for the root of two, 1.2e-6 off. Until squared_relu came in 2022 the
@@ -71,16 +90,18 @@ def activations(arguments: Arguments | None, table: Architecture, *, is_core: bo
     return Activations(head, head)
 
 
-def architecture_of(stored: Iterable[str], arguments: Arguments, problems: list[str]) -> Architecture:
+def architecture_of(
+    stored: Iterable[str], arguments: Arguments, problems: list[str], *, is_core: bool
+) -> Architecture:
     """The table of a checkpoint, by what the names of its tensors begin with and by where its norms stand.
 
-    ``problems`` is extended if no model is like that.
+    ``problems`` is extended if no model is like that. Megatron-core has the norms first whatever the arguments say.
     """
     known = [(table, table.megatron.only) for table in TABLES if table.megatron is not None]
     named = [table for table, only in known if any(name.startswith(only) for name in stored)]
     named = named or [table for table, only in known if not only]
     name = "apply_residual_connection_post_layernorm"
-    norms = "post" if arguments.get(name) else "pre"
+    norms = "post" if arguments.get(name) and not is_core else "pre"
     placed = [table for table in named if table.norms == norms]
     if not placed:
         problems.append(f"{name} is not supported for {named[0].name}")

@@ -138,7 +138,7 @@ def _refusal(directory: Path, problems: Sequence[str]) -> CheckpointError:
 def _found(stored: Stored, arguments: Arguments, problems: list[str]) -> DetectedModel | None:
     """What the tensors show; None if those that show it are not there."""
     shards = stored.shards
-    table = architecture_of(shards, arguments, problems)
+    table = architecture_of(shards, arguments, problems, is_core=stored.is_core)
     needed = (_WORDS, _POSITIONS, _FIRST_QKV, _FIRST_UP)
     if missing := [name for name in needed if name not in shards or len(shards[name][0].shape) != 2]:
         problems.append(f"missing: {listed(missing)}")

@@ -1,0 +1,120 @@
+"""Distributed checkpoints of Megatron-core as stock models: the logits are Megatron's."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_megatron.errors import CheckpointIncompleteError, PartitionError
+from hf_megatron_conversion import convert, inspect, verify
+from tests.conversion.megatron_core.generator import Distributed, content_of, write, write_content
+from tests.conversion.megatron_lm.generator import VOCAB, Variant, make_weights
+from tests.conversion.megatron_lm.generator import write as write_ranks
+from tests.conversion.megatron_lm.test_read import assert_converts
+
+GPT, BERT = Distributed(), Distributed(kind="bert")
+
+# What each group of variants catches.
+_VARIANTS = {
+    "chunks of several ranks put together in the wrong order, or along the wrong dimension": [
+        replace(kind, tp=tp) for kind in (GPT, BERT) for tp in (1, 2, 4)
+    ],
+    "layer 10 taken for the second, or one layer for none": [replace(GPT, layers=layers) for layers in (1, 11)],
+    "a key for each layer, or a wrapper's prefix, not known": [
+        replace(kind, is_stacked=False, prefix=prefix) for kind in (GPT, BERT) for prefix in ("", "module.", "model.")
+    ],
+    "a head of its own dropped, or a BERT without its second head given one": [
+        replace(GPT, is_untied=True),
+        replace(BERT, has_binary_head=False),
+    ],
+    "the exact gelu taken for the tanh form": [replace(kind, gelu="erf") for kind in (GPT, BERT)],
+    "arguments looked for in common.pt only": [replace(GPT, common="object")],
+    "the optimizer's moments taken for weights": [replace(GPT, has_optimizer=True)],
+}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(variant, id=f"{what}-{i}") for what in _VARIANTS for i, variant in enumerate(_VARIANTS[what])],
+)
+def test_the_logits_are_megatron_s(tmp_path: Path, variant: Distributed) -> None:
+    """Catches, by variant, what ``_VARIANTS`` says."""
+    weights = make_weights(variant)
+    assert_converts(tmp_path, variant, weights=weights, source=write(tmp_path / "source", variant, weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Catches bytes of one type read as another's; every tensor equals that of the same model in one file per rank."""
+    variant = replace(BERT, dtype=dtype)
+    write(tmp_path / "source", variant)
+    write_ranks(tmp_path / "ranks", Variant(kind="bert", names="te", gelu="fused", dtype=dtype))
+    assert verify(tmp_path / "source", tmp_path / "ranks").equal
+
+
+def test_a_tensor_in_one_chunk_or_in_many(tmp_path: Path) -> None:
+    """Catches a reader that takes a chunk for a layer of a rank: others may cut tensors as they like."""
+    content = content_of(replace(GPT, tp=1), make_weights(GPT))
+    for name, shape in content.shapes.items():
+        whole = torch.empty(shape)
+        for offset, part in content.chunks[name]:
+            whole[tuple(slice(a, a + b) for a, b in zip(offset, part.shape, strict=True))] = part
+        sizes = [(size // 2, size - size // 2) if len(name) % 2 and size > 1 else (size,) for size in shape]
+        places = [list(itertools.accumulate((0, *parts[:-1]))) for parts in sizes]
+        content.chunks[name] = [
+            (tuple(o), whole[tuple(slice(a, a + b) for a, b in zip(o, s, strict=True))])
+            for o, s in zip(itertools.product(*places), itertools.product(*sizes), strict=True)
+        ]
+    write_content(tmp_path / "source", content)
+    assert_converts(tmp_path, GPT, weights=make_weights(GPT), source=tmp_path / "source")
+
+
+def test_to_shards_and_verified(tmp_path: Path) -> None:
+    """Catches a degree that is not the source's, and Megatron's equations run with chunks as if they were ranks."""
+    write(tmp_path / "source", GPT)
+    result = convert(tmp_path / "source", tmp_path / "tp", to="tp", tp_size=4, vocab_size=VOCAB, verify=True)
+    assert (result.verified, result.tp_size) == (True, 4)
+    assert verify(tmp_path / "source", tmp_path / "tp", logits=True).equal
+    with pytest.raises(PartitionError, match="--tp N"):
+        convert(tmp_path / "source", tmp_path / "other", to="tp", vocab_size=VOCAB)
+
+
+def test_inspect(tmp_path: Path) -> None:
+    """Catches the container, or the degree, not being told."""
+    write(tmp_path / "gpt", GPT)
+    write_ranks(tmp_path / "ranks", Variant(names="core"))
+    write_ranks(tmp_path / "legacy", Variant())
+    found = inspect(tmp_path / "gpt")
+    assert (found.format, found.container, found.architecture, found.tp_size) == (
+        "megatron-core",
+        "torch_dist",
+        "gpt2",
+        2,
+    )
+    assert (found.checkpoint_version, found.dtype) == (3.0, "float32")
+    found = inspect(tmp_path / "ranks")
+    assert (found.format, found.container) == ("megatron-core", "torch")
+    found = inspect(tmp_path / "legacy")
+    assert (found.format, found.container) == ("megatron-lm", None)
+
+
+def test_one_iteration(tmp_path: Path) -> None:
+    """Catches a reader that wants the root of a run, or that takes any iteration where the root names one."""
+    write(tmp_path, GPT)
+    assert inspect(tmp_path / "iter_0001000").format == "megatron-core"
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2000")
+    with pytest.raises(CheckpointIncompleteError, match="iter_0002000 is missing"):
+        inspect(tmp_path)
+
+
+def test_the_optimizer_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches an optimizer's state that is dropped without a word."""
+    write(tmp_path / "source", replace(GPT, has_optimizer=True))
+    with caplog.at_level(logging.WARNING):
+        inspect(tmp_path / "source")
+    assert "optimizer's state (32 tensors)" in caplog.text
