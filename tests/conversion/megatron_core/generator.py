@@ -49,9 +49,10 @@ class Content:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     chunks: dict[str, Chunks] = field(default_factory=dict)
     objects: dict[str, Any] = field(default_factory=dict)
-    common: dict[str, Any] | None = None
+    common: Any = None  # of common.pt
     mark: dict[str, Any] = field(default_factory=lambda: {"sharded_backend": "torch_dist"})
     change_metadata: Callable[[dcp.Metadata], None] = lambda metadata: None
+    replaced: tuple[str, str] = ("", "")  # texts of equal length, in the finished index
     raw_records: dict[str, bytes] = field(default_factory=dict)  # in place of what torch.save makes of a chunk
 
 
@@ -133,7 +134,8 @@ def write_content(place: Path, content: Content) -> None:
     content.change_metadata(metadata)
     for number, file in enumerate(files):
         (place / f"__0_{number}.distcp").write_bytes(file.getvalue())
-    (place / ".metadata").write_bytes(pickle.dumps(metadata))
+    old, new = (text.encode() for text in content.replaced)
+    (place / ".metadata").write_bytes(pickle.dumps(metadata).replace(old, new) if old else pickle.dumps(metadata))
     (place / "metadata.json").write_text(json.dumps(content.mark))
     if content.common is not None:
         torch.save(content.common, place / "common.pt")

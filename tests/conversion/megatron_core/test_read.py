@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_megatron.errors import CheckpointIncompleteError, PartitionError
+from hf_megatron.errors import CheckpointError, CheckpointIncompleteError, PartitionError
 from hf_megatron_conversion import convert, inspect, verify
 from tests.conversion.megatron_core.generator import Distributed, content_of, write, write_content
 from tests.conversion.megatron_lm.generator import VOCAB, Variant, make_weights
@@ -118,3 +120,102 @@ def test_the_optimizer_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING):
         inspect(tmp_path / "source")
     assert "optimizer's state (32 tensors)" in caplog.text
+
+
+def _bridge(directory: Path, fields: str) -> Path:
+    """A checkpoint as Megatron-Bridge writes it: no arguments, the sizes in a YAML file, a tracker of its own."""
+    write(directory, replace(GPT, common=None))
+    (directory / "latest_checkpointed_iteration.txt").unlink()
+    torch.save({"step": torch.tensor(1000), "do_train": torch.tensor(True)}, directory / "latest_train_state.pt")
+    (directory / "iter_0001000/run_config.yaml").write_text(fields)
+    return directory
+
+
+_FLAT = """
+model:
+  _target_: megatron.bridge.models.gpt_provider.GPTModelProvider
+  activation_func: &id001 {_call_: false, _target_: torch._C._nn.gelu}
+  add_bias_linear: true
+  bias_activation_fusion: true
+  gated_linear_unit: false
+  hidden_size: 32
+  layernorm_epsilon: 1.0e-05
+  normalization: LayerNorm
+  num_attention_heads: 8
+  num_layers: 2
+  num_query_groups: null
+  other: *id001
+  position_embedding_type: learned_absolute
+  seq_length: 24
+  share_embeddings_and_output_weights: true
+  vocab_size: 101
+"""
+_NESTED = """
+model:
+  _target_: megatron.bridge.models.gpt.model_config.BridgeGPTModelConfig
+  position_embedding_type: learned_absolute
+  seq_length: 24
+  share_embeddings_and_output_weights: true
+  transformer: {num_layers: 2, hidden_size: 32, num_attention_heads: 8, ffn_hidden_size: null, layernorm_epsilon: 1e-05,
+    bias_activation_fusion: true, activation_func: gelu}
+  vocab_size: 101
+"""
+
+
+@pytest.mark.parametrize("fields", [_FLAT, _NESTED], ids=["flat", "nested"])
+def test_megatron_bridge(tmp_path: Path, fields: str) -> None:
+    """Catches a root of Megatron-Bridge, or one of its two forms of settings, that is not understood."""
+    source = _bridge(tmp_path / "source", fields)
+    assert_converts(tmp_path, GPT, weights=make_weights(GPT), source=source)
+
+
+def test_megatron_bridge_s_default_is_the_exact_gelu(tmp_path: Path) -> None:
+    """Catches Megatron-LM's default of the fused kernel taken for Megatron-Bridge's."""
+    exact = replace(GPT, gelu="erf")
+    source = _bridge(
+        tmp_path / "source", _FLAT.replace("bias_activation_fusion: true", "bias_activation_fusion: false")
+    )
+    assert_converts(tmp_path, exact, weights=make_weights(exact), source=source)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("gated_linear_unit: false", "gated_linear_unit: true", "gated_linear_unit"),
+        ("torch._C._nn.gelu", "torch.nn.functional.silu", "activation_func='silu'"),
+        ("LayerNorm\n", "RMSNorm\n", "RMSNorm"),
+        ("learned_absolute", "rope", "position_embedding_type"),
+        ("num_query_groups: null", "num_query_groups: 2", "num_query_groups=2"),
+        ("num_layers: 2", "num_layers: 3", "num_layers is 2 in the tensors, 3 in the arguments"),
+        ("seq_length: 24", "seq_length: 24\n  window_size: [4, 0]", "window_size"),
+        ("model:", "nothing:", "has no 'model'"),
+        ("model:", "model: [", "is not valid YAML"),
+    ],
+)
+def test_settings_that_are_not_supported(tmp_path: Path, old: str, new: str, told: str) -> None:
+    """Catches a setting of Megatron-Bridge's that is ignored, so that the model computes something else."""
+    source = _bridge(tmp_path / "source", _FLAT.replace(old, new))
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        convert(source, tmp_path / "hub", to="hub")
+
+
+def test_nemo_2(tmp_path: Path) -> None:
+    """Catches NeMo's prefix, its directories, its settings, or a ``common.pt`` that is none of Megatron-LM's."""
+    write_content(tmp_path / "source/weights", content_of(replace(GPT, prefix="module."), make_weights(GPT)))
+    torch.save({"loops": Fraction(1, 2)}, tmp_path / "source/weights/common.pt")
+    (tmp_path / "source/context").mkdir()
+    (tmp_path / "source/context/model.yaml").write_text(
+        _FLAT.replace("model:", "config:").replace("  vocab_size: 101", "")
+    )
+    assert_converts(tmp_path, GPT, weights=make_weights(GPT), source=tmp_path / "source")
+
+
+def test_nemo_1(tmp_path: Path) -> None:
+    """Catches NeMo 1's names for the settings."""
+    write_content(tmp_path / "source/model_weights", content_of(replace(BERT, prefix="model."), make_weights(BERT)))
+    (tmp_path / "source/model_config.yaml").write_text(
+        "num_layers: 2\nhidden_size: 32\nnum_attention_heads: 8\nmax_position_embeddings: 24\nencoder_seq_length: 20\n"
+        "normalization: layernorm\nlayernorm_epsilon: 1e-5\nactivation: gelu\nbias_activation_fusion: true\n"
+        "bias: true\n"
+    )
+    assert_converts(tmp_path, BERT, weights=make_weights(BERT), source=tmp_path / "source")

@@ -16,13 +16,16 @@ MARK = "metadata.json"
 _BACKEND = "sharded_backend"
 _COMMON = "common.pt"
 _NEMO = ("weights", "model_weights")  # of NeMo 2 and NeMo 1
-_REMEDIES = {
-    "zarr": "Load it with Megatron-LM (core 0.15 or older) and --auto-detect-ckpt-format, and save it with "
-    "--ckpt-format torch_dist (--ckpt-convert-format torch_dist --ckpt-convert-save DIR)",
-}
+# Megatron-core read it until 0.15.
+_ZARR_REMEDY = (
+    "Start its training script with Megatron-LM of core 0.15 or older and --ckpt-convert-format torch_dist "
+    "--ckpt-convert-save DIR, which writes DIR/torch_dist and ends"
+)
+# Megatron-LM has no tool for it; torch's own keeps the arguments too.
 _FSDP_REMEDY = (
-    "It was saved with --ckpt-format fsdp_dtensor or torch_dcp. Load it with the Megatron-LM that wrote it and save it "
-    "with --ckpt-format torch_dist"
+    "It was saved with --ckpt-format fsdp_dtensor or torch_dcp. If you trust it, since this runs its pickles: python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch {place} NEW/iter_0000001/mp_rank_00/model_optim_rng.pt "
+    "(make that directory first), and convert NEW"
 )
 
 
@@ -48,12 +51,14 @@ def torch_dist_directory(directory: Path) -> Path:
     mark = place / MARK
     if not mark.is_file():
         if (place / METADATA).is_file() and not (place / _COMMON).is_file():
-            raise CheckpointFormatError(f"{place} is a distributed checkpoint without {MARK}. {_FSDP_REMEDY}.")
+            raise CheckpointFormatError(
+                f"{place} is a distributed checkpoint without {MARK}. {_FSDP_REMEDY.format(place=place)}."
+            )
         raise CheckpointIncompleteError(f"{mark} is missing, which says how the checkpoint is stored.")
     content = read_json(mark)
     backend = content.get(_BACKEND)
     if backend != "torch_dist":
-        remedy = _REMEDIES.get(str(backend), "Save it with --ckpt-format torch_dist")
+        remedy = _ZARR_REMEDY if backend == "zarr" else "Save it with --ckpt-format torch_dist"
         raise CheckpointFormatError(
             f"{place} is a checkpoint of Megatron-core in the container {shown(backend)}, which is not read here (only "
             f"torch_dist and torch). {remedy}."

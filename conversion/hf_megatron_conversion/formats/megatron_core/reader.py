@@ -22,7 +22,7 @@ from hf_megatron.errors import CheckpointFormatError
 from hf_megatron.partition import Box
 from hf_megatron_conversion.formats.base import Model
 from hf_megatron_conversion.formats.megatron_core.containers import MARK, torch_dist_directory
-from hf_megatron_conversion.formats.megatron_core.settings import arguments_beside
+from hf_megatron_conversion.formats.megatron_core.settings import arguments_beside, is_nemo
 from hf_megatron_conversion.formats.megatron_lm.config import ExternalFacts
 from hf_megatron_conversion.formats.megatron_lm.names import own_name
 from hf_megatron_conversion.formats.megatron_lm.pickled import MEGATRON_GLOBALS, attributes, value_of
@@ -84,7 +84,9 @@ def _common(place: Path, index: Index) -> Mapping[str, Any]:
     """What is not cut: the arguments and where training was. Judges all other objects on the way."""
     objects = {name: open_record(record, MEGATRON_GLOBALS) for name, record in index.objects.items()}
     path = place / _COMMON
-    content = open_torch_file(path, MEGATRON_GLOBALS) if path.is_file() else None
+    if is_nemo(place):
+        return {}  # NeMo's is a checkpoint of Lightning's, and of no use here
+    content = open_torch_file(path, MEGATRON_GLOBALS) if path.exists() else None
     if content is None:
         stored = objects.get(_COMMON_STATE)
         content = stored[0] if isinstance(stored, list) and len(stored) == 1 else None

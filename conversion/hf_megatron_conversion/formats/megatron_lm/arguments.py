@@ -7,6 +7,7 @@ have it. Sources: ``megatron/arguments.py`` and ``megatron/model/transformer.py`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,8 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "num_experts": (None, 0, 1, [1]),
     "num_moe_experts": (None, 0, 1),
     "softmax_type": (None, "vanilla"),
+    "activation_func": (None, "gelu"),  # where Megatron-Bridge or NeMo has chosen it
+    "bert_type": (None, "megatron"),  # of NeMo, whose other one has its norms after attention and MLP
     "standalone_embedding_stage": (None, False),
     "account_for_embedding_in_pipeline_split": (None, False),
     "account_for_loss_in_pipeline_split": (None, False),
@@ -60,6 +63,9 @@ _FIXED: dict[str, tuple[object, ...]] = {
 # With these, Megatron-core has Transformer Engine compute the gelu, which has the tanh form only.
 _TANH_IN_TRANSFORMER_ENGINE = ("use_te_activation_func", "use_transformer_engine_op_fuser")
 
+# What tools/checkpoint/convert.py of Megatron-LM writes whatever the model was trained with.
+_CONVERTED = {"no_save_optim": True, "use_cpu_initialization": True, "perform_initialization": False}
+_logger = logging.getLogger(__name__)
 _MAX_LAYERS = 10_000
 
 
@@ -79,6 +85,12 @@ def activations(arguments: Arguments | None, table: Architecture, *, is_core: bo
     is_fused = bool(arguments.get("bias_gelu_fusion"))
     if is_core:
         is_tanh = is_fused or any(arguments.get(name) for name in _TANH_IN_TRANSFORMER_ENGINE)
+        if not is_tanh and all(arguments.get(name) == value for name, value in _CONVERTED.items()):
+            _logger.warning(
+                "The arguments are those of Megatron-LM's tools/checkpoint, which says bias_gelu_fusion=False of any "
+                "model, so the exact gelu is taken for its activation. If it was trained with the fused kernel, give a "
+                "config.json (--config) with the tanh form."
+            )
         return Activations("gelu_fast" if is_tanh else "gelu", "gelu")
     openai, onnx = bool(arguments.get("openai_gelu")), bool(arguments.get("onnx_safe"))
     head = "gelu_new" if openai else "gelu"
@@ -90,9 +102,7 @@ def activations(arguments: Arguments | None, table: Architecture, *, is_core: bo
     return Activations(head, head)
 
 
-def architecture_of(
-    stored: Iterable[str], arguments: Arguments, problems: list[str], *, is_core: bool
-) -> Architecture:
+def architecture_of(stored: Iterable[str], arguments: Arguments, problems: list[str], *, is_core: bool) -> Architecture:
     """The table of a checkpoint, by what the names of its tensors begin with and by where its norms stand.
 
     ``problems`` is extended if no model is like that. Megatron-core has the norms first whatever the arguments say.
