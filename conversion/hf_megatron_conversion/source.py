@@ -13,7 +13,8 @@ _logger = logging.getLogger(__name__)
 _SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*", "SHA256SUMS"]
 # "*" matches slashes too.
 _WEIGHTS = ["model*.safetensors", "shard-*.safetensors", "*mp_rank_*/model_optim_rng.pt", "*mp_rank_*/model_rng.pt"]
-_WHAT_IT_IS = ["config.json", "latest_checkpointed_iteration.txt"]
+_WEIGHTS += ["*.distcp", "*.metadata", "*common.pt", "*run_config.yaml", "*model.yaml", "*model_config.yaml"]
+_WHAT_IT_IS = ["config.json", "latest_checkpointed_iteration.txt", "latest_train_state.pt", "*metadata.json"]
 _PICKLED_WEIGHTS = ["pytorch_model*.bin"]
 
 
@@ -51,8 +52,8 @@ def _download(repository: str, revision: str | None, config_only: bool) -> Path:
     try:
         if config_only:
             return fetch(_WHAT_IT_IS)
-        directory = fetch(_SIDE_FILES + _WEIGHTS)
-        if not any(directory.glob("*.safetensors")) and not any(directory.rglob("mp_rank_*")):
+        directory = fetch(_SIDE_FILES + _WHAT_IT_IS + _WEIGHTS)
+        if not any(path for pattern in ("*.safetensors", "mp_rank_*", "*.distcp") for path in directory.rglob(pattern)):
             _logger.info("%s has no safetensors files; fetching its pickled weights.", repository)
             directory = fetch(_SIDE_FILES + _PICKLED_WEIGHTS)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import re
 from dataclasses import replace
+from fnmatch import fnmatch
 from fractions import Fraction
 from pathlib import Path
 
@@ -219,3 +220,27 @@ def test_nemo_1(tmp_path: Path) -> None:
         "bias: true\n"
     )
     assert_converts(tmp_path, BERT, weights=make_weights(BERT), source=tmp_path / "source")
+
+
+@pytest.mark.parametrize("kind", ["megatron", "nemo"])
+def test_a_repository_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Catches a repository of such files fetched in part, or refused before its files are there."""
+    snapshot, content = tmp_path / "snapshot", content_of(GPT, make_weights(GPT))
+    if kind == "megatron":
+        write(snapshot, GPT)
+    else:
+        write_content(snapshot / "weights", content)
+        (snapshot / "context").mkdir()
+        (snapshot / "context/model.yaml").write_text(_FLAT.replace("model:", "config:"))
+    cache = tmp_path / "cache"
+
+    def snapshot_download(_: str, allow_patterns: list[str]) -> str:
+        for path in snapshot.rglob("*"):
+            name = path.relative_to(snapshot)
+            if path.is_file() and any(fnmatch(str(name), pattern) for pattern in allow_patterns):
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                (cache / name).write_bytes(path.read_bytes())
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert_converts(tmp_path, GPT, weights=make_weights(GPT), source="some/repository")  # type: ignore[arg-type]

@@ -23,8 +23,8 @@ _ZARR_REMEDY = (
 )
 # Megatron-LM has no tool for it; torch's own keeps the arguments too.
 _FSDP_REMEDY = (
-    "It was saved with --ckpt-format fsdp_dtensor or torch_dcp. If you trust it, since this runs its pickles: python -m "
-    "torch.distributed.checkpoint.format_utils dcp_to_torch {place} NEW/iter_0000001/mp_rank_00/model_optim_rng.pt "
+    "It was saved with --ckpt-format fsdp_dtensor or torch_dcp. If you trust it, since this runs its pickles: python "
+    "-m torch.distributed.checkpoint.format_utils dcp_to_torch {place} NEW/iter_0000001/mp_rank_00/model_optim_rng.pt "
     "(make that directory first), and convert NEW"
 )
 
@@ -51,9 +51,8 @@ def torch_dist_directory(directory: Path) -> Path:
     mark = place / MARK
     if not mark.is_file():
         if (place / METADATA).is_file() and not (place / _COMMON).is_file():
-            raise CheckpointFormatError(
-                f"{place} is a distributed checkpoint without {MARK}. {_FSDP_REMEDY.format(place=place)}."
-            )
+            remedy = _FSDP_REMEDY.format(place=place)
+            raise CheckpointFormatError(f"{place} is a distributed checkpoint without {MARK}. {remedy}.")
         raise CheckpointIncompleteError(f"{mark} is missing, which says how the checkpoint is stored.")
     content = read_json(mark)
     backend = content.get(_BACKEND)
