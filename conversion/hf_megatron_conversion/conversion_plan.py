@@ -147,14 +147,7 @@ def make_plan(model: Model, options: Options, source_name: str) -> ConversionPla
     files = [
         *target_format.weight_files(target),
         *_side_files(model, options.tokenizer),
-        model_card(
-            target,
-            config,
-            source=source_name,
-            layout=_described(target, options),
-            verified=options.verify,
-            mismatch=mismatch,
-        ),
+        model_card(target, config, source=source_name, layout=layout, verified=options.verify, mismatch=mismatch),
         TextFile.json("config.json", config),
     ]
     container = target.container if options.to == "megatron-core" else None
