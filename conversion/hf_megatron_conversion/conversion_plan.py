@@ -6,14 +6,14 @@ import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hf_megatron.architectures import Architecture
 from hf_megatron.checkpoint import DTYPES
-from hf_megatron.errors import CheckpointFormatError, PartitionError
+from hf_megatron.errors import CheckpointFormatError, PartitionError, UnsupportedError
 from hf_megatron_conversion.card import model_card
 from hf_megatron_conversion.files import CopiedFile, OutputFile, TextFile
-from hf_megatron_conversion.formats import FormatName, format_named
+from hf_megatron_conversion.formats import Container, FormatName, TransformerImpl, format_named
 from hf_megatron_conversion.formats.base import Format, Model, ModelType, Target
 from hf_megatron_conversion.memory import parse_size
 from hf_megatron_conversion.sha256sums import SHA256SUMS, sums_size
@@ -32,12 +32,20 @@ class Options:
     """What the user asks for; the names are those of ``convert``'s arguments."""
 
     to: FormatName
+    container: Container | None = None
     tp_size: int | None = None
+    pp_size: int | None = None
+    transformer_impl: TransformerImpl | None = None
     dtype: str | None = None
     max_shard_size: str | int | None = None
     tokenizer: Path | None = None
     model_type: ModelType | None = None
     verify: bool = False
+
+    @property
+    def format(self) -> Format:
+        """The format to write."""
+        return format_named(self.to, self.container)
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,9 @@ class ConversionPlan:
 
     files: Sequence[OutputFile]  # in the order of writing; config.json is the last, because without it nothing loads
     tensors: Mapping[str, Readable]  # under canonical names
+    container: Container | None  # of a megatron-core directory
     tp_size: int  # 1 if the format is not cut
+    pp_size: int
     mismatch: str | None  # what the stock class named in the config.json computes differently
 
     @property
@@ -62,10 +72,13 @@ class ConversionPlan:
 
 def check_options(options: Options, config: Mapping[str, Any], table: Architecture) -> None:
     """Refuse what the configuration alone shows to be impossible, before a weight file is opened."""
+    _check_container(options)
     if options.tp_size is not None:
-        if not format_named(options.to).is_cut:
+        if not options.format.is_cut:
             raise PartitionError(f"tp_size={options.tp_size} was given, but a {options.to} directory is not cut.")
         table.check_degree(config, options.tp_size)
+    if options.pp_size is not None:
+        _check_stages(options.pp_size, table.sizes(config)["num_hidden_layers"])
     if options.dtype is not None:
         dtype_code(options.dtype)
     if options.max_shard_size is not None:
@@ -73,15 +86,53 @@ def check_options(options: Options, config: Mapping[str, Any], table: Architectu
     table.check_numerics(config)
 
 
+def _check_container(options: Options) -> None:
+    """Refuse options that are not for the format, or not for the container."""
+    names = ("container", "pp_size", "transformer_impl")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.to != "megatron-core":
+        if given:
+            said = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise UnsupportedError(f"{said} was given, which is for megatron-core directories, not for {options.to}.")
+        return
+    for name, known in (("container", Container), ("transformer_impl", TransformerImpl)):
+        if name in given and given[name] not in get_args(known):
+            raise UnsupportedError(f"{name}={given[name]!r} is not one of {', '.join(get_args(known))}.")
+    cut = [name for name in ("tp_size", "pp_size", "transformer_impl") if getattr(options, name) is not None]
+    if cut and not options.format.is_cut:
+        said = ", ".join(f"{name}={getattr(options, name)}" for name in cut)
+        raise PartitionError(
+            f"{said} was given, but in the container torch_dist a megatron-core directory is the same for every degree "
+            "and both implementations: Megatron-LM cuts it as it loads. Leave it out, or write the container torch."
+        )
+
+
+def _check_stages(pp_size: int, layers: int) -> None:
+    if pp_size < 1 or layers % pp_size:
+        fitting = ", ".join(str(number) for number in range(1, layers + 1) if layers % number == 0)
+        raise PartitionError(
+            f"num_hidden_layers={layers} cannot be divided into pp_size={pp_size} equal stages; choose one of "
+            f"{fitting}."
+        )
+
+
 def make_plan(model: Model, options: Options, source_name: str) -> ConversionPlan:
     """Lay out the destination of a conversion of ``model``, which the card calls ``source_name``."""
-    target_format = format_named(options.to)
+    target_format = options.format
     code = None if options.dtype is None else dtype_code(options.dtype)
     tensors = {name: cast(name, tensor, code) for name, tensor in model.tensors.items()}
     tp_size = _degree(target_format, model, options.tp_size)
     if not target_format.has_config:
         tokenizer_facts(options.tokenizer or model.directory)  # which whoever reads the result goes by
-    target = Target(model=model, tensors=tensors, tp_size=tp_size, max_shard_size=options.max_shard_size)
+    target = Target(
+        model=model,
+        tensors=tensors,
+        tp_size=tp_size,
+        pp_size=options.pp_size or 1,
+        container=options.container or Target.container,
+        transformer_impl=options.transformer_impl or Target.transformer_impl,
+        max_shard_size=options.max_shard_size,
+    )
     model_type = options.model_type or target_format.default_model_type
     config = model.table.config_of(model.config, model.model_class, stock=model_type == "stock")
     if code is not None:
@@ -91,15 +142,28 @@ def make_plan(model: Model, options: Options, source_name: str) -> ConversionPla
         _logger.warning(
             "auto_map is left out of config.json: it names code that the source brings along, which is not converted."
         )
+    layout = _described(target, options)
     mismatch = model.table.stock_mismatch(config) if model_type == "stock" and target_format.has_config else None
-    layout = f"{options.to}, tensor-parallel degree {tp_size}" if target_format.is_cut else options.to
     files = [
         *target_format.weight_files(target),
         *_side_files(model, options.tokenizer),
         model_card(target, config, source=source_name, layout=layout, verified=options.verify, mismatch=mismatch),
         TextFile.json("config.json", config),
     ]
-    return ConversionPlan(files=files, tensors=tensors, tp_size=tp_size, mismatch=mismatch)
+    container = target.container if options.to == "megatron-core" else None
+    return ConversionPlan(files, tensors, container, target.tp_size, target.pp_size, mismatch)
+
+
+def _described(target: Target, options: Options) -> str:
+    """The destination's format, in words."""
+    said: list[str] = [options.to]
+    if options.to == "megatron-core":
+        said.append(f"container {target.container}")
+    if options.format.is_cut:
+        said.append(f"tensor-parallel degree {target.tp_size}")
+    if target.pp_size > 1:
+        said.append(f"{target.pp_size} pipeline stages")
+    return ", ".join(said)
 
 
 def _degree(target_format: Format, model: Model, tp_size: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from hf_megatron_conversion.card import source_card
 from hf_megatron_conversion.comparison import compare, finite
 from hf_megatron_conversion.conversion_plan import ConversionPlan, Options, check_options, make_plan
 from hf_megatron_conversion.files import CopiedFile, OutputFile, Progress, Silent, Writing, write_files
-from hf_megatron_conversion.formats import FormatName, format_of, read_model
+from hf_megatron_conversion.formats import Container, FormatName, TransformerImpl, format_of, read_model
 from hf_megatron_conversion.formats.base import Model, ModelType, SourceOptions, warn_of_padding
 from hf_megatron_conversion.journal import Journal, fingerprint
 from hf_megatron_conversion.memory import parse_size, peak_rss_bytes, writing_within
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+# What lies there.
+_IN_RELEASE = re.compile(r"mp_rank_[0-9_]+|__0_[0-9]+\.distcp|\.metadata|metadata\.json|common\.pt")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
@@ -44,7 +48,9 @@ class Conversion:
         source: As it was given.
         destination: As it was given.
         format: The destination's format.
+        container: The destination's container, of a megatron-core directory.
         tp_size: The destination's degree; 1 for a format that is not cut.
+        pp_size: Its number of pipeline stages.
         tensors: Number of tensors.
         bytes_written: Bytes of all files of the destination.
         files: Size of each of them, by name.
@@ -65,7 +71,9 @@ class Conversion:
     source: str
     destination: str
     format: FormatName
+    container: Container | None
     tp_size: int
+    pp_size: int
     tensors: int
     bytes_written: int
     files: Mapping[str, int]
@@ -87,7 +95,10 @@ def convert(
     destination: str | Path,
     *,
     to: FormatName,
+    container: Container | None = None,
     tp_size: int | None = None,
+    pp_size: int | None = None,
+    transformer_impl: TransformerImpl | None = None,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     vocab_size: int | None = None,
@@ -111,9 +122,15 @@ def convert(
         source: A directory, or the id of a repository on the Hub.
         destination: The directory to write; it must not exist, nor overlap the source.
         to: Format to write.
+        container: Of a megatron-core directory: ``"torch_dist"`` (default), which Megatron-LM loads at any degree, or
+            ``"torch"``, one file per rank.
         tp_size: Degree to write; by default the source's, if that is cut.
+        pp_size: Number of pipeline stages of the container ``torch``; by default 1.
+        transformer_impl: Whose names the container ``torch`` has for a layer's norms, ``"transformer_engine"``
+            (default) or ``"local"``, as Megatron-LM's argument of that name.
         dtype: Cast floating-point tensors to this one (``"bfloat16"``); by default every tensor keeps its own.
-        max_shard_size: Largest size of a weight file of a hub directory, in bytes or like ``"5GB"``.
+        max_shard_size: Largest size of a weight file, in bytes or like ``"5GB"``, of a hub directory or of the
+            container ``torch_dist``.
         vocab_size: Size of the vocabulary without the padding that Megatron-LM adds; by default what the tokenizer or
             the files beside the source say, and if nothing does, the padding is kept.
         config: A config.json in place of the source's. A Megatron-LM checkpoint without arguments needs one, of which
@@ -140,7 +157,10 @@ def convert(
     started = time.perf_counter()
     options = Options(
         to=to,
+        container=container,
         tp_size=tp_size,
+        pp_size=pp_size,
+        transformer_impl=transformer_impl,
         dtype=dtype,
         max_shard_size=max_shard_size,
         tokenizer=None if tokenizer is None else Path(tokenizer),
@@ -164,7 +184,9 @@ def convert(
         source=str(source),
         destination=str(destination),
         format=to,
+        container=plan.container,
         tp_size=plan.tp_size,
+        pp_size=plan.pp_size,
         tensors=len(plan.tensors),
         bytes_written=plan.nbytes,
         files=plan.sizes,
@@ -246,9 +268,9 @@ def _check_content(destination: Path) -> None:
 
 
 def _is_release(directory: Path) -> bool:
-    """Whether this is the directory of a megatron-lm checkpoint, the only one in what is written here."""
+    """Whether this is the directory of a checkpoint for Megatron-LM, the only one in what is written here."""
     is_named = directory.name == "release" and directory.with_name("latest_checkpointed_iteration.txt").is_file()
-    return is_named and all(path.name.startswith("mp_rank_") for path in directory.iterdir())
+    return is_named and all(_IN_RELEASE.fullmatch(path.name) for path in directory.iterdir())
 
 
 @dataclass(frozen=True, kw_only=True)

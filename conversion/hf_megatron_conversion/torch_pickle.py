@@ -1,4 +1,4 @@
-"""The pickle in a file of ``torch.save``, written without torch: it names torch's types, and importing them is slow.
+"""Pickles of ``torch.save``, and of torch's classes, written without torch: importing what they name is slow.
 
 Source: ``pickletools``, protocol 2; ``torch.serialization._save``, ``torch._utils._rebuild_tensor_v2``.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
@@ -22,8 +23,26 @@ class GlobalName(NamedTuple):
     name: str
 
 
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """An object of a class, made without calling that, and its state."""
+
+    of: GlobalName
+    state: Any = None  # what the object is given; nothing if None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a function, or a class, returns."""
+
+    function: GlobalName
+    arguments: tuple[Any, ...]
+
+
 def pickled(content: object) -> tuple[bytes, list[Readable | Reshaped]]:
-    """The pickle of nested dictionaries of tensors and plain values, and the tensors in the order of their keys.
+    """The pickle of nested dictionaries, lists and tuples of tensors, plain values and the objects above.
+
+    The second result is the tensors in the order of their keys.
 
     The data of the tensor whose key is ``n`` is expected in ``data/n``.
     """
@@ -46,12 +65,18 @@ def _value(value: Any, tensors: list[Readable | Reshaped]) -> bytes:
         return f"c{value.module}\n{value.name}\n".encode()
     if isinstance(value, tuple):
         return b"(" + b"".join(_value(item, tensors) for item in value) + b"t"
+    if isinstance(value, list):
+        return b"](" + b"".join(_value(item, tensors) for item in value) + b"e"
     if isinstance(value, Mapping):
         items = b"".join(_value(part, tensors) for item in value.items() for part in item)
         return b"}(" + items + b"u"
+    if isinstance(value, Call):
+        return _value(value.function, tensors) + _value(value.arguments, tensors) + b"R"
     if isinstance(value, argparse.Namespace):
-        name = GlobalName("argparse", "Namespace")
-        return _value(name, tensors) + b")\x81" + _value(vars(value), tensors) + b"b"  # NEWOBJ, BUILD
+        value = Instance(GlobalName("argparse", "Namespace"), vars(value))
+    if isinstance(value, Instance):
+        state = b"" if value.state is None else _value(value.state, tensors) + b"b"
+        return _value(value.of, tensors) + b")\x81" + state  # NEWOBJ, then BUILD
     assert hasattr(value, "dtype"), f"{type(value).__name__} is nothing that is written here"
     return _tensor(value, tensors)
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from hf_megatron.partition import Box
 from hf_megatron_conversion.output import Output
@@ -63,21 +63,21 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class TorchZipFile:
-    """A file that ``torch.load`` reads."""
+class Archive:
+    """What one ``torch.save`` writes, all of whose entries are in a directory ``name``."""
 
-    path: str  # relative to the destination
-    content: Mapping[str, Any]  # nested dictionaries, in which a Readable stands for a tensor, or a plain value
-    mode: None = None
+    name: str
+    content: Any  # a tensor (a Readable), a plain value, or dictionaries, lists and tuples of them
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         stop, directory = self._entries[-1].stop, sum(entry.record_size for entry in self._entries)
         is_long = max(stop, directory) > zipfile.ZIP64_LIMIT or len(self._entries) > zipfile.ZIP_FILECOUNT_LIMIT
         return stop + directory + _END + (_LONG_END if is_long else 0)
 
     def write(self, output: Output) -> None:
-        with zipfile.ZipFile(output.rewritten(), "w") as archive:
+        """Append it to a file."""
+        with zipfile.ZipFile(_Appended(output.rewritten()), "w") as archive:
             for entry in self._entries:
                 info = zipfile.ZipInfo(entry.name)  # of 1980, so that equal content gives equal files
                 info.extra = entry.padding
@@ -90,11 +90,46 @@ class TorchZipFile:
     @cached_property
     def _entries(self) -> list[_Entry]:
         data, tensors = pickled(self.content)
-        stem = PurePosixPath(self.path).stem
         content: dict[str, bytes | Readable | Reshaped] = {"data.pkl": data, "byteorder": b"little"}
         content |= {f"data/{key}": tensor for key, tensor in enumerate(tensors)}
         content["version"] = b"3\n"
         entries: list[_Entry] = []
         for name, part in content.items():
-            entries.append(_Entry(f"{stem}/{name}", part, entries[-1].stop if entries else 0))
+            entries.append(_Entry(f"{self.name}/{name}", part, entries[-1].stop if entries else 0))
         return entries
+
+
+class _Appended:
+    """What follows in a file, as a file of its own: positions in an archive are counted from its start."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._start = stream, stream.tell()
+        self.write, self.flush, self.close = stream.write, stream.flush, stream.close
+
+    def tell(self) -> int:
+        return self._stream.tell() - self._start
+
+    def seek(self, position: int) -> int:
+        return self._stream.seek(self._start + position) - self._start
+
+
+@dataclass(frozen=True)
+class ArchivesFile:
+    """A file of archives, one after the other."""
+
+    path: str  # relative to the destination
+    archives: Sequence[Archive]
+    mode: None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(archive.nbytes for archive in self.archives)
+
+    def write(self, output: Output) -> None:
+        for archive in self.archives:
+            archive.write(output)
+
+
+def torch_file(path: str, content: Mapping[str, Any]) -> ArchivesFile:
+    """A file that ``torch.load`` reads."""
+    return ArchivesFile(path, [Archive(PurePosixPath(path).stem, content)])

@@ -9,19 +9,28 @@ import typer
 
 import hf_megatron_conversion
 from hf_megatron.commands.console import JsonOption, human_bytes, progress_bar, report
-from hf_megatron_conversion.formats import FormatName
+from hf_megatron_conversion.formats import Container, FormatName, TransformerImpl
 
 
 def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A directory, or a repository on the Hub.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write.")],
     to: Annotated[FormatName, typer.Option(help="Format to write.")],
+    container: Annotated[
+        Container | None,
+        typer.Option(help="Of megatron-core: torch_dist (default), for any degree, or torch, one file per rank."),
+    ] = None,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree to write.")] = None,
+    pp: Annotated[int | None, typer.Option(help="Pipeline stages to write, in the container torch.")] = None,
+    transformer_impl: Annotated[
+        TransformerImpl | None,
+        typer.Option(help="Whose names the container torch has: transformer_engine (default) or local."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Cast to float32, bfloat16, float16 or float64; kept by default.")
     ] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option(help="Largest weight file of a hub directory, such as 5GB.")
+        str | None, typer.Option(help="Largest weight file of hub or torch_dist, such as 5GB.")
     ] = None,
     vocab_size: Annotated[
         int | None, typer.Option(min=1, help="Vocabulary without the padding that Megatron-LM adds.")
@@ -56,7 +65,10 @@ def command(
             source,
             destination,
             to=to,
+            container=container,
             tp_size=tp,
+            pp_size=pp,
+            transformer_impl=transformer_impl,
             dtype=dtype,
             max_shard_size=max_shard_size,
             vocab_size=vocab_size,

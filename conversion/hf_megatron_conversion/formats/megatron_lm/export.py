@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 from hf_megatron.architectures.table import ERF_GELUS, TANH_GELUS
 from hf_megatron.checkpoint import DTYPES, listed
 from hf_megatron.errors import UnsupportedError, shown
-from hf_megatron_conversion.formats.base import Model
+from hf_megatron_conversion.formats.base import Model, Target
 from hf_megatron_conversion.formats.megatron_lm.arguments import megatron_of
+from hf_megatron_conversion.formats.megatron_lm.layout import DIVISOR, Layout
 from hf_megatron_conversion.tensors import Readable
 from hf_megatron_conversion.torch_pickle import GlobalName
 
@@ -20,16 +22,25 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _logger = logging.getLogger(__name__)
 
 
-def require_expressible(model: Model, tensors: Mapping[str, Readable]) -> None:
-    """Raise UnsupportedError with everything of a model that Megatron-LM's models cannot compute."""
-    mlp, head = model.table.activations(model.config)
-    required, gelus, problems = megatron_of(model.table).required, TANH_GELUS + ERF_GELUS, []
+def require_expressible(model: Model, tensors: Mapping[str, Readable], *, is_core: bool = False) -> None:
+    """Raise UnsupportedError with everything of a model that Megatron-LM's models cannot compute.
+
+    With ``is_core`` those are Megatron-core's, of which a BERT's norms stand before attention and MLP, and its head has
+    the exact gelu.
+    """
+    table = model.table
+    mlp, head = table.activations(model.config)
+    required, gelus, problems = megatron_of(table).required, TANH_GELUS + ERF_GELUS, []
     if not model.model_class.is_language_model:
         problems.append(f"a {model.model_class.stock} (only language models)")
+    if is_core and table.norms != "pre":
+        problems.append(f"a {model.model_class.stock}, whose LayerNorms stand after attention and MLP (only before)")
     for name, value in (("activation", mlp), ("prediction_head_act", head)):
         if value not in gelus:
             problems.append(f"{name}={shown(value)} (only {', '.join(gelus)})")
-    if mlp in ERF_GELUS and head in TANH_GELUS:
+    if is_core and table.head_activation is not None and head in TANH_GELUS:
+        problems.append(f"{head} in the masked-LM head (only {', '.join(ERF_GELUS)})")
+    elif mlp in ERF_GELUS and head in TANH_GELUS:
         problems.append(f"{mlp} in the layers with {head} in the head")
     if others := [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]:
         problems.append(f"tensors of other types than {', '.join(_FLOATS)}: {listed(others)}")
@@ -38,17 +49,42 @@ def require_expressible(model: Model, tensors: Mapping[str, Readable]) -> None:
         if (bool(value) if isinstance(only, bool) else value) != only:
             problems.append(f"{name}={shown(value)} (only {only})")
     if problems:
-        raise UnsupportedError("Megatron-LM has no such model: " + "; ".join(problems) + ".")
+        whose = "Megatron-core" if is_core else "Megatron-LM"
+        raise UnsupportedError(f"{whose} has no such model: {'; '.join(problems)}.")
 
 
-def arguments_of(
-    model: Model, *, dtype: str, tp_size: int, divisor: int, padded_vocab_size: int, has_binary_head: bool
-) -> dict[str, Any]:
-    """The arguments under which Megatron-LM computes what the model computes.
+def arguments_of(target: Target, layout: Layout) -> argparse.Namespace:
+    """The arguments under which Megatron-LM's legacy models compute what the model computes."""
+    return argparse.Namespace(**_arguments(target, layout))
 
-    ``dtype`` is what is written, in safetensors' spelling; the vocabulary is padded to a multiple of ``divisor`` times
-    the degree. ``has_binary_head`` is whether a BERT gets its second head; of a GPT, Megatron-LM's default.
+
+def core_arguments_of(target: Target, layout: Layout) -> argparse.Namespace:
+    """The arguments under which Megatron-core's models compute what the model computes.
+
+    ``no_save_optim`` and ``no_save_rng`` say that there is no optimizer and no random state to be loaded.
     """
+    mlp, _ = target.model.table.activations(target.model.config)
+    changed = {
+        "pipeline_model_parallel_size": target.pp_size,
+        # The only gelu of the tanh form in Megatron-core is the fused one.
+        "bias_gelu_fusion": mlp in TANH_GELUS,
+        "openai_gelu": False,
+        "normalization": "LayerNorm",
+        "group_query_attention": False,
+        "transformer_impl": target.transformer_impl,
+        "use_mcore_models": True,
+        "use_legacy_models": False,
+        "ckpt_format": target.container,
+        "use_dist_ckpt": target.container != "torch",
+        "no_save_optim": True,
+        "no_save_rng": True,
+    }
+    return argparse.Namespace(**_arguments(target, layout) | changed)
+
+
+def _arguments(target: Target, layout: Layout) -> dict[str, Any]:
+    """What of the arguments says what model it is, how it is cut, and in what precision it is trained."""
+    model, dtype = target.model, next(iter(target.tensors.values())).dtype
     config, table, sizes = model.config, model.table, model.table.sizes(model.config)
     mlp, head = table.activations(config)
     # The fused kernel has the tanh form in the layers and leaves BERT's head the exact one; openai_gelu is both.
@@ -70,8 +106,8 @@ def arguments_of(
         "add_position_embedding": True,
         "position_embedding_type": "learned_absolute",
         "use_rotary_position_embeddings": False,
-        "make_vocab_size_divisible_by": divisor,
-        "padded_vocab_size": padded_vocab_size,
+        "make_vocab_size_divisible_by": DIVISOR,
+        "padded_vocab_size": layout.padded_vocab_size,
         "orig_vocab_size": sizes["vocab_size"],
         "tokenizer_type": megatron_of(table).tokenizer,
         "layernorm_epsilon": epsilon,
@@ -86,7 +122,7 @@ def arguments_of(
         "squared_relu": False,
         "swiglu": False,
         "add_bias_linear": True,
-        "bert_binary_head": has_binary_head,
+        "bert_binary_head": layout.has_binary_head,
         "num_experts": None,
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", True),
         "hidden_dropout": hidden_dropout,
@@ -95,7 +131,7 @@ def arguments_of(
         "fp16": dtype == "F16",
         "bf16": dtype == "BF16",
         "params_dtype": GlobalName("torch", DTYPES[dtype][1]),
-        "tensor_model_parallel_size": tp_size,
+        "tensor_model_parallel_size": target.tp_size,
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
         "num_layers_per_virtual_pipeline_stage": None,

@@ -58,6 +58,21 @@ class Filled(_ReadInto):
 
 
 @dataclass(frozen=True)
+class Bytes(_ReadInto):
+    """A tensor of known bytes, stored nowhere."""
+
+    data: bytes
+    dtype: str = "U8"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.data),)
+
+    def read_into(self, memory: memoryview, box: Box) -> None:
+        memory[:] = self.data[box.offset[0] : box.offset[0] + box.shape[0]]
+
+
+@dataclass(frozen=True)
 class Padded(_ReadInto):
     """``rows`` rows of a tensor [n, ...] from ``start`` on; those from n on are ``fill``."""
 

@@ -6,148 +6,57 @@ Megatron-LM starts from the weights without asking for an optimizer.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from typing import Any
 
-from hf_megatron.errors import PartitionError, UnsupportedError
-from hf_megatron.partition import Box
+from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.files import OutputFile, TextFile
 from hf_megatron_conversion.formats.base import Target
-from hf_megatron_conversion.formats.megatron_lm.arguments import padded_vocab_size
 from hf_megatron_conversion.formats.megatron_lm.export import arguments_of, require_expressible
-from hf_megatron_conversion.formats.megatron_lm.names import COLUMN, ROW, VOCABULARY, megatron_names, split_layer
-from hf_megatron_conversion.formats.megatron_lm.views import Filled, Padded, narrowed, stacked, transposed
-from hf_megatron_conversion.tensors import Buffer, Readable, Reshaped, slices_of_bytes
-from hf_megatron_conversion.torch_zip import TorchZipFile
+from hf_megatron_conversion.formats.megatron_lm.layout import Layout
+from hf_megatron_conversion.torch_zip import torch_file
 
 _logger = logging.getLogger(__name__)
 
-_DIVISOR = 128  # Megatron-LM's default for --make-vocab-size-divisible-by
-# The probability of a padded word is exactly zero with this bias. GPT has none: there a row of zeros adds as little as
-# can be added.
-_PADDED_BIAS = -10000.0
-_QKV = "self_attention.query_key_value"
-_TOKEN_TYPES = "tokentype_embeddings.weight"
-
 
 def megatron_lm_files(target: Target) -> Sequence[OutputFile]:
-    """One file per rank, and the one that names the release."""
-    if target.max_shard_size is not None:
-        raise UnsupportedError("max_shard_size is for hub directories; a megatron-lm directory has one file per rank.")
-    layout = _Layout(target)
-    files: list[OutputFile] = [TextFile("latest_checkpointed_iteration.txt", b"release")]
-    for rank in range(target.tp_size):
-        content = {"args": layout.arguments, "checkpoint_version": 3.0, "iteration": 0, "model": layout.model(rank)}
-        files.append(TorchZipFile(f"release/mp_rank_{rank:02d}/model_optim_rng.pt", content))
-    return files
-
-
-class _Layout:
-    """The tensors of every rank, and Megatron-LM's training arguments as far as they say what model it is.
+    """One file per rank, and the one that names the release.
 
     Raises:
         UnsupportedError: The model has something that Megatron-LM has not; everything is listed.
         PartitionError: The degree does not divide the heads, or the MLP's size.
     """
+    if target.max_shard_size is not None:
+        raise UnsupportedError("max_shard_size is for hub directories; a megatron-lm directory has one file per rank.")
+    require_expressible(target.model, target.tensors)
+    layout = Layout(target)
+    arguments = arguments_of(target, layout)
+    _logger.info(
+        "What is written is for Megatron-LM's legacy models (--use-legacy-models; the last ones are in core 0.17), and "
+        "not for Megatron-core's; --to megatron-core is."
+    )
+    files: list[OutputFile] = [TextFile("latest_checkpointed_iteration.txt", b"release")]
+    for rank in range(target.tp_size):
+        content = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0, "model": _model(layout, rank)}
+        files.append(torch_file(f"release/mp_rank_{rank:02d}/model_optim_rng.pt", content))
+    return files
 
-    def __init__(self, target: Target) -> None:
-        model = target.model
-        require_expressible(model, target.tensors)
-        self._table, self._tensors, self._tp_size = model.table, target.tensors, target.tp_size
-        self._sizes = model.table.sizes(model.config)
-        heads, intermediate = self._sizes["num_attention_heads"], self._sizes["intermediate_size"]
-        if heads % target.tp_size or intermediate % target.tp_size:
-            degrees = [n for n in range(1, heads + 1) if heads % n == 0 and intermediate % n == 0]
-            raise PartitionError(
-                f"num_attention_heads={heads} and intermediate_size={intermediate} are not both divisible by "
-                f"tp_size={target.tp_size}, and Megatron-LM has no uneven shards; choose one of "
-                f"{', '.join(map(str, degrees[:20]))}."
-            )
-        self._padded = padded_vocab_size(self._sizes["vocab_size"], _DIVISOR, target.tp_size)
-        self._stock: dict[str, list[str]] = {}
-        for stock, name in megatron_names(model.table, target.tensors, self._sizes["num_hidden_layers"]).items():
-            self._stock.setdefault(name, []).append(stock)
-        lacks_second_head = _TOKEN_TYPES in self._stock and "binary_head.weight" not in self._stock
-        self._is_without_token_types = lacks_second_head and self._has_no_token_types()
-        self._has_empty_head = lacks_second_head and not self._is_without_token_types
-        if self._has_empty_head:
-            _logger.warning(
-                "The model has token types and no second head, which Megatron-LM's BERT has only both or neither; a "
-                "second head of zeros is added."
-            )
-        arguments = arguments_of(
-            model,
-            dtype=next(iter(target.tensors.values())).dtype,
-            tp_size=target.tp_size,
-            divisor=_DIVISOR,
-            padded_vocab_size=self._padded,
-            has_binary_head=not self._is_without_token_types,
-        )
-        self.arguments = argparse.Namespace(**arguments)
 
-    def model(self, rank: int) -> dict[str, Any]:
-        """What a rank's file has under ``model``: dictionaries as Megatron-LM nests them."""
-        embedding: dict[str, Any] = {}
-        encoder: dict[str, Any] = {}
-        language_model: dict[str, Any] = {"embedding": embedding, "encoder": encoder}
-        result: dict[str, Any] = {"language_model": language_model}
-        for name, tensor in self._of_rank(rank):
-            module, _, parameter = name.partition(".")
-            if module.endswith("_embeddings"):
-                embedding[module] = {parameter: tensor}
-            elif module in ("layers", "final_layernorm"):
-                encoder[name] = tensor
-            elif module in ("pooler", "output_layer"):
-                language_model.setdefault(module, {})[parameter] = tensor
-            else:
-                result.setdefault(module, {})[parameter] = tensor
-        return result
-
-    def _of_rank(self, rank: int) -> list[tuple[str, Readable | Reshaped]]:
-        names = sorted(self._stock, key=lambda name: -1 if (layer := split_layer(name)[0]) is None else layer)
-        found = [(name, self._shard(name, rank)) for name in names]
-        if self._is_without_token_types:
-            found = [(name, tensor) for name, tensor in found if name != _TOKEN_TYPES]
-        if self._has_empty_head:
-            hidden, dtype = self._sizes["hidden_size"], found[0][1].dtype
-            for module, rows in (("pooler.dense", hidden), ("binary_head", 2)):
-                zeros = {f"{module}.weight": (rows, hidden), f"{module}.bias": (rows,)}
-                found += [(name, Filled(dtype, shape)) for name, shape in zeros.items() if name not in self._stock]
-        return found
-
-    def _shard(self, name: str, rank: int) -> Readable | Reshaped:
-        """A rank's part of one of Megatron's tensors."""
-        stored = [self._outwards(stock) for stock in self._stock[name]]
-        rest = split_layer(name)[1]
-        if rest.startswith(_QKV):
-            return self._projections(stored, rank)
-        (tensor,) = stored
-        if name in VOCABULARY:
-            rows = self._padded // self._tp_size
-            return Padded(tensor, rank * rows, rows, _PADDED_BIAS if name == "lm_head.bias" else 0.0)
-        if rest not in COLUMN and rest not in ROW:
-            return tensor
-        dim = 0 if rest in COLUMN else 1
-        size = tensor.shape[dim] // self._tp_size
-        return narrowed(tensor, dim, rank * size, (rank + 1) * size)
-
-    def _outwards(self, stock: str) -> Readable:
-        """A stock tensor in Megatron's orientation, matrices [out, in]."""
-        tensor = self._tensors[stock]
-        return transposed(tensor) if self._table.rule_of(stock).is_transposed else tensor
-
-    def _projections(self, stored: Sequence[Readable], rank: int) -> Reshaped:
-        """Queries, keys and values of a rank's heads."""
-        hidden = self._sizes["hidden_size"]
-        rows = hidden // self._tp_size
-        # GPT-2 has the three one after the other in one tensor.
-        parts = [(stored[0], which * hidden) for which in range(3)] if len(stored) == 1 else [(t, 0) for t in stored]
-        own = [narrowed(tensor, 0, first + rank * rows, first + (rank + 1) * rows) for tensor, first in parts]
-        return stacked(own, hidden // self._sizes["num_attention_heads"])
-
-    def _has_no_token_types(self) -> bool:
-        (stock,) = self._stock[_TOKEN_TYPES]
-        tensor = self._tensors[stock]
-        return not any(map(any, slices_of_bytes(tensor, Box.whole(tensor.shape), Buffer())))
+def _model(layout: Layout, rank: int) -> dict[str, Any]:
+    """What a rank's file has under ``model``: dictionaries as Megatron-LM nests them."""
+    embedding: dict[str, Any] = {}
+    encoder: dict[str, Any] = {}
+    language_model: dict[str, Any] = {"embedding": embedding, "encoder": encoder}
+    result: dict[str, Any] = {"language_model": language_model}
+    for name, tensor in layout.tensors(rank):
+        module, _, parameter = name.partition(".")
+        if module.endswith("_embeddings"):
+            embedding[module] = {parameter: tensor}
+        elif module in ("layers", "final_layernorm"):
+            encoder[name] = tensor
+        elif module in ("pooler", "output_layer"):
+            language_model.setdefault(module, {})[parameter] = tensor
+        else:
+            result.setdefault(module, {})[parameter] = tensor
+    return result
