@@ -30,7 +30,7 @@ dist.destroy_process_group()
 
 
 def test_unfinished_collectives_do_not_abort(tmp_path: Path) -> None:
-    """Catches, most of the time, "terminate called without an active exception": a job that fails after it has saved."""
+    """Catches, most of the time, "terminate called without an active exception": a job fails after it has saved."""
     command = [sys.executable, "-c", _WORLDS, str(tmp_path / "store")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
