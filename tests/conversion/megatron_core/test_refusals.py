@@ -88,13 +88,18 @@ def _twice(content: Content) -> None:
     content.replaced = (_WORDS[:-1] + "T", _WORDS)
 
 
+def _many_layers(content: Content) -> None:
+    name = "decoder.layers.self_attention.linear_proj.bias"
+    content.shapes[name] = (100_001, 1)
+    content.chunks[name] = [((0, 0), torch.zeros(100_001, 1))]
+
+
 def _huge(metadata: dcp.Metadata) -> None:
     stored = metadata.state_dict_metadata[_WORDS]
     assert isinstance(stored, dcp.TensorStorageMetadata)
     stored.size = torch.Size([2**62, 32])
 
 
-_LENGTH_32 = torch.zeros(1, 48, 32)
 _CASES: dict[str, tuple[Callable[[Content], Any], str]] = {
     "chunks that overlap": (lambda c: _chunk(c, _QKV, 1, (0, 47, 0), None), "overlap"),
     "a gap between chunks": (lambda c: _chunk(c, _QKV, 1, None, None), "is incomplete"),
@@ -144,6 +149,7 @@ _CASES: dict[str, tuple[Callable[[Content], Any], str]] = {
         "position_embedding_type",
     ),
     "experts": (lambda c: setattr(c.common["args"], "num_experts", 8), "num_experts=8"),
+    "more layers than can be": (_many_layers, "100,001 layers"),
     "another container": (lambda c: c.mark.update(sharded_backend="zarr"), "--ckpt-convert-format torch_dist"),
     "no arguments that are any": (lambda c: setattr(c, "common", [1]), "where common.pt has a dictionary"),
 }

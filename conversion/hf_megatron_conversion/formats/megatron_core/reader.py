@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_megatron.checkpoint import LazyTensor, Piece, itemsize, listed
-from hf_megatron.checkpoint.budgets import MAX_TENSORS, require_within
+from hf_megatron.checkpoint.budgets import MAX_TENSORS
 from hf_megatron.checkpoint.distributed import METADATA, METADATA_GLOBALS, Index, open_record, open_tensor, read_index
 from hf_megatron.checkpoint.torch_file import open_torch_file
 from hf_megatron.checkpoint.unpickle import globals_in
@@ -81,17 +81,16 @@ def open_torch_dist(directory: Path, given: ExternalFacts) -> Model:
 
 
 def _common(place: Path, index: Index) -> Mapping[str, Any]:
-    """What is not cut: the arguments and where training was. Judges all other objects on the way."""
+    """What is not cut: the arguments and where training was. All other objects are judged on the way."""
     objects = {name: open_record(record, MEGATRON_GLOBALS) for name, record in index.objects.items()}
     path = place / _COMMON
     if is_nemo(place):
         return {}  # NeMo's is a checkpoint of Lightning's, and of no use here
-    content = open_torch_file(path, MEGATRON_GLOBALS) if path.exists() else None
-    if content is None:
-        stored = objects.get(_COMMON_STATE)
-        content = stored[0] if isinstance(stored, list) and len(stored) == 1 else None
-    if content is None:
-        return {}
+    if path.exists():
+        content = open_torch_file(path, MEGATRON_GLOBALS)
+    else:
+        content = objects.get(_COMMON_STATE, [{}])
+        content = content[0] if isinstance(content, list) and len(content) == 1 else None
     if not isinstance(content, dict):
         raise CheckpointFormatError(f"{place} has a {type(content).__name__} where {_COMMON} has a dictionary.")
     return content
@@ -123,7 +122,8 @@ def _by_layer(name: str, tensor: LazyTensor) -> list[tuple[str | None, LazyTenso
     stacked = _STACKED.fullmatch(name)
     if stacked is None or not tensor.shape:
         return [(own_name(name), tensor)]
-    require_within(MAX_TENSORS, tensor.shape[0], f"layers in {name}")
+    if tensor.shape[0] > MAX_TENSORS:
+        raise CheckpointFormatError(f"{name} has {tensor.shape[0]:,} layers, and the limit is {MAX_TENSORS:,}.")
     pieces: list[list[Piece]] = [[] for _ in range(tensor.shape[0])]
     for piece in tensor.pieces:
         first = piece.box.offset[0]
