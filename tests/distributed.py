@@ -1,7 +1,7 @@
 """Live ranks for tests: processes joined by gloo that start once and then take one job after another.
 
-Starting ranks for every test costs seconds, most of it importing torch. Here one fork server imports torch,
-transformers and hf_megatron once, ranks are forked from it, and a job then costs milliseconds:
+Starting ranks for every test costs seconds, most of it importing torch. Here one fork server imports torch once, and
+transformers and hf_megatron if a test does, ranks are forked from it, and a job then costs milliseconds:
 
     def _sum_of_ranks() -> float:                         # module level, so that the ranks can import it
         x = torch.tensor(float(dist.get_rank()))
@@ -24,9 +24,11 @@ import gc
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -41,10 +43,10 @@ from typing import Any, NamedTuple, TypeVar
 _T = TypeVar("_T")
 
 # Imported once by the fork server; a rank inherits them by fork. Submodules are named because both torch and
-# transformers import most of themselves lazily.
-_PRELOADED = [
-    "torch.distributed.checkpoint",
-    "torch.distributed.tensor",
+# transformers import most of themselves lazily: torch._dynamo, a second of it, with the first operation on a DTensor.
+_PRELOADED = ["pytest", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor"]
+_PRELOADED_WITH_TRANSFORMERS = [
+    *_PRELOADED,
     "transformers.distributed.utils",
     "transformers.modeling_utils",
     "transformers.models.gpt2.modeling_gpt2",
@@ -147,7 +149,7 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(_PRELOADED_WITH_TRANSFORMERS if "transformers" in sys.modules else _PRELOADED)
         self._directory = Path(tempfile.mkdtemp(prefix="rank-pool-"))
         for index in range(self.world_size):
             ours, theirs = context.Pipe()
@@ -329,14 +331,16 @@ def _keep_meshes() -> None:
 
 def _reset(environment: dict[str, str]) -> None:
     """Take back what the job before may have changed, so that the order of tests does not matter."""
+    import numpy as np
     import torch
-    from transformers import set_seed
 
     gc.collect()
     os.environ.clear()
     os.environ.update(environment)
     torch.set_default_dtype(torch.float32)
-    set_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def _run_job(message: bytes) -> _Done:

@@ -114,7 +114,7 @@ def test_every_class_converts(table: Architecture, stock_name: str, own_name: st
     assert read_config(tp)["architectures"] == [own_name]
     found = inspect(tp)
     assert (found.architecture, found.tp_size, found.model_class) == (table.name, 3, stock_name)
-    assert found.layernorm_placement == ("post" if stock_name.startswith("Bert") else "pre")
+    assert found.layernorm_placement == table.norms
     assert hub_bytes(hub) == hub_bytes(source)
     assert read_config(hub) == read_config(source)
     assert verify(tp, source, logits=True).max_logit_diff == 0.0

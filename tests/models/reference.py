@@ -4,17 +4,21 @@ Checks that run on ranks call these functions there; they raise AssertionError w
 rewrite the asserts of a rank.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
-from transformers.distributed import DistributedConfig
 
 from tests.distributed import RankPool
+
+if TYPE_CHECKING:
+    from transformers.distributed import DistributedConfig
 
 _T = TypeVar("_T")
 Pool = Callable[[int], RankPool]
@@ -28,6 +32,8 @@ def layout(tp_size: int, fsdp_size: int = 1, *, sequence_parallel: bool = False)
     """What to pass as ``distributed_config``; None in one plain process."""
     if tp_size * fsdp_size == 1:
         return None
+    from transformers.distributed import DistributedConfig  # only here: tests of the layers do without transformers
+
     return DistributedConfig(tp_size=tp_size, fsdp_size=fsdp_size, enable_sequence_parallel=sequence_parallel)
 
 

@@ -1,4 +1,4 @@
-"""The tables of GPT-2 and of BERT, one for each placement of its LayerNorms, against the stock models."""
+"""The tables against the stock models."""
 
 import re
 from collections.abc import Iterable
@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import BertConfig, GPT2Config, MegatronBertConfig
+from transformers import CONFIG_MAPPING
 
-from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, Architecture, table_for
+from hf_megatron.architectures import BERT_POST, BERT_PRE, GPT2, TABLES, Architecture, table_for
 from hf_megatron.errors import PartitionError, UnsupportedError
 from hf_megatron.partition import FusedSplit, Replicated, Split, VocabSplit
 
-_STOCK_CONFIG: dict[str, Any] = {"gpt2": GPT2Config, "bert": BertConfig, "megatron-bert": MegatronBertConfig}
-_TABLES = {"gpt2": GPT2, "bert-pre": BERT_PRE, "bert-post": BERT_POST}
+_TABLES = {table.stock_model_type: table for table in TABLES}
 _SMALL: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "vocab_size": 131}
 _GPT2_XL = {"n_embd": 1600, "n_layer": 48, "n_head": 25}
 # The published sizes of GPT-2; defaults; GPT-2's sizes under their general names.
@@ -48,7 +47,7 @@ def _table_shapes(table: Architecture, stock_class: str, config: dict[str, Any])
 @pytest.mark.parametrize(("table", "stock_class", "config"), _CONFIGS)
 def test_tensors_of_the_published_sizes(table: Architecture, stock_class: str, config: dict[str, Any]) -> None:
     """Catches a config.json that leaves out a size, or has its general name, read as another model; layers lost."""
-    stock = _stock_shapes(table, stock_class, _STOCK_CONFIG[table.stock_model_type](**config))
+    stock = _stock_shapes(table, stock_class, CONFIG_MAPPING[table.stock_model_type](**config))
     assert _table_shapes(table, stock_class, config) == stock
 
 
@@ -59,7 +58,7 @@ def test_tensors_of_every_class(kind: str, stock_class: str, is_tied: bool) -> N
     table = _TABLES[kind]
     inner = {"n_inner" if kind == "gpt2" else "intermediate_size": 100}
     sizes = {**_SMALL, **inner, "num_labels": 5, "tie_word_embeddings": is_tied}
-    config = _STOCK_CONFIG[table.stock_model_type](**sizes)
+    config = CONFIG_MAPPING[kind](**sizes)
     shapes = _table_shapes(table, stock_class, config.to_dict())
     assert shapes == _stock_shapes(table, stock_class, config)
     assert ("lm_head.weight" in shapes) == (stock_class == "GPT2LMHeadModel" and not is_tied)
@@ -133,8 +132,8 @@ def test_degrees_that_fit_are_not() -> None:
     [
         (_TABLES, {"add_cross_attention": True}, "add_cross_attention=True is not supported"),
         (_TABLES, {"hidden_size": 100, "num_attention_heads": 12}, "=100 is not divisible by num_attention_heads=12"),
-        (["bert-pre", "bert-post"], {"is_decoder": True}, "is_decoder=True is not supported"),
-        (["bert-pre", "bert-post"], {"position_embedding_type": "relative_key"}, "='relative_key' is not supported"),
+        (["megatron-bert", "bert"], {"is_decoder": True}, "is_decoder=True is not supported"),
+        (["megatron-bert", "bert"], {"position_embedding_type": "relative_key"}, "='relative_key' is not supported"),
         (["gpt2"], {"n_embd": "768"}, "n_embd='768' in the configuration is not a positive integer"),
     ],
 )
