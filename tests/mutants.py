@@ -71,10 +71,6 @@ _LIST = r"""
 # test_every_column_is_there_once: a shared head's probabilities are reported twice
 - range(-(-start // self.head_dim), -(-stop // self.head_dim))
 + range(start // self.head_dim, -(-stop // self.head_dim))
-@ hf_megatron/tensor_parallel/group.py -> tests/tensor_parallel/test_exit.py
-# test_unfinished_collectives_do_not_abort: nothing waits for gloo's threads
-- atexit.register(time.sleep, 0.1)
-+ pass
 @ hf_megatron/tensor_parallel/sequence_parallel.py -> tests/models/test_sequence_parallel.py
 # test_micro_batches_add_up: gradients of norms and biases stay those of this rank's positions
 - copy_to_tensor_parallel_region(self.group, *(local(parameter) for parameter in parameters))
@@ -213,10 +209,11 @@ _LIST = r"""
 # test_sources_that_are_refused: a pipe is opened, and waited for
 - if not stat.S_ISREG(mode):
 + if stat.S_ISDIR(mode):
-@ hf_megatron/training/optimizer_state.py -> tests/training/test_hostile_checkpoints.py
+@ hf_megatron/checkpoint/distributed.py -> tests/training/test_hostile_checkpoints.py
 # test_nothing_in_a_checkpoint_runs: whatever .metadata names is unpickled
-- if refused := read.refused(METADATA_GLOBALS):
+- if refused := read.refused(allowed):
 + if refused := read.refused(read.names):
+@ hf_megatron/training/optimizer_state.py -> tests/training/test_hostile_checkpoints.py
 # test_nothing_in_a_checkpoint_runs: entries that are no tensors are unpickled
 - return torch.load(source, map_location="cpu", weights_only=True)
 + return torch.load(source, map_location="cpu", weights_only=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 MAX_PICKLE_BYTES = 32 * 2**20
 MAX_PICKLE_OBJECTS = 1_000_000  # that are pushed onto the stack
 MAX_PICKLE_INSTRUCTIONS = 4_000_000
-INDEX_FACTOR = 3  # by which a distributed checkpoint's .metadata may be larger: it lists each rank's part
+INDEX_FACTOR = 2  # by which a distributed checkpoint's .metadata may be larger: it lists each rank's part
 RESUME_FACTOR = 8  # the same of a training checkpoint of one's own, which may be of more ranks
 MAX_NESTING = 16  # dictionaries within dictionaries
 

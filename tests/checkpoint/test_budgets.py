@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from hf_megatron.checkpoint import budgets, open_checkpoint, read_header, read_json
 from hf_megatron.checkpoint.budgets import BudgetError
+from hf_megatron.checkpoint.distributed import read_index
 from hf_megatron.checkpoint.torch_file import open_torch_file
 from hf_megatron.checkpoint.unpickle import read_pickle
 from hf_megatron.errors import CheckpointFormatError, shown
@@ -72,6 +75,18 @@ def _index(path: Path, count: int) -> None:
         assert "tensors that their files do not hold" in str(error)  # noqa: PT017 (only a limit is of interest)
 
 
+def _distributed(path: Path, count: int) -> None:
+    """A distributed checkpoint of so many objects."""
+    metadata = dcp.Metadata({}, None, {})
+    assert metadata.storage_data is not None
+    for number in range(count):
+        metadata.state_dict_metadata[str(number)] = dcp.BytesStorageMetadata()
+        metadata.storage_data[dcp.MetadataIndex(str(number))] = _StorageInfo("__0_0.distcp", number, 1)
+    (path / "__0_0.distcp").write_bytes(bytes(count))
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    read_index(path)
+
+
 # By name: the limit for the test (None for the real one) and what reads so many.
 _LIMITS: dict[str, tuple[int | None, Callable[[Path, int], object]]] = {
     "MAX_PICKLE_BYTES": (_SMALL, lambda path, n: _pickle(b"X" + struct.pack("<I", n - 6) + b"x" * (n - 6) + b".")),
@@ -96,11 +111,12 @@ _LIMITS: dict[str, tuple[int | None, Callable[[Path, int], object]]] = {
 _ELSEWHERE = {
     "MAX_INTEGER_BITS": lambda path, n: _json(f'{{"x": {2**n - 1}}}')(path),
     "MAX_KEY_LENGTH": lambda path, n: _header(path, **{"x" * n: [0]}),
+    "MAX_TENSORS": _distributed,
     "MAX_DIMENSIONS": lambda path, n: _header(path, x=[0] * n),
 }
 _CASES = [
     *((name, *case) for name, case in _LIMITS.items()),
-    *((name, None, read) for name, read in _ELSEWHERE.items()),
+    *((name, _LIMITS[name][0], read) for name, read in _ELSEWHERE.items()),
 ]
 
 
@@ -115,7 +131,15 @@ def test_at_the_limit_and_one_beyond(
     """Catches a limit that is not looked at, is off by one, or is refused without saying what it is."""
     if limit is None:
         limit = int(getattr(budgets, name))
-    for module in ("unpickle", "torch_file", "zip_directory", "directory", "safetensors_header", "json_text"):
+    for module in (
+        "unpickle",
+        "torch_file",
+        "zip_directory",
+        "directory",
+        "safetensors_header",
+        "json_text",
+        "distributed",
+    ):
         monkeypatch.setattr(f"hf_megatron.checkpoint.{module}.{name}", limit, raising=False)
     (tmp_path / "at").mkdir()
     (tmp_path / "beyond").mkdir()

@@ -17,6 +17,8 @@ import pytest
 
 from tests.checkpoint.hostile import named, storage_id, tensor, zipped
 from tests.conversion.commands import Commands
+from tests.conversion.megatron_core.generator import Distributed, content_of, write_content
+from tests.conversion.megatron_lm.generator import make_weights
 from tests.repository import ROOT
 
 _LIMITED = """
@@ -132,6 +134,28 @@ def _large_header(directory: Path) -> Path:
     return directory
 
 
+def _distributed(data: bytes) -> Callable[[Path], Path]:
+    """A distributed checkpoint of Megatron-core with this index."""
+
+    def make(directory: Path) -> Path:
+        _source(directory, ".metadata", data)
+        (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+        return directory
+
+    return make
+
+
+def _settings(text: str) -> Callable[[Path], Path]:
+    """A distributed checkpoint of Megatron-Bridge with these settings of the model."""
+
+    def make(directory: Path) -> Path:
+        write_content(directory, content_of(Distributed(common=None), make_weights(Distributed())))
+        (directory / "run_config.yaml").write_text(text)
+        return directory
+
+    return make
+
+
 def _config(name: str, value: object) -> Callable[[Path], Path]:
     """A directory with an empty file of weights, and one field of config.json."""
     return lambda directory: _source(directory, "model.safetensors", b"\2\0\0\0\0\0\0\0{}", **{name: value})
@@ -212,6 +236,7 @@ def test_sources_that_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+_MERGES = "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 60))
 _HEAVY: dict[str, tuple[Callable[[Path], Path], str]] = {
     "bzip2": (_bzip2, "'x/byteorder' is compressed"),
     "dictionaries": (lambda d: _pickled(d, b"}" * (2 * 2**20) + b"."), "more than 1,000,000 objects"),
@@ -225,8 +250,29 @@ _HEAVY: dict[str, tuple[Callable[[Path], Path], str]] = {
     "large JSON": (_large_json, "bytes, and the limit is 16,777,216"),
     "16 MB of JSON": (_json(b'{"a":[' + b"{}," * (5 * 2**20) + b"{}]}"), "holds no weights"),
     "16 MB of header": (_header, "'a' does not have one dtype"),
+    "objects of an index": (_distributed(b"N0" * (2 * 2**20) + b"N."), "more than 2,000,000 objects"),
+    "memo of an index": (_distributed(b"N" + b"\x94" * (8 * 2**20) + b"."), "more than 8,000,000 instructions"),
+    "bytes of an index": (_distributed(b"X" + struct.pack("<I", 2**27) + b"x" * 2**27 + b"."), "limit is 67,108,864"),
+    "aliases in YAML": (
+        _settings(
+            "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60)) + "model: *a59"
+        ),
+        "has no 'model'",
+    ),
+    "merges in YAML": (_settings("a0: &a0 {x: 1}\n" + _MERGES + "other: {<<: *a59}"), "has no 'model'"),
+    "256 KB of YAML": (_settings("model: " + "[" * 50_000 + "]" * 50_000), "is not valid YAML"),
+    "brackets in YAML": (_settings("other: [" + "[]," * 80_000 + "]"), "has no 'model'"),
+    "more YAML": (_settings("x" * 2**19), "and the limit is 262,144"),
 }
-_SLOW = ("marks", "memo", "16 MB of JSON", "16 MB of header")
+_SLOW = (
+    "marks",
+    "memo",
+    "16 MB of JSON",
+    "16 MB of header",
+    "objects of an index",
+    "memo of an index",
+    "brackets in YAML",
+)
 
 
 @pytest.mark.timeout(300)
