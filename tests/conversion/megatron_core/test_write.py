@@ -40,10 +40,11 @@ _STOCK: dict[str, tuple[Any, dict[str, Any]]] = {
     "original-bert": (transformers.BertForPreTraining, _BERT),
 }
 _NONE = b"\x80\x04N."
+_Shapes = dict[str, tuple[int, ...]]
 
 # What Megatron-core 0.16 calls the tensors of a model with hidden size 32, MLP 48, vocabulary 101 (padded to 128) and
 # 24 positions, and their shapes, in a layer and outside.
-_LAYER = {
+_LAYER: _Shapes = {
     "self_attention.linear_qkv.layer_norm_weight": (32,),
     "self_attention.linear_qkv.layer_norm_bias": (32,),
     "self_attention.linear_qkv.weight": (96, 32),
@@ -57,18 +58,18 @@ _LAYER = {
     "mlp.linear_fc2.weight": (32, 48),
     "mlp.linear_fc2.bias": (32,),
 }
-_EMBEDDING = {"embedding.word_embeddings.weight": (128, 32), "embedding.position_embeddings.weight": (24, 32)}
-_TYPES = {"embedding.tokentype_embeddings.weight": (2, 32)}
-_LM_HEAD = {
+_EMBEDDING: _Shapes = {"embedding.word_embeddings.weight": (128, 32), "embedding.position_embeddings.weight": (24, 32)}
+_TYPES: _Shapes = {"embedding.tokentype_embeddings.weight": (2, 32)}
+_LM_HEAD: _Shapes = {
     "lm_head.dense.weight": (32, 32),
     "lm_head.dense.bias": (32,),
     "lm_head.layer_norm.weight": (32,),
     "lm_head.layer_norm.bias": (32,),
     "output_layer.bias": (128,),
 }
-_POOLER = {"pooler.dense.weight": (32, 32), "pooler.dense.bias": (32,)}
-_BINARY_HEAD = {"binary_head.weight": (2, 32), "binary_head.bias": (2,)}
-_OUTSIDE: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
+_POOLER: _Shapes = {"pooler.dense.weight": (32, 32), "pooler.dense.bias": (32,)}
+_BINARY_HEAD: _Shapes = {"binary_head.weight": (2, 32), "binary_head.bias": (2,)}
+_OUTSIDE: dict[str, tuple[str, _Shapes]] = {
     "gpt2": ("decoder", _EMBEDDING),
     "gpt2-untied": ("decoder", {**_EMBEDDING, "output_layer.weight": (128, 32)}),
     "bert": ("encoder", {**_EMBEDDING, **_TYPES, **_LM_HEAD, **_POOLER, **_BINARY_HEAD}),
