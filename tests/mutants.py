@@ -299,6 +299,17 @@ _LIST = r"""
 # test_padding_of_the_vocabulary: the padding of the vocabulary is kept
 - limit = self._sizes["vocab_size"] if name in VOCABULARY else None
 + limit = None
+@ conversion/hf_megatron_conversion/formats/megatron_core/writer.py -> tests/conversion/megatron_core/test_write.py
+# test_ranks_and_stages: a stage counts its layers from the first stage's
+- layers.{layer % layers}.
++ layers.{layer}.
+# test_names_shapes_chunks_and_objects: Transformer Engine's final norm finds no extra state
+- states[f"{body}.final_layernorm"] = 1
++ pass
+@ conversion/hf_megatron_conversion/torch_zip.py -> tests/conversion/megatron_core/test_write.py
+# test_records_are_whole: positions in an archive are counted from the start of the file
+- self._stream, self._start = stream, stream.tell()
++ self._stream, self._start = stream, 0
 """
 
 

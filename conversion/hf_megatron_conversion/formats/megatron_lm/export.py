@@ -70,6 +70,7 @@ def core_arguments_of(target: Target, layout: Layout) -> argparse.Namespace:
         "bias_gelu_fusion": mlp in TANH_GELUS,
         "openai_gelu": False,
         "normalization": "LayerNorm",
+        "layernorm_zero_centered_gamma": False,  # apply_layernorm_1p until core 0.15
         "group_query_attention": False,
         "transformer_impl": target.transformer_impl,
         "use_mcore_models": True,
