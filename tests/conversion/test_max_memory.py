@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.bench_conversion import Size, generate
+from benchmarks.bench_conversion import generate
+from hf_megatron.architectures import GPT2
+from hf_megatron.architectures.presets import Preset
 from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion import convert, memory
 from tests.repository import environment
@@ -36,7 +38,8 @@ def test_memory_is_divided(tied: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hub, a tp and a megatron-lm directory whose largest shards are slices of the largest size."""
     directory = tmp_path_factory.mktemp("models")
-    hub = generate(directory / "hub", Size(layers=1, hidden=128, heads=4, vocab=2**16, positions=32), is_sparse=True)
+    sizes = {"n_layer": 1, "n_embd": 128, "n_head": 4, "vocab_size": 2**16, "n_positions": 32}
+    hub = generate(directory / "hub", Preset("wide", GPT2, sizes, is_of_paper=False), is_sparse=True)
     convert(hub, directory / "tp", to="tp", tp_size=2)
     convert(hub, directory / "megatron-lm", to="megatron-lm", tp_size=2)
     return directory
@@ -44,7 +47,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _converted(source: Path, destination: Path, *options: str) -> dict[str, Any]:
     """What ``convert --json`` says, in a process of its own."""
-    command = [sys.executable, "-m", "hf_megatron", "convert", source, destination, "--overwrite", "--json", *options]
+    command = [sys.executable, "-m", "hf_megatron", "convert", str(source), str(destination), "--overwrite", "--json"]
+    command += options
     done = subprocess.run(command, env=environment(), check=False, stdout=subprocess.PIPE)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
@@ -64,7 +68,7 @@ def test_memory_is_kept_to(
     source: str, options: tuple[str, ...], dtype: tuple[str, ...], models: Path, tmp_path: Path
 ) -> None:
     """Catches memory beside the slices that nobody counts, and a refusal that names a size that is refused again."""
-    convert_to = (models / source, tmp_path / "out", *options, *dtype)
+    convert_to: tuple[Any, ...] = (models / source, tmp_path / "out", *options, *dtype)
     refused = _converted(*convert_to, "--max-memory", "1MB")
     assert refused["error_type"] == "UnsupportedError"
     named = re.search(r"([\d,]+) bytes are in use.*give at least (\d+)MB", refused["error"])
