@@ -19,12 +19,16 @@ from hf_megatron_conversion.memory import parse_size
 from hf_megatron_conversion.sha256sums import SHA256SUMS, sums_size
 from hf_megatron_conversion.source_files import is_inside
 from hf_megatron_conversion.tensors import Readable, cast, dtype_code
-from hf_megatron_conversion.tokenizer_files import TOKENIZER_FILES, tokenizer_facts
+from hf_megatron_conversion.tokenizer_files import TOKENIZER_FILES, tokenizer_facts, without_auto_map
 
 _logger = logging.getLogger(__name__)
 
 _GENERATION_CONFIG = "generation_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _OTHER_SIDE_FILES = {_GENERATION_CONFIG, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"}
+# In config.json, what transformers runs with trust_remote_code; it may lie in any repository.
+_NAMES_OF_CODE = ("auto_map", "custom_pipelines")
+_LEFT_OUT = "%s is left out of %s: it names code that the source brings along, which is not converted."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +142,9 @@ def make_plan(model: Model, options: Options, source_name: str) -> ConversionPla
     if code is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = DTYPES[code][1]
-    if config.pop("auto_map", None) is not None:
-        _logger.warning(
-            "auto_map is left out of config.json: it names code that the source brings along, which is not converted."
-        )
+    for key in _NAMES_OF_CODE:
+        if config.pop(key, None) is not None:
+            _logger.warning(_LEFT_OUT, key, "config.json")
     layout = _described(target, options)
     mismatch = model.table.stock_mismatch(config) if model_type == "stock" and target_format.has_config else None
     files = [
@@ -178,7 +181,10 @@ def _degree(target_format: Format, model: Model, tp_size: int | None) -> int:
 
 
 def _side_files(model: Model, tokenizer: Path | None) -> list[OutputFile]:
-    """Tokenizer, generation settings and licence, as they are; of a source without generation settings, the model's."""
+    """Tokenizer, generation settings and licence, as they are but for names of code.
+
+    Of a source without generation settings, the model's.
+    """
     wanted = _OTHER_SIDE_FILES if tokenizer is not None else _OTHER_SIDE_FILES | TOKENIZER_FILES
     files: list[OutputFile] = [*_named(model.directory, wanted)]
     if model.generation_config is not None and not (model.directory / _GENERATION_CONFIG).is_file():
@@ -191,9 +197,18 @@ def _side_files(model: Model, tokenizer: Path | None) -> list[OutputFile]:
     return files
 
 
-def _named(directory: Path, names: Set[str]) -> list[CopiedFile]:
+def _named(directory: Path, names: Set[str]) -> list[CopiedFile | TextFile]:
     files = [directory / name for name in sorted(names) if (directory / name).is_file()]
     for path in files:
         if not is_inside(directory, path):
             _logger.warning("%s is a link to %s, out of its directory, and left out.", path, path.resolve())
-    return [CopiedFile.of(path) for path in files if is_inside(directory, path)]
+    return [_taken_over(path) for path in files if is_inside(directory, path)]
+
+
+def _taken_over(path: Path) -> CopiedFile | TextFile:
+    copy = CopiedFile.of(path)
+    data = without_auto_map(path) if path.name == _TOKENIZER_CONFIG else None
+    if data is None:
+        return copy
+    _logger.warning(_LEFT_OUT, "auto_map", path.name)
+    return TextFile(path.name, data, copy.mode, path)

@@ -20,7 +20,7 @@ from hf_megatron.errors import DestinationError
 from hf_megatron_conversion.card import source_card
 from hf_megatron_conversion.comparison import compare, finite
 from hf_megatron_conversion.conversion_plan import ConversionPlan, Options, check_options, make_plan
-from hf_megatron_conversion.files import CopiedFile, OutputFile, Progress, Silent, Writing, write_files
+from hf_megatron_conversion.files import CopiedFile, OutputFile, Progress, Silent, TextFile, Writing, write_files
 from hf_megatron_conversion.formats import Container, FormatName, TransformerImpl, format_of, read_model
 from hf_megatron_conversion.formats.base import Model, ModelType, SourceOptions, warn_of_padding
 from hf_megatron_conversion.journal import Journal, fingerprint
@@ -246,7 +246,7 @@ def _planned(
 def _read_by(model: Model, plan: ConversionPlan) -> list[Path]:
     """The files that a conversion reads, of which some may be missing."""
     names = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-    copied = [file.source for file in plan.files if isinstance(file, CopiedFile)]
+    copied = [file.source for file in plan.files if isinstance(file, CopiedFile | TextFile) and file.source is not None]
     card = filter(None, [source_card(model.directory)])
     return [*model.files, *copied, *card, *(model.directory / name for name in names)]
 
@@ -296,10 +296,10 @@ def _write(
     try:
         with target:
             journal = Journal(target.container / "journal", fingerprint(options, plan.files, sources.files))
-            kept = journal.kept(target.path)
-            files = [file for file in plan.files if file.path not in kept]
-            target.require_space(sum(file.nbytes for file in files), len(files))
             try:
+                kept = journal.kept(target.path)
+                files = [file for file in plan.files if file.path not in kept]
+                target.require_space(sum(file.nbytes for file in files), len(files))
                 written = _write_files(files, plan, sources, target.path, how, progress, journal.add)
                 written = replace(written, digests={**kept, **written.digests})
                 write_sums(target.path, written.digests)
@@ -315,9 +315,7 @@ def _write(
             if written.is_verified is not False:
                 target.publish()
     except OSError as error:
-        place = f" ({error.filename})" if error.filename and str(target.container) not in str(error.filename) else ""
-        reason = error.strerror or str(error)
-        raise DestinationError(f"{target.destination} cannot be written: {reason}{place}.") from error
+        raise target.failure(error) from error
     return written
 
 

@@ -210,11 +210,12 @@ class SafetensorsFile:
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """A small file whose content is known beforehand."""
+    """A small file whose content is known beforehand, if need be by what ``source`` holds."""
 
     path: str
     data: bytes
     mode: int = 0o666
+    source: Path | None = None
 
     @classmethod
     def json(cls, path: str, content: object) -> TextFile:

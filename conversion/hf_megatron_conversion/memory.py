@@ -10,15 +10,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hf_megatron.errors import UnsupportedError
-from hf_megatron_conversion import tensors as bounds
+from hf_megatron.partition import Box
 from hf_megatron_conversion.files import Writing
-from hf_megatron_conversion.tensors import Cast, Readable
+from hf_megatron_conversion.tensors import CAST_BYTES, SLICE_BYTES, Cast, Readable, bounded
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _MAX_THREADS = 4
 # What a thread has besides its slice, and the smallest slice that is worth a system call.
 _FIXED_BYTES, _MIN_SLICE_BYTES = 4 * 2**20, 2**18
-_SLICES_OF_CAST = 4  # before, after, and two of comparisons
+_MEGABYTES_TO_SPARE = 1  # since no two processes have the same in use
+_FIXED_BYTES_OF_CAST = 4 * CAST_BYTES  # a part of the source, its successor, and what comparisons take
 
 
 def parse_size(value: str | int, name: str) -> int:
@@ -35,28 +36,28 @@ def parse_size(value: str | int, name: str) -> int:
 def writing_within(limit: int | None, tensors: Iterable[Readable], weights_mode: int) -> Writing:
     """As many threads, and as large slices, as ``limit`` bytes allow; UnsupportedError if that is too little.
 
-    Libraries that writing needs are imported before it is looked at.
+    What writing needs of libraries is loaded before it is looked at.
     """
     import numpy as np  # noqa: F401
 
-    is_cast = any(isinstance(tensor, Cast) for tensor in tensors)
-    if is_cast:
-        import torch  # noqa: F401
-    slices = _SLICES_OF_CAST if is_cast else 1
+    casts = [tensor for tensor in tensors if isinstance(tensor, Cast)]
+    for tensor in casts[:1]:  # for which torch loads several megabytes beside those of its import
+        tensor.read(next(bounded(Box.whole(tensor.shape), tensor.dtype, 1)))
+    fixed_bytes = _FIXED_BYTES + (_FIXED_BYTES_OF_CAST if casts else 0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(_MAX_THREADS, cores)
     if limit is None:
-        return Writing(threads=threads, slice_bytes=bounds.SLICE_BYTES // slices, weights_mode=weights_mode)
+        return Writing(threads=threads, weights_mode=weights_mode)
     used = peak_rss_bytes()
     while True:
-        slice_bytes = min(((limit - used) // threads - _FIXED_BYTES) // slices, bounds.SLICE_BYTES)
+        slice_bytes = min((limit - used) // threads - fixed_bytes, SLICE_BYTES)
         if slice_bytes >= _MIN_SLICE_BYTES:
             return Writing(threads=threads, slice_bytes=slice_bytes, weights_mode=weights_mode)
         if threads == 1:
-            least = used + _FIXED_BYTES + slices * _MIN_SLICE_BYTES
+            least = used + fixed_bytes + _MIN_SLICE_BYTES
             raise UnsupportedError(
                 f"max_memory={limit:,}: {used:,} bytes are in use before a weight is read; give at least "
-                f"{-(-least // 10**6)}MB."
+                f"{-(-least // 10**6) + _MEGABYTES_TO_SPARE}MB."
             )
         threads -= 1
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 SLICE_BYTES = 16 * 2**20
 """A tensor is read and written this many bytes at a time, so that the size of the model does not matter."""
+CAST_BYTES = 2**20
+"""What is cast is read this many bytes at a time, beside the slice that it is cast into."""
+_CAST_CHUNK = 2**15  # elements, which torch casts in this thread alone; others have files of their own to write
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -60,18 +63,35 @@ class Cast:
         """As of any tensor; UnsupportedError if a finite value becomes infinite."""
         import torch
 
-        original = self.tensor.read(box)
-        result = original.to(torch_dtype(self.dtype))
+        box = Box.whole(self.shape) if box is None else box
+        result = torch.empty(box.shape, dtype=torch_dtype(self.dtype))
+        self._cast_into(result.reshape(-1), box)
+        return result
+
+    def read_into(self, memory: memoryview, box: Box) -> None:
+        import torch
+
+        if box.numel:
+            self._cast_into(torch.frombuffer(memory, dtype=torch_dtype(self.dtype)), box)
+
+    def _cast_into(self, result: torch.Tensor, box: Box) -> None:
+        for part in bounded(box, self.tensor.dtype, CAST_BYTES):
+            values, position = self.tensor.read(part).reshape(-1), 0
+            for chunk in values.split(_CAST_CHUNK):
+                self._cast_chunk(chunk, result[position : position + chunk.numel()])
+                position += chunk.numel()
+            result = result[position:]
+
+    def _cast_chunk(self, original: torch.Tensor, result: torch.Tensor) -> None:
+        import torch
+
+        result.copy_(original)
         overflown = torch.isinf(result) & torch.isfinite(original)
         if overflown.any():
             largest = original[overflown].abs().max().item()
             raise UnsupportedError(
                 f"{self.name} holds {largest:g}, more than {DTYPES[self.dtype][1]} can; choose bfloat16 or float32."
             )
-        return result
-
-    def read_into(self, memory: memoryview, box: Box) -> None:
-        memory[:] = raw_bytes(self.read(box)).numpy().data
 
 
 @dataclass(frozen=True)
@@ -135,7 +155,8 @@ class Buffer:
     def view(self, num_bytes: int) -> memoryview:
         """So many bytes, which the next call may give away again."""
         if num_bytes > len(self._memory):
-            self._memory = bytearray(num_bytes)
+            # As much as a slice may have, at once: while it grows, there are two.
+            self._memory = bytearray(max(num_bytes, SLICE_BYTES if self.num_bytes is None else self.num_bytes))
         return memoryview(self._memory)[:num_bytes]
 
 

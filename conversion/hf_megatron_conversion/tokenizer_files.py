@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_megatron.checkpoint import read_json
-from hf_megatron.checkpoint.budgets import MAX_TOKENIZER_JSON_BYTES
+from hf_megatron.checkpoint.budgets import MAX_JSON_BYTES, MAX_TOKENIZER_JSON_BYTES, require_within
 from hf_megatron.checkpoint.regular_file import open_regular
 from hf_megatron.errors import CheckpointFormatError
 
@@ -78,6 +79,24 @@ def tokenizer_facts(directory: Path) -> TokenizerFacts | None:
         raise CheckpointFormatError(f"The tokenizer in {directory} has no tokens.")
     end = ids.get(_END_OF_TEXT)
     return TokenizerFacts(1 + max(numbers), end if type(end) is int else None)
+
+
+def without_auto_map(path: Path) -> bytes | None:
+    """What is in a tokenizer_config.json but for ``auto_map``, which names code; None if it has none.
+
+    CheckpointFormatError if it cannot be read.
+    """
+    with open_regular(path) as file:
+        raw = file.read(MAX_JSON_BYTES + 1)
+    try:
+        require_within(MAX_JSON_BYTES, len(raw), "bytes at least")
+        content = json.loads(raw.decode())  # not read_json: the largest length is often 10**30
+        if not isinstance(content, dict) or "auto_map" not in content:
+            return None
+        del content["auto_map"]
+        return (json.dumps(content, indent=2) + "\n").encode()
+    except (ValueError, RecursionError) as error:
+        raise CheckpointFormatError(f"{path} cannot be read: {error}.") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -72,7 +72,10 @@ class AtomicDirectory:
         return self.container / self.destination.name
 
     def __enter__(self) -> Self:
-        """Clean up after killed processes and create the directory; DestinationError if it is being written now."""
+        """Clean up after killed processes and create the directory.
+
+        DestinationError if it cannot be created, or is being written now.
+        """
         try:
             self._on_first(self._create)
         except BaseException:
@@ -93,6 +96,11 @@ class AtomicDirectory:
                 f"{self.destination.parent} has {free:,} bytes of free space, {needed:,} are needed{beside}; nothing "
                 "was written."
             )
+
+    def failure(self, error: OSError) -> DestinationError:
+        """What to raise in place of an error of the system's, which may name a file of the hidden directory."""
+        place = f" ({error.filename})" if error.filename and str(self.container) not in str(error.filename) else ""
+        return DestinationError(f"{self.destination} cannot be written: {error.strerror or error}{place}.")
 
     def publish(self, *, merge: bool = False) -> None:
         """Rename the directory to its destination; with ``merge``, move its files into an existing destination."""
@@ -134,6 +142,12 @@ class AtomicDirectory:
             raise DestinationError(f"{place} is not a directory; remove it first.")
 
     def _create(self) -> None:
+        try:
+            self._create_locked()
+        except OSError as error:
+            raise self.failure(error) from error
+
+    def _create_locked(self) -> None:
         parent = self.destination.parent
         self._new_parents = [path for path in (parent, *parent.parents) if not path.exists()]
         parent.mkdir(parents=True, exist_ok=True)

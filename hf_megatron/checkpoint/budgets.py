@@ -25,6 +25,7 @@ MAX_ZIP_DIRECTORY_BYTES = 16 * 2**20
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_YAML_BYTES = 256 * 2**10
+MAX_YAML_VALUES = 100_000  # of which aliases may make any number of a few
 MAX_TOKENIZER_JSON_BYTES = 256 * 2**20
 MAX_TRAINER_STATE_BYTES = 256 * 2**20  # which hold what was logged in each step
 MAX_CARD_BYTES = 16 * 2**20
@@ -32,6 +33,7 @@ MAX_JSON_NESTING = 127  # which is serde_json's limit too
 
 MAX_SAFETENSORS_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000  # in a checkpoint
+MAX_PIECES = 500_000  # of a distributed checkpoint's tensors, in which many layers may be one
 MAX_DIMENSIONS = 64  # of a tensor, which is torch's limit too
 MAX_FILES = 10_000  # with weights, in a checkpoint
 

@@ -30,8 +30,10 @@ class WriteLock:
     def __init__(self, directory: Path, descriptor: int) -> None:
         self.directory, self._descriptor = directory, descriptor
         owner = {"written_by": "hf_megatron", "host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, (json.dumps(owner) + "\n").encode(), 0)
+        data = (json.dumps(owner) + "\n").encode()
+        # In this order, a directory can be taken over on a full disk: the file has its block already.
+        os.pwrite(descriptor, data, 0)
+        os.ftruncate(descriptor, len(data))
         self._owner = owner
         self._released = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
@@ -52,8 +54,7 @@ class WriteLock:
         """Delete the directory, the mark last, so that what a killed process leaves is marked."""
         clear(self.directory)
         (self.directory / MARK).unlink(missing_ok=True)
-        with suppress(OSError):
-            self.directory.rmdir()
+        _remove_empty(self.directory)
         self.release()
 
     def _beat(self) -> None:
@@ -67,6 +68,7 @@ def lock_directory(directory: Path) -> WriteLock:
 
     Raises:
         DestinationError: Another process is writing it, or it is not marked.
+        OSError: It cannot be created or marked; then a new one is not left behind.
     """
     while True:
         with suppress(FileExistsError):
@@ -81,16 +83,34 @@ def lock_directory(directory: Path) -> WriteLock:
             descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:  # whose writer has just finished
             continue
+        except OSError:
+            _remove_empty(directory)
+            raise
         try:
             is_locked = _lock(descriptor, directory)
             if not _is_at(descriptor, mark):
                 os.close(descriptor)
                 continue
             _require_abandoned(descriptor, directory, is_locked=is_locked)
+            return _marked(directory, descriptor)
         except BaseException:
             os.close(descriptor)
             raise
+
+
+def _marked(directory: Path, descriptor: int) -> WriteLock:
+    try:
         return WriteLock(directory, descriptor)
+    except OSError:
+        if [entry.name for entry in directory.iterdir()] == [MARK]:
+            (directory / MARK).unlink()
+            _remove_empty(directory)
+        raise
+
+
+def _remove_empty(directory: Path) -> None:
+    with suppress(OSError):  # of one that is not empty
+        directory.rmdir()
 
 
 def clear(directory: Path) -> None:

@@ -7,9 +7,11 @@ when transformers 5.24 renamed it. Here, an argument that nothing uses raises an
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -50,10 +52,15 @@ _CONTINUOUS_BATCHING = {
 def rename_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the key-value cache in keyword arguments to its older name, which the forwards here use.
 
-    UnexpectedArgumentError if both names are given. Under transformers 5.23 ``cache`` may also be the paged cache of
+    UnexpectedArgumentError if both names are given. Where transformers has renamed it, the older name gives the
+    FutureWarning that stock forwards give. Under transformers 5.23 ``cache`` may also be the paged cache of
     continuous batching, an argument of the attention kernel; that is left alone.
     """
     renamed = dict(arguments)
+    is_deprecated = CACHE == "cache" and renamed.get("past_key_values") is not None
+    if is_deprecated and not torch.compiler.is_compiling():
+        message = "`past_key_values` is deprecated, as in transformers' own forwards. Use `cache` instead."
+        warnings.warn(message, FutureWarning, stacklevel=3)
     if "cache" not in renamed or not (CACHE == "cache" or isinstance(renamed["cache"], (Cache, type(None)))):
         return renamed
     cache = renamed.pop("cache")

@@ -95,8 +95,9 @@ class CheckpointingTrainer(GuardedTrainer):
                 if isinstance(error, HfMegatronError) and not isinstance(error, DestinationError):
                     raise
                 reason = str(error) if isinstance(error, DestinationError) else f"{type(error).__name__}: {error}"
+                state = "stays as it was" if destination.exists() else "is not there"
                 raise DestinationError(
-                    f"{destination} could not be written, and is not there: {reason} (bytes free on its disk: "
+                    f"{destination} could not be written, and {state}: {reason} (bytes free on its disk: "
                     f"{shutil.disk_usage(run_directory).free:,})."
                 ) from error
         if self.args.push_to_hub:

@@ -31,6 +31,12 @@ def _is_the_right_way_round(output: Path) -> bool:
     return bool(report["ratio"] == pytest.approx(seconds["loop"] / seconds["evaluation"], rel=1e-4))
 
 
+def _converts_to_and_fro(output: Path) -> bool:
+    rows = read(output / "conversion.json")["bert-336m"]["directions"]
+    assert [(row["from"], row["to"]) for row in rows][:2] == [("hub", "megatron-core"), ("megatron-core", "hub")]
+    return all(0 < row["peak_rss_bytes"] < 10**9 and row["cpu_ratio_with_hashlib"] > 0 for row in rows)
+
+
 # The arguments of a script, and what its results have to be: a function of them, or how often its table has something.
 _SCRIPTS: dict[str, tuple[list[str], Callable[[Path], bool] | tuple[str, int]]] = {
     "layernorm_placement": (["--workers", "1"], _trains_each_placement),
@@ -40,6 +46,7 @@ _SCRIPTS: dict[str, tuple[list[str], Callable[[Path], bool] | tuple[str, int]]] 
     "shared_heads": ([], ("| seconds of a step |", 1)),
     "recomputation": (["--precisions", "bf16 autocast"], ("\n| bf16 autocast |", 4)),
     "loss_gradient": ([], lambda output: max(r["ratio"] for r in read(output / "loss_gradient.json")["rows"]) < 1.1),
+    "conversion": (["--models", "bert-336m", "--repetitions", "1"], _converts_to_and_fro),
     "rank_checks": ([], lambda output: read(output / "rank_checks.json")["seconds"]["exchange"] > 0),
 }
 

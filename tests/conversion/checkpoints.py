@@ -91,6 +91,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def flipped(path: Path, position: int = -200) -> bytes:
+    """A file's bytes with one bit changed."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    return bytes(data)
+
+
 def directory_bytes(directory: Path) -> dict[str, bytes]:
     """Content of every file."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}

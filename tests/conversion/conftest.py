@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stock(request: pytest.FixtureRequest, tied: Path, untied: Path) -> Path:
     """Either of the two."""
     return tied if request.param == "tied" else untied
+
+
+@pytest.fixture
+def source(tied: Path, tmp_path: Path) -> Path:
+    """A checkpoint of one's own."""
+    return Path(shutil.copytree(tied, tmp_path / "source"))
 
 
 @pytest.fixture

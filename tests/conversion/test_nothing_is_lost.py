@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,93 +20,22 @@ from hf_megatron.errors import (
     CheckpointFormatError,
     CheckpointIncompleteError,
     DestinationError,
-    UnsupportedError,
 )
 from hf_megatron.partition import Box
-from hf_megatron_conversion import convert, converter, files, memory, verify
+from hf_megatron_conversion import convert, files, verify
 from hf_megatron_conversion.tensors import bounded
-from tests.conversion.checkpoints import directory_bytes, hub_bytes, read_config, read_tensors, save_stock, write_hub
+from tests.conversion.checkpoints import (
+    directory_bytes,
+    flipped,
+    hub_bytes,
+    read_config,
+    read_tensors,
+    save_stock,
+    write_hub,
+)
 from tests.conversion.commands import Commands
 
 WEIGHT = "transformer.h.0.attn.c_attn.weight"
-
-
-@pytest.fixture
-def source(tied: Path, tmp_path: Path) -> Path:
-    """A checkpoint of one's own."""
-    return Path(shutil.copytree(tied, tmp_path / "source"))
-
-
-class _Meanwhile:
-    """Progress that does something when writing starts, after everything was planned."""
-
-    def __init__(self, action: Callable[[], object]) -> None:
-        self._action = action
-
-    def begin(self, task: str, total_bytes: int) -> None:
-        self._action()
-
-    def advance(self, num_bytes: int) -> None:
-        pass
-
-
-def _replace_by(content: bytes, path: Path) -> None:
-    """Another file of the same size and time under the same name."""
-    status = path.stat()
-    (path.parent / "new").write_bytes(content)
-    os.utime(path.parent / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
-    (path.parent / "new").replace(path)
-
-
-def _flip(path: Path, position: int = -200) -> bytes:
-    """The file's bytes with one bit changed."""
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    return bytes(data)
-
-
-@pytest.mark.parametrize("in_place", [False, True], ids=["replaced", "written to"])
-@pytest.mark.parametrize(
-    ("kind", "name", "to"),
-    [
-        ("hub", "model.safetensors", {"to": "tp", "tp_size": 2}),
-        ("hub", "model.safetensors", {"to": "hub"}),  # which copies it
-        ("hub", "config.json", {"to": "tp", "tp_size": 2}),
-        ("megatron-lm", "release/mp_rank_01/model_optim_rng.pt", {"to": "hub"}),
-        ("tp", "shard-00002-model-00001-of-00001.safetensors", {"to": "hub"}),
-    ],
-)
-def test_a_source_that_changes_is_not_converted(
-    kind: Any, name: str, to: dict[str, Any], in_place: bool, tied: Path, tmp_path: Path
-) -> None:
-    """Catches offsets of the planned file used in another one: every tensor is another's, and --verify is happy."""
-    source = tmp_path / "source"
-    convert(tied, source, to=kind, tp_size=None if kind == "hub" else 2)
-
-    def change() -> None:
-        content = _flip(source / name)
-        if in_place:
-            (source / name).write_bytes(content)
-        else:
-            _replace_by(content, source / name)
-
-    with pytest.raises(CheckpointIncompleteError, match=f"{re.escape(name)} was changed or replaced"):
-        convert(source, tmp_path / "out", progress=_Meanwhile(change), **to)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_file_that_changes_at_the_end_is_noticed_before_publishing(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches a check at opening alone: what changes after the last opening may have changed between two before it."""
-
-    def write_sums(directory: Path, digests: object) -> None:
-        (source / "model.safetensors").touch()
-
-    monkeypatch.setattr(converter, "write_sums", write_sums)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        convert(source, tmp_path / "tp", to="tp", tp_size=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize(("to", "tp_size"), [("hub", None), ("tp", 4), ("megatron-lm", 2)])
@@ -137,7 +64,7 @@ def test_a_flipped_bit_of_an_archive_is_found(tied: Path, tmp_path: Path) -> Non
     size = file.stat().st_size
     for position in (size // 3, size // 2, 2 * size // 3):
         whole = file.read_bytes()
-        file.write_bytes(_flip(file, position))
+        file.write_bytes(flipped(file, position))
         with pytest.raises(CheckpointIncompleteError, match=r"mp_rank_01.*CRC-32"):
             convert(source, tmp_path / "hub", to="hub")
         with pytest.raises(CheckpointIncompleteError, match=r"mp_rank_01.*CRC-32"):
@@ -169,7 +96,7 @@ def test_a_flipped_bit_of_what_was_converted_is_found(tied: Path, tmp_path: Path
     source = tmp_path / "tp"
     convert(tied, source, to="tp", tp_size=2)
     shard = source / "shard-00001-model-00001-of-00001.safetensors"
-    shard.write_bytes(_flip(shard))
+    shard.write_bytes(flipped(shard))
     message = command.refusal("convert", source, tmp_path / "hub", "--to", "hub")
     assert shard.name in message
     assert "delete SHA256SUMS" in message
@@ -242,10 +169,60 @@ def test_code_of_the_source_is_not_named_by_the_result(
     source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches an auto_map, by which trust_remote_code runs another repository's code."""
-    write_hub(source, read_tensors(source), {**read_config(source), "auto_map": {"AutoModel": "evil--code"}})
+    code = {
+        "auto_map": {"AutoModel": "evil--code"},
+        "custom_pipelines": {"x": {"impl": "evil--code.X", "pt": ["AutoModel"]}},
+    }
+    write_hub(source, read_tensors(source), {**read_config(source), **code})
     convert(source, tmp_path / "hub", to="hub")
-    assert "auto_map" not in read_config(tmp_path / "hub")
-    assert "auto_map is left out" in caplog.text
+    assert not {"auto_map", "custom_pipelines"} & set(read_config(tmp_path / "hub"))
+    assert "auto_map is left out of config.json" in caplog.text
+    assert "custom_pipelines is left out of config.json" in caplog.text
+
+
+_LENGTH = 1000000000000000019884624838656  # as transformers writes it
+
+
+@pytest.mark.parametrize("auto_map", [{"AutoTokenizer": [None, "evil--code.T"]}, ["evil--code.T", None], None])
+@pytest.mark.parametrize("to", ["hub", "tp", "megatron-lm"])
+@pytest.mark.parametrize("is_own", [True, False])
+def test_code_is_not_named_by_the_tokenizer(
+    is_own: bool, to: Any, auto_map: object, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches an auto_map that AutoTokenizer follows, in its two spellings, and what is lost with it."""
+    directory = source if is_own else tmp_path / "tokenizer"
+    directory.mkdir(exist_ok=True)
+    content = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": _LENGTH, "x": [float("inf"), "\ud800 \u00e9"]}
+    config = directory / "tokenizer_config.json"
+    config.write_text(json.dumps({**content, "auto_map": auto_map}))
+    config.chmod(0o600)
+    convert(
+        source, tmp_path / "out", to=to, tp_size=None if to == "hub" else 2, tokenizer=None if is_own else directory
+    )
+    result = tmp_path / "out/tokenizer_config.json"
+    assert json.loads(result.read_text()) == content
+    assert stat.S_IMODE(result.stat().st_mode) == 0o600
+    assert "auto_map is left out of tokenizer_config.json" in caplog.text
+
+
+def test_a_tokenizer_that_names_no_code_is_copied(source: Path, tmp_path: Path) -> None:
+    """Catches settings that are written in another way, for no reason."""
+    text = f'{{"b": 1e400,  "a": {{"auto_map": 0}}, "model_max_length": {_LENGTH}}}\r\n'
+    (source / "tokenizer_config.json").write_bytes(text.encode())
+    convert(source, tmp_path / "out", to="hub")
+    assert (tmp_path / "out/tokenizer_config.json").read_bytes() == text.encode()
+
+
+_UNREADABLE = ["{", '{"auto_map": 1}\xff', "[" * 10**5, f'{{"x": {"9" * 5000}}}', f'{{"x":{" " * 2**24}1}}']
+
+
+@pytest.mark.parametrize("text", _UNREADABLE, ids=["cut off", "not UTF-8", "too deep", "too many digits", "too long"])
+def test_a_tokenizer_of_which_code_cannot_be_seen_is_refused(text: str, source: Path, tmp_path: Path) -> None:
+    """Catches an auto_map that is overlooked because its file is read otherwise than by transformers."""
+    (source / "tokenizer_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointFormatError, match=r"tokenizer_config\.json cannot be read"):
+        convert(source, tmp_path / "out", to="hub")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_escape_sequences_do_not_reach_the_terminal(source: Path, tmp_path: Path, command: Commands) -> None:
@@ -314,20 +291,6 @@ def test_absurd_sizes_are_refused(
     assert told in message
     assert "defect" not in message
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_memory_is_kept_to(tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches --max-memory that is only checked: threads and slices have to become fewer and smaller."""
-    used, limits = 10**8, (10**9, 160 * 10**6, 110 * 10**6, 105 * 10**6)
-    monkeypatch.setattr(memory, "peak_rss_bytes", lambda: used)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
-    hows = [memory.writing_within(limit, [], 0o666) for limit in limits]
-    assert [how.threads for how in hows] == [4, 4, 2, 1]
-    for how, limit in zip(hows, limits, strict=True):
-        assert used + how.threads * (how.slice_bytes + 3 * 2**20) <= limit
-    with pytest.raises(UnsupportedError, match=r"give at least 105MB"):
-        memory.writing_within(102 * 10**6, [], 0o666)
-    assert convert(tied, tmp_path / "tp", to="tp", tp_size=4, max_memory="200MB").bytes_written > 0
 
 
 @pytest.mark.parametrize("shape", [(2, 10**6), (1, 1, 10**5, 3), (7,), (3, 0, 5), ()])

@@ -29,7 +29,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz import guard
-from tests.fuzz.readers import READERS, FindError, Reader, run
+from tests.fuzz.checks import FindError, Reader, run
+from tests.fuzz.readers import READERS
 
 _ROUND = 100  # cases of one seed
 _MAX_DEATHS = 10

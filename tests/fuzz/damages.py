@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tests.fuzz import archives
 from tests.fuzz.directories import Files, Special
-from tests.fuzz.documents import edited_json, edited_safetensors, large_json
-from tests.fuzz.pickles import Draw, pick, rarely
+from tests.fuzz.documents import edited_json, edited_safetensors, edited_yaml, large_json
+from tests.fuzz.pickles import Draw, edited, pick, rarely, whole
 
 _CONFIG_KEYS = [
     "n_inner",
@@ -57,6 +57,11 @@ NAMES += [
     f"iter_0001000/mp_rank_{n}/model_optim_rng.pt" for n in ("9" * 30, "00_001", "00_000_001", "\u0661\u0662", "00\n")
 ]
 NAMES += ["iter_" + "9" * 100 + "/x", "iter_0001000/.metadata", "iter_0001000/common.pt", "adapter_config.json"]
+NAMES += ["metadata.json", "run_config.yaml", "context/model.yaml", "model_config.yaml", "latest_train_state.pt"]
+NAMES += [
+    f"{place}/{name}" for place in ("iter_0001000", "weights", "release") for name in (".metadata", "metadata.json")
+]
+NAMES += ["iter_0001000/__0_7.distcp", "iter_0001000/__0_0.distcp", "iter_0001000/run_config.yaml", "__0_0.distcp"]
 _TRACKERS = [
     b"",
     b"release",
@@ -109,6 +114,18 @@ def wrong(draw: Draw, files: Files, least: int) -> Files:
     return result
 
 
+def _flipped(draw: Draw, content: bytes) -> bytes:
+    """A file of the same length with some of its bytes changed."""
+    result = bytearray(content)
+    for _ in range(draw(st.integers(1, 3))):
+        at, new = (
+            draw(st.integers(0, max(len(result) - 1, 0))),
+            pick(draw, [b"\0", b"\xff", b"PK\5\6", b"PK\1\2", b"\0" * 99]),
+        )
+        result[at : at + len(new)] = new[: len(result) - at]
+    return bytes(result)
+
+
 def _object(content: bytes | Special | None) -> dict[str, Any]:
     try:
         found = json.loads(content) if isinstance(content, bytes) else None
@@ -149,6 +166,12 @@ def _wrong_content(draw: Draw, name: str, content: bytes) -> bytes:
     try:
         if name.endswith(".safetensors"):
             return edited_safetensors(draw, content)
+        if name.endswith(".yaml"):
+            return edited_yaml(draw, _object(content))
+        if name.endswith(".metadata"):
+            return edited(draw, content) if not rarely(draw, 6) else whole(draw)
+        if name.endswith(".distcp"):
+            return _flipped(draw, content)
         if name.endswith((".bin", ".pt")):
             return archives.archive(draw, content) if content.startswith(b"PK") else archives.legacy(draw, content)
     except Exception:

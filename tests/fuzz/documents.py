@@ -130,6 +130,43 @@ def large_json(draw: Draw) -> bytes:
     return pick(draw, makers)()
 
 
+# Documents that are small and large, deep, endless or no data outside; and what a reader may take for a mapping.
+_YAML = [
+    "model: &a [*a]",
+    "model: &a {transformer: *a}",
+    "model: *nowhere",
+    "a: &a [{x}]\nb: &b [{a}]\nmodel: {{transformer: {{window_size: [{b}]}}}}".format(
+        x="x," * 2000, a="*a," * 2000, b="*b," * 2000
+    ),
+    "a: &a {x: y}\nmodel: {<<: *a, num_layers: 2}",
+    "model: " + "[" * 20000,
+    "model: " + "{a: " * 5000,
+    "model:\n" + "".join(" " * n + "a:\n" for n in range(1, 600)),
+    "model: {" + "a: 1, " * 20000 + "}",
+    "model: [" + "x," * 50000 + "]",
+    'model: !!python/object/apply:os.system ["true"]',
+    "model: !!python/name:os.system",
+    "model: !!binary x",
+    "%YAML 9.9\n---\nmodel: {}",
+    "---\nmodel: {}\n---\nmodel: {}\n",
+    "? {a: b}\n: 1",
+    "? [1, 2]\n: 1",
+    "- 1",
+    "\t",
+    "model: {num_layers: " + "1" * 5000 + "}",
+    "model: {num_layers: .inf, hidden_size: 0x20, layernorm_epsilon: 1_0, normalization: 2001-01-01}",
+    "model: " + "x" * 300000,
+    "&" * 1000,
+]
+
+
+def edited_yaml(draw: Draw, content: dict[str, Any], more_keys: Sequence[str] = ()) -> bytes:
+    """A YAML file: JSON, which is YAML too, changed; or a document with what JSON has not."""
+    if rarely(draw, 4):
+        return encoded(draw, pick(draw, _YAML).replace("model:", pick(draw, ["model:", "config:", "num_layers:"])))
+    return edited_json(draw, content, more_keys)
+
+
 # --- safetensors.
 
 _DTYPES = [

@@ -13,9 +13,10 @@ import torch
 
 from tests.checkpoint.directories import CONFIG, model_tensors
 from tests.fuzz.archives import _EVIL, Archive, Record, _in_a_tar, records_of
+from tests.fuzz.conversions import ConvertCase
 from tests.fuzz.directories import Files, Special, hub_seeds, megatron_seed, torch_bytes
 from tests.fuzz.pickles import _KNOTS
-from tests.fuzz.readers import ConvertCase, _legacies, _zips
+from tests.fuzz.readers import _legacies, _zips
 
 
 def _knot(number: int) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -11,12 +11,12 @@ import torch
 from hypothesis import strategies as st
 
 from tests.checkpoint.directories import BERT_CONFIG, CONFIG, Tensors, model_tensors
-from tests.conversion.megatron_lm.generator import Variant, arguments_of
+from tests.conversion.megatron_lm.generator import arguments_of
 from tests.fuzz.damages import wrong
 from tests.fuzz.directories import SIDE_FILES, VARIANTS, Files, contents, hub_seeds, megatron_seed, torch_bytes
 from tests.fuzz.pickles import TEXTS, Draw, pick, rarely
 
-_OBJECTS: list[Any] = [
+OBJECTS: list[Any] = [
     None,
     True,
     0,
@@ -34,13 +34,13 @@ _OBJECTS: list[Any] = [
     float("inf"),
     1e308,
 ]
-_OBJECTS += ["", "x", "\ud800", "\x1b[31m", "gelu", "learned_absolute", "rope", b"x", [], {}, (), [1], {"a": 1}, {1, 2}]
-_OBJECTS += [torch.float16, torch.Size([1]), 1j, [[[[]]]], {"a": {"b": 10**5000}}, {(1, 2): 3}, range(3), "a" * 100000]
+OBJECTS += ["", "x", "\ud800", "\x1b[31m", "gelu", "learned_absolute", "rope", b"x", [], {}, (), [1], {"a": 1}, {1, 2}]
+OBJECTS += [torch.float16, torch.Size([1]), 1j, [[[[]]]], {"a": {"b": 10**5000}}, {(1, 2): 3}, range(3), "a" * 100000]
 _SHARED: Any = ()
 for _ in range(60):
     _SHARED = (_SHARED, _SHARED)
-_OBJECTS.append(_SHARED)
-_DTYPES = [
+OBJECTS.append(_SHARED)
+DTYPES = [
     torch.float64,
     torch.float16,
     torch.bfloat16,
@@ -50,7 +50,7 @@ _DTYPES = [
     torch.bool,
     torch.uint16,
 ]
-_DTYPES += [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.uint64, torch.int8, torch.float8_e8m0fnu]
+DTYPES += [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.uint64, torch.int8, torch.float8_e8m0fnu]
 _MORE_ARGUMENTS = [
     "swiglu",
     "num_experts",
@@ -67,14 +67,15 @@ _MORE_ARGUMENTS += [
     "normalization",
     "eod_token",
 ]
+_KEYS = ["checkpoint_version", "iteration", "args", "model", "model1", "tensors", "tensors"]  # of a rank's file
 _MORE_ARGUMENTS += ["position_embedding_type", "tensor_model_parallel_size", "ffn_hidden_size", "params_dtype"]
 
 
-def _tensor(draw: Draw, tensor: torch.Tensor) -> Any:
+def wrong_tensor(draw: Draw, tensor: torch.Tensor) -> Any:
     """The tensor in another dtype, shape or layout, or something else."""
     match pick(draw, ["dtype", "dtype", "shape", "expand", "view", "object", "huge", "special"]):
         case "dtype":
-            return tensor.to(pick(draw, _DTYPES))
+            return tensor.to(pick(draw, DTYPES))
         case "shape":
             shapes = [tensor.shape[:-1], (*tensor.shape, 1), (0, *tensor.shape[1:]), (), tensor.shape[::-1]]
             return torch.zeros(pick(draw, shapes))
@@ -87,7 +88,7 @@ def _tensor(draw: Draw, tensor: torch.Tensor) -> Any:
         case "special":
             return pick(draw, [torch.zeros(0), torch.nn.Parameter(torch.zeros(3)), torch.tensor(float("nan"))])
         case _:
-            return pick(draw, _OBJECTS)
+            return pick(draw, OBJECTS)
 
 
 def _wrong_tensors(draw: Draw, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def _wrong_tensors(draw: Draw, tensors: dict[str, Any]) -> dict[str, Any]:
         name = pick(draw, sorted(tensors))
         match pick(draw, ["tensor", "tensor", "drop", "name", "copy", "all"]):
             case "tensor" if isinstance(tensors[name], torch.Tensor):
-                result[name] = _tensor(draw, tensors[name])
+                result[name] = wrong_tensor(draw, tensors[name])
             case "drop":
                 result.pop(name, None)
             case "name":
@@ -112,7 +113,7 @@ def _wrong_tensors(draw: Draw, tensors: dict[str, Any]) -> dict[str, Any]:
                 ]
                 result[pick(draw, copies)] = tensors[name]
             case "all":
-                dtype = pick(draw, _DTYPES)
+                dtype = pick(draw, DTYPES)
                 result = {key: value.to(dtype) if _fits(key, value) else value for key, value in result.items()}
     return result
 
@@ -181,27 +182,26 @@ def megatron_directories(draw: Draw) -> Files:
     if not rarely(draw, 4):
         ranks = contents(name)
         which = [pick(draw, sorted(ranks))] if draw(st.booleans()) else sorted(ranks)
-        edits = _content_edits(draw, VARIANTS[name])
+        edits = content_edits(draw, vars(arguments_of(VARIANTS[name])), _KEYS)
         for rank in which:
-            changed = _edited_content(draw, ranks[rank], edits)
+            changed = edited_content(draw, ranks[rank], edits)
             files[f"iter_0001000/{rank}/model_optim_rng.pt"] = torch_bytes(changed, is_zip=VARIANTS[name].is_zip)
     if draw(st.booleans()):
         files |= {"tokenizer.json": SIDE_FILES["tokenizer.json"], "config.json": json.dumps(CONFIG).encode()}
     return wrong(draw, files, 0 if draw(st.booleans()) else 1)
 
 
-def _content_edits(draw: Draw, variant: Variant) -> list[tuple[str, Any]]:
-    """What to set in a rank's file: (argument or key, value)."""
-    names = sorted(vars(arguments_of(variant))) + _MORE_ARGUMENTS
-    keys = ["checkpoint_version", "iteration", "args", "model", "model1", "tensors", "tensors"]
+def content_edits(draw: Draw, arguments: Iterable[str], keys: Sequence[str]) -> list[tuple[str, Any]]:
+    """What to set in a file with arguments: (argument or key, value)."""
+    names = sorted(arguments) + _MORE_ARGUMENTS
     kinds = draw(st.lists(st.sampled_from(["argument", "argument", "key"]), min_size=1, max_size=3))
     return [
-        (f"args.{pick(draw, names)}" if kind == "argument" else pick(draw, keys), pick(draw, _OBJECTS))
-        for kind in kinds
+        (f"args.{pick(draw, names)}" if kind == "argument" else pick(draw, keys), pick(draw, OBJECTS)) for kind in kinds
     ]
 
 
-def _edited_content(draw: Draw, content: dict[str, Any], edits: list[tuple[str, Any]]) -> dict[str, Any]:
+def edited_content(draw: Draw, content: dict[str, Any], edits: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The content of such a file with these set."""
     result = dict(content)
     for key, value in edits:
         if key.startswith("args.") and hasattr(result.get("args"), "__dict__"):

@@ -11,14 +11,9 @@ import io
 import pickle
 import random
 import re
-import shutil
-import traceback
-import warnings
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import safetensors
 import torch
@@ -27,74 +22,28 @@ from hypothesis import strategies as st
 from hf_megatron.checkpoint.budgets import BudgetError
 from hf_megatron.checkpoint.safetensors_header import DTYPES, read_header
 from hf_megatron.checkpoint.torch_file import TENSOR_GLOBALS, open_state_dict, open_torch_file
-from hf_megatron.checkpoint.unpickle import Global, UnpickleError, read_pickle
+from hf_megatron.checkpoint.unpickle import UnpickleError, read_pickle
 from hf_megatron.errors import HfMegatronError
-from hf_megatron_conversion import convert, inspect, verify
-from hf_megatron_conversion.formats import read_model
 from hf_megatron_conversion.formats.megatron_lm.pickled import MEGATRON_GLOBALS
 from hf_megatron_conversion.tensors import raw_bytes
-from tests.conversion.megatron_lm.generator import VOCAB
-from tests.fuzz import directories, models
+from tests.fuzz import directories, distributed, models
 from tests.fuzz.archives import split_legacy, torch_files
+from tests.fuzz.checks import FindError, Reader, require_harmless
+from tests.fuzz.conversions import (
+    any_directory,
+    attempt,
+    check_convert,
+    check_convert_core,
+    check_inspect,
+    check_verify,
+    conversions,
+    healthy_conversion,
+    written,
+)
 from tests.fuzz.documents import safetensors_files
-from tests.fuzz.guard import Violation, watched
+from tests.fuzz.guard import watched
 from tests.fuzz.lookups import Lookups, lookups_of, torch_lookups
-from tests.fuzz.pickles import Draw, pick, pickles
-
-Check = Callable[[Any, Path], bool]
-
-
-class FindError(AssertionError):
-    """A case that shows a bug; ``kind`` is the same for cases that show the same one."""
-
-    def __init__(self, kind: str, details: str) -> None:
-        super().__init__(f"{kind}\n{details}")
-        self.kind = kind
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A reader: the strategy for its cases, the check of one, and an undamaged case.
-
-    The check is given an empty directory to work in, and says whether the reader has accepted the case.
-    """
-
-    name: str
-    cases: Callable[[], st.SearchStrategy[Any]]
-    check: Check
-    healthy: Callable[[], Any]
-
-
-def run(reader: Reader, case: Any, directory: Path) -> bool:
-    """Check one case, and say whether it was accepted; FindError if something does not hold."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return reader.check(case, directory)
-    except FindError:
-        raise
-    except Violation as violation:
-        kind = re.sub(r"\d+|/\S+", "N", str(violation))[:60]
-        raise FindError(_place(violation, "Violation", kind), traceback.format_exc()[-4000:]) from None
-    except AssertionError as error:
-        raise FindError(_place(error, "AssertionError", str(error)[:60]), traceback.format_exc()[-4000:]) from None
-    except Exception as error:
-        raise FindError(_place(error, type(error).__name__), traceback.format_exc()[-4000:]) from None
-
-
-def _place(error: BaseException, *words: str) -> str:
-    """The kind of a find: words, and the last line of this package that it came from."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "hf_megatron" in frame.filename]
-    last = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}" if frames else "no frame"
-    return " | ".join([*words, last])
-
-
-def _require_harmless(lookups: set[tuple[str, str]], allowed: Collection[Global]) -> None:
-    names = sorted(f"{module}:{name}" for module, name in lookups if "." in name or Global(module, name) not in allowed)
-    if names:
-        raise FindError("harmless for us, not for pickle", f"It would look up {names}.")
-
+from tests.fuzz.pickles import pickles
 
 # --- Readers of one file.
 
@@ -120,14 +69,14 @@ def _check_torch_file(content: bytes, directory: Path) -> bool:
             open_torch_file(path, MEGATRON_GLOBALS)
         except HfMegatronError:
             return False
-    _require_harmless(torch_lookups(path), MEGATRON_GLOBALS)
+    require_harmless(torch_lookups(path), MEGATRON_GLOBALS)
     with watched(directory):
         try:
             tensors = open_state_dict(path)
             read = {name: tensor.read() for name, tensor in tensors.items() if tensor.nbytes < 10**6}
         except HfMegatronError:
             return True
-    _require_harmless(torch_lookups(path), TENSOR_GLOBALS)
+    require_harmless(torch_lookups(path), TENSOR_GLOBALS)
     try:
         expected = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch checks more
@@ -182,92 +131,6 @@ def _check_safetensors(content: bytes, directory: Path) -> bool:
     return True
 
 
-# --- Readers of directories.
-
-
-def _attempt(case_directory: Path, act: Callable[[], object]) -> Any:
-    """What a call returns, or the error of ours that it raises."""
-    with watched(case_directory):
-        try:
-            return act()
-        except HfMegatronError as error:
-            result = error
-    str(result).encode("utf-8", "replace")
-    return result
-
-
-def _written(files: directories.Files, directory: Path) -> Path:
-    (directory / "secret").write_bytes(directories.SECRET)
-    directories.write(files, directory / "source")
-    return directory / "source"
-
-
-def _check_inspect(files: directories.Files, directory: Path) -> bool:
-    source = _written(files, directory)
-    result = _attempt(directory, lambda: inspect(source))
-    if isinstance(result, HfMegatronError):
-        return False
-    if result.format == "hub":
-        for path in read_model(source).files:
-            if path.suffix == ".bin":
-                _require_harmless(torch_lookups(path), TENSOR_GLOBALS)
-    return True
-
-
-@dataclass(frozen=True)
-class ConvertCase:
-    files: directories.Files
-    options: dict[str, Any]
-
-
-@st.composite
-def _conversions(draw: Draw, sources: st.SearchStrategy[directories.Files], dry_run: bool) -> ConvertCase:
-    files = draw(sources)
-    options: dict[str, Any] = {"to": pick(draw, ["hub", "tp", "megatron-lm"]), "dry_run": dry_run}
-    if options["to"] != "hub":
-        options["tp_size"] = pick(draw, [2, 2, 1, 4, 3, None])
-    options["dtype"] = pick(draw, [None, None, None, "bfloat16", "float64"])
-    options["max_shard_size"] = pick(draw, [None, None, None, "2KB", 10**4])
-    options["vocab_size"] = pick(draw, [None, VOCAB, 131])
-    options["model_type"] = pick(draw, [None, None, "stock", "megatron"])
-    return ConvertCase(files, {name: value for name, value in options.items() if value is not None})
-
-
-def _check_convert(case: ConvertCase, directory: Path) -> bool:
-    source, destination = _written(case.files, directory), directory / "out"
-    before = sorted(path.name for path in directory.iterdir())
-    result = _attempt(directory, lambda: convert(source, destination, **case.options))
-    if isinstance(result, HfMegatronError) or case.options["dry_run"]:
-        left = sorted(path.name for path in directory.iterdir())
-        if left != before:
-            raise FindError("a refused conversion leaves something behind", f"{left}: {result}")
-        return not isinstance(result, HfMegatronError)
-    written = _attempt(directory, lambda: read_model(destination))
-    if isinstance(written, HfMegatronError):
-        raise FindError(f"what was written is refused: {type(written).__name__}", str(written)[:1000])
-    sizes = {
-        path.relative_to(destination).as_posix(): path.stat().st_size
-        for path in destination.rglob("*")
-        if path.is_file()
-    }
-    if sizes != dict(result.files):
-        raise FindError("other files than were announced", f"{sizes} is not {dict(result.files)}")
-    leaked = [path.name for path in destination.iterdir() if path.is_file() and directories.SECRET in path.read_bytes()]
-    if leaked:
-        raise FindError("a file from outside of the source is in the result", str(leaked))
-    return True
-
-
-def _check_verify(files: directories.Files, directory: Path) -> bool:
-    source = _written(files, directory)
-    directories.write(directories.hub_seeds()["hub"], directory / "whole")
-    return not isinstance(_attempt(directory, lambda: verify(directory / "whole", source)), HfMegatronError)
-
-
-def _any_directory() -> st.SearchStrategy[directories.Files]:
-    return st.one_of(models.hub_directories(), models.megatron_directories())
-
-
 # --- Training checkpoints and adapters.
 
 
@@ -275,7 +138,7 @@ def _check_training(files: directories.Files, directory: Path) -> bool:
     from hf_megatron.training import optimizer_state, training_state
     from tests.fuzz import training
 
-    source, state = _written(files, directory), training.fresh()
+    source, state = written(files, directory), training.fresh()
     streams, accepted = random.getstate(), True
     for act in (
         lambda: training_state.verify_checkpoint(source),
@@ -296,8 +159,8 @@ def _check_adapter(files: directories.Files, directory: Path) -> bool:
     from hf_megatron.peft import load_adapter
     from tests.fuzz import training
 
-    source, model = _written(files, directory), training.small_model()
-    return not isinstance(_attempt(directory, lambda: load_adapter(model, source)), HfMegatronError)
+    source, model = written(files, directory), training.small_model()
+    return not isinstance(attempt(directory, lambda: load_adapter(model, source)), HfMegatronError)
 
 
 def _training_cases() -> st.SearchStrategy[directories.Files]:
@@ -352,11 +215,6 @@ def _safetensors_seeds() -> list[bytes]:
     return cast(list[bytes], found)
 
 
-def _healthy_conversion(kind: str, **options: Any) -> ConvertCase:
-    files = directories.hub_seeds()[kind] if kind in directories.hub_seeds() else directories.megatron_seed(kind)
-    return ConvertCase(files, {"to": "hub", "dry_run": False, **options})
-
-
 def _healthy_training(kind: str) -> directories.Files:
     from tests.fuzz import training
 
@@ -374,26 +232,32 @@ READERS = {
             _check_safetensors,
             lambda: _safetensors_seeds()[0],
         ),
-        Reader("inspect", _any_directory, _check_inspect, lambda: directories.hub_seeds()["bin"]),
+        Reader("inspect", any_directory, check_inspect, lambda: directories.hub_seeds()["bin"]),
         Reader(
             "dry-run",
-            lambda: _conversions(_any_directory(), True),
-            _check_convert,
-            lambda: _healthy_conversion("tp", dry_run=True),
+            lambda: conversions(any_directory(), True),
+            check_convert,
+            lambda: healthy_conversion("tp", dry_run=True),
         ),
         Reader(
             "convert-hub",
-            lambda: _conversions(models.hub_directories(), False),
-            _check_convert,
-            lambda: _healthy_conversion("bin", to="tp", tp_size=2),
+            lambda: conversions(models.hub_directories(), False),
+            check_convert,
+            lambda: healthy_conversion("bin", to="tp", tp_size=2),
         ),
         Reader(
             "convert-megatron",
-            lambda: _conversions(models.megatron_directories(), False),
-            _check_convert,
-            lambda: _healthy_conversion("megatron"),
+            lambda: conversions(models.megatron_directories(), False),
+            check_convert,
+            lambda: healthy_conversion("megatron"),
         ),
-        Reader("verify", _any_directory, _check_verify, lambda: directories.hub_seeds()["tp"]),
+        Reader(
+            "convert-core",
+            lambda: conversions(distributed.core_directories(), False),
+            check_convert_core,
+            lambda: healthy_conversion("stacked"),
+        ),
+        Reader("verify", any_directory, check_verify, lambda: directories.hub_seeds()["tp"]),
         Reader("training", _training_cases, _check_training, lambda: _healthy_training("checkpoint")),
         Reader("adapter", _adapter_cases, _check_adapter, lambda: _healthy_training("adapter")),
     )

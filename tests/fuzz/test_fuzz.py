@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz.checks import FindError, Reader, run
 from tests.fuzz.found import FOUND
 from tests.fuzz.guard import CANARY, watched
-from tests.fuzz.readers import READERS, FindError, Reader, run
+from tests.fuzz.readers import READERS
 
 # Cases that take a few seconds of CPU time.
 _CASES = {"pickle": 200, "torch-file": 120, "safetensors": 200, "training": 20, "adapter": 20}

@@ -1,6 +1,7 @@
 """Arguments of a forward: each has a use or is refused by its name, and the cache may have either of its two names."""
 
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.models.reference import assert_agrees
 IDS = token_ids(2, 5)
 CLASSES = [(case, head) for case in (GPT2, BERTS[1]) for head in case.heads]
 BOTH_NAMES = ["cache", "past_key_values"]
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
 
 def _model(case: ModelCase, head: str | None = None, **options: Any) -> Any:
@@ -45,7 +47,6 @@ def test_arguments_without_a_use_are_refused(case: ModelCase, head: str) -> None
             model.train(is_training)(input_ids=IDS[:, None] if head == "ForMultipleChoice" else IDS, **given)
 
 
-@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # by the forwards of stock heads
 @pytest.mark.parametrize("head", GPT2.heads)
 def test_the_cache_under_either_name(head: str) -> None:
     """Catches a name that is swallowed: each step would then see one token."""
@@ -56,6 +57,17 @@ def test_the_cache_under_either_name(head: str) -> None:
         assert cache.get_seq_length() == 5
     assert torch.equal(*answers)
     assert not torch.equal(answers[0], model(IDS[:, 4:], cache=None)[0])
+
+
+@pytest.mark.skipif(CACHE != "cache", reason="transformers has not renamed it yet")
+def test_the_older_name_is_deprecated() -> None:
+    """Catches a name that stops working one day without a warning before; the newer one must give none."""
+    model = _model(GPT2, "LMHeadModel")
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+        model(IDS[:, 4:], past_key_values=_cache(IDS[:, :4]), use_cache=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(IDS[:, 4:], cache=_cache(IDS[:, :4]), use_cache=True)
 
 
 def test_the_bounds_of_packed_sequences_need_flash_attention() -> None:

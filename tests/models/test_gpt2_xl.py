@@ -10,9 +10,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.distributed import DistributedConfig
 
-from benchmarks.bench_conversion import Size, generate
+from benchmarks.bench_conversion import generate
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
 from hf_megatron.architectures import GPT2
+from hf_megatron.architectures.presets import PRESETS
 from hf_megatron.planning import MACHINES, ModelShape, Run
 from hf_megatron.planning.planner import layouts
 from hf_megatron.tensor_parallel import local, parallelize_module
@@ -51,7 +52,7 @@ def test_two_four_and_eight_ranks_are_planned() -> None:
 @pytest.mark.parametrize("tp_size", [2, 4, 8])
 def test_conversion_is_planned(tmp_path: Path, tp_size: int) -> None:
     """Catches a cut that the converter refuses, and columns that are left out or written twice."""
-    source = generate(tmp_path / "xl", Size(48, 1600, 25), is_sparse=True)
+    source = generate(tmp_path / "xl", PRESETS["gpt2-xl"], is_sparse=True)
     conversion = convert(source, tmp_path / "tp", to="tp", tp_size=tp_size, dry_run=True)
     shards = sum(size for name, size in conversion.files.items() if name.endswith(".safetensors"))
     whole = (source / "model.safetensors").stat().st_size

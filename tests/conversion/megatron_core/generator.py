@@ -110,16 +110,22 @@ def write(directory: Path, variant: Distributed, weights: Tensors | None = None)
 def write_content(place: Path, content: Content) -> None:
     """Write one iteration."""
     place.mkdir(parents=True)
-    files = [io.BytesIO(), io.BytesIO()]
+    for name, data in files_of(content).items():
+        (place / name).write_bytes(data)
+
+
+def files_of(content: Content) -> dict[str, bytes]:
+    """The files of one iteration, by name."""
+    files = {f"__0_{number}.distcp": io.BytesIO() for number in range(2)}
     metadata = dcp.Metadata({}, None, {})
     assert metadata.storage_data is not None
 
-    def add(index: dcp.MetadataIndex, data: bytes) -> None:
+    def add(index: dcp.MetadataIndex, key: str, value: Any) -> None:
         assert metadata.storage_data is not None
-        number = len(metadata.storage_data) % len(files)
-        start = files[number].tell()
-        files[number].write(data)
-        metadata.storage_data[index] = _StorageInfo(f"__0_{number}.distcp", start, len(data))
+        data = content.raw_records[key] if key in content.raw_records else saved(value)
+        name = f"__0_{len(metadata.storage_data) % len(files)}.distcp"
+        metadata.storage_data[index] = _StorageInfo(name, files[name].tell(), len(data))
+        files[name].write(data)
 
     for name, chunks in content.chunks.items():
         properties = dcp.TensorProperties(dtype=chunks[0][1].dtype)
@@ -127,18 +133,18 @@ def write_content(place: Path, content: Content) -> None:
         size = torch.Size(content.shapes[name])
         metadata.state_dict_metadata[name] = dcp.TensorStorageMetadata(properties, size, places)
         for number, (offset, part) in enumerate(chunks):
-            add(dcp.MetadataIndex(name, torch.Size(offset)), content.raw_records.get(f"{name}/{number}", saved(part)))
+            add(dcp.MetadataIndex(name, torch.Size(offset)), f"{name}/{number}", part)
     for name, value in content.objects.items():
         metadata.state_dict_metadata[name] = dcp.BytesStorageMetadata()
-        add(dcp.MetadataIndex(name), content.raw_records.get(name, saved([value])))
+        add(dcp.MetadataIndex(name), name, [value])
     content.change_metadata(metadata)
-    for number, file in enumerate(files):
-        (place / f"__0_{number}.distcp").write_bytes(file.getvalue())
+    result = {name: file.getvalue() for name, file in files.items()}
     old, new = (text.encode() for text in content.replaced)
-    (place / ".metadata").write_bytes(pickle.dumps(metadata).replace(old, new) if old else pickle.dumps(metadata))
-    (place / "metadata.json").write_text(json.dumps(content.mark))
+    result[".metadata"] = pickle.dumps(metadata).replace(old, new) if old else pickle.dumps(metadata)
+    result["metadata.json"] = json.dumps(content.mark).encode()
     if content.common is not None:
-        torch.save(content.common, place / "common.pt")
+        result["common.pt"] = saved(content.common)
+    return result
 
 
 def saved(value: Any) -> bytes:

@@ -90,8 +90,8 @@ def _twice(content: Content) -> None:
 
 def _many_layers(content: Content) -> None:
     name = "decoder.layers.self_attention.linear_proj.bias"
-    content.shapes[name] = (100_001, 1)
-    content.chunks[name] = [((0, 0), torch.zeros(100_001, 1))]
+    content.shapes[name] = (500_001, 1)
+    content.chunks[name] = [((0, 0), torch.zeros(500_001, 1))]
 
 
 def _huge(metadata: dcp.Metadata) -> None:
@@ -149,7 +149,7 @@ _CASES: dict[str, tuple[Callable[[Content], Any], str]] = {
         "position_embedding_type",
     ),
     "experts": (lambda c: setattr(c.common["args"], "num_experts", 8), "num_experts=8"),
-    "more layers than can be": (_many_layers, "100,001 layers"),
+    "more layers than can be": (_many_layers, "and the limit is 500,000"),
     "another container": (lambda c: c.mark.update(sharded_backend="zarr"), "--ckpt-convert-format torch_dist"),
     "no arguments that are any": (lambda c: setattr(c, "common", [1]), "where common.pt has a dictionary"),
 }

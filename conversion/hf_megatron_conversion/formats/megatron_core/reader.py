@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from hf_megatron.checkpoint import LazyTensor, Piece, itemsize, listed
-from hf_megatron.checkpoint.budgets import MAX_TENSORS
-from hf_megatron.checkpoint.distributed import METADATA, METADATA_GLOBALS, Index, open_record, open_tensor, read_index
+from hf_megatron.checkpoint.budgets import MAX_PIECES, BudgetError, require_within
+from hf_megatron.checkpoint.distributed import (
+    METADATA,
+    METADATA_GLOBALS,
+    Index,
+    StoredTensor,
+    open_record,
+    open_tensor,
+    read_index,
+)
 from hf_megatron.checkpoint.torch_file import open_torch_file
 from hf_megatron.checkpoint.unpickle import globals_in
 from hf_megatron.errors import CheckpointFormatError
@@ -39,7 +47,7 @@ _INDEX_GLOBALS = (
     | globals_in(_STRATEGY, "MCoreMetadata", "MCoreSavePlan")
 )
 _COMMON, _COMMON_STATE = "common.pt", "common_state/shard_0_1"
-_STACKED = re.compile(r"(.*\blayers)\.(?!\d+\.)(.+)")
+_STACKED = re.compile(r"(.*\blayers)\.(?!\d+\.)(.+)", re.DOTALL)  # else a line's end in a name costs much time
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.")
 
 
@@ -54,7 +62,7 @@ def open_torch_dist(directory: Path, given: ExternalFacts) -> Model:
     index = read_index(place, _INDEX_GLOBALS)
     common = _common(place, index)
     problems: list[str] = []
-    shards = _shards(index, problems)
+    shards = _shards(place, index, problems)
     version = common.get("checkpoint_version", 3.0)
     if version != 3.0:
         problems.append(f"checkpoint_version={value_of(version)} is not known in this container (only 3.0)")
@@ -96,10 +104,15 @@ def _common(place: Path, index: Index) -> Mapping[str, Any]:
     return content
 
 
-def _shards(index: Index, problems: list[str]) -> Shards:
+def _shards(place: Path, index: Index, problems: list[str]) -> Shards:
     """Megatron's tensors by our names, each whole; ``problems`` is extended by what has no name here."""
     shards: Shards = {}
     unknown = []
+    number = sum(map(_num_pieces, index.tensors.values()))
+    try:
+        require_within(MAX_PIECES, number, "tensors and pieces of them, layer by layer")
+    except BudgetError as error:
+        raise CheckpointFormatError(f"{place / METADATA} is refused: {error}.") from None
     for name, stored in index.tensors.items():
         if _is_optimizer(name):
             for chunk in stored.chunks:
@@ -119,11 +132,9 @@ def _shards(index: Index, problems: list[str]) -> Shards:
 
 def _by_layer(name: str, tensor: LazyTensor) -> list[tuple[str | None, LazyTensor]]:
     """A tensor under our name for it, or if it is stacked [L, ...] each of its layers."""
-    stacked = _STACKED.fullmatch(name)
-    if stacked is None or not tensor.shape:
+    stacked = _stacked(name, tensor.shape)
+    if stacked is None:
         return [(own_name(name), tensor)]
-    if tensor.shape[0] > MAX_TENSORS:
-        raise CheckpointFormatError(f"{name} has {tensor.shape[0]:,} layers, and the limit is {MAX_TENSORS:,}.")
     pieces: list[list[Piece]] = [[] for _ in range(tensor.shape[0])]
     for piece in tensor.pieces:
         first = piece.box.offset[0]
@@ -139,6 +150,18 @@ def _by_layer(name: str, tensor: LazyTensor) -> list[tuple[str | None, LazyTenso
         )
         for layer, of_layer in enumerate(pieces)
     ]
+
+
+def _stacked(name: str, shape: tuple[int, ...]) -> re.Match[str] | None:
+    """Of a tensor in which layers are stacked, the two parts of its name, between which a layer's number would be."""
+    return _STACKED.fullmatch(name) if shape else None
+
+
+def _num_pieces(stored: StoredTensor) -> int:
+    """How many tensors and pieces of them are made of one that is stored."""
+    if _is_optimizer(stored.name) or not _stacked(stored.name, stored.shape):
+        return 1 + len(stored.chunks)
+    return stored.shape[0] + sum(chunk.box.shape[0] for chunk in stored.chunks)
 
 
 def _is_optimizer(name: str) -> bool:

@@ -11,13 +11,14 @@ Source: ``ConfigContainer.to_dict`` and ``GPTModelProvider`` of Megatron-Bridge 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hf_megatron.checkpoint.budgets import MAX_YAML_BYTES, BudgetError, is_64_bit, require_within
+from hf_megatron.checkpoint.budgets import MAX_YAML_BYTES, MAX_YAML_VALUES, BudgetError, is_64_bit, require_within
 from hf_megatron.checkpoint.regular_file import open_regular
 from hf_megatron.errors import CheckpointFormatError, shown
 
@@ -87,23 +88,28 @@ def _read(path: Path) -> dict[str, Any]:
             raw = file.read(MAX_YAML_BYTES + 1)
         require_within(MAX_YAML_BYTES, len(raw), "bytes at least")
         content = yaml.load(raw, Loader=yaml.BaseLoader)  # which makes texts of all scalars, and knows no merges
+        fields = _plain(content, -1, count(1))
     except BudgetError as error:
         raise CheckpointFormatError(f"{path} is refused: {error}.") from None
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise CheckpointFormatError(f"{path} is not valid YAML: {shown(str(error))}.") from None
-    if not isinstance(content, dict):
+    if not isinstance(fields, dict):
         raise CheckpointFormatError(f"{path} holds a {type(content).__name__} where a mapping is expected.")
-    return {str(name): _plain(value, 0) for name, value in content.items()}
+    return fields
 
 
-def _plain(value: Any, depth: int) -> Any:
-    """Scalars as what they stand for; what lies deep is of no interest here."""
+def _plain(value: Any, depth: int, number: Iterator[int]) -> Any:
+    """Scalars as what they stand for; what lies deep is of no interest here.
+
+    ``number`` counts values, each as often as it stands for something: an alias is the value itself, again.
+    """
+    require_within(MAX_YAML_VALUES, next(number), "values at least, with those that its aliases repeat")
     if depth > _MAX_DEPTH:
         return None
     if isinstance(value, dict):
-        return {str(name): _plain(item, depth + 1) for name, item in value.items()}
+        return {str(name): _plain(item, depth + 1, number) for name, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item, depth + 1) for item in value]
+        return [_plain(item, depth + 1, number) for item in value]
     try:
         scalar = json.loads(value)
     except (ValueError, RecursionError):
