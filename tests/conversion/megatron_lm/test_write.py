@@ -202,6 +202,8 @@ def test_memory_does_not_depend_on_the_size(tmp_path: Path) -> None:
             ("to megatron-lm", "hub", "megatron-lm", 4),
             ("from megatron-lm", "to megatron-lm", "hub", 0),
             ("between degrees", "to megatron-lm", "megatron-lm", 2),
+            ("to megatron-core", "hub", "megatron-core", 0),
+            ("from megatron-core", "to megatron-core", "hub", 0),
         ):
             command = [sys.executable, "-c", _PEAK, str(here / source), str(here / name), to, str(tp_size)]
             peaks.setdefault(name, []).append(int(subprocess.check_output(command, env=environment())))
