@@ -74,16 +74,17 @@ def _train_state(step: Any) -> bytes:
 
 
 @cache
-def _content(name: str) -> Content:
+def content(name: str) -> Content:
+    """What an undamaged checkpoint holds."""
     return content_of(SEEDS[name].variant, make_weights(SEEDS[name].variant))
 
 
-def _written(name: str, content: Content) -> Files:
-    """The directory; JSON is YAML too."""
+def written(name: str, content: Content) -> Files:
+    """The directory of a checkpoint that holds this."""
     seed = SEEDS[name]
     files: Files = {f"{seed.place}/{path}": data for path, data in files_of(content).items()}
     if seed.settings is not None:
-        files[seed.settings] = json.dumps(_settings(seed)).encode()
+        files[seed.settings] = json.dumps(_settings(seed)).encode()  # which is YAML
     if name == "bridge":
         files[_BRIDGE_TRACKER] = _train_state(torch.tensor(1000))
     elif seed.place.startswith("iter"):
@@ -94,20 +95,19 @@ def _written(name: str, content: Content) -> Files:
 @cache
 def core_seed(name: str) -> Files:
     """An undamaged checkpoint."""
-    return _written(name, _content(name))
+    return written(name, content(name))
 
 
 @st.composite
 def core_directories(draw: Draw) -> Files:
     """A checkpoint with a wrong index, records, arguments, settings, files or places."""
     name = pick(draw, sorted(SEEDS))
-    seed, content = SEEDS[name], _content(name)
-    files = core_seed(name)
+    seed, files = SEEDS[name], core_seed(name)
     if is_edited := not rarely(draw, 4):
-        content = replace(content, **{field: copy(getattr(content, field)) for field in _COPIED})
+        copied = replace(content(name), **{field: copy(getattr(content(name), field)) for field in _COPIED})
         for _ in range(draw(st.integers(1, 2))):
-            pick(draw, _EDITS)(draw, content)
-        files = _written(name, content)
+            pick(draw, _EDITS)(draw, copied)
+        files = written(name, copied)
     files = dict(files)
     index = f"{seed.place}/.metadata"
     if rarely(draw, 4):

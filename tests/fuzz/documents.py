@@ -130,15 +130,16 @@ def large_json(draw: Draw) -> bytes:
     return pick(draw, makers)()
 
 
+# A text of 10 KB that stands for 10**9 values.
+ALIASES = "a: &a [{x}]\nb: &b [{a}]\nmodel: {{window_size: [{b}]}}".format(
+    x="x," * 1000, a="*a," * 1000, b="*b," * 1000
+)
 # Documents that are small and large, deep, endless or no data outside; and what a reader may take for a mapping.
 _YAML = [
     "model: &a [*a]",
     "model: &a {transformer: *a}",
     "model: *nowhere",
-    "a: &a [{x}]\nb: &b [{a}]\nmodel: {{transformer: {{window_size: [{b}]}}}}".format(
-        x="x," * 2000, a="*a," * 2000, b="*b," * 2000
-    ),
-    "a: &a {x: y}\nmodel: {<<: *a, num_layers: 2}",
+    ALIASES,
     "model: " + "[" * 20000,
     "model: " + "{a: " * 5000,
     "model:\n" + "".join(" " * n + "a:\n" for n in range(1, 600)),

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from tests.checkpoint.directories import CONFIG, model_tensors
+from tests.fuzz import distributed
 from tests.fuzz.archives import _EVIL, Archive, Record, _in_a_tar, records_of
 from tests.fuzz.conversions import ConvertCase
 from tests.fuzz.directories import Files, Special, hub_seeds, megatron_seed, torch_bytes
+from tests.fuzz.distributed import core_seed
+from tests.fuzz.documents import ALIASES
 from tests.fuzz.pickles import _KNOTS
 from tests.fuzz.readers import _legacies, _zips
 
@@ -62,6 +65,15 @@ def _training(**files: bytes) -> Files:
 
 def _converted(files: Files, to: str = "hub") -> ConvertCase:
     return ConvertCase(files, {"to": to, "dry_run": False, **({} if to == "hub" else {"tp_size": 2})})
+
+
+def _layers_of_nothing(tensors: int, layers: int) -> Files:
+    """Tensors of many layers, none of which has an element, so that they take no bytes."""
+    old, nothing = distributed.content("stacked"), torch.zeros(layers, 0)
+    names = [f"{number}.layers.x" for number in range(tensors)]
+    shapes = {**old.shapes, **dict.fromkeys(names, (layers, 0))}
+    changed = replace(old, shapes=shapes, chunks={**old.chunks, **{name: [((0, 0), nothing)] for name in names}})
+    return distributed.written("stacked", changed)
 
 
 _DOTTED = b"\x80\x04X\x1a\0\0\0megatron.core._rank_utils\0X\x09\0\0\0os.system\x93."
@@ -113,6 +125,12 @@ FOUND: dict[str, tuple[str, Callable[[], Any]]] = {
         "convert-hub",
         lambda: _converted({**hub_seeds()["hub"], "tokenizer.json": _BROKEN_TOKENIZER}, "megatron-lm"),
     ),
+    "aliases of aliases": (
+        "inspect",
+        lambda: {**core_seed("bridge"), "iter_0001000/run_config.yaml": ALIASES.encode()},
+    ),
+    "layers beyond a limit": ("convert-core", lambda: _converted(_layers_of_nothing(1, 10**6))),
+    "layers of nothing": ("inspect", lambda: _layers_of_nothing(200, 10**5)),
     "code in a checkpoint's metadata": ("training", lambda: _training(metadata=_EVIL)),
     "random state of nothing": ("training", lambda: _training(random=torch_bytes([]))),
     "random state of another shape": ("training", lambda: _training(random=torch_bytes({"python": (3, (1,), None)}))),

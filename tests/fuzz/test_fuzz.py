@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.checks import FindError, Reader, run
+from tests.fuzz.conversions import healthy_conversion
+from tests.fuzz.distributed import SEEDS
 from tests.fuzz.found import FOUND
 from tests.fuzz.guard import CANARY, watched
 from tests.fuzz.readers import READERS
@@ -52,6 +54,12 @@ def test_short_run(name: str, tmp_path: Path) -> None:
     finally:
         logging.disable(logging.NOTSET)
     assert False in accepted, "what is never refused was not damaged"
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_undamaged_distributed_checkpoints(name: str, tmp_path: Path) -> None:
+    """Catches checkpoints that are refused before what was changed in them is looked at."""
+    assert run(READERS["convert-core"], healthy_conversion(name), tmp_path / "case")
 
 
 @pytest.mark.parametrize("name", FOUND)
