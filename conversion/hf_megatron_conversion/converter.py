@@ -184,27 +184,30 @@ def convert(
         source=str(source),
         destination=str(destination),
         format=to,
-        container=plan.container,
-        tp_size=plan.tp_size,
-        pp_size=plan.pp_size,
-        tensors=len(plan.tensors),
-        bytes_written=plan.nbytes,
-        files=plan.sizes,
-        sha256=written.digests,
-        source_sha256=written.source_digests,
         dropped=tuple(model.dropped),
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak_rss_bytes(),
-        verified=written.is_verified,
         dry_run=dry_run,
-        **_figures(written.agreement),
+        **_figures(plan, written),
     )
 
 
-def _figures(ran: Agreement | None) -> dict[str, Any]:
-    if ran is None:
-        return {}
-    return {
+def _figures(plan: ConversionPlan, written: _Written) -> dict[str, Any]:
+    """What a conversion's result says of the plan, and of what became of it."""
+    figures: dict[str, Any] = {
+        "container": plan.container,
+        "tp_size": plan.tp_size,
+        "pp_size": plan.pp_size,
+        "tensors": len(plan.tensors),
+        "bytes_written": plan.nbytes,
+        "files": plan.sizes,
+        "sha256": written.digests,
+        "source_sha256": written.source_digests,
+        "verified": written.is_verified,
+    }
+    if (ran := written.agreement) is None:
+        return figures
+    return figures | {
         "max_logit_diff": finite(ran.max_logit_diff),
         "loss_source": finite(ran.losses[0]),
         "loss_destination": finite(ran.losses[1]),

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import Box
+from hf_megatron_conversion import tensors as bounds
 from hf_megatron_conversion.files import Writing
-from hf_megatron_conversion.tensors import CAST_BYTES, SLICE_BYTES, Cast, Readable, bounded
+from hf_megatron_conversion.tensors import CAST_BYTES, Cast, Readable, bounded
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _MAX_THREADS = 4
@@ -47,10 +48,10 @@ def writing_within(limit: int | None, tensors: Iterable[Readable], weights_mode:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(_MAX_THREADS, cores)
     if limit is None:
-        return Writing(threads=threads, weights_mode=weights_mode)
+        return Writing(threads=threads, slice_bytes=bounds.SLICE_BYTES, weights_mode=weights_mode)
     used = peak_rss_bytes()
     while True:
-        slice_bytes = min((limit - used) // threads - fixed_bytes, SLICE_BYTES)
+        slice_bytes = min((limit - used) // threads - fixed_bytes, bounds.SLICE_BYTES)
         if slice_bytes >= _MIN_SLICE_BYTES:
             return Writing(threads=threads, slice_bytes=slice_bytes, weights_mode=weights_mode)
         if threads == 1:

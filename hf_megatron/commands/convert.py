@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -60,29 +60,14 @@ def command(
 
     The destination appears complete or not at all.
     """
+    layout: dict[str, Any] = {"to": to, "container": container, "tp_size": tp, "pp_size": pp}
+    layout |= {"transformer_impl": transformer_impl, "dtype": dtype, "max_shard_size": max_shard_size}
+    given: dict[str, Any] = {"vocab_size": vocab_size, "config": config, "tokenizer": tokenizer}
+    given |= {"model_type": model_type, "revision": revision}
+    how: dict[str, Any] = {"max_memory": max_memory, "overwrite": overwrite, "resume": resume}
+    how |= {"dry_run": dry_run, "verify": verify}
     with progress_bar() as progress:
-        conversion = hf_megatron_conversion.convert(
-            source,
-            destination,
-            to=to,
-            container=container,
-            tp_size=tp,
-            pp_size=pp,
-            transformer_impl=transformer_impl,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            vocab_size=vocab_size,
-            config=config,
-            tokenizer=tokenizer,
-            model_type=model_type,
-            revision=revision,
-            max_memory=max_memory,
-            overwrite=overwrite,
-            resume=resume,
-            dry_run=dry_run,
-            verify=verify,
-            progress=progress,
-        )
+        conversion = hf_megatron_conversion.convert(source, destination, **layout, **given, **how, progress=progress)
     return _report(conversion, as_json)
 
 

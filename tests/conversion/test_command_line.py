@@ -50,6 +50,8 @@ def test_inspect(to: str, tp_size: int, model_type: str, untied: Path, tmp_path:
     assert code == 0
     expected: dict[str, Any] = {
         "format": to,
+        "container": None,
+        "core_version": None,
         "architecture": "gpt2",
         "model_class": "GPT2LMHeadModel",
         "model_type": model_type,

@@ -230,7 +230,7 @@ def test_snapshot_of_the_hub_cache(tied: Path, tmp_path: Path, monkeypatch: pyte
     convert("some/gpt2", tmp_path / "hub", to="hub")
     assert hub_bytes(tmp_path / "hub") == hub_bytes(tied)
     assert not any(path.is_symlink() for path in (tmp_path / "hub").iterdir())
-    assert fetched[0] == ["config.json", "latest_checkpointed_iteration.txt"]
+    assert fetched[0] == ["config.json", "latest_checkpointed_iteration.txt", "latest_train_state.pt", "*metadata.json"]
     assert not any("bin" in pattern for patterns in fetched for pattern in patterns)
     assert "`some/gpt2` (hub)" in (tmp_path / "hub/README.md").read_text()
 

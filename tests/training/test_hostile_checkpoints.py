@@ -115,7 +115,7 @@ _CHANGES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "metadata": (_evil_metadata, r"\.metadata is refused: its pickle asks for '\w+\.mkdir', which could run any code"),
     "entry": (_evil_entry, "optimizer cannot be read: (?s:.*)mkdir"),
     "elsewhere": (_elsewhere, r"places a tensor in '\.\./\.\./other\.distcp'"),
-    "transformed": (_transformed, "places a tensor in '__0_0.distcp'"),
+    "transformed": (_transformed, "__0_0.distcp is compressed or otherwise transformed"),
     "computed": (_computed, "places a tensor in None"),
     "pipe": (_pipe, "is neither a file nor a directory"),
     "integer": (_large_metadata, "an integer of 524280 bits"),

@@ -112,7 +112,7 @@ _VARIANTS = {
     ],
     "the names of Megatron-core, or of its transformer-engine layers, not known": [
         Variant(**kind, gelu=gelu, names=names)
-        for kind in _KINDS.values()
+        for kind in (_KINDS["gpt"], _KINDS["bert-pre"])
         for gelu in ("fused", "erf")
         for names in ("core", "te")
     ],

@@ -179,16 +179,6 @@ def test_a_copy_of_the_embedding_that_differs(tmp_path: Path) -> None:
     assert "word_embeddings_for_head.weight should be a copy" in _refusal(source, tmp_path)
 
 
-def test_distributed_checkpoints_of_megatron_core(tmp_path: Path) -> None:
-    """Catches a puzzling message where somebody has the newer kind of checkpoint."""
-    place = tmp_path / "source/iter_0000010"
-    place.mkdir(parents=True)
-    (place / "metadata.json").write_text("{}")
-    (place / "__0_0.distcp").write_bytes(b"")
-    (tmp_path / "source/latest_checkpointed_iteration.txt").write_text("10")
-    assert "--ckpt-format torch" in _refusal(tmp_path / "source", tmp_path)
-
-
 # --- Pickles.
 
 

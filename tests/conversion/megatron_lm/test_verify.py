@@ -20,7 +20,7 @@ from hf_megatron.partition import Box
 from hf_megatron_conversion import convert, logits, sample, verify
 from hf_megatron_conversion.formats import read_model
 from hf_megatron_conversion.formats.base import SourceOptions
-from hf_megatron_conversion.formats.megatron_lm import arguments, config, merge, reader, writer
+from hf_megatron_conversion.formats.megatron_lm import arguments, config, layout, merge, reader
 from hf_megatron_conversion.megatron_forward import megatron_outputs
 from hf_megatron_conversion.tensors import Reshaped
 from tests.conversion.checkpoints import read_config, read_tensors, write_hub
@@ -118,7 +118,7 @@ def test_a_planted_mistake_of_the_writer_fails(tmp_path: Path, hub: Path, monkey
         shape = (3 * rows, *rest)
         return Reshaped(LazyTensor(parts[0].name, parts[0].dtype, shape, tuple(pieces)), shape)
 
-    monkeypatch.setattr(writer, "stacked", one_after_the_other)
+    monkeypatch.setattr(layout, "stacked", one_after_the_other)
     # A reader with the same idea of the order, so that the tensors come back as they were.
     monkeypatch.setattr(*_MISTAKES[0])
     assert convert(hub, tmp_path / "m", to="megatron-lm", tp_size=2, verify=True).verified is False

@@ -144,7 +144,7 @@ def _found(stored: Stored, arguments: Arguments, problems: list[str]) -> Detecte
         problems.append(f"missing: {listed(missing)}")
         return None
     words, positions, qkv, up = (shards[name][0].shape for name in needed)
-    parts, hidden = len(shards[_WORDS]), words[1]
+    parts, hidden = 1 if stored.container == "torch_dist" else stored.tp_size, words[1]
     if qkv[0] * parts != 3 * hidden:
         problems.append(
             f"{_FIRST_QKV} has {qkv[0]} rows on each of {parts} ranks, where {3 * hidden} are needed in all: ranks "
