@@ -238,13 +238,15 @@ def test_what_megatron_lm_saves_is_harmless(tmp_path: Path, weights: Tensors, is
     scaler = foreign("fp16.loss_scaler.DynamicLossScaler", cur_scale=65536.0, cur_iter=3)
     newer = foreign("megatron.fp16_deprecated.loss_scaler.DynamicLossScaler", cur_scale=1.0)
     content = content_of(Variant(tp=1), weights, 0, 0)
+    scope = foreign("megatron.core.transformer.enums.InferenceCudaGraphScope", _value_=1)
     content["args"].model_type = model_type
+    content["args"].inference_cuda_graph_scope = scope
     content["args"].path = Path("somewhere")
     content["args"].sizes = {1, 2}
     content["optimizer"] = {"loss_scaler": scaler, "newer": newer, "state": {0: {"exp_avg": torch.zeros(3)}}}
     content["rng_state"] = [{"np_rng_state": content["np_rng_state"]}]
     path = tmp_path / "source/release/mp_rank_00/model_optim_rng.pt"
-    save_foreign(path, content, is_zip, model_type, scaler, newer)
+    save_foreign(path, content, is_zip, model_type, scaler, newer, scope)
     convert(tmp_path / "source", tmp_path / "out", to="hub", vocab_size=VOCAB)
 
 
