@@ -9,7 +9,7 @@ from hf_megatron.checkpoint.unpickle import Call, Global, globals_in
 from hf_megatron.errors import shown
 
 _ENUMERATIONS = ("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend", "PositionEmbeddingType")
-_GRAPH_ENUMERATIONS = ("CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope")  # the last in all of core 0.18 on
+_GRAPH_ENUMERATIONS = ("CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope")  # the last since core 0.18
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "uint8", "int32", "int64", "half")
 _NUMPY_DTYPES = ("Bool", "Int8", "UInt8", "Int16", "UInt16", "Int32", "UInt32", "Int64", "UInt64")
 _NUMPY_FLOATS = ("Float16", "Float32", "Float64", "Str", "Object")
