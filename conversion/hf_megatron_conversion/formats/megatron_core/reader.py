@@ -178,5 +178,5 @@ def _core_version(place: Path, index: Index, common: Mapping[str, Any]) -> str |
     if "mcore_data" in index.fields:
         if "all_local_plans" not in index.fields:
             return "0.11 or earlier"
-        return "0.14" if "content_metadata" in common else "0.12 or 0.13"
+        return "0.13 or 0.14" if "content_metadata" in common else "0.12 to 0.14"
     return "0.15 to 0.18" if "all_local_plans" in index.fields else None
