@@ -162,12 +162,12 @@ _LIST = r"""
 + target.copy_(_DrawnTensor(tuple(target.shape), std, seed, name, zero_row)[...])
 @ hf_megatron/partition/tiling.py -> tests/checkpoint/test_sharded.py
 # test_a_lost_shard_is_refused: a lost shard is a smaller tensor
-- if covered != whole.numel:
-+ if covered > whole.numel:
+- if _cover_once(whole, filled, cut):
++ if _cover_once(whole, filled, cut) or sum(box.numel for box in filled) < whole.numel:
 @ hf_megatron/partition/tiling.py -> tests/partition/test_tiling.py
 # test_messages_name_the_piece: a stale shard is one more piece, as long as the sizes add up
-- if box.intersection(other) is not None:
-+ if box == other:
+- if _cover_once(whole, filled, cut):
++ if sum(box.numel for box in filled) == whole.numel:
 @ hf_megatron/checkpoint/spelling.py -> tests/checkpoint/test_spelling.py
 # test_a_different_tied_head_is_refused: a tied head with values of its own is dropped
 - _require_same(copy, found[original])
