@@ -7,10 +7,15 @@ piece; both are found only by checking that the pieces tile the shape the config
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import combinations, islice
+from typing import cast
 
 from hf_megatron.partition.spec import Box, Shape
+
+_MAX_CUT_DIMENSIONS = 4  # each doubles the work at most
+_MAX_COMPARISONS = 100_000  # to find two pieces that a message names
 
 
 def tiling_error(shape: Shape, boxes: Sequence[Box]) -> str | None:
@@ -25,22 +30,52 @@ def tiling_error(shape: Shape, boxes: Sequence[Box]) -> str | None:
         sides = zip(box.offset, box.shape, shape, strict=True)
         if any(start < 0 or start + size > limit for start, size, limit in sides):
             return f"has a piece of shape {list(box.shape)} at {list(box.offset)}, outside of its shape {list(shape)}"
-    # Along the dimension with the most starts, few pieces lie beside each other, so that few pairs have to be compared.
-    dim = max(range(len(shape)), key=lambda dim: len({box.offset[dim] for box in boxes}), default=None)
     filled = [box for box in boxes if box.numel]
-    if dim is not None:
-        filled.sort(key=lambda box: box.offset[dim])
-    for i, box in enumerate(filled):
-        for other in islice(filled, i + 1, None):
-            if dim is not None and other.offset[dim] >= box.offset[dim] + box.shape[dim]:
-                break
-            if box.intersection(other) is not None:
-                return (
-                    f"is stored twice: pieces of shape {list(box.shape)} at {list(box.offset)} and "
-                    f"{list(other.shape)} at {list(other.offset)} overlap (shards of another degree left behind?)"
-                )
-    covered = sum(box.numel for box in boxes)
-    # Disjoint boxes inside the shape tile it exactly when their sizes add up.
-    if covered != whole.numel:
+    cut = [dim for dim, size in enumerate(shape) if any(box.shape[dim] != size for box in filled)]
+    if len(cut) > _MAX_CUT_DIMENSIONS:
+        return f"is cut along {len(cut)} dimensions, and pieces of {_MAX_CUT_DIMENSIONS} at most can be put together"
+    if _cover_once(whole, filled, cut):
+        return None
+    for box, other in islice(_neighbours(filled, cut), _MAX_COMPARISONS):
+        if box.intersection(other) is not None:
+            return (
+                f"is stored twice: pieces of shape {list(box.shape)} at {list(box.offset)} and "
+                f"{list(other.shape)} at {list(other.offset)} overlap (shards of another degree left behind?)"
+            )
+    covered = sum(box.numel for box in filled)
+    if covered < whole.numel:
         return f"of shape {list(shape)} is incomplete: {covered} of {whole.numel} elements are stored"
-    return None
+    return f"is stored twice: of its {len(filled)} pieces some overlap (shards of another degree left behind?)"
+
+
+def _cover_once(whole: Box, boxes: Sequence[Box], cut: Sequence[int]) -> bool:
+    """Whether boxes inside ``whole``, all as long as it except in the dimensions ``cut``, cover each element once.
+
+    How often each element is covered must be the same as by ``whole`` alone. It is if the differences from one element
+    to the next are, along one dimension after the other; and of those few are left, where boxes begin and end.
+    """
+    counts: dict[tuple[object, ...], int] = defaultdict(int)
+    for box, count in (*((box, 1) for box in boxes), *([(whole, -1)] if whole.numel else [])):
+        counts[tuple((box.offset[dim], box.offset[dim] + box.shape[dim]) for dim in cut)] += count
+    for index in range(len(cut)):
+        differences: dict[tuple[object, ...], int] = defaultdict(int)
+        for place, count in counts.items():
+            begin, end = cast(tuple[int, int], place[index])
+            differences[*place[:index], begin, *place[index + 1 :]] += count
+            differences[*place[:index], end, *place[index + 1 :]] -= count
+        counts = {place: count for place, count in differences.items() if count}
+    return not any(counts.values())
+
+
+def _neighbours(boxes: Sequence[Box], cut: Sequence[int]) -> Iterator[tuple[Box, Box]]:
+    """Pairs of boxes that may overlap: one begins, along the dimension that is cut most, before the other ends."""
+    dim = max(cut, key=lambda dim: len({box.offset[dim] for box in boxes}), default=None)
+    if dim is None:
+        yield from combinations(boxes, 2)
+        return
+    ordered = sorted(boxes, key=lambda box: box.offset[dim])
+    for i, box in enumerate(ordered):
+        for other in islice(ordered, i + 1, None):
+            if other.offset[dim] >= box.offset[dim] + box.shape[dim]:
+                break
+            yield box, other

@@ -7,9 +7,11 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import metadata as dcp
 
 from tests.checkpoint.directories import CONFIG, model_tensors
 from tests.fuzz import distributed
@@ -76,6 +78,18 @@ def _layers_of_nothing(tensors: int, layers: int) -> Files:
     return distributed.written("stacked", changed)
 
 
+def _grid_of_chunks() -> Files:
+    """A tensor of 27,000 elements, each in a chunk of its own."""
+    old, name, one = distributed.content("stacked"), "x", torch.Size((1, 1, 1))
+
+    def change(metadata: dcp.Metadata) -> None:
+        chunks = [dcp.ChunkStorageMetadata(torch.Size(offset), one) for offset in product(range(30), repeat=3)]
+        size = torch.Size((30, 30, 30))
+        metadata.state_dict_metadata[name] = dcp.TensorStorageMetadata(dcp.TensorProperties(), size, chunks)
+
+    return distributed.written("stacked", replace(old, change_metadata=change))
+
+
 _DOTTED = b"\x80\x04X\x1a\0\0\0megatron.core._rank_utils\0X\x09\0\0\0os.system\x93."
 _BROKEN_TOKENIZER = b'{"model": {"vocab": {"a": 0}, "vocab": {}}}'
 
@@ -130,6 +144,7 @@ FOUND: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: {**core_seed("bridge"), "iter_0001000/run_config.yaml": ALIASES.encode()},
     ),
     "layers beyond a limit": ("convert-core", lambda: _converted(_layers_of_nothing(1, 10**6))),
+    "grid of chunks": ("inspect", _grid_of_chunks),
     "layers of nothing": ("inspect", lambda: _layers_of_nothing(200, 10**5)),
     "code in a checkpoint's metadata": ("training", lambda: _training(metadata=_EVIL)),
     "random state of nothing": ("training", lambda: _training(random=torch_bytes([]))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ SHAPES = [(), (0,), (1,), (2**17, 0), (10**5, 0), (0, 2**40), (2**31, 1), (2**40
 
 _PATHS = ["__0_0.distcp", "__0_1.distcp", "__7_0.distcp", "__0_0.distcp\n", "../secret", "/dev/zero", "common.pt", ""]
 _PATHS += ["a" * 300, "__\u0661_0.distcp", "__0_0.distcp/", "./__0_0.distcp", "\ud800", "__0_" + "9" * 9 + ".distcp"]
+_chunk = dcp.ChunkStorageMetadata
 _FIELDS_OF_INDEX = ["state_dict_metadata", "planner_data", "storage_data", "storage_meta", "version", "mcore_data"]
 
 
@@ -122,7 +124,7 @@ def _chunks(draw: Draw, metadata: dcp.Metadata) -> None:
     tensors = [s for s in stored.values() if isinstance(s, dcp.TensorStorageMetadata) and isinstance(s.chunks, list)]
     for tensor in _some(draw, [tensor for tensor in tensors if tensor.chunks]):
         at, chunk = draw(st.integers(0, len(tensor.chunks) - 1)), pick(draw, tensor.chunks)
-        match pick(draw, ["drop", "again", "value", "empty", "offsets", "offsets", "sizes", "sizes"]):
+        match pick(draw, ["drop", "again", "value", "empty", "grid", "offsets", "offsets", "sizes", "sizes"]):
             case "drop":
                 del tensor.chunks[at]
             case "again":
@@ -131,7 +133,14 @@ def _chunks(draw: Draw, metadata: dcp.Metadata) -> None:
                 tensor.chunks[at] = pick(draw, OBJECTS)
             case "empty":
                 zeros = torch.Size([0] * len(tensor.size)) if isinstance(tensor.size, tuple) else torch.Size([0])
-                tensor.chunks.extend([dcp.ChunkStorageMetadata(zeros, zeros)] * pick(draw, [1, 1, 3000]))
+                tensor.chunks.extend([_chunk(zeros, zeros)] * pick(draw, [1, 1, 3000]))
+            case "grid":
+                count, dims = pick(draw, [(3, 2), (2, 5), (24, 3)])
+                one, places = torch.Size([1] * dims), product(range(count), repeat=dims)
+                tensor.size, tensor.chunks = (
+                    torch.Size([count] * dims),
+                    [_chunk(torch.Size(place), one) for place in places],
+                )
             case name if isinstance(chunk, dcp.ChunkStorageMetadata):
                 setattr(chunk, name, _size(draw, getattr(chunk, name)))
 
