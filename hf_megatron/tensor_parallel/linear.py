@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from hf_megatron.partition import FusedSplit, Replicated, Spec, Split, chunk_range
 from hf_megatron.tensor_parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
 from hf_megatron.tensor_parallel.group import TensorParallelGroup, local
-from hf_megatron.tensor_parallel.mappings import reduce_from_tensor_parallel_region
 from hf_megatron.tensor_parallel.parallel_module import ParallelModule
 from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion, in_region
 
@@ -122,10 +121,7 @@ def column_parallel_linear(
     if not is_trained:
         x = x if region is None else region.enter(x)
         return tuple(_product(x, weight, bias, layout) for weight, bias in zip(weights, biases, strict=True))
-    device = x.device.type
-    if torch.is_autocast_enabled(device):  # autocast does not cast the arguments of custom functions
-        dtype = torch.get_autocast_dtype(device)
-        x, *weights = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *weights))
+    x, *weights = _cast_by_autocast(x, *weights)
     entry = _Entry(group, layout, None if region is None else region.length, blocks)
     products: tuple[torch.Tensor, ...] = _ColumnParallelLinear.apply(x, entry, *weights, *biases)
     return products
@@ -134,7 +130,7 @@ def column_parallel_linear(
 class RowParallelLinear(_ParallelLinear):
     """Row-parallel ``Y = X A + b``, with the rows of ``A`` and the columns of ``X`` split: ``Y = sum_i X_i A_i + b``.
 
-    The bias is replicated and added once, after the sum.
+    The bias is replicated and part of the first rank's term of the sum, which saves a pass over the output.
     """
 
     _usual_specs: ClassVar = {
@@ -148,16 +144,13 @@ class RowParallelLinear(_ParallelLinear):
         Collective: all-reduce over tp, forward, of the output. With a region reduce-scatter over tp, forward, and
         all-gather over tp, backward.
         """
-        weight = local(self.weight)
-        bias = None if self.bias is None else in_region(self.bias, region)
+        weight, bias = local(self.weight), None if self.bias is None else local(self.bias)
         if self.tp_group.size == 1:
             return _product(x, weight, bias, self.weight_layout)
-        partial_sum = _product(x, weight, None, self.weight_layout)
-        if region is None:
-            product = reduce_from_tensor_parallel_region(self.tp_group, partial_sum)
-        else:
-            product = region.leave(partial_sum)
-        return product if bias is None else product + bias.to(product.dtype)
+        x, weight, bias = _cast_by_autocast(x, weight, bias)
+        exit_ = _Exit(self.tp_group, self.weight_layout, region is not None)
+        output: torch.Tensor = _RowParallelLinear.apply(x, weight, bias, exit_)
+        return output
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layout: WeightLayout) -> torch.Tensor:
@@ -167,6 +160,15 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, l
     flat = x.reshape(-1, x.shape[-1])
     product = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
     return product.view(*x.shape[:-1], weight.shape[1])
+
+
+def _cast_by_autocast(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[Any, ...]:
+    """What autocast would do to the arguments of a product; it does not cast those of custom functions."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return (x, *parameters)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *parameters))
 
 
 def _part_of_bias(whole: torch.Tensor, group: TensorParallelGroup, blocks: int) -> torch.Tensor:
@@ -246,3 +248,43 @@ class _ColumnParallelLinear(torch.autograd.Function):
             for gradient, bias in zip(of_biases, ctx.biases, strict=True)
         ]
         return of_x if needs_x else None, None, *of_weights, *of_biases
+
+
+class _Exit(NamedTuple):
+    """How an output leaves a parallel region."""
+
+    group: TensorParallelGroup  # of more than one rank
+    layout: WeightLayout  # how the weight is stored
+    is_split: bool  # whether the output is split on the sequence; else it is replicated
+
+
+class _RowParallelLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, exit_: _Exit
+    ) -> torch.Tensor:
+        ctx.exit = exit_
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        output = _product(x, weight, bias if exit_.group.rank == 0 else None, exit_.layout)
+        ctx.length = output.shape[-2] if exit_.is_split else None
+        if exit_.is_split:
+            return start_reduce_scatter(exit_.group, output, output.dim() - 2, is_async=False)()
+        start_all_reduce(exit_.group, output, is_async=False)()
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        exit_, (x, weight) = ctx.exit, ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        if exit_.is_split:
+            gradient = start_all_gather(exit_.group, gradient, gradient.dim() - 2, ctx.length, is_async=False)()
+        flat = gradient.reshape(-1, gradient.shape[-1])  # [T, out], replicated
+        of_x = of_weight = None
+        if needs_x:
+            matrix = weight if exit_.layout == "out_in" else weight.t()
+            of_x = (flat @ matrix).view(*gradient.shape[:-1], -1)
+        if needs_weight:
+            rows = x.reshape(-1, x.shape[-1])  # [T, in_p]
+            of_weight = flat.t() @ rows if exit_.layout == "out_in" else rows.t() @ flat
+        return of_x, of_weight, flat.sum(0) if needs_bias else None, None
