@@ -117,7 +117,8 @@ class ParallelAttention(ParallelModule):
             context, probabilities = explicit(query, key, value, attention_mask, dropout, is_causal)
         else:
             kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
-            with private_cuda_stream(query.device, self.first_head) if dropout else nullcontext():
+            is_private = bool(dropout) and self.tp_group.size > 1
+            with private_cuda_stream(query.device, self.first_head) if is_private else nullcontext():
                 context, probabilities = kernel(
                     self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
                 )

@@ -133,6 +133,7 @@ class RowParallelLinear(_ParallelLinear):
     The bias is replicated and part of the first rank's term of the sum, which saves a pass over the output.
     """
 
+    sees_whole_sequence = True
     _usual_specs: ClassVar = {
         "in_out": {"weight": Split(0), "bias": Replicated()},
         "out_in": {"weight": Split(1), "bias": Replicated()},
