@@ -5,7 +5,7 @@ Through the dispatcher, a step of torch's fused AdamW takes several times as lon
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hf_megatron.errors import UnsupportedError
@@ -141,28 +142,26 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torc
     return norm
 
 
-def _sum_of_squares(mesh: Any, gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Of gradients on one mesh, or of plain ones if it is None: each shard counts once."""
-    counted: dict[Any, list[torch.Tensor]] = {}
-    for gradient in gradients:
-        if isinstance(gradient, DTensor):
-            coordinate = mesh.get_coordinate()
-            if any(placement.is_partial() for placement in gradient.placements):
-                raise UnsupportedError(f"a gradient is a partial sum ({gradient.placements}); reduce it first.")
-            held = zip(gradient.placements, coordinate, strict=True)
-            if any(placement.is_replicate() and place for placement, place in held):
-                continue  # the first rank counts it
-        shard = _local(gradient)
-        counted.setdefault(shard.device, []).append(shard)
-    device = _local(gradients[0]).device
-    squares = torch.zeros((), dtype=torch.float32, device=device)
-    for shards in counted.values():
-        norms = torch.stack(torch._foreach_norm(shards, 2.0, dtype=_wide(shards)))
-        squares = squares + norms.square().sum().to(device)
+def _sum_of_squares(mesh: DeviceMesh | None, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Of gradients on one mesh, or of plain ones; each shard counts once. A scalar, replicated."""
+    shards = gradients if mesh is None else [_local(gradient) for gradient in gradients if _is_counted_here(gradient)]
+    is_double = any(gradient.dtype == torch.float64 for gradient in gradients)
+    dtype, device = torch.float64 if is_double else torch.float32, _local(gradients[0]).device
+    squares = torch.zeros((), dtype=dtype, device=device)
+    if shards:
+        norms = torch._foreach_norm(shards, 2.0, dtype=dtype)
+        squares = torch.stack([norm.to(device) for norm in norms]).square().sum()
     for dim in range(0 if mesh is None else mesh.ndim):
-        dist.all_reduce(squares, group=mesh.get_group(dim))
+        dist.all_reduce(squares, group=mesh.get_group(dim))  # type: ignore[union-attr]
     return squares
 
 
-def _wide(tensors: list[torch.Tensor]) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+def _is_counted_here(gradient: torch.Tensor) -> bool:
+    """Whether this rank is the first of those that hold a DTensor's shard."""
+    assert isinstance(gradient, DTensor)
+    if any(placement.is_partial() for placement in gradient.placements):
+        raise UnsupportedError(f"a gradient is a partial sum ({gradient.placements}); reduce it first.")
+    coordinate = gradient.device_mesh.get_coordinate()
+    assert coordinate is not None
+    held = zip(gradient.placements, coordinate, strict=True)
+    return not any(placement.is_replicate() and place for placement, place in held)
