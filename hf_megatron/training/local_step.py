@@ -30,7 +30,6 @@ _ELEMENTWISE = (
     torch.optim.NAdam,
     torch.optim.RAdam,
     torch.optim.RMSprop,
-    torch.optim.Rprop,
     torch.optim.SGD,
 )
 _MARK = "_steps_on_shards"
