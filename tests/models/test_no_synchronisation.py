@@ -58,7 +58,7 @@ class NeverWait(TorchDispatchMode):
 def _device() -> Iterator[None]:
     """The meta device as an accelerator: it has no autocast of its own, and no random state."""
     never = mock.patch.object(torch, "is_autocast_enabled", lambda *_: False)
-    stream = mock.patch("hf_megatron.models.attention.private_cuda_stream", lambda *_: nullcontext())
+    stream = mock.patch("hf_megatron.models.attention.private_stream", lambda *_: nullcontext())
     autocast = mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext())
     with never, autocast, stream, NeverWait():
         yield
