@@ -173,7 +173,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, l
 
 
 def _for_function(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter as the functions below take it: as it is, or for a compiler, which does not see into DTensors, local."""
+    """A parameter as the functions below take it: as it is, or local for a compiler, which does not see into it."""
     return local(parameter) if torch.compiler.is_compiling() else parameter
 
 
@@ -216,12 +216,12 @@ class _ColumnParallelLinear(torch.autograd.Function):
         ctx.finish = [None if p is None else _Finish.of(p) for p in weights_and_biases]
         ctx.num_whole_bias = weights_and_biases[-1].numel() if entry.bias_blocks else 0
         shards = [None if p is None else shard_of(p) for p in weights_and_biases]
-        weights, biases = [_cast(w, x.dtype) for w in shards[: ctx.count]], shards[ctx.count :]  # type: ignore[arg-type]
+        weights, biases = [_cast(w, x.dtype) for w in shards[: ctx.count]], shards[ctx.count :]
         ctx.save_for_backward(x if any(ctx.needs_input_grad[2 : 2 + ctx.count]) else None, *weights)
         if entry.length is not None:
             x = start_all_gather(entry.group, x, x.dim() - 2, entry.length, is_async=False)()
         if entry.bias_blocks:
-            biases = [_part_of_bias(bias, entry.group, entry.bias_blocks).reshape(-1) for bias in biases]  # type: ignore[arg-type]
+            biases = [_part_of_bias(bias, entry.group, entry.bias_blocks).reshape(-1) for bias in biases]
         return tuple(_product(x, weight, bias, entry.layout) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
@@ -260,8 +260,8 @@ class _ColumnParallelLinear(torch.autograd.Function):
             pairs = zip(products, needs_weights, strict=True)
             results[: ctx.count] = [left @ right if is_needed else None for (left, right), is_needed in pairs]
         if not has_whole_bias:
-            pairs = zip(flat, needs_biases, strict=True)
-            results[ctx.count :] = [gradient.sum(0) if is_needed else None for gradient, is_needed in pairs]
+            sums = zip(flat, needs_biases, strict=True)
+            results[ctx.count :] = [gradient.sum(0) if is_needed else None for gradient, is_needed in sums]
         if wait is not None:
             total = wait()
             of_x = of_x if entry.length is None else total
@@ -272,7 +272,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
 
 
 class _RowParallelProduct(torch.autograd.Function):
-    """This rank's term of the sum. What follows it saves nothing, so that recomputation can leave out the collective."""
+    """This rank's term of the sum. What follows saves nothing, so that recomputation can leave out the collective."""
 
     @staticmethod
     def forward(
@@ -281,8 +281,8 @@ class _RowParallelProduct(torch.autograd.Function):
         ctx.layout, ctx.finish = layer.weight_layout, [None if p is None else _Finish.of(p) for p in (weight, bias)]
         shard = _cast(shard_of(weight), x.dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, shard)
-        is_first = bias is not None and layer.tp_group.rank == 0
-        return _product(x, shard, _cast(shard_of(bias), x.dtype) if is_first else None, ctx.layout)
+        term = _cast(shard_of(bias), x.dtype) if bias is not None and layer.tp_group.rank == 0 else None
+        return _product(x, shard, term, ctx.layout)
 
     @staticmethod
     @once_differentiable

@@ -181,7 +181,7 @@ def _attention_backward(
     # Within an operation autograd is off; nothing is excluded from the dispatch of the inner one.
     nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing), torch.enable_grad():
-        output = _attend(*inputs, mask, seed, p, is_causal, scaling, first_head)
+        output = _attend(inputs[0], inputs[1], inputs[2], mask, seed, p, is_causal, scaling, first_head)
     of_query, of_key, of_value = torch.autograd.grad(output, inputs, gradient)
     return of_query.contiguous(), of_key.contiguous(), of_value.contiguous()
 
@@ -202,9 +202,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-    gradients = _attention_backward(
-        gradient, *ctx.saved_tensors, ctx.p, ctx.is_causal, ctx.scaling, ctx.first_head
-    )
+    gradients = _attention_backward(gradient, *ctx.saved_tensors, ctx.p, ctx.is_causal, ctx.scaling, ctx.first_head)
     return (*gradients, *[None] * 6)
 
 

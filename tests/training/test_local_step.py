@@ -79,9 +79,7 @@ def _clip(directory: Path, sizes: tuple[int, int], max_norm: float) -> tuple[flo
 
 @pytest.mark.parametrize("max_norm", [1e-3, 1e6, float("inf")])
 @pytest.mark.parametrize("sizes", [(2, 1), (2, 2), (4, 1)])
-def test_clipping_equals_that_of_torch(
-    pool: Pool, gpt2: Path, sizes: tuple[int, int], max_norm: float
-) -> None:
+def test_clipping_equals_that_of_torch(pool: Pool, gpt2: Path, sizes: tuple[int, int], max_norm: float) -> None:
     """Catches replicated gradients that count on each rank, shards that count on none, and a scale per rank."""
     found = pool(sizes[0] * sizes[1]).run(_clip, gpt2, sizes, max_norm)
     for expected, norm, difference in found:
@@ -91,7 +89,7 @@ def test_clipping_equals_that_of_torch(
 
 def _diverge(run: Run) -> tuple[str, bool, int]:
     trainer = make_trainer(run)
-    name, parameter = next(iter(trainer.model.named_parameters()))
+    _name, parameter = next(iter(trainer.model.named_parameters()))
     spoil_a_gradient(trainer, parameter, 3, float("nan"))
     weights: list[dict[str, torch.Tensor]] = []
     original = trainer.training_step
@@ -110,7 +108,7 @@ def _diverge(run: Run) -> tuple[str, bool, int]:
 
 
 @pytest.mark.parametrize("name", ["one", "tp2"])
-@pytest.mark.parametrize("changes, num_steps", [({"logging_steps": 50, "save_steps": 50}, 4), ({}, 3)])
+@pytest.mark.parametrize(("changes", "num_steps"), [({"logging_steps": 50, "save_steps": 50}, 4), ({}, 3)])
 def test_numbers_that_are_read_late(
     pool: Pool, gpt2: Path, tmp_path: Path, name: str, changes: dict[str, Any], num_steps: int
 ) -> None:
