@@ -19,11 +19,11 @@ _NUM_SHOWN = 12  # layouts, on a screen
 
 def command(
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="MODEL", help="A size of the paper such as gpt2-8.3b, a config.json, a directory, or a repository."
         ),
-    ],
+    ] = None,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree: 1; with --gpus any.")] = None,
     dp: Annotated[int | None, typer.Option(help="Data-parallel degree: 1.")] = None,
     pp: Annotated[int, typer.Option(help="Pipeline stages: 1, as these models have none.")] = 1,
@@ -48,6 +48,9 @@ def command(
     sequence_parallel: Annotated[bool | None, typer.Option(help="Split along the sequence what TP replicates.")] = None,
     fsdp: Annotated[bool | None, typer.Option(help="Data-parallel ranks share weights and optimizer.")] = None,
     dropout: Annotated[bool, typer.Option("--dropout/--no-dropout", help="The configuration's dropout.")] = True,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Hold a finished run, its output directory, against its plan.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw memory by kind over TP degrees.")] = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -55,6 +58,12 @@ def command(
 
     Exits with 1 if it does not fit.
     """
+    if compare is not None:
+        if model is not None:
+            raise UnsupportedError(f"--compare {compare} says itself which model it was; leave {model} out.")
+        return _compare(compare, device, as_json)
+    if model is None:
+        raise UnsupportedError("Name a MODEL to plan for, or a finished run by --compare.")
     if pp != 1:
         raise UnsupportedError(f"pp_size={pp}: these models have no pipeline stages; use tp_size and dp_size.")
     asked = {"tp_size": tp, "dp_size": dp, "fsdp": fsdp, "sequence_parallel": sequence_parallel, "recompute": recompute}
@@ -74,6 +83,41 @@ def command(
         result["layouts"] = [_layout(way) for way in ways]
         shown["layouts, best first"] = _layout_lines(ways)
     return report(model, result, as_json, shown=shown, ok=best.fits)
+
+
+def _compare(directory: Path, device: str, as_json: bool) -> int:
+    """What a finished run has measured beside its plan, for the machine that it ran on if the planner knows it."""
+    from hf_megatron.checkpoint import read_json
+    from hf_megatron.planning import PRECISIONS, ModelShape, Run, machine_named, machine_of_device, plan
+    from hf_megatron.planning.run import RUN_FILE
+
+    path = directory / RUN_FILE
+    if not path.is_file():
+        raise UnsupportedError(f"{directory} has no {RUN_FILE}, which MegatronTrainer writes at the end of a run.")
+    try:
+        record = read_json(path)
+        run = Run(**{**record["run"], "precision": PRECISIONS[record["run"]["precision"]]})
+        ran_on, names = str(record["device"]), ("peak_memory_bytes", "step_seconds", "tokens_per_second")
+        measured = {name: float(record["measured"][name]) for name in names}
+        known = machine_of_device(ran_on)
+        planned = plan(ModelShape.from_config(record["config"]), run, known or machine_named(device))
+    except (KeyError, TypeError) as error:
+        raise UnsupportedError(f"{path} is not the record of a run ({error}).") from error
+    figures: dict[str, float] = {"peak_memory_bytes": planned.memory.peak}
+    if known is not None:
+        figures |= {"step_seconds": planned.time.total, "tokens_per_second": planned.tokens_per_second}
+    rows = {
+        name: {"planned": figure, "measured": measured[name], "ratio": measured[name] / figure}
+        for name, figure in figures.items()
+    }
+    shown: dict[str, Any] = {"layout": f"{_name(run)} on {ran_on}"}
+    for name, row in rows.items():
+        shown[name] = f"measured {row['measured']:,.4g}, planned {row['planned']:,.4g}: {row['ratio']:.2f} of it"
+    if known is None:
+        speed = f"{measured['tokens_per_second']:,.0f} tokens per second"
+        shown["time"] = f"{speed}; the figures of {ran_on} are not known, so there is no plan of the time"
+    result = {"device": ran_on, "run": record["run"], "compared": rows, "measured": measured}
+    return report(str(directory), result, as_json, shown=shown)
 
 
 def _plans(

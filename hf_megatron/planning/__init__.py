@@ -9,7 +9,7 @@
 ``hf-megatron plan`` is the same on the command line.
 """
 
-from hf_megatron.planning.machine import MACHINES, Machine, machine_named
+from hf_megatron.planning.machine import MACHINES, Machine, machine_named, machine_of_device
 from hf_megatron.planning.memory import MemoryPlan, plan_memory
 from hf_megatron.planning.planner import StepTime, TrainingPlan, layouts, plan
 from hf_megatron.planning.run import PRECISIONS, Precision, Run
@@ -30,6 +30,7 @@ __all__ = [
     "collectives",
     "layouts",
     "machine_named",
+    "machine_of_device",
     "plan",
     "plan_memory",
 ]

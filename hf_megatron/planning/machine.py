@@ -120,6 +120,15 @@ MACHINES: Mapping[str, Machine] = {
 }
 
 
+# What torch calls a device, and the machine whose figures are its.
+_DEVICES = {"H200": "h200", "H100": "h100", "A100": "a100-80gb", "V100": "v100-32gb"}
+
+
+def machine_of_device(name: str) -> Machine | None:
+    """The machine with this GPU, such as ``NVIDIA H200``, if its figures are known."""
+    return next((MACHINES[machine] for part, machine in _DEVICES.items() if part in name), None)
+
+
 def machine_named(name: str | Path) -> Machine:
     """A machine by its name, or from a JSON file; UnsupportedError if there is none, or with other fields."""
     if (known := MACHINES.get(str(name).lower())) is not None:

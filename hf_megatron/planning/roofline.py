@@ -57,10 +57,9 @@ def layer_operations(shape: ModelShape, run: Run) -> Iterator[Operation]:
         yield _elementwise(f"{place} residual", residual, run.precision.residual, 3, 3)
         if run.dropout and shape.residual_dropout > 0:
             yield _elementwise(f"{place} dropout", residual, compute, 2.5, 2.5)
-        # Biases are added by the products, but for the row-parallel ones, after the sum; their gradients are sums.
-        yield _elementwise(f"{place} bias", residual, compute, 2 if ranks > 1 else 0, 1)
-        if ranks > 1:
-            yield _elementwise(f"{place} copies for the collectives", tokens * hidden, compute, 2, 2)
+        yield _elementwise(f"{place} bias", residual, compute, 0, 1)  # added by the product; its gradient is a sum
+        if ranks > 1:  # a collective reads what it sums and writes the sum
+            yield _elementwise(f"{place} memory traffic of the collectives", tokens * hidden, compute, 2, 2)
 
 
 def head_operations(shape: ModelShape, run: Run) -> Iterator[Operation]:

@@ -10,6 +10,8 @@ from typing import Literal
 from hf_megatron.errors import PartitionError, UnsupportedError
 from hf_megatron.planning.shape import ModelShape
 
+RUN_FILE = "run.json"
+"""In the output directory of a finished run: the run as it is described here, and what was measured."""
 Recompute = Literal["none", "selective", "full"]
 
 

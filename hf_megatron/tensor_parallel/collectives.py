@@ -65,7 +65,7 @@ def start_reduce_scatter(
     as ``torch.chunk`` cuts it.
     """
     largest = chunk_range(tensor.shape[dim], group.size, 0)[1]
-    slices = _padded(tensor, dim, group.size * largest).unflatten(dim, (group.size, largest))
+    slices: torch.Tensor = _padded(tensor, dim, group.size * largest).unflatten(dim, (group.size, largest))
     sent = slices.movedim(dim, 0).contiguous()  # in a row; a copy, unless there is nothing before the dim
     total = sent.new_empty(sent.shape[1:])
     wait = _start(_reduce_scatter_single, total, sent.flatten(0, 1), group=group, is_async=is_async)

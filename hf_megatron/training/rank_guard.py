@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
-from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from hf_megatron.tensor_parallel.agreement import RankComparison
+from hf_megatron.training.progress import WatchedTrainer
 
 _CONTROL = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 
 
-class GuardedTrainer(Trainer):
+class GuardedTrainer(WatchedTrainer):
     """Trainer whose tensor-parallel ranks compare what must be equal.
 
     The comparison runs in the first step of every data set, every ``rank_check_steps`` steps, before every checkpoint

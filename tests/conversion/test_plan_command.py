@@ -153,3 +153,42 @@ def test_the_largest_models_are_planned_and_their_checkpoints_too(
         assert max(weights) == pytest.approx(planned["bytes_per_rank"]["parameters"], rel=0.002)
     else:
         assert sum(weights) == pytest.approx(2 * planned["num_parameters"], rel=1e-4)
+
+
+def _record(directory: Path, **changes: Any) -> None:
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4}
+    run = {"micro_batch": 2, "sequence_length": 32, "tp_size": 2, "precision": "bf16"}
+    measured = {"tokens_per_second": 640.0, "step_seconds": 0.1, "peak_memory_bytes": 10**9}
+    record = {"config": config, "run": run, "device": "NVIDIA H200", "measured": measured, **changes}
+    (directory / "run.json").write_text(json.dumps(record))
+
+
+def test_a_run_is_held_against_its_plan(command: Commands, tmp_path: Path) -> None:
+    """Catches ratios that are upside down, and the figures of another machine than the run's."""
+    _record(tmp_path)
+    code, found, _ = command.run("plan", "--compare", str(tmp_path))
+    assert code == 0
+    assert found["compared"].keys() == {"peak_memory_bytes", "step_seconds", "tokens_per_second"}
+    row = found["compared"]["peak_memory_bytes"]
+    assert row["ratio"] == pytest.approx(10**9 / row["planned"])
+    _record(tmp_path, device="cpu")
+    code, found, _ = command.run("plan", "--compare", str(tmp_path))
+    assert (code, found["compared"].keys()) == (0, {"peak_memory_bytes"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        (["--compare", "{}/none"], {}, "has no run.json"),
+        (["gpt2", "--compare", "{}"], {}, "leave gpt2 out"),
+        (["--compare", "{}"], {"run": {"precision": "fp7"}}, "is not the record of a run"),
+        (["--compare", "{}"], {"measured": {}}, "is not the record of a run"),
+        (["--compare", "{}"], {"run": {"precision": "fp32", "wrong": 1}}, "is not the record of a run"),
+    ],
+)
+def test_what_cannot_be_compared(
+    command: Commands, tmp_path: Path, arguments: list[str], changes: dict[str, Any], message: str
+) -> None:
+    """Catches a foreign error for a directory without a record, or with another one."""
+    _record(tmp_path, **changes)
+    assert message in command.refusal("plan", *(argument.format(tmp_path) for argument in arguments))
