@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 from hf_megatron.architectures import Architecture, ModelClass
 from hf_megatron.errors import UnsupportedError
+from hf_megatron.models.configuration import STYLE_NAME
 from hf_megatron.models.initialization import fill_normal, initialization_seed, local_seed, seed_of_first_rank
 from hf_megatron.models.loading import LoadingMixin, mapping
-from hf_megatron.models.parallel_style import STYLE_NAME
 from hf_megatron.models.processes import check_distributed_config, quiet_loading, refuse_quantization
 from hf_megatron.models.recomputation import RecomputationMixin
 from hf_megatron.models.resizing import ResizingMixin
