@@ -49,9 +49,6 @@ def __getattr__(name: str) -> Any:
     """Import and register all classes when one is asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module("hf_megatron.models.registration").register()
-    kind = "gpt2" if "GPT2" in name else "bert"
-    module = "modeling_{}" if name.endswith("Model") and "LMHead" not in name else "modeling_{}_heads"
-    if name.endswith("Config"):
-        module = "configuration_{}"
-    return getattr(import_module(f"hf_megatron.models.{kind}.{module.format(kind)}"), name)
+    registration = import_module("hf_megatron.models.registration")
+    registration.register()
+    return next(getattr(module, name) for module in registration.MODULES if hasattr(module, name))

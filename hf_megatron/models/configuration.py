@@ -34,7 +34,7 @@ def tp_plan_of(table: Architecture, modules: tuple[str, ...] = ()) -> dict[str, 
 
 
 def register_configurations() -> None:
-    """Register ``megatron_gpt2`` and ``megatron_bert`` with ``AutoConfig``; the models follow with the first instance."""
+    """Register ``megatron_gpt2`` and ``megatron_bert`` with ``AutoConfig``; models follow with the first instance."""
     from transformers import AutoConfig
 
     from hf_megatron.models.bert.configuration_bert import ParallelBertConfig

@@ -14,6 +14,14 @@ from hf_megatron.models import parallel_style  # noqa: F401 (the style that the 
 from hf_megatron.models.bert import configuration_bert, modeling_bert, modeling_bert_heads
 from hf_megatron.models.gpt2 import configuration_gpt2, modeling_gpt2, modeling_gpt2_heads
 
+MODULES = (
+    configuration_bert,
+    modeling_bert,
+    modeling_bert_heads,
+    configuration_gpt2,
+    modeling_gpt2,
+    modeling_gpt2_heads,
+)
 _GPT2 = {
     "AutoModel": modeling_gpt2.MegatronGPT2Model,
     "AutoModelForCausalLM": modeling_gpt2_heads.MegatronGPT2LMHeadModel,
