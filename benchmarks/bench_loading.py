@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,12 @@ def measure(workload: Workload, rounds: int, directory: Path | None) -> dict[str
             hello[workers.name] = workers.hello()
         runs: dict[str, Callable[[], list[Any]]] = {"cat": lambda: [_run("cat", *map(str, hub.glob("*.safetensors")))]}
         for workers in fleet:
-            runs[workers.name] = lambda workers=workers: workers.ask("load")
+            runs[workers.name] = partial(workers.ask, "load")
             degree = workers.configuration.ranks
             if degree > 1:
                 shards = scratch / f"tp{degree}"
                 convert(hub, shards, to="tp", tp_size=degree)
-                runs[f"{workers.name}, tp directory"] = lambda workers=workers, shards=shards: workers.ask(
-                    f"load {shards}"
-                )
+                runs[f"{workers.name}, tp directory"] = partial(workers.ask, f"load {shards}")
         for number in range(rounds + 1):
             for label, run in runs.items():
                 replies = run()
