@@ -56,13 +56,13 @@ if TYPE_CHECKING:
 
 
 def _register() -> None:
-    from hf_megatron.models.registration import register
+    from hf_megatron.models.configuration import register_configurations
 
-    register()
+    register_configurations()
 
 
-# transformers takes seconds to import, and much of this package works without it: the Auto classes are told of the
-# models as soon as there are Auto classes.
+# transformers takes seconds to import, and much of this package works without it: AutoConfig is told of our
+# configurations as soon as there is an AutoConfig.
 after_import("transformers", _register)
 
 

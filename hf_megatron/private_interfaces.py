@@ -34,6 +34,7 @@ _TABLE: Mapping[str, str] = {
     f"{_MODEL}._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)": (
         "reading checkpoints by slices and under any spelling"
     ),
+    "transformers.modeling_utils._is_on_hf_mount(path)": "reading files where a mapping may hang",
     f"{_MODEL}._load_and_finalize_distributed_pretrained_model"
     "(self, distributed_checkpoint_dir, device_map, device_mesh)": (
         "reading tp directories, and refusing incomplete ones"

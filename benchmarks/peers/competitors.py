@@ -42,6 +42,7 @@ COMPETITORS = {
     "ours-eager-selective": Competitor("ours", options={"attention": "eager", "recompute": "selective"}),
     "ours-eager-recomputed": Competitor("ours", options={"attention": "eager", "recompute": "full"}),
     "stock-sdpa": Competitor("stock", ("gpt2", "llama"), {"attention": "sdpa"}),
+    "stock-copied": Competitor("stock", ("gpt2",), {"attention": "sdpa", "copy": "yes"}),
     "stock-compiled": Competitor("stock", ("gpt2",), {"attention": "sdpa", "compile": "yes"}),
     "stock-eager": Competitor("stock", ("gpt2", "bert"), {"attention": "eager"}),  # all that MegatronBert has
     "stock-eager-compiled": Competitor("stock", ("gpt2", "bert"), {"attention": "eager", "compile": "yes"}),

@@ -28,6 +28,9 @@ def build(setup: Setup) -> Built:
         dtype=setup.workload.torch_dtype,
         attn_implementation=setup.options["attention"],
     )
+    if "copy" in setup.options:
+        for parameter in model.parameters():  # out of the mapped file: the least that a load with copies can cost
+            parameter.data = parameter.data.clone()
     return with_options(model.to(setup.device), setup)
 
 

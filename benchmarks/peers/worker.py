@@ -108,8 +108,8 @@ class Worker:
         name = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
         return {"versions": versions, "device": name, "resident": start_peak(self._device)}
 
-    def load(self) -> Reply:
-        """Build the model anew, from the checkpoint.
+    def load(self, checkpoint: str = "") -> Reply:
+        """Build the model anew, from the job's checkpoint or another of the same model.
 
         A lazy loader maps files and reads what is touched first, so the time and the memory are those of a model whose
         every weight has been touched.
@@ -117,15 +117,15 @@ class Worker:
         self._built = None
         before = start_peak(self._device)
         self._barrier()
-        clock = Clock(self._device)
+        clock, started = Clock(self._device), time.process_time()
         clock.mark()
-        self._built = self._build()
+        self._built = self._build(checkpoint)
         with torch.no_grad():
             for parameter in self._built.model.parameters():
                 _local(parameter).sum()
         clock.mark()
-        seconds = clock.intervals()[0]
-        return {"seconds": seconds, "before": before, "peak": peak_bytes(self._device), "weights": self._weight_bytes()}
+        times = {"seconds": clock.intervals()[0], "processor": time.process_time() - started}
+        return {**times, "before": before, "peak": peak_bytes(self._device), "weights": self._weight_bytes()}
 
     def unload(self) -> Reply:
         """Let go of the model."""
@@ -261,10 +261,10 @@ class Worker:
             raise RuntimeError("there is no model yet; the command for it is `load`")
         return self._built
 
-    def _build(self) -> Built:
+    def _build(self, checkpoint: str) -> Built:
         job = self._job
         options = COMPETITORS[job.configuration.competitor].options
-        setup = Setup(job.workload, Path(job.checkpoint), self._rank, self._ranks, self._device, options)
+        setup = Setup(job.workload, Path(checkpoint or job.checkpoint), self._rank, self._ranks, self._device, options)
         return build(job.configuration.competitor, setup)
 
     def _forward_backward(self, clock: Clock) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,14 @@ _TILE_ROWS, _TILE_COLUMNS, _PADDING = 64, 512, 32
 
 
 class FileReader:
-    """An open file."""
+    """An open file. If it may be mapped, rows with gaps between them are copied out of memory, not read one by one."""
 
-    def __init__(self, path: Path, file: io.FileIO) -> None:
-        self.path, self._file = path, file
+    def __init__(self, path: Path, file: io.FileIO, *, may_map: bool = False) -> None:
+        self.path, self._file, self._may_map = path, file, may_map
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self._file.fileno()
 
     def read(self, position: int, memory: memoryview) -> None:
         """Fill memory from there on; CheckpointIncompleteError if the file ends before."""
@@ -36,12 +41,29 @@ class FileReader:
 
     def read_rows(self, position: int, stride: int, memory: memoryview, size: int) -> None:
         """Fill memory with ``size`` bytes from there on, as many ``stride`` bytes further, and so on."""
+        if self._may_map and self._copy_rows(position, stride, memory, size):
+            return
         seek, readinto = self._file.seek, self._file.readinto
         for start in range(0, len(memory), size):
             seek(position)
             if readinto(memory[start : start + size]) != size:
                 self.read(position, memory[start : start + size])
             position += stride
+
+    def _copy_rows(self, position: int, stride: int, memory: memoryview, size: int) -> bool:
+        """``read_rows`` through a mapping that is gone afterwards; False if the file cannot be mapped."""
+        import numpy as np
+
+        target = np.frombuffer(memory, np.uint8).reshape(-1, size)
+        offset = position % mmap.ALLOCATIONGRANULARITY
+        length = offset + (len(target) - 1) * stride + size
+        try:
+            mapping = mmap.mmap(self.fileno(), length, access=mmap.ACCESS_READ, offset=position - offset)
+        except (OSError, ValueError):  # of a file that has become shorter too, which reading reports
+            return False
+        with mapping:
+            target[...] = np.ndarray(target.shape, np.uint8, mapping, offset, (stride, 1))
+        return True
 
     def close(self) -> None:
         """Close it."""

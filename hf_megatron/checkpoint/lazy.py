@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from types import EllipsisType
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_megatron.checkpoint.file_identity import FileIdentity, open_unchanged
 from hf_megatron.checkpoint.gather import FileReader, gather
+from hf_megatron.checkpoint.mapping import ALIGNMENT, MappedFiles
 from hf_megatron.checkpoint.safetensors_header import itemsize, torch_dtype
 from hf_megatron.partition import Box
 
@@ -41,6 +43,12 @@ class Piece:
         """The strides; row-major if none are given."""
         return self.strides or _row_major(self.box.shape)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether its elements lie in row-major order without a gap."""
+        dims = zip(self.box.shape, self.steps, _row_major(self.box.shape), strict=True)
+        return all(size == 1 or step == dense for size, step, dense in dims)
+
     def part(self, box: Box, item: int) -> Piece | None:
         """The part inside ``box``, of elements of ``item`` bytes; None if there is none."""
         part = self.box.intersection(box)
@@ -67,6 +75,7 @@ class LazyTensor:
     dtype: str  # in safetensors' spelling ("F32", "BF16")
     shape: tuple[int, ...]  # of the full tensor
     pieces: tuple[Piece, ...]  # where its parts lie, which tile the shape; one if it is stored whole
+    mapped: MappedFiles | None = field(default=None, compare=False, repr=False)  # where parts may stay, if anywhere
 
     @property
     def numel(self) -> int:
@@ -79,13 +88,32 @@ class LazyTensor:
         return self.numel * itemsize(self.dtype)
 
     def read(self, box: Box | None = None) -> torch.Tensor:
-        """The part inside ``box`` (default: all of it; may be empty), as a contiguous CPU tensor of its own."""
+        """The part inside ``box`` (default: all of it; may be empty), as a contiguous CPU tensor of its own.
+
+        If it may stay in its file, and lies there in one piece, its memory is that of the mapped file.
+        """
         import torch
 
         box = Box.whole(self.shape) if box is None else box
+        if (view := self._mapped_view(box)) is not None:
+            return view
         result = torch.empty(box.shape, dtype=torch_dtype(self.dtype))
         self.read_into(result.reshape(-1).view(torch.uint8).numpy().data, box)
         return result
+
+    def _mapped_view(self, box: Box) -> torch.Tensor | None:
+        import torch
+
+        item = itemsize(self.dtype)
+        part = next((part for piece in self.pieces if (part := piece.part(box, item)) is not None), None)
+        if self.mapped is None or part is None or part.box != box or part.data_start % ALIGNMENT or not part.is_dense:
+            return None
+        with closing(FileReader(part.path, open_unchanged(part.path, part.identity))) as file:
+            mapping = self.mapped.of(file)
+        if mapping is None:
+            return None
+        dtype = torch_dtype(self.dtype)
+        return torch.frombuffer(mapping, dtype=dtype, count=box.numel, offset=part.data_start).view(box.shape)
 
     def read_into(self, memory: memoryview, box: Box) -> None:
         """Read the part inside ``box`` into memory of exactly its bytes, row-major."""
@@ -104,7 +132,9 @@ class LazyTensor:
                 if file is None or file.path != part.path:
                     if file is not None:
                         file.close()
-                    file = FileReader(part.path, open_unchanged(part.path, part.identity))
+                    file = FileReader(
+                        part.path, open_unchanged(part.path, part.identity), may_map=self.mapped is not None
+                    )
                 place = Box(tuple(a - b for a, b in zip(part.box.offset, box.offset, strict=True)), part.box.shape)
                 strides = tuple(item * step for step in part.steps)
                 gather(file, part.data_start, strides, result[(*place.slices, ...)])

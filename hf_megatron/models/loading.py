@@ -6,7 +6,10 @@ What is private of transformers' loader is overridden here; ``private_interfaces
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,11 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed.sharding_utils import DtensorShardOperation
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import LoadStateDictConfig, _is_on_hf_mount
 from transformers.utils import logging
 
 from hf_megatron.checkpoint import LazyTensor, canonicalise, open_checkpoint, open_files
+from hf_megatron.checkpoint.mapping import MappedFiles
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, CheckpointShapeError
 from hf_megatron.models.processes import share_failure
 from hf_megatron.tensor_parallel import non_finite_names
@@ -25,6 +29,26 @@ from hf_megatron.tensor_parallel import non_finite_names
 logger = logging.get_logger(__name__)
 
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]  # a tensor's name, its shape in the file and in the model
+
+# ``disable_mmap`` of the call; of a ``tp`` directory the stock method passes it on to nobody.
+_MAY_MAP = ContextVar("may_map", default=True)
+
+
+@contextmanager
+def mapping(allowed: bool) -> Iterator[None]:
+    """Whether weights may stay in the files that are loaded inside."""
+    token = _MAY_MAP.set(allowed)
+    try:
+        yield
+    finally:
+        _MAY_MAP.reset(token)
+
+
+def _mapped(tensors: Mapping[str, LazyTensor], files: Iterable[Path]) -> dict[str, LazyTensor]:
+    """The same tensors, whose parts stay in their files wherever a model can use them there."""
+    may_map = _MAY_MAP.get() and not any(map(_is_on_hf_mount, files))
+    mapped = MappedFiles() if may_map else None
+    return {name: replace(tensor, mapped=mapped) for name, tensor in tensors.items()}
 
 
 class LoadingMixin:
@@ -60,8 +84,9 @@ class LoadingMixin:
         mismatched: tuple[Mismatch, ...] = ()
         is_on_disk = load_config.device_map is not None and "disk" in load_config.device_map.values()
         if state_dict is None and checkpoint_files is not None and not is_on_disk:
+            files = [Path(file) for file in checkpoint_files]
             state_dict, mismatched = model._canonical(
-                open_files([Path(file) for file in checkpoint_files]),
+                _mapped(open_files(files), files),
                 ignore_mismatched_sizes=load_config.ignore_mismatched_sizes,
             )
             checkpoint_files = None
@@ -88,7 +113,7 @@ class LoadingMixin:
             device_mesh=device_mesh,
             dtype=self.dtype,  # type: ignore[attr-defined]
         )
-        state_dict, _ = self._canonical(checkpoint.tensors)
+        state_dict, _ = self._canonical(_mapped(checkpoint.tensors, checkpoint.files))
         loading_info, _ = self._load_pretrained_model(self, state_dict, None, load_config)
         return self._finalize_model_loading(self, load_config, loading_info)  # type: ignore[attr-defined]
 
@@ -97,7 +122,8 @@ class LoadingMixin:
 
         CheckpointError if the directory is not complete, or not of this model.
         """
-        state_dict, _ = self._canonical(open_checkpoint(Path(directory)).tensors)
+        checkpoint = open_checkpoint(Path(directory))
+        state_dict, _ = self._canonical(_mapped(checkpoint.tensors, checkpoint.files))
         missing = [name for name, _ in self.named_parameters() if name not in state_dict]  # type: ignore[attr-defined]
         if missing:
             raise CheckpointIncompleteError(f"{directory} lacks {', '.join(missing)}; nothing was loaded.")

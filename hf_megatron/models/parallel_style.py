@@ -1,4 +1,4 @@
-"""Integration with transformers' tensor parallelism: a parallel style, and the plans that use it.
+"""Integration with transformers' tensor parallelism: a parallel style, which the plans name.
 
 transformers walks a plan of ``module or parameter name -> style`` and lets the style replace parameters by DTensors
 and modules' forwards by wrapped ones. Our style takes the partition specs from each module and wraps nothing, because
@@ -11,11 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 
-from hf_megatron.architectures import Architecture
+from hf_megatron.models.configuration import STYLE_NAME
 from hf_megatron.tensor_parallel import ParallelModule, TensorParallelGroup
 from hf_megatron.tensor_parallel.placement import shard_parameter
-
-STYLE_NAME = "megatron"
 
 
 class MegatronStyle(TensorParallelLayer):
@@ -32,9 +30,3 @@ class MegatronStyle(TensorParallelLayer):
 
 
 ALL_PARALLEL_STYLES.register(STYLE_NAME, MegatronStyle())
-
-
-def tp_plan_of(table: Architecture, modules: tuple[str, ...] = ()) -> dict[str, str]:
-    """The base model's tensor-parallel plan: every module that holds parameters, and those given, which have none."""
-    with_parameters = dict.fromkeys(rule.module for rule in table.body)
-    return dict.fromkeys((*with_parameters, *modules), STYLE_NAME)

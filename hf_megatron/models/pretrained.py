@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 from hf_megatron.architectures import Architecture, ModelClass
 from hf_megatron.errors import UnsupportedError
+from hf_megatron.models.configuration import STYLE_NAME
 from hf_megatron.models.initialization import fill_normal, initialization_seed, local_seed, seed_of_first_rank
-from hf_megatron.models.loading import LoadingMixin
-from hf_megatron.models.parallel_style import STYLE_NAME
+from hf_megatron.models.loading import LoadingMixin, mapping
 from hf_megatron.models.processes import check_distributed_config, quiet_loading, refuse_quantization
 from hf_megatron.models.recomputation import RecomputationMixin
 from hf_megatron.models.resizing import ResizingMixin
@@ -81,11 +81,15 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
         """As the stock method, with ``distributed_config`` for the layout; every rank must make the call.
 
+        Weights stay in their files, mapped privately, where a rank's part lies there as it is used (see
+        ``checkpoint.mapping``); ``disable_mmap=True`` copies all.
+
         CheckpointError if the directory is not complete, or not of this model; UnsupportedError if
         ``quantization_config`` is given, or the configuration asks for what these models lack.
         """
         refuse_quantization(kwargs.get("quantization_config"))
-        return super().from_pretrained(*args, **kwargs)  # type: ignore[misc,no-any-return]
+        with mapping(allowed=not kwargs.get("disable_mmap")):
+            return super().from_pretrained(*args, **kwargs)  # type: ignore[misc,no-any-return]
 
     @classmethod
     def from_config(

@@ -1,13 +1,27 @@
-"""Register our models with transformers' Auto classes, without affecting the stock ones."""
+"""Register our models with transformers' Auto classes, without affecting the stock ones.
+
+Importing this takes seconds: transformers' models, and ours.
+"""
 
 from __future__ import annotations
 
-import transformers
-from transformers import AutoConfig, AutoTokenizer, BertTokenizerFast, GPT2TokenizerFast
+from functools import cache
 
+import transformers
+from transformers import AutoTokenizer, BertTokenizerFast, GPT2TokenizerFast
+
+from hf_megatron.models import parallel_style  # noqa: F401 (the style that the configurations' plans name)
 from hf_megatron.models.bert import configuration_bert, modeling_bert, modeling_bert_heads
 from hf_megatron.models.gpt2 import configuration_gpt2, modeling_gpt2, modeling_gpt2_heads
 
+MODULES = (
+    configuration_bert,
+    modeling_bert,
+    modeling_bert_heads,
+    configuration_gpt2,
+    modeling_gpt2,
+    modeling_gpt2_heads,
+)
 _GPT2 = {
     "AutoModel": modeling_gpt2.MegatronGPT2Model,
     "AutoModelForCausalLM": modeling_gpt2_heads.MegatronGPT2LMHeadModel,
@@ -31,10 +45,10 @@ _MODELS = (
 )
 
 
+@cache
 def register() -> None:
-    """Register ``megatron_gpt2`` and ``megatron_bert``; safe to call more than once."""
+    """Register the models and tokenizers of our configurations, once."""
     for config_class, tokenizer_class, model_classes in _MODELS:
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoTokenizer.register(config_class, fast_tokenizer_class=tokenizer_class, exist_ok=True)
         for auto_class, model_class in model_classes.items():
             getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)

@@ -58,7 +58,8 @@ class _ParallelLinear(ParallelModule):
         self.weight = nn.Parameter(torch.empty(shape))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
         self._specs = dict(specs or self._usual_specs[weight_layout])
-        nn.init.normal_(self.weight, std=0.02)  # as in GPT-2 and BERT; models initialize it once more
+        if not self.weight.is_meta:  # where torch takes milliseconds for nothing, while a model is loaded
+            nn.init.normal_(self.weight, std=0.02)  # as in GPT-2 and BERT; models initialize it once more
 
     def partition_specs(self) -> Mapping[str, Spec]:
         return self._specs

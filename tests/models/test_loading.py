@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from hf_megatron.checkpoint import LazyTensor
+from hf_megatron.checkpoint import LazyTensor, read_header
 from hf_megatron.partition import Box, Replicated
 from tests.live import on_live_ranks
 from tests.models.architectures import ARCHITECTURES, GPT2, POST, PRE, H, ModelCase, StockDir
@@ -89,6 +89,27 @@ def test_a_tp_directory_is_read_by_slices(pool: Pool, stock_dir: StockDir, tmp_p
     expected = full_weights(case.load(stock_dir(case), dtype=torch.float64))
     for weights in pool(4).run(_check_reads, case, tmp_path / "tp2", 4):
         assert_all_equal(weights, expected)
+
+
+@pytest.mark.parametrize("distributed_checkpoint", [False, True])
+@pytest.mark.parametrize("disable_mmap", [False, True])
+def test_a_model_is_saved_where_it_was_loaded(
+    stock_dir: StockDir, tmp_path: Path, distributed_checkpoint: bool, disable_mmap: bool
+) -> None:
+    """Catches a save that cuts off the files in which the weights still lie, and ``disable_mmap`` without effect."""
+    GPT2.load(stock_dir()).save_pretrained(tmp_path, distributed_checkpoint=distributed_checkpoint)
+    model = GPT2.load(tmp_path, disable_mmap=disable_mmap)
+    # Where the header ends decides whether a file of so few bytes can be mapped as it is needed.
+    (file,) = tmp_path.glob("*.safetensors")
+    can_be_mapped = any(not start % 16 for _, _, start, _ in read_header(file).tensors.values())
+    assert (str(file) in Path("/proc/self/maps").read_text()) == (can_be_mapped and not disable_mmap)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    trained = {name: weight.clone() for name, weight in full_weights(model).items()}
+    model.save_pretrained(tmp_path, distributed_checkpoint=distributed_checkpoint)
+    assert_all_equal(full_weights(model), trained)
+    assert_all_equal(full_weights(GPT2.load(tmp_path)), trained)
 
 
 def _load_another_head(case: ModelCase, head: str, directory: Path, tp_size: int) -> tuple[Tensors, dict[str, Any]]:

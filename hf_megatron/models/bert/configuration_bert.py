@@ -12,7 +12,7 @@ from transformers import MegatronBertConfig as StockMegatronBertConfig
 from hf_megatron.architectures import BERT_POST, BERT_PRE, Architecture
 from hf_megatron.architectures.presets import preset_named
 from hf_megatron.errors import UnsupportedError
-from hf_megatron.models.parallel_style import tp_plan_of
+from hf_megatron.models.configuration import MegatronConfigMixin, tp_plan_of
 
 _TABLES = {"pre": BERT_PRE, "post": BERT_POST}
 _STOCK = {BERT_PRE.stock_model_type: ("pre", StockMegatronBertConfig), BERT_POST.stock_model_type: ("post", BertConfig)}
@@ -27,7 +27,7 @@ def table_of_placement(placement: str) -> Architecture:
     return _TABLES[placement]
 
 
-class ParallelBertConfig(BertConfig):
+class ParallelBertConfig(MegatronConfigMixin, BertConfig):
     """Configuration with all options of stock BertConfig and MegatronBertConfig except decoders.
 
     A stock config.json can be loaded directly; its ``model_type`` determines the placement of the LayerNorms.

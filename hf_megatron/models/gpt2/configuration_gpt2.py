@@ -9,10 +9,10 @@ from transformers import GPT2Config
 
 from hf_megatron.architectures import GPT2
 from hf_megatron.architectures.presets import preset_named
-from hf_megatron.models.parallel_style import tp_plan_of
+from hf_megatron.models.configuration import MegatronConfigMixin, tp_plan_of
 
 
-class MegatronGPT2Config(GPT2Config):
+class MegatronGPT2Config(MegatronConfigMixin, GPT2Config):
     """Configuration with all options of stock GPT2Config except cross-attention, under its own ``model_type``.
 
     A stock config.json can be loaded directly: ``MegatronGPT2Config.from_pretrained("openai-community/gpt2")``.
