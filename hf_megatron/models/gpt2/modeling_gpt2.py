@@ -222,8 +222,10 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
             batch_shape = inputs_embeds.shape[:-2]
         else:
             raise ValueError("Give either input_ids or inputs_embeds.")
+        cache_of_mask = past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+            cache_of_mask = None if _begin_anew(position_ids) else past_key_values
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
@@ -234,7 +236,7 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE: past_key_values},
+            **{CACHE: cache_of_mask},
         )
         hidden_states = inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device)
         if token_type_ids is not None:
@@ -271,3 +273,11 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
             region = region.sharing(replicated_parameters(self.ln_f))
         normalised: torch.Tensor = self.ln_f(hidden_states, region)
         return normalised
+
+
+def _begin_anew(position_ids: torch.Tensor | None) -> bool:
+    """Whether positions [B, S] are those of packed documents, which do not attend to each other.
+
+    transformers builds their mask only without a cache, so that with one, as by default, they would.
+    """
+    return position_ids is not None and not torch.compiler.is_compiling() and bool((position_ids.diff() <= 0).any())
