@@ -24,6 +24,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ class TokenFile:
                 self._identity = FileIdentity.of(self.path)
             with open_regular(index_path):
                 pass
-            self._file: io.FileIO | None = None
+            self._descriptor: int | None = None
             with io.FileIO(index_path) as file:
                 self._open_index(index_path, file)
         except FileNotFoundError as error:
@@ -118,10 +119,12 @@ class TokenFile:
     def read(self, start: int, stop: int) -> Array:
         """Tokens ``start`` to ``stop`` as int64; DataError if the file is not what it was when it was opened."""
         try:
-            if self._file is None:
-                self._file = open_unchanged(self.path, self._identity)
+            if self._descriptor is None:
+                with open_unchanged(self.path, self._identity) as file:
+                    self._descriptor = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self._descriptor)
             size = self.dtype.itemsize
-            raw = os.pread(self._file.fileno(), (stop - start) * size, start * size)
+            raw = os.pread(self._descriptor, (stop - start) * size, start * size)
         except (OSError, CheckpointError) as error:
             raise DataError(f"{self.path} cannot be read: {error}") from error
         if len(raw) != (stop - start) * size:
@@ -144,7 +147,7 @@ class TokenFile:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_descriptor": None}
 
     def _open_index(self, path: Path, file: io.FileIO) -> None:
         try:
@@ -224,7 +227,7 @@ def _blocks(count: int) -> Iterator[tuple[int, int]]:
 
 def _check_sequences(index: _Index, num_bytes: int, itemsize: int) -> None:
     """ValueError unless the sequences follow one another, from the first byte to the last."""
-    count, unit = index.lengths.count, 1 if index.token_bytes is None else itemsize
+    count, unit, dims = index.lengths.count, 1 if index.token_bytes is None else itemsize, index.dimensions
     for begin, end in _blocks(count):
         lengths, starts = index.lengths.read(begin, end), index.starts.read(begin, end)
         following = index.starts.read(begin + 1, min(end + 1, count))
@@ -233,8 +236,11 @@ def _check_sequences(index: _Index, num_bytes: int, itemsize: int) -> None:
         wrong = (lengths < 0) | (starts + lengths * (itemsize // unit) != following)
         if begin == 0:
             wrong[0] |= starts[0] != 0
-        if index.dimensions is not None:
-            wrong |= index.dimensions.read(begin, end) != np.arange(begin, end)
+        if dims is not None:
+            wrong |= dims.read(begin, end) != np.arange(begin, end)
+        if dims is not None and end == count:
+            wrong[-1] |= dims.read(count, count + 1)[0] != count
+            wrong[-1] |= index.starts.read(count, count + 1)[0] != num_bytes // unit
         if wrong.any():
             place = begin + int(wrong.argmax())
             raise ValueError(f"sequence {place:,} does not end where the next one begins: the index is damaged")
