@@ -24,14 +24,14 @@ def write_pair(
 ) -> None:
     """Write ``prefix.bin`` and ``prefix.idx``; without ``documents`` each sequence is one, and () leaves them out."""
     letter, size = _LETTERS[dtype], struct.calcsize(_LETTERS[dtype])
-    with open(f"{prefix}.bin", "wb") as data:
+    with Path(f"{prefix}.bin").open("wb") as data:
         for sequence in sequences:
             data.write(struct.pack(f"<{len(sequence)}{letter}", *sequence))
     number, count = CODES[dtype] if code is None else code, len(sequences)
     firsts = list(range(count + 1)) if documents is None else list(documents)
     lengths = [len(sequence) for sequence in sequences]
     starts = [sum(lengths[:i]) for i in range(count + 1)]
-    with open(f"{prefix}.idx", "wb") as index:
+    with Path(f"{prefix}.idx").open("wb") as index:
         if kind == "MMIDIDX":
             index.write(b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + bytes([number]) + struct.pack("<Q", count))
             if firsts:

@@ -65,9 +65,9 @@ class ShuffledBlend(Dataset[dict[str, torch.Tensor]]):
     """Sequences of several sources in random order, of each source as many as its weight asks for.
 
     It orders itself, so that neither memory nor the time to start grows with the data: train with
-    ``TrainingArguments(train_sampling_strategy="sequential")``. Each pass has another order, which Trainer asks for with
-    :meth:`set_epoch`. A pass ends where the first source does. The next one goes on in the others, and no source repeats
-    a sequence before it has given all.
+    ``TrainingArguments(train_sampling_strategy="sequential")``. Each pass has another order, which Trainer asks for
+    with :meth:`set_epoch`. A pass ends where the first source does. The next one goes on in the others, and no source
+    repeats a sequence before it has given all.
 
     Args:
         sources: Sequences to choose from.
@@ -103,8 +103,8 @@ class ShuffledBlend(Dataset[dict[str, torch.Tensor]]):
         if not all(counts):
             least = counts.index(0)
             raise DataError(
-                f"A pass of {self._size:,} sequences has none of source {least + 1}, whose weight is {weights[least]} of "
-                f"{math.fsum(weights)}: raise its weight, or leave it out."
+                f"A pass of {self._size:,} sequences has none of source {least + 1}, whose weight is {weights[least]} "
+                f"of {math.fsum(weights)}: raise its weight, or leave it out."
             )
         self._sources, self._counts, self._seed = sources, counts, seed
         self._ends = list(accumulate(counts))
@@ -131,9 +131,7 @@ class ShuffledBlend(Dataset[dict[str, torch.Tensor]]):
         return source[_permutation(len(source), self._seed, number, turn)[place]]
 
 
-def open_token_files(
-    arguments: Sequence[str], *, seed: int, multiple_of: int = 1, **packing: Any
-) -> ShuffledBlend:
+def open_token_files(arguments: Sequence[str], *, seed: int, multiple_of: int = 1, **packing: Any) -> ShuffledBlend:
     """A blend of token files, from ``PREFIX ...``, or ``WEIGHT PREFIX ...`` as for Megatron-LM's ``--data-path``.
 
     ``packing`` is for :class:`PackedDocuments`.

@@ -62,15 +62,18 @@ class PackedDocuments(Dataset[dict[str, torch.Tensor]]):
         separate_documents: bool = False,
         vocab_size: int | None = None,
     ) -> None:
-        is_file = isinstance(documents, TokenFile)
-        self._tokens = documents if is_file else _TokensInMemory(documents, end_of_document)
+        self._tokens: TokenFile | _TokensInMemory
+        if isinstance(documents, TokenFile):
+            self._tokens = documents
+            if separate_documents:
+                documents.require_ends(end_of_document)
+        else:
+            self._tokens = _TokensInMemory(documents, end_of_document)
         if length < 2 or len(self._tokens) < length:
             raise DataError(
                 f"{len(self._tokens)} tokens do not make a sequence of {length}: choose a length of at least 2, "
                 "and give as many tokens."
             )
-        if is_file and separate_documents:
-            documents.require_ends(end_of_document)
         self._length, self._end = length, end_of_document
         self._separate_documents, self._vocab_size = separate_documents, vocab_size
 
@@ -78,7 +81,7 @@ class PackedDocuments(Dataset[dict[str, torch.Tensor]]):
         return (len(self._tokens) - 1) // (self._length - 1)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """``input_ids`` and ``labels``, the same [length] ids; the model shifts the labels. ``position_ids`` if asked."""
+        """``input_ids`` and ``labels``, the same [length] ids, as the model shifts the labels; and positions."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         start = index * (self._length - 1)

@@ -1,9 +1,9 @@
-"""Token files of Megatron-LM: ``NAME.bin`` has the token ids of all documents in a row, ``NAME.idx`` says where each is.
+r"""Token files of Megatron-LM: ``NAME.bin`` has the token ids of all documents in a row, ``NAME.idx`` where each is.
 
 An index is one of these, little-endian; n sequences, d entries that say where documents begin:
 
     MMIDIDX, from --dataset-impl mmap          TNTIDX, from --dataset-impl lazy and cached, until 2023
-    "MMIDIDX\\0\\0"                              "TNTIDX\\0\\0"
+    "MMIDIDX\0\0"                                "TNTIDX\0\0"
     version 1           uint64                 version 1           uint64
     dtype code          uint8                  dtype code, bytes   2 x uint64
     n, d                2 x uint64             n, dimensions, d    3 x uint64
@@ -12,9 +12,9 @@ An index is one of these, little-endian; n sequences, d entries that say where d
     first sequences     d x int64              lengths             n x int64
     modes, if any       n x int8               first sequences     d x int64
 
-fairseq's have neither d nor first sequences. Files are read with ``pread``, not mapped: the pages are the same, shared by
-all processes of a node, but a process does not grow by what it has read, and a file that was cut is an error and not the
-end of the process.
+fairseq's have neither d nor first sequences. Files are read with ``pread`` instead of mapped: the pages in memory are
+the same, shared by all processes of a node, but a process does not grow by what it has read, and a file that was cut is
+an error and not the end of the process.
 
 Source: ``megatron/core/datasets/indexed_dataset.py`` and the older ``megatron/data/indexed_dataset.py`` of Megatron-LM.
 """
@@ -85,8 +85,8 @@ class TokenFile:
         prefix: ``NAME``, ``NAME.bin``, ``NAME.idx``, or a directory that ``hf-megatron tokenize`` has written.
 
     Raises:
-        DataError: The files are missing, damaged, or no token files. Of an index of more than a million sequences, parts
-            spread over it are looked at.
+        DataError: The files are missing, damaged, or no token files. Of an index of more than a million sequences,
+            parts spread over it are looked at.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -141,9 +141,9 @@ class TokenFile:
         without = [place for place in self._ends if self.read(place, place + 1)[0] != end_of_document]
         if without:
             raise DataError(
-                f"{len(without)} of {len(self._ends)} documents of {self.path} that were looked at do not end with token "
-                f"{end_of_document}, so that they cannot be kept apart: the first at token {without[0]:,}. Make the files "
-                "with hf-megatron tokenize, or Megatron-LM's preprocess_data.py --append-eod, and the same tokenizer."
+                f"{len(without)} of {len(self._ends)} documents of {self.path} that were looked at do not end with "
+                f"token {end_of_document}, so that they cannot be kept apart: the first at token {without[0]:,}. Make "
+                "the files with the same tokenizer and hf-megatron tokenize, or preprocess_data.py --append-eod."
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,8 +211,8 @@ def _dtype_of(index: _Index, num_bytes: int) -> np.dtype[Any]:
         if ends[dtype] == num_bytes and index.token_bytes in (None, dtype.itemsize):
             return dtype
     raise ValueError(
-        f"its last sequence ends at byte {next(iter(ends.values())):,}, and the .bin beside it has {num_bytes:,}: one of "
-        "them is damaged, or of another pair"
+        f"its last sequence ends at byte {next(iter(ends.values())):,}, and the .bin beside it has {num_bytes:,}: one "
+        "of them is damaged, or of another pair"
     )
 
 
