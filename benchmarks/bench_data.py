@@ -1,6 +1,6 @@
 """What data cost that do not fit in memory: time to open, memory of a rank, and the rate at which two ranks read.
 
-    python -m benchmarks.bench_data            # 2 billion tokens, 4 GB in a temporary directory; writes results/data.json
+    python -m benchmarks.bench_data            # 2 billion tokens, 4 GB for a while; writes results/data.json
     python -m benchmarks.bench_data --quick    # 2 million tokens, to see that it runs
 
 Tokens are random, in documents of 1,000. The file is opened when nothing of it is in the system's cache. Two processes
@@ -85,7 +85,13 @@ def _read(rank: int, directory: str, seconds: float) -> None:
 
 def example_rate(directory: Path, steps: int) -> float:
     """Tokens that the example trains on in a second, on two ranks."""
-    script = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "examples/pretrain_gpt2.py")]
+    script = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(ROOT / "examples/pretrain_gpt2.py"),
+    ]
     options = [f"--output={directory / 'model'}", f"--steps={steps}", f"--length={LENGTH}", f"--batch={BATCH}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'conversion'}"}
     command = [sys.executable, *script, *options, "--data", str(directory)]
@@ -111,13 +117,13 @@ def measure(tokens: int, seconds: float, steps: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     given, file = parse(make_parser(__doc__, "quick"), arguments, NAME)
-    result = measure(2_000_000, 1, 10) if given.quick else measure(2_000_000_000, 20, 300)
+    result = measure(2_000_000, 1, 10) if given.quick else measure(2_000_000_000, 20, 200)
     records.write(file, {"environment": records.environment("torch", "transformers"), **result})
     worst = max(rank["open_seconds"] + rank["first_batch_seconds"] for rank in result["ranks"])
     memory = max(rank["private_bytes"] for rank in result["ranks"]) / 1e6
     print(
         f"{file}: {result['tokens']:,} tokens; first batch after {worst:.3f} s and {memory:.1f} MB; "
-        f"{result['times_the_example']:.0f} times the {result['example_tokens_per_second']:,.0f} tokens/s of the example"
+        f"{result['times_the_example']:.0f} times the example's {result['example_tokens_per_second']:,.0f} tokens/s"
     )
 
 

@@ -11,8 +11,8 @@
 Documents are packed into full sequences with a token after each of them. Adam, weight decay, clipping, the shape of the
 learning rate and the initial weights are the paper's; sizes and steps are small ones unless given. The model is cut
 over all processes, or with --tp N over groups of N, which then share the batch. However many ranks there are, they
-learn the same weights, up to rounding. Token files, of Megatron-LM or of hf-megatron tokenize, are read while it trains;
-texts are held in memory. Without --data, --text or --dataset it learns from the help topics of Python.
+learn the same weights, up to rounding. Texts are held in memory, and token files, Megatron-LM's or those of hf-megatron
+tokenize, are not. Without --data, --text or --dataset it learns from the help topics of Python.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ _SCRIPTS: dict[str, tuple[list[str], Callable[[Path], bool] | tuple[str, int]]] 
     "recomputation": (["--precisions", "bf16 autocast"], ("\n| bf16 autocast |", 4)),
     "loss_gradient": ([], lambda output: max(r["ratio"] for r in read(output / "loss_gradient.json")["rows"]) < 1.1),
     "conversion": (["--models", "bert-336m", "--repetitions", "1"], _converts_to_and_fro),
+    "data": ([], lambda output: read(output / "data.json")["times_the_example"] > 0),
     "rank_checks": ([], lambda output: read(output / "rank_checks.json")["seconds"]["exchange"] > 0),
 }
 

@@ -104,11 +104,11 @@ def test_workers_that_outlive_a_pass_see_the_next(workers: int) -> None:
 def test_files_by_weight_as_megatron_lm_names_them(tmp_path: Path) -> None:
     """Catches weights that are taken for files, and files for weights."""
     for i in (0, 1):
-        write_pair(tmp_path / str(i), [range(500 * i, 500 * i + 101)])  # type: ignore[list-item]
+        write_pair(tmp_path / str(i), [range(500 * i, 500 * i + 101)])
     names = [str(tmp_path / "0"), str(tmp_path / "1.bin")]
     options = {"seed": 1, "length": 2, "end_of_document": 9}
     assert sorted(_pass(open_token_files(names, **options), 0)) == [*range(1, 101), *range(501, 601)]
     blend = open_token_files(["0.25", names[0], "0.75", names[1]], **options)
     assert Counter(number < 500 for number in _pass(blend, 0)) == {False: 100, True: 34}
-    with pytest.raises(DataError, match="3.bin is missing"):
+    with pytest.raises(DataError, match=r"3\.bin is missing"):
         open_token_files(["3", *names], **options)

@@ -47,8 +47,7 @@ def _steps(pool: Pool, run: Run, data: list[str]) -> list[list[list[int]]]:
         tp_size = run.layout["tp_size"]
         assert all(ranks[i] == ranks[i - i % tp_size] for i in range(len(ranks)))
         parts = ranks[::tp_size]
-    micro_batches = [sum(batch, []) for batch in zip(*parts, strict=True)]
-    rows = sum(micro_batches, [])
+    rows = [row for batches in zip(*parts, strict=True) for batch in batches for row in batch]
     return [rows[i : i + GLOBAL_BATCH] for i in range(0, len(rows), GLOBAL_BATCH)]
 
 
