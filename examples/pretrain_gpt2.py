@@ -2,6 +2,8 @@
 
     python examples/pretrain_gpt2.py --output gpt2
     torchrun --nproc-per-node 2 examples/pretrain_gpt2.py --output gpt2 --text *.txt --validation held-out.txt
+    hf-megatron tokenize web.jsonl web --tokenizer openai-community/gpt2
+    torchrun --nproc-per-node 2 examples/pretrain_gpt2.py --output gpt2 --data 0.7 web 0.3 books
     accelerate launch --num_processes 8 examples/pretrain_gpt2.py --output gpt2 --tp 4 --bf16 --preset gpt2-355m \
         --dataset Skylion007/openwebtext --tokenizer openai-community/gpt2 --batch 512 --micro-batch 16 \
         --steps 300000 --learning-rate 1.5e-4
@@ -9,7 +11,8 @@
 Documents are packed into full sequences with a token after each of them. Adam, weight decay, clipping, the shape of the
 learning rate and the initial weights are the paper's; sizes and steps are small ones unless given. The model is cut
 over all processes, or with --tp N over groups of N, which then share the batch. However many ranks there are, they
-learn the same weights, up to rounding. Without --text or --dataset it learns from the help topics of Python.
+learn the same weights, up to rounding. Texts are held in memory, and token files, Megatron-LM's or those of hf-megatron
+tokenize, are not. Without --data, --text or --dataset it learns from the help topics of Python.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from transformers import GPT2TokenizerFast, PreTrainedTokenizerBase, default_dat
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel, MegatronTrainer
-from hf_megatron.paper.data import PackedDocuments
+from hf_megatron.paper.data import PackedDocuments, ShuffledBlend, open_token_files
 from hf_megatron.paper.recipe import GPT2_PRETRAINING
 
 
@@ -35,6 +38,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="directory for the model and its tokenizer")
     parser.add_argument("--text", type=Path, nargs="+", help="UTF-8 text files, each a document")
+    parser.add_argument(
+        "--data", nargs="+", metavar="[WEIGHT] PREFIX", help="token files, PREFIX.bin and .idx, or directories of them"
+    )
+    parser.add_argument("--separate-documents", action="store_true", help="reset attention and positions at their ends")
     parser.add_argument("--dataset", nargs="+", help="data set on the Hub and its configuration; column text of train")
     parser.add_argument("--validation", type=Path, nargs="+", help="UTF-8 text files to measure the perplexity of")
     parser.add_argument("--tokenizer", help="directory or repository of a tokenizer, instead of training one")
@@ -81,6 +88,10 @@ def make_tokenizer(texts: Iterable[str], args: argparse.Namespace, *, is_first: 
     """The tokenizer asked for, or one that the first process trains on the texts and saves, and all load."""
     if args.tokenizer is not None:
         return GPT2TokenizerFast.from_pretrained(args.tokenizer)
+    if args.data is not None:
+        if found := [name for name in args.data if any(Path(name).glob("tokenizer*.json"))]:
+            return GPT2TokenizerFast.from_pretrained(found[0])
+        raise SystemExit(f"None of {', '.join(args.data)} is a directory with a tokenizer; name it with --tokenizer.")
     if is_first and not args.resume:
         tokenizer = GPT2TokenizerFast(model_max_length=args.length)
         tokenizer = tokenizer.train_new_from_iterator(texts, args.vocab_size, show_progress=False)
@@ -110,13 +121,14 @@ def main() -> None:
         activation_checkpointing=not args.keep_activations,
         seed=args.seed,
         use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy="sequential",  # the data are in random order
         eval_strategy="no" if args.validation is None else "steps",
         eval_steps=0.1,  # of all steps
         logging_steps=20,
         save_total_limit=2,
         report_to=[],
     )
-    texts = read_texts(args)
+    texts = read_texts(args) if args.data is None else []
     with arguments.main_process_first():
         tokenizer = make_tokenizer(texts, args, is_first=arguments.process_index == 0)
     end = tokenizer.eos_token_id
@@ -129,7 +141,13 @@ def main() -> None:
         config = MegatronGPT2Config.from_preset(args.preset, **sizes)
     layout = DistributedConfig(tp_size=tp_size, fsdp_size=world_size // tp_size) if world_size > 1 else None
     model = MegatronGPT2LMHeadModel.from_config(config, distributed_config=layout, seed=args.seed)
-    packing = {"length": config.n_positions, "end_of_document": end}
+    packing = {"length": config.n_positions, "end_of_document": end, "vocab_size": config.vocab_size}
+    packing["separate_documents"] = args.separate_documents
+    order = {"seed": args.seed, "multiple_of": args.batch}
+    if args.data is not None:
+        learned = open_token_files(args.data, **order, **packing)
+    else:
+        learned = ShuffledBlend([PackedDocuments(tokenize(texts, tokenizer), **packing)], **order)
     held_out = None
     if args.validation is not None:
         held_out_texts = (file.read_text(encoding="utf-8") for file in args.validation)
@@ -137,7 +155,7 @@ def main() -> None:
     trainer = MegatronTrainer(
         model,
         arguments,
-        train_dataset=PackedDocuments(tokenize(texts, tokenizer), **packing),
+        train_dataset=learned,
         eval_dataset=held_out,
         data_collator=default_data_collator,  # there is nothing to pad
         processing_class=tokenizer,

@@ -14,14 +14,14 @@ from typing import Annotated
 import typer
 
 import hf_megatron
-from hf_megatron.commands import convert, evaluate, inspect, plan, quickstart, verify
+from hf_megatron.commands import convert, evaluate, inspect, plan, quickstart, tokenize, verify
 from hf_megatron.commands.console import messages_to_stderr, print_error, print_json, printable
 from hf_megatron.errors import HfMegatronError
 
 _REFUSED, _INTERRUPTED = 2, 130
 
 app = typer.Typer(name="hf-megatron", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-for _module in (quickstart, inspect, convert, verify, plan, evaluate):
+for _module in (quickstart, inspect, convert, verify, plan, tokenize, evaluate):
     app.command(_module.__name__.rpartition(".")[2])(_module.command)
 
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -42,6 +51,21 @@ def progress_bar() -> Iterator[ProgressBar]:
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress("{task.description}", *columns, console=console, disable=not console.is_terminal) as bars:
         yield ProgressBar(bars)
+
+
+@contextmanager
+def token_progress() -> Iterator[Callable[[int, int, int], None]]:
+    """A bar with tokens per second and remaining time, which is told (done, total, tokens); none without a terminal."""
+    console, began = Console(stderr=True), time.monotonic()
+    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        task = bars.add_task("tokens", total=None)
+
+        def show(done: int, total: int, tokens: int) -> None:
+            speed = tokens / max(time.monotonic() - began, 1e-9)
+            bars.update(task, completed=done, total=total, description=f"{tokens:,} tokens, {speed:,.0f} per second")
+
+        yield show
 
 
 def printable(text: str) -> str:

@@ -25,6 +25,8 @@ def causal_mask(
     attention_mask: torch.Tensor | None,
     cache: Cache | None,
     position_ids: torch.Tensor | None,
+    *,
+    is_new_cache: bool = False,
 ) -> Any:
     """The mask of a causal model, in the form that its attention implementation takes; None if it needs none.
 
@@ -35,13 +37,22 @@ def causal_mask(
         cache: The keys and values of earlier tokens.
         position_ids: [B or 1, S] if the caller gave them, else None. Without mask and cache, tokens attend only as far
             back as the position ids rise by one: documents that are packed in one row stay apart.
+        is_new_cache: Whether the cache was made for this call. transformers keeps no documents apart with one; here
+            they are, where position ids begin anew.
     """
     options: dict[str, Any] = {"position_ids": position_ids}
-    if not _is_read_freely(config, inputs_embeds):
+    may_be_packed = position_ids is not None and attention_mask is None and (cache is None or is_new_cache)
+    if _is_read_freely(config, inputs_embeds):
+        if is_new_cache and may_be_packed and not torch.compiler.is_compiling():
+            assert position_ids is not None
+            cache = None if bool((position_ids.diff() <= 0).any()) else cache
+    else:
         is_whole = attention_mask is None and not getattr(cache, "is_compileable", False)
         options = {"allow_is_causal_skip": is_whole}
-        if position_ids is not None and attention_mask is None and cache is None:
-            starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
+        if may_be_packed:
+            assert position_ids is not None
+            rises = torch.diff(position_ids, prepend=position_ids[:, :1] - 1)
+            starts = rises <= 0 if is_new_cache else rises != 1
             documents = starts.cumsum(-1).expand(inputs_embeds.shape[0], -1)
             options["and_mask_function"] = packed_sequence_mask_function(documents)
     return create_causal_mask(

@@ -48,6 +48,7 @@ _SCRIPTS: dict[str, tuple[list[str], Callable[[Path], bool] | tuple[str, int]]] 
     "loss_gradient": ([], lambda output: max(r["ratio"] for r in read(output / "loss_gradient.json")["rows"]) < 1.1),
     "conversion": (["--models", "bert-336m", "--repetitions", "1"], _converts_to_and_fro),
     "host_time": ([], ("\n| ours, TP=", 2)),
+    "data": ([], lambda output: read(output / "data.json")["times_the_example"] > 0),
     "rank_checks": ([], lambda output: read(output / "rank_checks.json")["seconds"]["exchange"] > 0),
 }
 

@@ -7,6 +7,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForPreTraining, AutoTokenizer
 
 from hf_megatron import MegatronBertForPreTraining, MegatronGPT2LMHeadModel
+from hf_megatron.paper.data.text_sources import open_sources
+from hf_megatron.paper.data.tokenizing import tokenize_to
 from tests.examples.commands import launch, losses, run_here
 from tests.models.reference import Pool
 
@@ -44,6 +46,21 @@ def test_gpt2_learns_and_resumes(tmp_path: Path, text_files: list[str], capsys: 
     run_here("pretrain_gpt2", *arguments, "--steps=80", "--resume")
     assert losses(output)[:3] == pytest.approx([first, losses(output)[1], last])
     assert len(losses(output)) == 4
+
+
+@pytest.mark.slow
+def test_gpt2_learns_the_same_from_token_files(tmp_path: Path, text_files: list[str]) -> None:
+    """Catches token files that give other batches than their texts, and documents that are kept apart by nothing."""
+    run_here("pretrain_gpt2", *_TINY, f"--output={tmp_path / 'texts'}", "--text", *text_files)
+    data = tmp_path / "data"
+    tokenize_to(data, open_sources(text_files), str(tmp_path / "texts"))
+    found = []
+    for i, options in enumerate(([], ["--separate-documents"])):
+        run_here("pretrain_gpt2", *_TINY, f"--output={tmp_path / str(i)}", "--data", str(data), *options)
+        found.append(losses(tmp_path / str(i)))
+    assert found[0] == losses(tmp_path / "texts")
+    assert found[1] != found[0]
+    assert found[1] == pytest.approx(found[0], abs=0.1)
 
 
 @pytest.mark.slow

@@ -222,11 +222,14 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
             batch_shape = inputs_embeds.shape[:-2]
         else:
             raise ValueError("Give either input_ids or inputs_embeds.")
-        if use_cache and past_key_values is None:
+        is_new = use_cache and past_key_values is None
+        if is_new:
             past_key_values = DynamicCache(config=self.config)
         if attention_mask is not None and attention_mask.ndim < 4:
             attention_mask = attention_mask.view(inputs_embeds.shape[0], -1)
-        attention_mask = causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        attention_mask = causal_mask(
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, is_new_cache=bool(is_new)
+        )
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]

@@ -1,0 +1,126 @@
+"""Where texts come from: files, lines of JSON, and data sets of ``datasets``; each can be read from any text on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from hf_megatron.errors import DataError, shown
+
+_ROWS = 1000  # of a data set that are read at a time
+
+
+class Source(Protocol):
+    """Texts in a fixed order."""
+
+    name: str
+    size: int  # the last position
+    num_bytes: int  # of all texts, about
+    identity: list[Any]  # what changes when the texts do
+
+    def texts(self, start: int) -> Iterator[tuple[str, int]]:
+        """Texts from a position on, 0 or one that was given before, each with the position behind it."""
+
+
+class TextFile:
+    """A file of UTF-8 that is one text."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.name = path, str(path)
+        status = path.stat()
+        self.size = self.num_bytes = status.st_size
+        self.identity = [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+    def texts(self, start: int) -> Iterator[tuple[str, int]]:
+        if start < self.size:
+            yield _decoded(self._path.read_bytes(), self.name), self.size
+
+
+class JsonLines(TextFile):
+    """A file that has an object with a text in each line; empty lines are skipped."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        super().__init__(path)
+        self._column = column
+        self.identity.append(column)
+
+    def texts(self, start: int) -> Iterator[tuple[str, int]]:
+        with self._path.open("rb") as file:
+            file.seek(start)
+            for line in file:
+                place, start = f"{self.name}, in the line at byte {start:,}", start + len(line)
+                if line.strip():
+                    yield self._text_of(line, place), start
+
+    def _text_of(self, line: bytes, place: str) -> str:
+        try:
+            record = json.loads(_decoded(line, place))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}, has no JSON: {error}") from error
+        if not isinstance(record, dict) or self._column not in record:
+            raise DataError(f"{place}, has no object with {self._column!r}; name the text's column with --column.")
+        return _text(record[self._column], place)
+
+
+class Rows:
+    """A column of a data set, from the Hub, from a directory of its files, or saved with ``save_to_disk``."""
+
+    def __init__(self, name: str, column: str, split: str, configuration: str | None) -> None:
+        import datasets
+
+        try:
+            if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+                data = datasets.load_from_disk(name)
+                data = data[split] if isinstance(data, datasets.DatasetDict) else data
+            else:
+                data = datasets.load_dataset(name, configuration, split=split)
+        except Exception as error:  # of many kinds, some from other libraries
+            raise DataError(f"{name} is no file, and no data set that can be read: {error}") from error
+        if column not in data.column_names:
+            raise DataError(
+                f"{name} has no column {column!r}; name the text's with --column: {', '.join(data.column_names)}."
+            )
+        self.name, self.size, self.num_bytes = name, len(data), int(data.data.nbytes)
+        self._column, self._data = column, data.select_columns([column])
+        self.identity = [data._fingerprint, column]
+
+    def texts(self, start: int) -> Iterator[tuple[str, int]]:
+        for begin in range(start, self.size, _ROWS):
+            for i, text in enumerate(self._data[begin : begin + _ROWS][self._column], start=begin):
+                yield _text(text, f"{self.name}, in row {i:,}"), i + 1
+
+
+def open_sources(
+    names: Sequence[str], *, column: str = "text", split: str = "train", configuration: str | None = None
+) -> list[Source]:
+    """Text files (.txt), files of JSON lines (.json, .jsonl), or one data set; DataError for anything else."""
+    paths = [Path(name) for name in names]
+    sources: list[Source] = []
+    if len(names) == 1 and not paths[0].is_file() and paths[0].suffix != ".txt":
+        return [Rows(names[0], column, split, configuration)]
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path} is no file; several sources have to be files, and a data set comes alone.")
+        if path.suffix not in (".txt", ".json", ".jsonl"):
+            raise DataError(f"{path} ends with none of .txt, .json and .jsonl, so that nobody can say what it holds.")
+        sources.append(TextFile(path) if path.suffix == ".txt" else JsonLines(path, column))
+    return sources
+
+
+def _decoded(raw: bytes, place: str) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}, is no UTF-8 text: {error}.") from error
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{place}, has {shown(value)} in the place of a text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}, has half a character, which is no text: {error}.") from error
+    return value
