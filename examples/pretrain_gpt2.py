@@ -26,8 +26,10 @@ from transformers import GPT2TokenizerFast, PreTrainedTokenizerBase, default_dat
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel, MegatronTrainer
+from hf_megatron.checkpoint import AtomicDirectory
 from hf_megatron.paper.data import PackedDocuments
 from hf_megatron.paper.recipe import GPT2_PRETRAINING
+from hf_megatron.training.starting import from_first_rank, where_to_start
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,12 +49,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--micro-batch", type=int, help="sequences computed at a time, to save memory")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--save-steps", type=int, default=500, help="steps from one checkpoint to the next")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="at its peak")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--keep-activations", action="store_true", help="for the backward pass: more memory, less time")
     parser.add_argument("--tp", type=int, help="tensor-parallel degree; all processes if not given")
     parser.add_argument("--seed", type=int, default=1909)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
     args = parser.parse_args()
     for path in [*(args.text or []), *(args.validation or [])]:
         if not path.is_file():
@@ -77,14 +80,16 @@ def read_texts(args: argparse.Namespace) -> Iterable[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def make_tokenizer(texts: Iterable[str], args: argparse.Namespace, *, is_first: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer asked for, or one that the first process trains on the texts and saves, and all load."""
+def make_tokenizer(texts: Iterable[str], args: argparse.Namespace, *, is_fresh: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer asked for, or that of the run that goes on, or one that is trained on the texts and saved."""
     if args.tokenizer is not None:
         return GPT2TokenizerFast.from_pretrained(args.tokenizer)
-    if is_first and not args.resume:
+    if is_fresh or not (args.output / "tokenizer_config.json").is_file():
         tokenizer = GPT2TokenizerFast(model_max_length=args.length)
         tokenizer = tokenizer.train_new_from_iterator(texts, args.vocab_size, show_progress=False)
-        tokenizer.save_pretrained(args.output)
+        with AtomicDirectory(args.output) as directory:  # a restart may find it
+            tokenizer.save_pretrained(directory.path)
+            directory.publish(merge=True)
     return GPT2TokenizerFast.from_pretrained(args.output)
 
 
@@ -112,13 +117,14 @@ def main() -> None:
         use_cpu=not torch.cuda.is_available(),
         eval_strategy="no" if args.validation is None else "steps",
         eval_steps=0.1,  # of all steps
+        save_steps=args.save_steps,
         logging_steps=20,
         save_total_limit=2,
         report_to=[],
     )
     texts = read_texts(args)
-    with arguments.main_process_first():
-        tokenizer = make_tokenizer(texts, args, is_first=arguments.process_index == 0)
+    start = where_to_start(args.output, resume=args.resume)
+    tokenizer = from_first_rank(lambda: make_tokenizer(texts, args, is_fresh=start is None))
     end = tokenizer.eos_token_id
     sizes = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end}
     if args.preset is None:
@@ -142,7 +148,7 @@ def main() -> None:
         data_collator=default_data_collator,  # there is nothing to pad
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=args.resume)
+    trainer.train(resume_from_checkpoint=start)
     trainer.save_model()
     if held_out is not None:
         loss = trainer.evaluate()["eval_loss"]

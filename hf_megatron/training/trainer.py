@@ -23,13 +23,14 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.trainer_utils import SaveStrategy, get_last_checkpoint, has_length
 from transformers.utils import logging
 
 from hf_megatron.errors import CheckpointError, DivergenceError, UnsupportedError
 from hf_megatron.tensor_parallel import non_finite_names
 from hf_megatron.training.checkpoints import CheckpointingTrainer
 from hf_megatron.training.loss_scale import SharedGradScaler
+from hf_megatron.training.starting import newest_intact_checkpoint, require_shared_directory
 from hf_megatron.training.streams import Stream, place_in_stream
 from hf_megatron.training.training_arguments import (
     AnyDeviceParallelismConfig,
@@ -85,8 +86,13 @@ class MegatronTrainer(CheckpointingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Same as the stock method; errors include the step, the rank and the checkpoint to resume from.
 
+        ``resume_from_checkpoint="auto"`` resumes from the newest checkpoint in ``output_dir`` that is not damaged, and
+        is a fresh start if there is none. After SIGTERM or SIGUSR1 to any rank, all ranks finish the step, save a
+        checkpoint and exit with status 0 (``SystemExit``), unless ``save_strategy="no"``.
+
         Raises:
-            CheckpointError: The checkpoint to resume from is damaged, or one could not be written.
+            CheckpointError: The checkpoint to resume from is damaged, or one could not be written; or ``output_dir`` is
+                not the same directory for all ranks.
             DivergenceError: The gradients of a step are inf or nan. The step was not taken.
             RanksDifferError: The ranks of a tensor-parallel group are no longer in step.
         """
@@ -94,13 +100,20 @@ class MegatronTrainer(CheckpointingTrainer):
         if scaler is not None and self.is_distributed_loading_by_transformers:
             self.accelerator.scaler = SharedGradScaler(self.accelerator.device.type, scaler)
         output = Path(self.args.output_dir)
+        if self.args.save_strategy != SaveStrategy.NO:
+            require_shared_directory(output)
         tidy_checkpoints(output, is_first=self.is_world_process_zero())
-        if resume_from_checkpoint is True and output.is_dir():
+        is_verified = resume_from_checkpoint == "auto"
+        if is_verified:
+            resume_from_checkpoint = (last := newest_intact_checkpoint(output)) and str(last)
+            if self.is_world_process_zero():
+                logger.warning(f"{output}: {'a fresh start' if last is None else f'going on from {last.name}'}.")
+        elif resume_from_checkpoint is True and output.is_dir():
             # If there is no checkpoint, the stock method raises an error.
             resume_from_checkpoint = get_last_checkpoint(str(output)) or True
         resumed = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
         try:
-            if resumed is not None:
+            if resumed is not None and not is_verified:
                 verify_checkpoint(resumed)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except Exception as error:
