@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def main() -> None:
         seed=args.seed,
         use_cpu=not torch.cuda.is_available(),
         save_steps=args.save_steps,
-        logging_steps=20,
+        logging_steps=gcd(20, args.save_steps),  # so that a restart, from a checkpoint, logs the same means
         save_total_limit=2,
         report_to=[],
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Iterator
-from math import exp
+from math import exp, gcd
 from pathlib import Path
 
 import torch
@@ -118,7 +118,7 @@ def main() -> None:
         eval_strategy="no" if args.validation is None else "steps",
         eval_steps=0.1,  # of all steps
         save_steps=args.save_steps,
-        logging_steps=20,
+        logging_steps=gcd(20, args.save_steps),  # so that a restart, from a checkpoint, logs the same means
         save_total_limit=2,
         report_to=[],
     )

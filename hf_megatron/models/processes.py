@@ -79,7 +79,8 @@ def share_failure(error: BaseException | None, group: dist.ProcessGroup | None =
 
     Collective: all-gather over all processes of the message.
     """
-    for rank, message in enumerate(gather_objects(None if error is None else f"{type(error).__name__}: {error}", group)):
+    messages = gather_objects(None if error is None else f"{type(error).__name__}: {error}", group)
+    for rank, message in enumerate(messages):
         if message is not None and error is None:
             raise ParallelStateError(f"rank {rank} failed: {message}")
     if error is not None:

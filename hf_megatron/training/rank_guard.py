@@ -102,9 +102,10 @@ class GuardedTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._share_control("after a step")
         if self._any_is_stopping():
-            self.control.should_save, self.control.should_evaluate = True, False
+            self.control.should_save = True
+            self.control.should_evaluate = False
             super()._maybe_log_save_evaluate(*args, **kwargs)
-            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
             logger.warning(f"A signal has stopped the run after step {self.state.global_step}; a checkpoint is saved.")
             raise SystemExit(0)
         does_anything = self.control.should_log or self.control.should_evaluate or self.control.should_save

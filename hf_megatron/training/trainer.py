@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -28,7 +27,7 @@ from transformers.utils import logging
 
 from hf_megatron.errors import CheckpointError, DivergenceError, UnsupportedError
 from hf_megatron.tensor_parallel import non_finite_names
-from hf_megatron.training.checkpoints import CheckpointingTrainer
+from hf_megatron.training.checkpoints import CheckpointingTrainer, is_of_a_peer
 from hf_megatron.training.loss_scale import SharedGradScaler
 from hf_megatron.training.starting import newest_intact_checkpoint, require_shared_directory
 from hf_megatron.training.streams import Stream, place_in_stream
@@ -53,16 +52,25 @@ class MegatronTrainer(CheckpointingTrainer):
     and outputs are those of the stock class. With a stock model, only the form of checkpoints differs
     (``training_state``).
 
-    One argument is new: ``rank_check_steps``, the interval, in steps, at which the ranks of a tensor-parallel group
+    Two arguments are new. ``rank_check_steps`` is the interval, in steps, at which the ranks of a tensor-parallel group
     compare batch, random state and replicated parameters, in addition to the first step of every data set, every
-    checkpoint and the end of training. 0 disables all of these checks.
+    checkpoint and the end of training. 0 disables all of these checks. With ``background_saving``, training stops only
+    until its state is copied in memory, and a thread writes the checkpoint; those of adapters and of stock models, and
+    those that are uploaded, are still written at once.
     """
 
     def __init__(
-        self, model: nn.Module | None = None, args: Any = None, *pargs: Any, rank_check_steps: int = 100, **kwargs: Any
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        *pargs: Any,
+        rank_check_steps: int = 100,
+        background_saving: bool = False,
+        **kwargs: Any,
     ) -> None:
         check_processes(args)
         self.rank_check_steps = rank_check_steps
+        self.background_saving = background_saving
         # The stock class rejects saving the optimizer of a model that was sharded while loading; this one can save it.
         saves_all = args is not None and not args.save_only_model
         if saves_all:
@@ -105,7 +113,8 @@ class MegatronTrainer(CheckpointingTrainer):
         tidy_checkpoints(output, is_first=self.is_world_process_zero())
         is_verified = resume_from_checkpoint == "auto"
         if is_verified:
-            resume_from_checkpoint = (last := newest_intact_checkpoint(output)) and str(last)
+            last = newest_intact_checkpoint(output)
+            resume_from_checkpoint = None if last is None else str(last)
             if self.is_world_process_zero():
                 logger.warning(f"{output}: {'a fresh start' if last is None else f'going on from {last.name}'}.")
         elif resume_from_checkpoint is True and output.is_dir():
@@ -123,7 +132,7 @@ class MegatronTrainer(CheckpointingTrainer):
 
     def _circumstances(self, error: Exception, unusable: Path | None) -> str:
         place = f"On rank {self.args.process_index} of {self.args.world_size}, in step {self.state.global_step + 1}."
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if is_of_a_peer(error):
             place += (
                 " A collective failed, because another rank ended or does not come: the first error in the log, or the "
                 "launcher's root cause, tells why."
