@@ -1,8 +1,8 @@
 """Ranks that ``torchrun`` has restarted find each other.
 
 With torch 2.13, restarted ranks meet in the store of those before them, and gloo waits for addresses that are no more.
-``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` gives each life a store of its own. On a single node this module does that
-without the variable; several agents count restarts differently, and each needs the variable.
+``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` gives each life a store of its own, with the rendezvous ``c10d``. This module
+does it without, by the number of restarts. That is enough on a single node; several agents may count differently.
 
 Source: https://github.com/pytorch/pytorch/issues/135712; ``torch.distributed.elastic.rendezvous.dynamic_rendezvous``.
 """
@@ -24,13 +24,12 @@ def use_fresh_store() -> None:
     environment = os.environ
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized() or _server:
         return
-    if environment["LOCAL_WORLD_SIZE"] != environment["WORLD_SIZE"]:
-        if environment["RANK"] == "0" and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            logger.warning(
-                "Restarted ranks on several nodes will not find each other: start every torchrun with "
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment."
-            )
-        return
+    has_nodes = environment["LOCAL_WORLD_SIZE"] != environment["WORLD_SIZE"]
+    if has_nodes and environment["RANK"] == "0" and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        logger.warning(
+            "Restarted ranks of several nodes may not find each other: start every torchrun with --rdzv-backend c10d, "
+            "and with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment."
+        )
     restarts = environment["TORCHELASTIC_RESTART_COUNT"]
     if restarts == "0":
         return

@@ -48,6 +48,7 @@ _SCRIPTS: dict[str, tuple[list[str], Callable[[Path], bool] | tuple[str, int]]] 
     "loss_gradient": ([], lambda output: max(r["ratio"] for r in read(output / "loss_gradient.json")["rows"]) < 1.1),
     "conversion": (["--models", "bert-336m", "--repetitions", "1"], _converts_to_and_fro),
     "rank_checks": ([], lambda output: read(output / "rank_checks.json")["seconds"]["exchange"] > 0),
+    "background_saving": ([], lambda output: read(output / "background_saving.json")["checkpoint_bytes"] > 0),
 }
 
 

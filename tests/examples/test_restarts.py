@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -53,9 +53,10 @@ def _nodes_launcher() -> list[str]:
 
 def _ranks(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
     try:
-        return psutil.Process(agent.pid).children()
+        ranks: list[psutil.Process] = psutil.Process(agent.pid).children()
     except psutil.NoSuchProcess:
         return []
+    return ranks
 
 
 def _steps(output: Path) -> int:
@@ -141,8 +142,8 @@ class _Scheduler:
     """Keeps two agents running until both have succeeded, as Kubernetes and Slurm's --requeue do."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
-        self._start = lambda: _agent([*launcher, "--max-restarts=100"], "pretrain_gpt2", arguments, log)
-        launcher = _nodes_launcher()
+        launcher = [*_nodes_launcher(), "--max-restarts=100"]
+        self._start = lambda: _agent(launcher, "pretrain_gpt2", arguments, log)
         self.agents = [self._start() for _ in range(2)]
 
     def tend(self) -> bool:
