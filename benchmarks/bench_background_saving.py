@@ -118,7 +118,8 @@ def _run(way: str, sizes: dict[str, int], plan: dict[str, int]) -> dict[str, Any
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     saves = [save for run in runs for save in run["saves"]]
     begun = [[save["continued"], save["complete"]] for save in saves]
-    meanwhile, alone = [], []
+    meanwhile: list[float] = []
+    alone: list[float] = []
     for begin, end in (step for run in runs for step in run["steps"]):
         is_meanwhile = any(begin < complete and end > continued for continued, complete in begun)
         (meanwhile if is_meanwhile else alone).append(end - begin)

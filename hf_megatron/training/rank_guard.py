@@ -60,7 +60,7 @@ class GuardedTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._limit_waiting()
         self._checked_step = None
-        self._is_stopping = False
+        self._signals, self._is_stopping = None, False
         if self._gloo is None and dist.is_initialized():
             self._gloo = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         if self.args.save_strategy == SaveStrategy.NO:
@@ -118,7 +118,8 @@ class GuardedTrainer(Trainer):
 
         Collective: all-reduce over all processes of a number, unless they are one tensor-parallel group.
         """
-        if dist.is_initialized() and (self._ranks is None or self.get_tp_size() < self.args.world_size):
+        is_agreed = self._ranks is not None and self.get_tp_size() == self.args.world_size
+        if self._signals is not None and dist.is_initialized() and not is_agreed:
             flag = torch.tensor(int(self._is_stopping))
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._gloo)
             self._is_stopping = bool(flag)

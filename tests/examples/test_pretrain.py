@@ -1,12 +1,14 @@
 """The pretraining examples: they learn, resume, and learn the same on ranks."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForPreTraining, AutoTokenizer
 
 from hf_megatron import MegatronBertForPreTraining, MegatronGPT2LMHeadModel
+from hf_megatron.errors import DestinationError
 from tests.examples.commands import launch, losses, run_here
 from tests.models.reference import Pool
 
@@ -44,6 +46,28 @@ def test_gpt2_learns_and_resumes(tmp_path: Path, text_files: list[str], capsys: 
     run_here("pretrain_gpt2", *arguments, "--steps=80", "--resume")
     assert losses(output)[:3] == pytest.approx([first, losses(output)[1], last])
     assert len(losses(output)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pretrain_gpt2", "pretrain_bert"])
+def test_a_restart_with_fewer_ranks(
+    pool: Pool, tmp_path: Path, text_files: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Catches a restarted run that another number of ranks cannot go on with, begins anew, or trains on other data."""
+    output = tmp_path / "out"
+    arguments = [*_TINY, "--save-steps=20", f"--output={output}", "--text", *text_files]
+    pool(4).run(run_here, name, *arguments, "--tp=2", timeout=240)
+    expected = losses(output)
+    tokenizer = (output / "tokenizer.json").read_bytes()
+    shutil.rmtree(output / "checkpoint-60")
+    with pytest.raises(DestinationError, match=r"checkpoint-40.*--resume"):
+        run_here(name, *arguments)
+    (output / ".start-refused").unlink()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run_here(name, *arguments)
+    assert losses(output) == pytest.approx(expected, abs=5e-3)
+    assert losses(output)[:2] == expected[:2], "it began anew"
+    assert (output / "tokenizer.json").read_bytes() == tokenizer
 
 
 @pytest.mark.slow
