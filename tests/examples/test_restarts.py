@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_megatron.training.training_state import verify_checkpoint
 from tests.examples.commands import losses, run_here
 from tests.examples.test_finetune import _EXAMPLES as FINETUNING
 from tests.models.reference import Pool
@@ -92,6 +94,26 @@ def test_torchrun_restarts_a_killed_run(pool: Pool, tmp_path: Path, text_files: 
     expected = losses(tmp_path / "undisturbed")
     assert len(expected) == 6
     assert losses(output) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.timeout(900)
+def test_torchrun_passes_a_schedulers_signal_on(tmp_path: Path, text_files: list[str]) -> None:
+    """Catches a run that loses what it has learned since its last checkpoint when its time is up."""
+    output, log = tmp_path / "run", tmp_path / "log"
+    arguments = [*_TINY, "--save-steps=20000", "--steps=20000", "--text", *text_files, f"--output={output}"]
+    options = ["--signals-to-handle=SIGTERM,SIGUSR1", "--shutdown-timeout=120"]
+    agent = _agent(options, "pretrain_gpt2", arguments, log)
+    try:
+        _wait(lambda: agent.poll() is not None or "'loss'" in log.read_text())
+        agent.send_signal(signal.SIGUSR1)
+        assert agent.wait(200) not in (0, -signal.SIGUSR1), "the scheduler has to see that the run is not over"
+    finally:
+        _end([agent])
+    [checkpoint] = output.glob("checkpoint-*")
+    step = _steps(output)
+    assert 20 <= step < 20_000
+    assert f"A signal has stopped the run after step {step}; a checkpoint is saved." in log.read_text()
+    verify_checkpoint(checkpoint)
 
 
 def _end(agents: list[subprocess.Popen[bytes]]) -> None:
