@@ -31,7 +31,7 @@ from benchmarks.command_line import make_parser, parse
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel, MegatronTrainer
 
 NAME = "background_saving"
-WHOLE = {"n_embd": 768, "n_head": 12, "n_layer": 4, "vocab_size": 50257, "n_positions": 256}
+WHOLE = {"n_embd": 768, "n_head": 12, "n_layer": 4, "vocab_size": 50257, "n_positions": 64}
 QUICK = {"n_embd": 32, "n_head": 2, "n_layer": 1, "vocab_size": 131, "n_positions": 32}
 WAYS = ("blocking", "background")
 
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.quick:
         result = measure(QUICK, {"steps": 4, "save_steps": 2}, 1)
     else:
-        result = measure(WHOLE, {"steps": 15, "save_steps": 5}, 3)
+        result = measure(WHOLE, {"steps": 12, "save_steps": 4}, 2)
     records.write(file, {"environment": records.environment("torch"), **result})
     print(f"{file}: the stall is {result['share_of_a_blocking_stall']:.1%} of that of a blocking save")
 
