@@ -25,6 +25,7 @@ from hf_megatron import MegatronBertForMultipleChoice, MegatronTrainer
 from hf_megatron.paper.data import RaceQuestion, RaceQuestions, read_race
 from hf_megatron.paper.metrics import metric_path
 from hf_megatron.paper.recipe import finetuning_recipe
+from hf_megatron.training.starting import where_to_start
 
 HUB = ("ehovy/race", "all")
 
@@ -47,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-activations", action="store_true", help="for the backward pass: more memory, less time")
     parser.add_argument("--tp", type=int, help="tensor-parallel degree; all processes if not given")
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
     args = parser.parse_args()
     if (args.train is None) != (args.validation is None):
         parser.error("--train and --validation go together; without both the data comes from the Hub.")
@@ -90,6 +92,7 @@ def main() -> None:
         report_to=[],
         **{name: value for name, value in changes.items() if value is not None},
     )
+    start = where_to_start(args.output, resume=args.resume)
     layout = DistributedConfig(tp_size=tp_size, fsdp_size=world_size // tp_size) if world_size > 1 else None
     set_seed(args.seed)  # what the new head is drawn from
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -103,7 +106,7 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorForMultipleChoice(tokenizer),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=start)
     metric = evaluate.load(metric_path("race"), keep_in_memory=True)
     scores = {}
     for name, questions in validation.items():

@@ -26,6 +26,7 @@ from hf_megatron import MegatronBertForSequenceClassification, MegatronTrainer
 from hf_megatron.paper.data import PAIR_TASKS, SentencePair, read_sentence_pairs, sentence_pairs_from_hub
 from hf_megatron.paper.metrics import metric_path
 from hf_megatron.paper.recipe import finetuning_recipe
+from hf_megatron.training.starting import where_to_start
 
 HUB = "nyu-mll/glue"
 HUB_VALIDATION = {"mnli": ("validation_matched", "validation_mismatched"), "qqp": ("validation",)}
@@ -49,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-activations", action="store_true", help="for the backward pass: more memory, less time")
     parser.add_argument("--tp", type=int, help="tensor-parallel degree; all processes if not given")
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
     args = parser.parse_args()
     if (args.train is None) != (args.validation is None):
         parser.error("--train and --validation go together; without both the data comes from the Hub.")
@@ -104,6 +106,7 @@ def main() -> None:
         report_to=[],
         **{name: value for name, value in changes.items() if value is not None},
     )
+    start = where_to_start(args.output, resume=args.resume)
     layout = DistributedConfig(tp_size=tp_size, fsdp_size=world_size // tp_size) if world_size > 1 else None
     set_seed(args.seed)  # what the new head is drawn from
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -122,7 +125,7 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=start)
     metric = evaluate.load(metric_path("accuracy"), keep_in_memory=True)
     scores = {}
     for name, pairs in validation.items():

@@ -26,6 +26,7 @@ from hf_megatron import MegatronBertForQuestionAnswering, MegatronTrainer
 from hf_megatron.paper.data import Answer, Question, QuestionWindows, find_answers, read_squad
 from hf_megatron.paper.metrics import metric_path
 from hf_megatron.paper.recipe import finetuning_recipe
+from hf_megatron.training.starting import where_to_start
 
 HUB = {"1.1": "rajpurkar/squad", "2.0": "rajpurkar/squad_v2"}
 
@@ -52,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-activations", action="store_true", help="for the backward pass: more memory, less time")
     parser.add_argument("--tp", type=int, help="tensor-parallel degree; all processes if not given")
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
     args = parser.parse_args()
     if (args.train is None) != (args.validation is None):
         parser.error("--train and --validation go together; without both the data comes from the Hub.")
@@ -117,6 +119,7 @@ def main() -> None:
         report_to=[],
         **{name: value for name, value in changes.items() if value is not None},
     )
+    start = where_to_start(args.output, resume=args.resume)
     layout = DistributedConfig(tp_size=tp_size, fsdp_size=world_size // tp_size) if world_size > 1 else None
     set_seed(args.seed)  # what the new head is drawn from
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -134,7 +137,7 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=start)
     start_logits, end_logits = trainer.predict(validation).predictions
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBa
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining, MegatronTrainer
+from hf_megatron.checkpoint import AtomicDirectory
 from hf_megatron.paper.data import DataCollatorForMegatronBertPretraining, sentence_order_pairs, tokenize_sentences
 from hf_megatron.paper.recipe import BERT_PRETRAINING, scale_residual_outputs
+from hf_megatron.training.starting import from_first_rank, where_to_start
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,12 +50,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--micro-batch", type=int, help="sequences computed at a time, to save memory")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--save-steps", type=int, default=500, help="steps from one checkpoint to the next")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="at its peak")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--keep-activations", action="store_true", help="for the backward pass: more memory, less time")
     parser.add_argument("--tp", type=int, help="tensor-parallel degree; all processes if not given")
     parser.add_argument("--seed", type=int, default=1909)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
     args = parser.parse_args()
     for path in args.text or []:
         if not path.is_file():
@@ -77,14 +81,16 @@ def read_texts(args: argparse.Namespace) -> Iterable[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def make_tokenizer(texts: Iterable[str], args: argparse.Namespace, *, is_first: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer asked for, or one that the first process trains on the texts and saves, and all load."""
+def make_tokenizer(texts: Iterable[str], args: argparse.Namespace, *, is_fresh: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer asked for, or that of the run that goes on, or one that is trained on the texts and saved."""
     if args.tokenizer is not None:
         return AutoTokenizer.from_pretrained(args.tokenizer)
-    if is_first and not args.resume:
+    if is_fresh or not (args.output / "tokenizer_config.json").is_file():
         tokenizer = BertTokenizerFast(model_max_length=args.length)
         tokenizer = tokenizer.train_new_from_iterator(texts, args.vocab_size, show_progress=False)
-        tokenizer.save_pretrained(args.output)
+        with AtomicDirectory(args.output) as directory:  # a restart may find it
+            tokenizer.save_pretrained(directory.path)
+            directory.publish(merge=True)
     return AutoTokenizer.from_pretrained(args.output)
 
 
@@ -122,13 +128,14 @@ def main() -> None:
         activation_checkpointing=not args.keep_activations,
         seed=args.seed,
         use_cpu=not torch.cuda.is_available(),
-        logging_steps=20,
+        save_steps=args.save_steps,
+        logging_steps=gcd(20, args.save_steps),  # so that a restart, from a checkpoint, logs the same means
         save_total_limit=2,
         report_to=[],
     )
     texts = read_texts(args)
-    with arguments.main_process_first():
-        tokenizer = make_tokenizer(texts, args, is_first=arguments.process_index == 0)
+    start = where_to_start(args.output, resume=args.resume)
+    tokenizer = from_first_rank(lambda: make_tokenizer(texts, args, is_fresh=start is None))
     sizes = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -155,7 +162,7 @@ def main() -> None:
         data_collator=DataCollatorForMegatronBertPretraining(tokenizer),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=args.resume)
+    trainer.train(resume_from_checkpoint=start)
     trainer.save_model()
 
 

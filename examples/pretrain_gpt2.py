@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Iterator
-from math import exp
+from math import exp, gcd
 from pathlib import Path
 
 import torch
@@ -29,8 +29,11 @@ from transformers import GPT2TokenizerFast, PreTrainedTokenizerBase, default_dat
 from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel, MegatronTrainer
+from hf_megatron.checkpoint import AtomicDirectory
+from hf_megatron.errors import DataError
 from hf_megatron.paper.data import PackedDocuments, ShuffledBlend, open_token_files
 from hf_megatron.paper.recipe import GPT2_PRETRAINING
+from hf_megatron.training.starting import from_first_rank, where_to_start
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,12 +57,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--micro-batch", type=int, help="sequences computed at a time, to save memory")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--save-steps", type=int, default=500, help="steps from one checkpoint to the next")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="at its peak")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--keep-activations", action="store_true", help="for the backward pass: more memory, less time")
     parser.add_argument("--tp", type=int, help="tensor-parallel degree; all processes if not given")
     parser.add_argument("--seed", type=int, default=1909)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
     args = parser.parse_args()
     for path in [*(args.text or []), *(args.validation or [])]:
         if not path.is_file():
@@ -84,18 +88,20 @@ def read_texts(args: argparse.Namespace) -> Iterable[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def make_tokenizer(texts: Iterable[str], args: argparse.Namespace, *, is_first: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer asked for, or one that the first process trains on the texts and saves, and all load."""
+def make_tokenizer(texts: Iterable[str], args: argparse.Namespace, *, is_fresh: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer asked for, or that of the run that goes on, or one that is trained on the texts and saved."""
     if args.tokenizer is not None:
         return GPT2TokenizerFast.from_pretrained(args.tokenizer)
     if args.data is not None:
         if found := [name for name in args.data if any(Path(name).glob("tokenizer*.json"))]:
             return GPT2TokenizerFast.from_pretrained(found[0])
-        raise SystemExit(f"None of {', '.join(args.data)} is a directory with a tokenizer; name it with --tokenizer.")
-    if is_first and not args.resume:
+        raise DataError(f"None of {', '.join(args.data)} is a directory with a tokenizer; name it with --tokenizer.")
+    if is_fresh or not (args.output / "tokenizer_config.json").is_file():
         tokenizer = GPT2TokenizerFast(model_max_length=args.length)
         tokenizer = tokenizer.train_new_from_iterator(texts, args.vocab_size, show_progress=False)
-        tokenizer.save_pretrained(args.output)
+        with AtomicDirectory(args.output) as directory:  # a restart may find it
+            tokenizer.save_pretrained(directory.path)
+            directory.publish(merge=True)
     return GPT2TokenizerFast.from_pretrained(args.output)
 
 
@@ -124,13 +130,14 @@ def main() -> None:
         train_sampling_strategy="sequential",  # the data are in random order
         eval_strategy="no" if args.validation is None else "steps",
         eval_steps=0.1,  # of all steps
-        logging_steps=20,
+        save_steps=args.save_steps,
+        logging_steps=gcd(20, args.save_steps),  # so that a restart, from a checkpoint, logs the same means
         save_total_limit=2,
         report_to=[],
     )
     texts = read_texts(args) if args.data is None else []
-    with arguments.main_process_first():
-        tokenizer = make_tokenizer(texts, args, is_first=arguments.process_index == 0)
+    start = where_to_start(args.output, resume=args.resume)
+    tokenizer = from_first_rank(lambda: make_tokenizer(texts, args, is_fresh=start is None))
     end = tokenizer.eos_token_id
     sizes = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end}
     if args.preset is None:
@@ -160,7 +167,7 @@ def main() -> None:
         data_collator=default_data_collator,  # there is nothing to pad
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=args.resume)
+    trainer.train(resume_from_checkpoint=start)
     trainer.save_model()
     if held_out is not None:
         loss = trainer.evaluate()["eval_loss"]

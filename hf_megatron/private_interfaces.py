@@ -88,6 +88,7 @@ _TABLE: Mapping[str, str] = {
     f"{_TRAINER}._run_epoch._globalstep_last_logged": "the same",
     f"{_TRAINER}._get_grad_norm(self, model, grad_norm)": "ending a run before inf or nan reaches the weights",
     f"{_TRAINER}._save_checkpoint(self, model, trial)": "checkpoints with optimizer state that resume at any layout",
+    f"{_TRAINER}._finalize_training(self)": "waiting for the last checkpoint that is written in the background",
     f"{_TRAINER}._get_output_dir(self, trial)": "the place of checkpoints, in a search for hyper-parameters too",
     f"{_TRAINER}._get_num_items_in_batch(self, batch_samples, device)": "noticing a stream that ends early on one rank",
     f"{_TRAINER}._maybe_log_save_evaluate(self)": "doing on all ranks what a callback of one of them asks for",

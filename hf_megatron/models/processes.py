@@ -6,12 +6,15 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from hf_megatron.errors import ParallelStateError, UnsupportedError
+
+_T = TypeVar("_T")
 
 
 def check_distributed_config(config: DistributedConfig) -> None:
@@ -49,13 +52,25 @@ def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def barrier() -> None:
+def barrier(group: dist.ProcessGroup | None = None) -> None:
     """Wait for all processes, if there are several."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group)
 
 
-def share_failure(error: BaseException | None) -> None:
+def gather_objects(mine: _T, group: dist.ProcessGroup | None = None) -> list[_T]:
+    """What each rank has given, by rank; every rank must call it.
+
+    Collective: all-gather over all processes, pickled.
+    """
+    gathered = [mine]
+    if dist.is_initialized():
+        gathered *= dist.get_world_size()
+        dist.all_gather_object(gathered, mine, group=group)
+    return gathered
+
+
+def share_failure(error: BaseException | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise an error on all ranks if one of them failed; every rank must call it, with what went wrong there, if any.
 
     Raises:
@@ -64,12 +79,10 @@ def share_failure(error: BaseException | None) -> None:
 
     Collective: all-gather over all processes of the message.
     """
-    if dist.is_initialized():
-        messages: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
-        for rank, message in enumerate(messages):
-            if message is not None and error is None:
-                raise ParallelStateError(f"rank {rank} failed: {message}")
+    messages = gather_objects(None if error is None else f"{type(error).__name__}: {error}", group)
+    for rank, message in enumerate(messages):
+        if message is not None and error is None:
+            raise ParallelStateError(f"rank {rank} failed: {message}")
     if error is not None:
         raise error
 

@@ -120,6 +120,15 @@ class SavingMixin:
         if upload is not None:
             upload.run()
 
+    def save_configuration(self: Any, directory: Path) -> None:
+        """Write what a distributed save has beside the shards; one rank calls it."""
+        self.config.dtype = str(self.dtype).removeprefix("torch.")
+        self.config.architectures = [self._model_class().ours]
+        self.config.save_pretrained(directory)
+        if self.can_generate():
+            self.generation_config.save_pretrained(directory)
+        rewrite_config(directory, self.architecture, self._model_class().ours, stock=False)
+
     def _save_files(self: Any, directory: Path, *args: Any, is_writer: bool, stock: bool, **kwargs: Any) -> None:
         super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
         if is_writer and (directory / "config.json").is_file():

@@ -126,5 +126,6 @@ def digests_of(data: Any, name: str) -> dict[str, Any]:
 
 
 def _digest(tensor: torch.Tensor) -> tuple[Any, ...]:
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    # A copy, for numpy() makes a storage's size final, and FSDP frees parameters by it.
+    data = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
     return (*tensor.shape, crc32(data.numpy().data))

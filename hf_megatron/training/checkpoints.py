@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer import SCALER_NAME
@@ -20,6 +23,7 @@ from hf_megatron.errors import CheckpointFormatError, DestinationError, HfMegatr
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.models.processes import barrier, share_failure
 from hf_megatron.models.saving import rewrite_config
+from hf_megatron.training.background import BackgroundWriter
 from hf_megatron.training.optimizer_state import load_optimizer, save_optimizer
 from hf_megatron.training.rank_guard import GuardedTrainer
 from hf_megatron.training.training_state import (
@@ -36,6 +40,9 @@ logger = logging.get_logger(__name__)
 
 class CheckpointingTrainer(GuardedTrainer):
     """Trainer with checkpoints for sharded models and optimizers, unsharded models and adapters."""
+
+    background_saving = False
+    _writer: BackgroundWriter | None = None
 
     @property
     def _own_model(self) -> MegatronModelMixin | None:
@@ -79,16 +86,51 @@ class CheckpointingTrainer(GuardedTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        except Exception as error:
+            if self._writer is not None and not is_of_a_peer(error):  # of which another one is sure to follow
+                try:
+                    self._writer.wait()
+                except (Exception, CheckpointException) as other:
+                    logger.error(f"And a checkpoint could not be written: {other}")
+            raise
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self._writer is not None:
+            self._writer.wait()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _save_checkpoint(self, _: nn.Module, trial: Any) -> None:
         self._compare("before the checkpoint of")
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         run_directory = Path(self._get_output_dir(trial=trial))
         destination = run_directory / f"checkpoint-{self.state.global_step}"
-        with AtomicDirectory(destination, is_first=self.is_world_process_zero(), meet=share_failure) as directory:
+        model = self._own_model
+        if self.background_saving and model is not None and not self._is_adapted and not self.args.push_to_hub:
+            self._save_in_background(model, run_directory, destination)
+            return
+        self._publish(run_directory, destination, partial(self._write_checkpoint, run_directory, destination))
+        if self.args.push_to_hub:
+            self._push(destination)
+        if self.is_world_process_zero():
+            remove_old_checkpoints(run_directory, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _publish(
+        self,
+        run_directory: Path,
+        destination: Path,
+        write: Callable[[Path], None],
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Let all ranks write into a directory, and publish it; every rank must call it."""
+        is_first, meet = self.is_world_process_zero(), partial(share_failure, group=group)
+        with AtomicDirectory(destination, is_first=is_first, meet=meet) as directory:
             try:
-                self._write_checkpoint(directory.path, run_directory, destination)
-                finish_checkpoint(directory)
+                write(directory.path)
+                finish_checkpoint(directory, group)
             except (Exception, CheckpointException) as error:
                 if destination.exists() and not directory.path.exists():
                     raise  # the checkpoint is complete; a later step failed
@@ -100,16 +142,44 @@ class CheckpointingTrainer(GuardedTrainer):
                     f"{destination} could not be written, and {state}: {reason} (bytes free on its disk: "
                     f"{shutil.disk_usage(run_directory).free:,})."
                 ) from error
-        if self.args.push_to_hub:
-            self._push(destination)
-        if self.is_world_process_zero():
-            remove_old_checkpoints(run_directory, self.args.save_total_limit, self.state.best_model_checkpoint)
 
-    def _write_checkpoint(self, fresh: Path, run_directory: Path, destination: Path) -> None:
-        is_first = self.is_world_process_zero()
+    def _save_in_background(self, model: MegatronModelMixin, run_directory: Path, destination: Path) -> None:
+        """Wait for the checkpoint before, copy the state, and let a thread write it."""
+        if self._writer is None:
+            self._writer = BackgroundWriter(self.args.ddp_timeout_delta)
+        writer, is_first, is_cut = self._writer, self.is_world_process_zero(), self._is_cut
+        writer.wait()
+        files = TemporaryDirectory()
+        scratch = Path(files.name)
+        self._write_small_files(run_directory, destination, scratch)
+        if is_first:
+            self._save_beside_model(scratch)
+            if is_cut:
+                model.save_configuration(scratch)
+        optimizer = None if self.args.save_only_model else inner_optimizer(self.optimizer)
+        snapshot = writer.snapshot(self.model, optimizer, files, is_whole=not is_cut)
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        whole = model if is_first and not is_cut else None
+
+        def write() -> None:
+            parts = partial(snapshot.write, whole, writer.group)
+            self._publish(run_directory, destination, parts, writer.group)
+            if is_first:
+                remove_old_checkpoints(run_directory, limit, best)
+
+        writer.start(write)
+        if self._is_stopping:
+            writer.wait()
+
+    def _write_checkpoint(self, run_directory: Path, destination: Path, fresh: Path) -> None:
         self._save_model_into(fresh)
         if not self.args.save_only_model:
             save_optimizer(self.model, inner_optimizer(self.optimizer), fresh)
+        self._write_small_files(run_directory, destination, fresh)
+
+    def _write_small_files(self, run_directory: Path, destination: Path, fresh: Path) -> None:
+        is_first = self.is_world_process_zero()
+        if not self.args.save_only_model:
             self._save_scaler(str(fresh))
             if is_first:
                 torch.save(self.lr_scheduler.state_dict(), fresh / "scheduler.pt")
@@ -138,9 +208,12 @@ class CheckpointingTrainer(GuardedTrainer):
             return
         self.model.save_pretrained(directory, distributed_checkpoint=True)
         if self.is_world_process_zero():
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(directory)
-            torch.save(self.args, directory / "training_args.bin")
+            self._save_beside_model(directory)
+
+    def _save_beside_model(self, directory: Path) -> None:
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(directory)
+        torch.save(self.args, directory / "training_args.bin")
 
     def _save_trainer_state(self, directory: Path) -> None:
         for callback in (*self.callback_handler.callbacks, self.control):
@@ -185,6 +258,11 @@ class CheckpointingTrainer(GuardedTrainer):
                 f"{checkpoint} has no random state for data-parallel rank {self._data_parallel_rank} (it was saved by "
                 "fewer); dropout and shuffling go on with other random numbers."
             )
+
+
+def is_of_a_peer(error: Exception) -> bool:
+    """Whether a collective has failed, because another rank ended or does not come."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _refuse_fsdp_files(directory: Path) -> None:

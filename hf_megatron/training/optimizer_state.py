@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from transformers.distributed.checkpoint import _redistribute_state_dict, save_optimizer_distributed
+from transformers.distributed.checkpoint import _redistribute_state_dict
 
 from hf_megatron.checkpoint.budgets import RESUME_FACTOR
 from hf_megatron.checkpoint.distributed import METADATA, read_metadata
@@ -49,11 +50,25 @@ def load_weights_only(source: Any) -> Any:
 
 def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
     """Save the optimizer state by parameter name, each rank its own shards; every rank must call it."""
+    write_optimizer_state(optimizer_state(model, optimizer), directory)
+
+
+def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """This rank's shards of the state, by parameter name; every rank must call it."""
+    with one_process_allowed(), _without_empty_groups(optimizer):
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        state: dict[str, Any] = _redistribute_state_dict(get_optimizer_state_dict(model, optimizer, options=options))
+    return state
+
+
+def write_optimizer_state(state: dict[str, Any], directory: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Write what :func:`optimizer_state` returned; every rank of the group must call it."""
+    path = directory / OPTIMIZER_DIRECTORY
     try:
-        with one_process_allowed(), _without_empty_groups(optimizer):
-            save_optimizer_distributed(model, optimizer, str(directory / OPTIMIZER_DIRECTORY))
+        with one_process_allowed():
+            dcp.save({"optimizer": state}, checkpoint_id=str(path), process_group=group)
     except CheckpointException as error:
-        raise DestinationError(f"{directory / OPTIMIZER_DIRECTORY}: {reasons(error)}") from error
+        raise DestinationError(f"{path}: {reasons(error)}") from error
 
 
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:

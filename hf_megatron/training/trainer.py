@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.trainer_utils import SaveStrategy, get_last_checkpoint, has_length
 from transformers.utils import logging
 
 from hf_megatron.errors import CheckpointError, DivergenceError, UnsupportedError
 from hf_megatron.tensor_parallel import non_finite_names
-from hf_megatron.training.checkpoints import CheckpointingTrainer, inner_optimizer
+from hf_megatron.training.checkpoints import CheckpointingTrainer, inner_optimizer, is_of_a_peer
 from hf_megatron.training.local_step import clip_grad_norm_, step_on_shards
 from hf_megatron.training.loss_scale import SharedGradScaler
+from hf_megatron.training.starting import newest_intact_checkpoint, require_shared_directory
 from hf_megatron.training.step_numbers import Numbers, can_skip, skip_if_not_finite
 from hf_megatron.training.streams import Stream, place_in_stream
 from hf_megatron.training.training_arguments import (
@@ -54,16 +54,25 @@ class MegatronTrainer(CheckpointingTrainer):
     and outputs are those of the stock class. With a stock model, only the form of checkpoints differs
     (``training_state``).
 
-    One argument is new: ``rank_check_steps``, the interval, in steps, at which the ranks of a tensor-parallel group
+    Two arguments are new. ``rank_check_steps`` is the interval, in steps, at which the ranks of a tensor-parallel group
     compare batch, random state and replicated parameters, in addition to the first step of every data set, every
-    checkpoint and the end of training. 0 disables all of these checks.
+    checkpoint and the end of training. 0 disables all of these checks. With ``background_saving``, training stops only
+    until its state is copied in memory, and a thread writes the checkpoint; those of adapters and of stock models, and
+    those that are uploaded, are still written at once.
     """
 
     def __init__(
-        self, model: nn.Module | None = None, args: Any = None, *pargs: Any, rank_check_steps: int = 100, **kwargs: Any
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        *pargs: Any,
+        rank_check_steps: int = 100,
+        background_saving: bool = False,
+        **kwargs: Any,
     ) -> None:
         check_processes(args)
         self.rank_check_steps = rank_check_steps
+        self.background_saving = background_saving
         # The stock class rejects saving the optimizer of a model that was sharded while loading; this one can save it.
         saves_all = args is not None and not args.save_only_model
         if saves_all:
@@ -89,8 +98,13 @@ class MegatronTrainer(CheckpointingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Same as the stock method; errors include the step, the rank and the checkpoint to resume from.
 
+        ``resume_from_checkpoint="auto"`` resumes from the newest checkpoint in ``output_dir`` that is not damaged, and
+        is a fresh start if there is none. After SIGTERM or SIGUSR1 to any rank, all ranks finish the step, save a
+        checkpoint and exit with status 0 (``SystemExit``), unless ``save_strategy="no"``.
+
         Raises:
-            CheckpointError: The checkpoint to resume from is damaged, or one could not be written.
+            CheckpointError: The checkpoint to resume from is damaged, or one could not be written; or ``output_dir`` is
+                not the same directory for all ranks.
             DivergenceError: The gradients of a step are inf or nan. The step was not taken.
             RanksDifferError: The ranks of a tensor-parallel group are no longer in step.
         """
@@ -98,8 +112,16 @@ class MegatronTrainer(CheckpointingTrainer):
         if scaler is not None and self.is_distributed_loading_by_transformers:
             self.accelerator.scaler = SharedGradScaler(self.accelerator.device.type, scaler)
         output = Path(self.args.output_dir)
+        if self.args.save_strategy != SaveStrategy.NO:
+            require_shared_directory(output)
         tidy_checkpoints(output, is_first=self.is_world_process_zero())
-        if resume_from_checkpoint is True and output.is_dir():
+        is_verified = resume_from_checkpoint == "auto"
+        if is_verified:
+            last = newest_intact_checkpoint(output)
+            resume_from_checkpoint = None if last is None else str(last)
+            if self.is_world_process_zero():
+                logger.warning(f"{output}: {'a fresh start' if last is None else f'going on from {last.name}'}.")
+        elif resume_from_checkpoint is True and output.is_dir():
             # If there is no checkpoint, the stock method raises an error.
             resume_from_checkpoint = get_last_checkpoint(str(output)) or True
         resumed = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
@@ -107,7 +129,7 @@ class MegatronTrainer(CheckpointingTrainer):
         self._filters_losses = self.args.logging_nan_inf_filter and self.args.device.type != "cpu"
         self.args.logging_nan_inf_filter &= not self._filters_losses
         try:
-            if resumed is not None:
+            if resumed is not None and not is_verified:
                 verify_checkpoint(resumed)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except Exception as error:
@@ -120,7 +142,7 @@ class MegatronTrainer(CheckpointingTrainer):
 
     def _circumstances(self, error: Exception, unusable: Path | None) -> str:
         place = f"On rank {self.args.process_index} of {self.args.world_size}, in step {self.state.global_step + 1}."
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if is_of_a_peer(error):
             place += (
                 " A collective failed, because another rank ended or does not come: the first error in the log, or the "
                 "launcher's root cause, tells why."

@@ -29,7 +29,7 @@ from hf_megatron.checkpoint.budgets import MAX_TRAINER_STATE_BYTES, require_with
 from hf_megatron.checkpoint.checksums import CHECKSUMS, compute_checksums, damages, read_checksums, write_checksums
 from hf_megatron.checkpoint.regular_file import open_regular
 from hf_megatron.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, shown
-from hf_megatron.models.processes import barrier, is_first_rank
+from hf_megatron.models.processes import barrier, gather_objects, is_first_rank, share_failure
 from hf_megatron.training.optimizer_state import load_weights_only
 
 logger = logging.get_logger(__name__)
@@ -48,13 +48,13 @@ def tidy_checkpoints(run_directory: Path, *, is_first: bool) -> None:
     barrier()
 
 
-def finish_checkpoint(directory: AtomicDirectory) -> None:
+def finish_checkpoint(directory: AtomicDirectory, group: dist.ProcessGroup | None = None) -> None:
     """Publish a checkpoint once all ranks have written their part; every rank must call it.
 
     Collective: all-gather over all processes of the checksums, of which each rank computes some.
     """
-    barrier()
-    parts = _gather(compute_checksums(directory.path, *_share()))
+    barrier(group)
+    parts = gather_objects(compute_checksums(directory.path, *_share()), group)
     if is_first_rank():
         write_checksums(directory.path, {name: checksum for part in parts for name, checksum in part.items()})
     directory.publish()
@@ -77,14 +77,13 @@ def verify_checkpoint(directory: Path) -> None:
         check_step(directory)
     except CheckpointError as caught:
         error = caught
-    found = [damage for part in _gather(found) for damage in part]
+    found = [damage for part in gather_objects(found) for damage in part]
     if found:
         raise CheckpointIncompleteError(
             f"{directory} is damaged: {'; '.join(found)}. Resume from another checkpoint. If a file was changed on "
             f"purpose, delete {CHECKSUMS}."
         )
-    if error is not None:
-        raise error
+    share_failure(error)
 
 
 def _require_files(directory: Path) -> None:
@@ -132,14 +131,6 @@ def last_usable_checkpoint(run_directory: Path, unusable: Path | None = None) ->
 def _share() -> tuple[int, int]:
     """This rank's share of the files: (index, number of shares)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _gather(mine: Any) -> list[Any]:
-    gathered: list[Any] = [mine]
-    if dist.is_initialized():
-        gathered *= dist.get_world_size()
-        dist.all_gather_object(gathered, mine)
-    return gathered
 
 
 def remove_old_checkpoints(run_directory: Path, limit: int | None, best: str | None) -> None:

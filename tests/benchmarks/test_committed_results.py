@@ -99,6 +99,12 @@ def _check_data(results: dict[str, Any]) -> None:
     assert results["times_the_example"] > 20
 
 
+def _check_background_saving(results: dict[str, Any]) -> None:
+    """Training stops for less than a tenth of the time."""
+    assert results["sizes"]["n_embd"] == 768
+    assert results["share_of_a_blocking_stall"] < 0.1
+
+
 _CLAIMS = [name.removeprefix("_check_") for name in globals() if name.startswith("_check_")]
 _DRAWN = ("finetune_squad", "layernorm_placement", "model_sizes", "pretrain_gpt2", "training_step")
 

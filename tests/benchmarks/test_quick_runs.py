@@ -50,6 +50,7 @@ _SCRIPTS: dict[str, tuple[list[str], Callable[[Path], bool] | tuple[str, int]]] 
     "host_time": ([], ("\n| ours, TP=", 2)),
     "data": ([], lambda output: read(output / "data.json")["times_the_example"] > 0),
     "rank_checks": ([], lambda output: read(output / "rank_checks.json")["seconds"]["exchange"] > 0),
+    "background_saving": ([], lambda output: read(output / "background_saving.json")["checkpoint_bytes"] > 0),
 }
 
 

@@ -220,6 +220,4 @@ def test_a_worker_that_is_ended_is_named(tmp_path: Path, tokenizer: Path, lines:
         pytest.skip("looks for processes in /proc")
     lines.write_text((lines.read_text() + "\n") * 10)
     with pytest.raises(DataError, match="take fewer with --processes"):
-        tokenize_to(
-            tmp_path / "out", open_sources([str(lines)]), str(tokenizer), processes=2, progress=end_workers
-        )
+        tokenize_to(tmp_path / "out", open_sources([str(lines)]), str(tokenizer), processes=2, progress=end_workers)

@@ -1,12 +1,14 @@
 """The pretraining examples: they learn, resume, and learn the same on ranks."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForPreTraining, AutoTokenizer
 
 from hf_megatron import MegatronBertForPreTraining, MegatronGPT2LMHeadModel
+from hf_megatron.errors import DestinationError
 from hf_megatron.paper.data.text_sources import open_sources
 from hf_megatron.paper.data.tokenizing import tokenize_to
 from tests.examples.commands import launch, losses, run_here
@@ -61,6 +63,28 @@ def test_gpt2_learns_the_same_from_token_files(tmp_path: Path, text_files: list[
     assert found[0] == losses(tmp_path / "texts")
     assert found[1] != found[0]
     assert found[1] == pytest.approx(found[0], abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pretrain_gpt2", "pretrain_bert"])
+def test_a_restart_with_fewer_ranks(
+    pool: Pool, tmp_path: Path, text_files: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Catches a restarted run that another number of ranks cannot go on with, begins anew, or trains on other data."""
+    output = tmp_path / "out"
+    arguments = [*_TINY, "--save-steps=20", f"--output={output}", "--text", *text_files]
+    pool(4).run(run_here, name, *arguments, "--tp=2", timeout=240)
+    expected = losses(output)
+    tokenizer = (output / "tokenizer.json").read_bytes()
+    shutil.rmtree(output / "checkpoint-60")
+    with pytest.raises(DestinationError, match=r"checkpoint-40.*--resume"):
+        run_here(name, *arguments)
+    (output / ".start-refused").unlink()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run_here(name, *arguments)
+    assert losses(output) == pytest.approx(expected, abs=5e-3)
+    assert losses(output)[:2] == expected[:2], "it began anew"
+    assert (output / "tokenizer.json").read_bytes() == tokenizer
 
 
 @pytest.mark.slow

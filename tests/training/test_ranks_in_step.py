@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from hf_megatron import MegatronTrainer
 from hf_megatron.errors import RanksDifferError
+from hf_megatron.tensor_parallel.agreement import digests_of
 from tests.distributed import RankFailedError
 from tests.live import on_live_ranks
 from tests.models.reference import Pool, rank
@@ -239,3 +240,11 @@ def test_dropout_in_a_users_own_module_is_the_same_at_every_degree(pool: Pool, g
     expected = _train_own(run)
     steps = on_ranks(pool, _train_own, replace(run, output=tmp_path / "two", layout=LAYOUTS["tp2"]))
     assert_same_steps(steps, expected)
+
+
+def test_what_was_compared_can_be_freed() -> None:
+    """Catches a model under FSDP that cannot be saved after two evaluations: numpy makes a storage's size final."""
+    parameter = torch.ones(3, 2)
+    digests_of({"weight": parameter}, "model")
+    parameter.untyped_storage().resize_(0)
+    assert parameter.untyped_storage().size() == 0
