@@ -20,7 +20,7 @@ _MAX_THREADS = 4
 # What a thread has besides its slice, and the smallest slice that is worth a system call.
 _FIXED_BYTES, _MIN_SLICE_BYTES = 4 * 2**20, 2**18
 _MEGABYTES_TO_SPARE = 1  # since no two processes have the same in use
-_FIXED_BYTES_OF_CAST = 4 * CAST_BYTES  # a part of the source, its successor, and what comparisons take
+_FIXED_BYTES_OF_CAST = 2 * CAST_BYTES  # a part of the source, and what its comparisons and the allocator keep
 
 
 def parse_size(value: str | int, name: str) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SLICE_BYTES = 16 * 2**20
 """A tensor is read and written this many bytes at a time, so that the size of the model does not matter."""
-CAST_BYTES = 2**20
+CAST_BYTES = 4 * 2**20
 """What is cast is read this many bytes at a time, beside the slice that it is cast into."""
 _CAST_CHUNK = 2**15  # elements, which torch casts in this thread alone; others have files of their own to write
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -65,22 +65,24 @@ class Cast:
 
         box = Box.whole(self.shape) if box is None else box
         result = torch.empty(box.shape, dtype=torch_dtype(self.dtype))
-        self._cast_into(result.reshape(-1), box)
+        self.read_into(raw_bytes(result).numpy().data, box)
         return result
 
     def read_into(self, memory: memoryview, box: Box) -> None:
         import torch
 
-        if box.numel:
-            self._cast_into(torch.frombuffer(memory, dtype=torch_dtype(self.dtype)), box)
-
-    def _cast_into(self, result: torch.Tensor, box: Box) -> None:
+        if not box.numel:
+            return
+        stored, item = torch_dtype(self.tensor.dtype), itemsize(self.tensor.dtype)
+        result = torch.frombuffer(memory, dtype=torch_dtype(self.dtype))
+        # Memory of its own for each part would leave the allocator with several times as much.
+        scratch = memoryview(bytearray(min(box.numel * item, CAST_BYTES)))
         for part in bounded(box, self.tensor.dtype, CAST_BYTES):
-            values, position = self.tensor.read(part).reshape(-1), 0
-            for chunk in values.split(_CAST_CHUNK):
-                self._cast_chunk(chunk, result[position : position + chunk.numel()])
-                position += chunk.numel()
-            result = result[position:]
+            original = scratch[: part.numel * item]
+            self.tensor.read_into(original, part)
+            for chunk in torch.frombuffer(original, dtype=stored).split(_CAST_CHUNK):
+                self._cast_chunk(chunk, result[: chunk.numel()])
+                result = result[chunk.numel() :]
 
     def _cast_chunk(self, original: torch.Tensor, result: torch.Tensor) -> None:
         import torch

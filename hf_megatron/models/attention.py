@@ -110,14 +110,15 @@ class ParallelAttention(ParallelModule):
         dropout = self.dropout_p if self.training else 0.0
         is_causal = self.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         implementation = self.config._attn_implementation
-        if implementation == "eager" or (dropout and implementation == "sdpa" and not query.is_cuda):
+        if implementation == "eager" or (dropout and implementation == "sdpa" and query.is_cpu):
             # sdpa draws dropout masks from the default generator, which would give every rank the same masks. CPUs
             # have no fused kernel with dropout, so drawing per head costs nothing there.
             explicit = self._explicit if recompute is None else partial(recompute, self._explicit)
             context, probabilities = explicit(query, key, value, attention_mask, dropout, is_causal)
         else:
             kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
-            with private_cuda_stream(query.device, self.first_head) if dropout else nullcontext():
+            is_private = bool(dropout) and self.tp_group.size > 1
+            with private_cuda_stream(query.device, self.first_head) if is_private else nullcontext():
                 context, probabilities = kernel(
                     self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
                 )

@@ -65,6 +65,13 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
             self.architecture_of(config).check_degree(config.to_dict(), distributed_config.tp_size)
         PreTrainedModel.__init__(self, config)
 
+    def warn_if_padding_and_no_attention_mask(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> None:
+        """Same as the stock method, which reads ids, on CPUs; elsewhere each forward would wait for the device."""
+        if input_ids.is_cpu:
+            super().warn_if_padding_and_no_attention_mask(input_ids, attention_mask)  # type: ignore[misc]
+
     def init_parallel_plans(self) -> None:
         """Same as the stock method, with the modules of this class's head."""
         super().init_parallel_plans()  # type: ignore[misc]

@@ -17,6 +17,7 @@ from hf_megatron.errors import PartitionError
 from hf_megatron.partition import chunk_range
 from hf_megatron.tensor_parallel.collectives import all_gather_stacked
 from hf_megatron.tensor_parallel.cpu import row_blocks
+from hf_megatron.tensor_parallel.embedding import are_in_range
 from hf_megatron.tensor_parallel.group import TensorParallelGroup
 
 
@@ -60,14 +61,11 @@ def vocab_parallel_cross_entropy(
 
 def counted_targets(target: torch.Tensor, vocab_size: int, ignore_index: int) -> torch.Tensor:
     """Which targets are not ``ignore_index``; PartitionError if one of these is no token of the vocabulary."""
-    # A target outside of every shard would silently yield a loss of log(sum). Reading the result back would stall a
-    # GPU, and a compiled graph cannot raise, so there the device asserts.
+    # A target outside of every shard would silently yield a loss of log(sum).
     is_counted = target != ignore_index
-    is_valid = ((target >= 0) & (target < vocab_size)) | ~is_counted
-    if target.is_cuda or torch.compiler.is_compiling():
-        torch._assert_async(is_valid.all(), "a target is neither a token of the vocabulary nor ignore_index")
-    elif not bool(is_valid.all()):
-        wrong = int(target[~is_valid][0])
+    ids = torch.where(is_counted, target, 0)
+    if not are_in_range(ids, vocab_size, "a target is neither a token of the vocabulary nor ignore_index"):
+        wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
         raise PartitionError(
             f"target {wrong} is neither a token id below vocab_size={vocab_size} nor ignore_index={ignore_index}; "
             "check that the tokenizer belongs to this model."
@@ -85,9 +83,9 @@ def mean_scale(
 ) -> torch.Tensor:
     """The factor of each token's loss in the mean, a scalar, for logits of this dtype."""
     divisor = is_counted.sum() if num_items_in_batch is None else num_items_in_batch
-    if isinstance(divisor, torch.Tensor):
-        divisor = divisor.to(is_counted.device)
-    return torch.as_tensor(1.0, dtype=wide(dtype), device=is_counted.device) / divisor
+    if not isinstance(divisor, torch.Tensor):
+        divisor = torch.full((), divisor, dtype=wide(dtype), device=is_counted.device)
+    return divisor.to(is_counted.device, wide(dtype)).reciprocal()
 
 
 @dataclass(frozen=True)

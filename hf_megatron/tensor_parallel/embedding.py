@@ -62,12 +62,24 @@ class VocabParallelEmbedding(ParallelModule, nn.Embedding):
         return F.embedding(rows, local(self.weight), padding) if tied is None else tied.look_up(rows, padding)
 
     def _check_range(self, input_ids: torch.Tensor) -> None:
-        # An id outside of the vocabulary belongs to no shard and would silently embed as zero, so one rank raises.
-        if input_ids.is_cuda or torch.compiler.is_compiling():
-            in_range = ((input_ids >= 0) & (input_ids < self.num_embeddings)).all()
-            torch._assert_async(in_range, "a token id is outside of the vocabulary")
-        elif input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.num_embeddings:
+        # An id outside of the vocabulary belongs to no shard and would silently embed as zero.
+        if not are_in_range(input_ids, self.num_embeddings, "a token id is outside of the vocabulary"):
             raise IndexError(
                 f"token ids from {int(input_ids.min())} to {int(input_ids.max())} were given, but the embedding has "
                 f"{self.num_embeddings} rows; check that the tokenizer belongs to this model."
             )
+
+
+def are_in_range(ids: torch.Tensor, size: int, message: str) -> bool:
+    """Whether all ids, of any shape, are from 0 to below ``size``.
+
+    Reading that back would stall an accelerator, and a compiled graph cannot branch, so there the device fails instead,
+    later, and the answer is True.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(((ids >= 0) & (ids < size)).all(), message)
+    elif ids.is_cpu:
+        return not ids.numel() or 0 <= int(ids.min()) <= int(ids.max()) < size
+    else:  # one kernel, which checks each index, in a table that takes no memory
+        torch.empty(1, dtype=torch.bool, device=ids.device).expand(size).gather(0, ids.reshape(-1))
+    return True

@@ -18,8 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_megatron.partition import FusedSplit, Replicated, Spec, Split, chunk_range
 from hf_megatron.tensor_parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
-from hf_megatron.tensor_parallel.group import TensorParallelGroup, local
-from hf_megatron.tensor_parallel.mappings import reduce_from_tensor_parallel_region
+from hf_megatron.tensor_parallel.group import TensorParallelGroup, local, shard_of, with_spec_of
 from hf_megatron.tensor_parallel.parallel_module import ParallelModule
 from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion, in_region
 
@@ -113,30 +112,36 @@ def column_parallel_linear(
     and reduce-scatter over tp, backward: of the input only this rank's positions are kept for the backward pass.
     """
     group, layout, blocks = layers[0].tp_group, layers[0].weight_layout, layers[0]._bias_blocks
-    weights = [local(layer.weight) for layer in layers]
     where = region if blocks else None  # a bias that is split sees all positions, and its gradient is whole
-    biases = [None if layer.bias is None else in_region(layer.bias, where) for layer in layers]
-    is_trained = group.size > 1 and torch.is_grad_enabled()
-    if blocks and (region is not None or not is_trained):  # with a region, see `SequenceParallelRegion.sharing`
-        biases, blocks = [_part_of_bias(bias, group, blocks).reshape(-1) for bias in biases if bias is not None], 0
-    if not is_trained:
+    if group.size == 1 or not torch.is_grad_enabled():
         x = x if region is None else region.enter(x)
-        return tuple(_product(x, weight, bias, layout) for weight, bias in zip(weights, biases, strict=True))
-    device = x.device.type
-    if torch.is_autocast_enabled(device):  # autocast does not cast the arguments of custom functions
-        dtype = torch.get_autocast_dtype(device)
-        x, *weights = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *weights))
-    entry = _Entry(group, layout, None if region is None else region.length, blocks)
-    products: tuple[torch.Tensor, ...] = _ColumnParallelLinear.apply(x, entry, *weights, *biases)
+        return tuple(_product(x, local(layer.weight), _used_bias(layer, where), layout) for layer in layers)
+    weights = [_for_function(layer.weight) for layer in layers]
+    if blocks and region is not None:  # see `SequenceParallelRegion.sharing`
+        biases, blocks = [_used_bias(layer, where) for layer in layers], 0
+    else:
+        biases = [None if layer.bias is None else _for_function(layer.bias) for layer in layers]
+    dtype = _autocast_dtype(x)
+    entry = _Entry(group, layout, None if region is None else region.length, blocks, dtype)
+    products: tuple[torch.Tensor, ...] = _ColumnParallelLinear.apply(_cast(x, dtype), entry, *weights, *biases)
     return products
+
+
+def _used_bias(layer: ColumnParallelLinear, region: SequenceParallelRegion | None) -> torch.Tensor | None:
+    """A layer's bias [out_p], split on dim 0, also if it is held whole; a plain tensor."""
+    if layer.bias is None:
+        return None
+    bias = in_region(layer.bias, region)
+    return _part_of_bias(bias, layer.tp_group, layer._bias_blocks).reshape(-1) if layer._bias_blocks else bias
 
 
 class RowParallelLinear(_ParallelLinear):
     """Row-parallel ``Y = X A + b``, with the rows of ``A`` and the columns of ``X`` split: ``Y = sum_i X_i A_i + b``.
 
-    The bias is replicated and added once, after the sum.
+    The bias is replicated and part of the first rank's term of the sum, which saves a pass over the output.
     """
 
+    sees_whole_sequence = True
     _usual_specs: ClassVar = {
         "in_out": {"weight": Split(0), "bias": Replicated()},
         "out_in": {"weight": Split(1), "bias": Replicated()},
@@ -148,16 +153,13 @@ class RowParallelLinear(_ParallelLinear):
         Collective: all-reduce over tp, forward, of the output. With a region reduce-scatter over tp, forward, and
         all-gather over tp, backward.
         """
-        weight = local(self.weight)
-        bias = None if self.bias is None else in_region(self.bias, region)
         if self.tp_group.size == 1:
-            return _product(x, weight, bias, self.weight_layout)
-        partial_sum = _product(x, weight, None, self.weight_layout)
-        if region is None:
-            product = reduce_from_tensor_parallel_region(self.tp_group, partial_sum)
-        else:
-            product = region.leave(partial_sum)
-        return product if bias is None else product + bias.to(product.dtype)
+            return _product(x, local(self.weight), None if self.bias is None else local(self.bias), self.weight_layout)
+        weight, bias = _for_function(self.weight), None if self.bias is None else _for_function(self.bias)
+        dtype = _autocast_dtype(x)
+        exit_ = _Exit(self.tp_group, self.weight_layout, region is not None, dtype)
+        output: torch.Tensor = _RowParallelLinear.apply(_cast(x, dtype), weight, bias, exit_)
+        return output
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layout: WeightLayout) -> torch.Tensor:
@@ -169,10 +171,30 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, l
     return product.view(*x.shape[:-1], weight.shape[1])
 
 
+def _for_function(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter as the functions below take it: as it is, or for a compiler, which does not see into DTensors, local."""
+    return local(parameter) if torch.compiler.is_compiling() else parameter
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """To what autocast would cast the arguments of a product with ``x``; it does not cast those of custom functions."""
+    device = x.device.type
+    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if is_cast else None
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
 def _part_of_bias(whole: torch.Tensor, group: TensorParallelGroup, blocks: int) -> torch.Tensor:
     """View [blocks, out_p / blocks] of the part of a replicated bias [out] that this rank uses."""
     rows = whole.view(blocks, -1)
     return rows[:, slice(*chunk_range(rows.shape[1], group.size, group.rank))]
+
+
+# The functions take parameters that may be DTensors, and return gradients of the same kind: an own step from the one to
+# the other would take as long on the host as a layer norm.
 
 
 class _Entry(NamedTuple):
@@ -182,6 +204,7 @@ class _Entry(NamedTuple):
     layout: WeightLayout  # how the weights are stored
     length: int | None  # S, if the input is split on the sequence; None if it is replicated
     bias_blocks: int  # of a single bias that is held whole; 0 if biases are split
+    dtype: torch.dtype | None  # to which weights are cast for the products
 
 
 class _ColumnParallelLinear(torch.autograd.Function):
@@ -189,15 +212,16 @@ class _ColumnParallelLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, entry: _Entry, *weights_and_biases: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        count = len(weights_and_biases) // 2
-        weights, biases = weights_and_biases[:count], weights_and_biases[count:]
-        ctx.entry, ctx.biases = entry, [None if bias is None else (bias.numel(), bias.dtype) for bias in biases]
-        ctx.shape, needs_weights = x.shape, ctx.needs_input_grad[2 : 2 + count]
-        ctx.save_for_backward(x if any(needs_weights) else None, *weights)
+        ctx.entry, ctx.shape, ctx.count = entry, x.shape, len(weights_and_biases) // 2
+        ctx.finish = [None if p is None else _Finish.of(p) for p in weights_and_biases]
+        ctx.num_whole_bias = weights_and_biases[-1].numel() if entry.bias_blocks else 0
+        shards = [None if p is None else shard_of(p) for p in weights_and_biases]
+        weights, biases = [_cast(w, entry.dtype) for w in shards[: ctx.count]], shards[ctx.count :]  # type: ignore[arg-type]
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[2 : 2 + ctx.count]) else None, *weights)
         if entry.length is not None:
             x = start_all_gather(entry.group, x, x.dim() - 2, entry.length, is_async=False)()
         if entry.bias_blocks:
-            biases = tuple(_part_of_bias(bias, entry.group, entry.bias_blocks).reshape(-1) for bias in biases)
+            biases = [_part_of_bias(bias, entry.group, entry.bias_blocks).reshape(-1) for bias in biases]  # type: ignore[arg-type]
         return tuple(_product(x, weight, bias, entry.layout) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
@@ -205,9 +229,8 @@ class _ColumnParallelLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         entry, (x, *weights) = ctx.entry, ctx.saved_tensors
         needs_x, _, *needs = ctx.needs_input_grad
-        needs_weights, needs_biases = needs[: len(weights)], needs[len(weights) :]
+        needs_weights, needs_biases = needs[: ctx.count], needs[ctx.count :]
         flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]  # [T, out_p]
-        of_biases: list[Any] = [g.sum(0) if needed else None for g, needed in zip(flat, needs_biases, strict=True)]
         again = None  # the full input; only this rank's positions were saved
         if entry.length is not None and any(needs_weights):
             again = start_all_gather(entry.group, x, x.dim() - 2, entry.length)
@@ -215,7 +238,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         shape = (*gradients[0].shape[:-1], ctx.shape[-1] if needs_x else 0)
         # A new buffer for the in-place all-reduce: the partial sum of the gradient of x, followed by that of a
         # replicated bias.
-        buffer = flat[0].new_empty(math.prod(shape) + (ctx.biases[0][0] if has_whole_bias else 0))
+        buffer = flat[0].new_empty(math.prod(shape) + (ctx.num_whole_bias if has_whole_bias else 0))
         of_x, of_whole_bias = buffer[: math.prod(shape)].view(shape), buffer[math.prod(shape) :]
         if needs_x:
             for i, (gradient, weight) in enumerate(zip(flat, weights, strict=True)):
@@ -223,26 +246,83 @@ class _ColumnParallelLinear(torch.autograd.Function):
                 of_x.view(-1, shape[-1]).addmm_(gradient, matrix, beta=min(i, 1))
         if has_whole_bias:
             part = _part_of_bias(of_whole_bias.zero_(), entry.group, entry.bias_blocks)
-            part.copy_(of_biases[0].view(part.shape))
+            torch.sum(flat[0].view(-1, *part.shape), 0, out=part)
         wait: Callable[[], Any] | None = None
         if entry.length is None and buffer.numel():
             wait = start_all_reduce(entry.group, buffer)
         elif needs_x and entry.length is not None:
             wait = start_reduce_scatter(entry.group, of_x, of_x.dim() - 2)
         # Overlaps with the all-reduce.
-        of_weights: list[Any] = [None] * len(weights)
+        results: list[Any] = [None] * len(needs)
         if any(needs_weights):
             rows = (x if again is None else again()).reshape(-1, ctx.shape[-1])
             products = ((g.t(), rows) if entry.layout == "out_in" else (rows.t(), g) for g in flat)
             pairs = zip(products, needs_weights, strict=True)
-            of_weights = [left @ right if is_needed else None for (left, right), is_needed in pairs]
+            results[: ctx.count] = [left @ right if is_needed else None for (left, right), is_needed in pairs]
+        if not has_whole_bias:
+            pairs = zip(flat, needs_biases, strict=True)
+            results[ctx.count :] = [gradient.sum(0) if is_needed else None for gradient, is_needed in pairs]
         if wait is not None:
             total = wait()
             of_x = of_x if entry.length is None else total
         if has_whole_bias:
-            of_biases[0] = of_whole_bias.clone()  # a view would keep the whole buffer alive as long as the gradient
-        of_biases = [
-            None if gradient is None else gradient.to(bias[1])
-            for gradient, bias in zip(of_biases, ctx.biases, strict=True)
-        ]
-        return of_x if needs_x else None, None, *of_weights, *of_biases
+            results[-1] = of_whole_bias.clone()  # a view would keep the whole buffer alive as long as the gradient
+        finished = [None if g is None else finish(g) for finish, g in zip(ctx.finish, results, strict=True)]
+        return of_x if needs_x else None, None, *finished
+
+
+class _Exit(NamedTuple):
+    """How an output leaves a parallel region."""
+
+    group: TensorParallelGroup  # of more than one rank
+    layout: WeightLayout  # how the weight is stored
+    is_split: bool  # whether the output is split on the sequence; else it is replicated
+    dtype: torch.dtype | None  # to which weight and bias are cast for the product
+
+
+class _RowParallelLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, exit_: _Exit
+    ) -> torch.Tensor:
+        ctx.exit, ctx.finish = exit_, [None if p is None else _Finish.of(p) for p in (weight, bias)]
+        shard = _cast(shard_of(weight), exit_.dtype)
+        term = _cast(shard_of(bias), exit_.dtype) if bias is not None and exit_.group.rank == 0 else None
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, shard)
+        output = _product(x, shard, term, exit_.layout)
+        ctx.length = output.shape[-2] if exit_.is_split else None
+        if exit_.is_split:
+            return start_reduce_scatter(exit_.group, output, output.dim() - 2, is_async=False)()
+        start_all_reduce(exit_.group, output, is_async=False)()
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        exit_, (x, weight) = ctx.exit, ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        if exit_.is_split:
+            gradient = start_all_gather(exit_.group, gradient, gradient.dim() - 2, ctx.length, is_async=False)()
+        flat = gradient.reshape(-1, gradient.shape[-1])  # [T, out], replicated
+        of_x = of_weight = None
+        if needs_x:
+            matrix = weight if exit_.layout == "out_in" else weight.t()
+            of_x = (flat @ matrix).view(*gradient.shape[:-1], -1)
+        if needs_weight:
+            rows = x.reshape(-1, x.shape[-1])  # [T, in_p]
+            of_weight = ctx.finish[0](flat.t() @ rows if exit_.layout == "out_in" else rows.t() @ flat)
+        return of_x, of_weight, ctx.finish[1](flat.sum(0)) if needs_bias else None, None
+
+
+class _Finish(NamedTuple):
+    """Turns the gradient of a parameter's shard into that of the parameter, in dtype and kind."""
+
+    dtype: torch.dtype
+    wrap: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def of(cls, parameter: torch.Tensor) -> _Finish:
+        return cls(parameter.dtype, with_spec_of(parameter))
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        return self.wrap(gradient.to(self.dtype))

@@ -66,7 +66,7 @@ def vocab_parallel_linear_cross_entropy(
     is_cast = torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if is_cast else hidden_states.dtype
     scale = mean_scale(is_counted, num_items_in_batch, dtype)
-    if not torch.compiler.is_compiling():  # the number of tokens that count is unknown at compile time
+    if target.is_cpu and not torch.compiler.is_compiling():  # elsewhere the host would wait to learn how many count
         counted = is_counted.nonzero()[:, 0]
         hidden_states, target, is_counted = (x.index_select(0, counted) for x in (hidden_states, target, is_counted))
     tensors = (hidden_states, weight, bias)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import ClassVar
 
 from torch import nn
 
@@ -20,6 +21,8 @@ class ParallelModule(nn.Module):
     """A module with a tensor-parallel group and a partition spec for each of its own parameters."""
 
     tp_group: TensorParallelGroup = SINGLE  # one rank until :meth:`set_tensor_parallel` is called
+    sees_whole_sequence: ClassVar[bool] = False
+    """Whether with sequence parallelism too the gradients of replicated parameters are whole, and no partial sums."""
 
     @cached_property
     def _hf_tp_plan(self) -> str:
@@ -45,9 +48,9 @@ class ParallelModule(nn.Module):
 
 
 def replicated_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The replicated parameters of a module, in the order of its submodules."""
+    """The replicated parameters of a module whose gradients are partial sums with sequence parallelism, in order."""
     for child in module.modules():
-        if isinstance(child, ParallelModule):
+        if isinstance(child, ParallelModule) and not child.sees_whole_sequence:
             specs = child.partition_specs()
             for name, parameter in child._parameters.items():
                 if parameter is not None and isinstance(specs.get(name, Replicated()), Replicated):

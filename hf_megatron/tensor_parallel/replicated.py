@@ -9,9 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_megatron.tensor_parallel.group import local
+from hf_megatron.tensor_parallel.group import local, local_all
 from hf_megatron.tensor_parallel.parallel_module import ParallelModule
 from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion, in_region
+
+
+def _local_parameters(
+    module: nn.Linear | nn.LayerNorm, region: SequenceParallelRegion | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A module's weight and bias as plain tensors, or the copies of a region, whose gradients are summed."""
+    weight, bias = module.weight, module.bias
+    if region is not None:
+        return in_region(weight, region), None if bias is None else in_region(bias, region)
+    if bias is None:
+        return local(weight), None
+    weight, bias = local_all(weight, bias)
+    return weight, bias
 
 
 class ReplicatedLinear(ParallelModule, nn.Linear):
@@ -19,7 +32,7 @@ class ReplicatedLinear(ParallelModule, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out], both replicated, without communication."""
-        return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
+        return F.linear(x, *_local_parameters(self))
 
 
 class ReplicatedEmbedding(ParallelModule, nn.Embedding):
@@ -35,8 +48,8 @@ class ReplicatedLayerNorm(ParallelModule, nn.LayerNorm):
 
     def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
         """[..., H] to [..., H], both replicated or, with a region, both split on the sequence; no communication."""
-        bias = None if self.bias is None else in_region(self.bias, region)
-        return F.layer_norm(x, self.normalized_shape, in_region(self.weight, region), bias, self.eps)
+        weight, bias = _local_parameters(self, region)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class HiddenDropout(nn.Dropout):

@@ -37,6 +37,7 @@ from hf_megatron.models.attention import ParallelAttention
 from hf_megatron.models.bert.configuration_bert import MegatronBertConfig, table_of_placement
 from hf_megatron.models.forward import base_forward
 from hf_megatron.models.forward_arguments import refuse_arguments
+from hf_megatron.models.masks import bidirectional_mask
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.tensor_parallel import (
     ColumnParallelLinear,
@@ -334,6 +335,11 @@ class MegatronBertModel(MegatronBertPreTrainedModel, BertModel):
         super().init_parallel_plans()
         if self.pooler is None:
             del self._tp_plan["pooler.dense"]
+
+    def _create_attention_masks(
+        self, attention_mask: torch.Tensor | None, encoder_attention_mask: None, embedding_output: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[Any, None]:
+        return bidirectional_mask(self.config, embedding_output, attention_mask), None
 
     @base_forward
     @wraps(BertModel.forward)

@@ -109,12 +109,13 @@ class _MaskedLM(VocabParallelLossMixin, MegatronBertPreTrainedModel):
         inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor | None,
+        masked_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
         """The encoder's outputs, the loss and the logits of the masked-LM head.
 
         In training with labels only the labelled positions are computed, about 15% of a masked batch, and there are no
-        logits; otherwise the logits are [B, S, V], replicated.
+        logits; otherwise the logits are [B, S, V], replicated. See :func:`_labelled` for ``masked_positions``.
         """
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         predictions, tied, targets = self.cls.predictions, None, labels
@@ -124,14 +125,44 @@ class _MaskedLM(VocabParallelLossMixin, MegatronBertPreTrainedModel):
         outputs = self.bert(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         del inputs_embeds  # only the gradient's way back to them is needed, and the loss takes memory
         hidden_states = outputs.last_hidden_state
-        # How many labels there are is not known to a compiler.
-        if labels is not None and self._is_fused(labels) and not torch.compiler.is_compiling():
-            is_labelled = labels != loss_arguments.get("ignore_index", -100)
-            hidden_states, targets = hidden_states[is_labelled], labels[is_labelled]
+        if labels is not None and self._is_fused(labels):
+            ignored = loss_arguments.get("ignore_index", -100)
+            hidden_states, targets = _labelled(hidden_states, labels, masked_positions, ignored)
         loss, logits = self._loss_and_logits(
             predictions, hidden_states, labels, targets, loss_arguments=loss_arguments, tied=tied
         )
         return outputs, loss, logits
+
+
+def _labelled(
+    hidden_states: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None, ignored: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states [..., H] and labels [...] of the positions to compute, of [B, S, H] and [B, S], all replicated.
+
+    ``positions`` [B, M] are those in each row that have a label, filled up with others. Without them they are looked
+    for, which an accelerator has to be waited for, or in a compiled model all are computed.
+
+    Raises:
+        UnsupportedError: A label is at none of the positions.
+    """
+    if positions is None:
+        if torch.compiler.is_compiling():  # how many labels there are is not known
+            return hidden_states, labels
+        is_labelled = labels != ignored
+        return hidden_states[is_labelled], labels[is_labelled]
+    chosen = labels.gather(1, positions)
+    if positions.is_cpu and not torch.compiler.is_compiling():
+        is_labelled = labels != ignored
+        given, found = int(is_labelled.sum()), int((chosen != ignored).sum())
+        missing = int(is_labelled.scatter(1, positions, False).sum())
+        if missing or given != found:
+            raise UnsupportedError(
+                f"masked_positions: {given} positions have a label, of which {missing} are missing and "
+                f"{found - given + missing} are given twice. Each must be there once, as "
+                "DataCollatorForMegatronBertPretraining has them."
+            )
+    rows = positions[..., None].expand(-1, -1, hidden_states.shape[-1])
+    return hidden_states.gather(1, rows), chosen
 
 
 class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
@@ -161,7 +192,9 @@ class MegatronBertForPreTraining(_MaskedLM, BertForPreTraining):
 
         ``labels`` [B, S] are the masked tokens, -100 elsewhere. ``sentence_order_label`` [B], or by its stock name
         ``next_sentence_label``, is 0 if the sentences stand in their order and 1 if they are swapped. The masked-LM
-        loss takes ``num_items_in_batch``, ``ignore_index`` and ``label_smoothing``.
+        loss takes ``num_items_in_batch``, ``ignore_index`` and ``label_smoothing``, and in training
+        ``masked_positions`` [B, M]: the positions with a label in each row, filled up with some without. With them
+        nobody waits for an accelerator to count the labels.
 
         Returns:
             ``loss``, the sum of the losses whose labels are given; ``prediction_logits`` [B, S, V], None in training

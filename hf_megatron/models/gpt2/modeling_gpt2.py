@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2Model, GPT2PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
@@ -29,6 +28,7 @@ from hf_megatron.models.attention import ParallelAttention
 from hf_megatron.models.forward import base_forward
 from hf_megatron.models.forward_arguments import CACHE, refuse_arguments
 from hf_megatron.models.gpt2.configuration_gpt2 import MegatronGPT2Config
+from hf_megatron.models.masks import causal_mask
 from hf_megatron.models.pretrained import MegatronModelMixin
 from hf_megatron.tensor_parallel import (
     ColumnParallelLinear,
@@ -224,18 +224,12 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
             raise ValueError("Give either input_ids or inputs_embeds.")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if attention_mask is not None and attention_mask.ndim < 4:
+            attention_mask = attention_mask.view(inputs_embeds.shape[0], -1)
+        attention_mask = causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
-        if attention_mask is not None and attention_mask.ndim < 4:
-            attention_mask = attention_mask.view(inputs_embeds.shape[0], -1)
-        attention_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE: past_key_values},
-        )
         hidden_states = inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device)
         if token_type_ids is not None:
             hidden_states = hidden_states + self.wte(token_type_ids.view(-1, inputs_embeds.shape[1]))

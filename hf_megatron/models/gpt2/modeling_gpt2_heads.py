@@ -73,8 +73,10 @@ class MegatronGPT2LMHeadModel(
         elif targets is None and labels is not None:
             targets = next_token_labels(labels, loss_arguments.get("ignore_index", -100))
         region, tied = region_of_call(self.transformer, input_ids, inputs_embeds), None
-        if self._is_fused(labels) and inputs_embeds is None:
-            input_ids, inputs_embeds, tied = self._embed_for_tied_head(self.lm_head, input_ids, attention_mask)
+        if self._is_fused(labels):
+            use_cache = bool(use_cache)  # the stock default would copy keys and values that nobody reads
+            if inputs_embeds is None:
+                input_ids, inputs_embeds, tied = self._embed_for_tied_head(self.lm_head, input_ids, attention_mask)
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,

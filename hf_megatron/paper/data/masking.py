@@ -158,7 +158,8 @@ class DataCollatorForMegatronBertPretraining:
 
         Returns:
             On the CPU: ``input_ids``, ``attention_mask``, ``token_type_ids`` and ``labels``, [B, S], with labels of
-            -100 where nothing is predicted; and ``sentence_order_label`` [B], if the examples have it.
+            -100 where nothing is predicted; ``masked_positions`` [B, M], where there are labels, filled up with other
+            positions; and ``sentence_order_label`` [B], if the examples have it.
         """
         generator = self._random_stream()
         sequences = [torch.as_tensor(example["input_ids"], dtype=torch.long) for example in examples]
@@ -168,11 +169,13 @@ class DataCollatorForMegatronBertPretraining:
         ]
         chosen = self._pad([self._choose(ids, generator) for ids in sequences], 0)
         input_ids = self._pad(sequences, special_token_id(self.tokenizer, "pad"))
+        most = int(chosen.sum(1).max())
         batch = {
             "input_ids": self._masking.replace(input_ids, chosen, generator),
             "attention_mask": self._pad([torch.ones_like(ids) for ids in sequences], 0),
             "token_type_ids": self._pad(types, 0),
             "labels": input_ids.masked_fill(~chosen, _IGNORED),
+            "masked_positions": chosen.int().argsort(dim=1, descending=True, stable=True)[:, :most],
         }
         orders = [int(example[_ORDER]) for example in examples if _ORDER in example]
         if orders:

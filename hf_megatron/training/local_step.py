@@ -1,0 +1,167 @@
+"""Optimizer step and gradient clipping on each rank's shards, without DTensor's dispatcher.
+
+Through the dispatcher, a step of torch's fused AdamW takes several times as long on the host, and clipping ten times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from hf_megatron.errors import UnsupportedError
+
+# Optimizers that treat each element by itself, so that a shard is stepped like a whole parameter.
+_ELEMENTWISE = (
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+)
+_Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
+
+
+def step_on_shards(optimizer: _Optimizer) -> _Optimizer:
+    """Make an optimizer of DTensors step on this rank's shards, plain tensors; the numbers are the same.
+
+    It has an effect on those optimizers of torch that treat each element by itself, such as AdamW and SGD; others see a
+    parameter as a whole, and are left as they are. ``MegatronTrainer`` does this itself. Before and after a step the
+    parameters in ``param_groups`` are the DTensors, as are the tensors in ``state_dict()``; ``state`` is kept by shard
+    in between.
+
+    Returns:
+        The same optimizer.
+    """
+    if type(optimizer) not in _ELEMENTWISE:
+        return optimizer
+    step = optimizer.step
+
+    @wraps(step.__func__)  # type: ignore[attr-defined]
+    def step_locally(self: torch.optim.Optimizer, closure: Any = None) -> Any:
+        if closure is not None:  # computes gradients, of DTensors
+            _key_state(self, by_shard=False)
+            return step(closure)
+        with _shards_of(self):
+            return step()
+
+    # Schedulers of the learning rate wrap the method, and look for its function.
+    optimizer.step = MethodType(step_locally, optimizer)  # type: ignore[method-assign]
+    optimizer.register_state_dict_pre_hook(lambda self: _key_state(self, by_shard=False))
+    return optimizer
+
+
+@contextmanager
+def _shards_of(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The optimizer with shards in the place of its DTensors."""
+    _key_state(optimizer, by_shard=True)
+    groups = [(group, group["params"]) for group in optimizer.param_groups]
+    try:
+        for group, parameters in groups:
+            group["params"] = [_with_gradient(parameter) for parameter in parameters]
+        yield
+    finally:
+        for group, parameters in groups:
+            for shard in group["params"]:
+                shard.grad = shard.grad if shard.requires_grad else None
+            group["params"] = parameters
+
+
+def _with_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """The shard of a parameter, with the shard of its gradient as ``grad``."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    shard, gradient = parameter._local_tensor, parameter.grad
+    shard.grad = None if gradient is None else gradient._local_tensor  # type: ignore[attr-defined]
+    return shard
+
+
+def _key_state(optimizer: torch.optim.Optimizer, *, by_shard: bool) -> None:
+    """Key an optimizer's state by shards, or by the DTensors, and turn what it holds of their shape into the same."""
+    state = optimizer.state
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not isinstance(parameter, DTensor):
+                continue
+            shard = parameter._local_tensor
+            if by_shard and parameter in state:
+                state[shard] = {name: _local(value) for name, value in state.pop(parameter).items()}
+            elif not by_shard and shard in state:
+                state[parameter] = {name: _like(parameter, value) for name, value in state.pop(shard).items()}
+
+
+def _local(value: Any) -> Any:
+    return value._local_tensor if isinstance(value, DTensor) else value
+
+
+def _like(parameter: DTensor, value: Any) -> Any:
+    is_alike = isinstance(value, torch.Tensor) and value.shape == parameter._local_tensor.shape and value.dim() > 0
+    return DTensor(value, parameter._spec, requires_grad=False) if is_alike else value
+
+
+def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` for parameters of which some are DTensors, of one or several meshes.
+
+    Args:
+        parameters: Those whose gradients are scaled in place so that their 2-norm together is at most ``max_norm``.
+        max_norm: infinity only measures.
+
+    Returns:
+        The norm before, a scalar of at least float32, replicated. Nothing is read back from the device.
+
+    Collective: for each mesh of the parameters, an all-reduce of one number over each of its dimensions.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.tensor(0.0)
+    by_mesh: dict[Any, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
+    squares = [_sum_of_squares(mesh, of_mesh) for mesh, of_mesh in by_mesh.items()]
+    norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    if max_norm != float("inf"):
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        by_kind: dict[Any, list[torch.Tensor]] = {}
+        for gradient in gradients:
+            shard = _local(gradient)
+            by_kind.setdefault((shard.device, shard.dtype), []).append(shard)
+        for (device, _), shards in by_kind.items():
+            torch._foreach_mul_(shards, scale.to(device))
+    return norm
+
+
+def _sum_of_squares(mesh: DeviceMesh | None, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Of gradients on one mesh, or of plain ones; each shard counts once. A scalar, replicated."""
+    shards = gradients if mesh is None else [_local(gradient) for gradient in gradients if _is_counted_here(gradient)]
+    is_double = any(gradient.dtype == torch.float64 for gradient in gradients)
+    dtype, device = torch.float64 if is_double else torch.float32, _local(gradients[0]).device
+    squares = torch.zeros((), dtype=dtype, device=device)
+    if shards:
+        norms = torch._foreach_norm(shards, 2.0, dtype=dtype)
+        squares = torch.stack([norm.to(device) for norm in norms]).square().sum()
+    for dim in range(0 if mesh is None else mesh.ndim):
+        dist.all_reduce(squares, group=mesh.get_group(dim))  # type: ignore[union-attr]
+    return squares
+
+
+def _is_counted_here(gradient: torch.Tensor) -> bool:
+    """Whether this rank is the first of those that hold a DTensor's shard."""
+    assert isinstance(gradient, DTensor)
+    if any(placement.is_partial() for placement in gradient.placements):
+        raise UnsupportedError(f"a gradient is a partial sum ({gradient.placements}); reduce it first.")
+    coordinate = gradient.device_mesh.get_coordinate()
+    assert coordinate is not None
+    held = zip(gradient.placements, coordinate, strict=True)
+    return not any(placement.is_replicate() and place for placement, place in held)
