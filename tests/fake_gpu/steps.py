@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+from hf_megatron.training.local_step import clip_grad_norm_, step_on_shards
 from tests.fake_gpu.tracing import DEVICE, Trace
 
 
@@ -24,9 +25,9 @@ class Phase:
 def train(trace: Trace, model: Any, batch: dict[str, torch.Tensor], *, autocast: bool = False) -> dict[str, Phase]:
     """The phases of the second step: "before" it, "forward", "backward", "clipping" and "optimizer".
 
-    The first step makes the optimizer's state, and DTensor remembers from it how to cut what comes out of an operation.
+    The first step makes the optimizer's state. Clipping and the optimizer are those of MegatronTrainer.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = step_on_shards(torch.optim.AdamW(model.parameters(), fused=True))
     phases: dict[str, Phase] = {}
 
     def end(name: str) -> None:
@@ -41,7 +42,7 @@ def train(trace: Trace, model: Any, batch: dict[str, torch.Tensor], *, autocast:
         loss.backward()
         del loss
         end("backward")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_grad_norm_(model.parameters(), 1.0)
         end("clipping")
         optimizer.step()
         end("optimizer")
