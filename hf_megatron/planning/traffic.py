@@ -75,8 +75,14 @@ def _sequence_parallel_layers(shape: ModelShape, run: Run, passes: int) -> Itera
     yield Collective("layer inputs, backward", "all-gather", "tp", 2 * layers, size, is_overlapped=run.overlap)
     gradients = "gradients of layer inputs, backward"
     yield Collective(gradients, "reduce-scatter", "tp", 2 * layers, size, is_overlapped=run.overlap)
-    held_whole = sum(prod(tensor.shape) for tensor in shape.layer if isinstance(tensor.spec, Replicated))
-    yield Collective("norms and biases, backward", "all-reduce", "tp", layers, held_whole * run.precision.gradient)
+    partial_sums = sum(prod(tensor.shape) for name, tensor in shape.tensors.items() if ".0." in name and _is_partial(shape, name))
+    yield Collective("norms and biases, backward", "all-reduce", "tp", layers, partial_sums * run.precision.gradient)
+
+
+def _is_partial(shape: ModelShape, name: str) -> bool:
+    """Whether a replicated parameter's gradient is a partial sum: a bias behind a sum over ranks sees all positions."""
+    spec, weight = shape.tensors[name].spec, shape.tensors[f"{name.rpartition('.')[0]}.weight"].spec
+    return isinstance(spec, Replicated) and (spec.used is not None or isinstance(weight, Replicated))
 
 
 def _shared_heads(shape: ModelShape, run: Run, passes: int) -> Iterator[Collective]:

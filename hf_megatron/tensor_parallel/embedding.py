@@ -51,7 +51,8 @@ class VocabParallelEmbedding(ParallelModule, nn.Embedding):
         local_padding = padding - start if padding is not None and start <= padding < stop else None
         embedded = self._look_up(torch.where(is_mine, input_ids - start, 0), local_padding, tied)
         # Row 0 is the placeholder for tokens of other ranks; zeroing the output also zeroes its gradient for them.
-        return reduce_from_tensor_parallel_region(group, embedded.masked_fill(~is_mine[..., None], 0.0))
+        partial_sum = embedded.masked_fill(~is_mine[..., None], 0.0)
+        return reduce_from_tensor_parallel_region(group, partial_sum, in_place=True)
 
     def shared_weight(self) -> torch.Tensor:
         """The weight for a tied head, a plain tensor [V_p, H], split on dim 0."""

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from hf_megatron.partition import FusedSplit, Replicated, Spec, Split, chunk_range
 from hf_megatron.tensor_parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
 from hf_megatron.tensor_parallel.group import TensorParallelGroup, local, shard_of, with_spec_of
+from hf_megatron.tensor_parallel.mappings import reduce_from_tensor_parallel_region
 from hf_megatron.tensor_parallel.parallel_module import ParallelModule
 from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion, in_region
 
@@ -121,9 +122,9 @@ def column_parallel_linear(
         biases, blocks = [_used_bias(layer, where) for layer in layers], 0
     else:
         biases = [None if layer.bias is None else _for_function(layer.bias) for layer in layers]
-    dtype = _autocast_dtype(x)
-    entry = _Entry(group, layout, None if region is None else region.length, blocks, dtype)
-    products: tuple[torch.Tensor, ...] = _ColumnParallelLinear.apply(_cast(x, dtype), entry, *weights, *biases)
+    entry = _Entry(group, layout, None if region is None else region.length, blocks)
+    x = _cast(x, _autocast_dtype(x))
+    products: tuple[torch.Tensor, ...] = _ColumnParallelLinear.apply(x, entry, *weights, *biases)
     return products
 
 
@@ -156,10 +157,10 @@ class RowParallelLinear(_ParallelLinear):
         if self.tp_group.size == 1:
             return _product(x, local(self.weight), None if self.bias is None else local(self.bias), self.weight_layout)
         weight, bias = _for_function(self.weight), None if self.bias is None else _for_function(self.bias)
-        dtype = _autocast_dtype(x)
-        exit_ = _Exit(self.tp_group, self.weight_layout, region is not None, dtype)
-        output: torch.Tensor = _RowParallelLinear.apply(_cast(x, dtype), weight, bias, exit_)
-        return output
+        term = _RowParallelProduct.apply(_cast(x, _autocast_dtype(x)), weight, bias, self)
+        if region is not None:
+            return region.leave(term)
+        return reduce_from_tensor_parallel_region(self.tp_group, term, in_place=True)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layout: WeightLayout) -> torch.Tensor:
@@ -204,7 +205,6 @@ class _Entry(NamedTuple):
     layout: WeightLayout  # how the weights are stored
     length: int | None  # S, if the input is split on the sequence; None if it is replicated
     bias_blocks: int  # of a single bias that is held whole; 0 if biases are split
-    dtype: torch.dtype | None  # to which weights are cast for the products
 
 
 class _ColumnParallelLinear(torch.autograd.Function):
@@ -216,7 +216,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         ctx.finish = [None if p is None else _Finish.of(p) for p in weights_and_biases]
         ctx.num_whole_bias = weights_and_biases[-1].numel() if entry.bias_blocks else 0
         shards = [None if p is None else shard_of(p) for p in weights_and_biases]
-        weights, biases = [_cast(w, entry.dtype) for w in shards[: ctx.count]], shards[ctx.count :]  # type: ignore[arg-type]
+        weights, biases = [_cast(w, x.dtype) for w in shards[: ctx.count]], shards[ctx.count :]  # type: ignore[arg-type]
         ctx.save_for_backward(x if any(ctx.needs_input_grad[2 : 2 + ctx.count]) else None, *weights)
         if entry.length is not None:
             x = start_all_gather(entry.group, x, x.dim() - 2, entry.length, is_async=False)()
@@ -246,7 +246,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
                 of_x.view(-1, shape[-1]).addmm_(gradient, matrix, beta=min(i, 1))
         if has_whole_bias:
             part = _part_of_bias(of_whole_bias.zero_(), entry.group, entry.bias_blocks)
-            torch.sum(flat[0].view(-1, *part.shape), 0, out=part)
+            part.copy_(flat[0].sum(0).view(part.shape))
         wait: Callable[[], Any] | None = None
         if entry.length is None and buffer.numel():
             wait = start_all_reduce(entry.group, buffer)
@@ -271,46 +271,31 @@ class _ColumnParallelLinear(torch.autograd.Function):
         return of_x if needs_x else None, None, *finished
 
 
-class _Exit(NamedTuple):
-    """How an output leaves a parallel region."""
+class _RowParallelProduct(torch.autograd.Function):
+    """This rank's term of the sum. What follows it saves nothing, so that recomputation can leave out the collective."""
 
-    group: TensorParallelGroup  # of more than one rank
-    layout: WeightLayout  # how the weight is stored
-    is_split: bool  # whether the output is split on the sequence; else it is replicated
-    dtype: torch.dtype | None  # to which weight and bias are cast for the product
-
-
-class _RowParallelLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, exit_: _Exit
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: RowParallelLinear
     ) -> torch.Tensor:
-        ctx.exit, ctx.finish = exit_, [None if p is None else _Finish.of(p) for p in (weight, bias)]
-        shard = _cast(shard_of(weight), exit_.dtype)
-        term = _cast(shard_of(bias), exit_.dtype) if bias is not None and exit_.group.rank == 0 else None
+        ctx.layout, ctx.finish = layer.weight_layout, [None if p is None else _Finish.of(p) for p in (weight, bias)]
+        shard = _cast(shard_of(weight), x.dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, shard)
-        output = _product(x, shard, term, exit_.layout)
-        ctx.length = output.shape[-2] if exit_.is_split else None
-        if exit_.is_split:
-            return start_reduce_scatter(exit_.group, output, output.dim() - 2, is_async=False)()
-        start_all_reduce(exit_.group, output, is_async=False)()
-        return output
+        is_first = bias is not None and layer.tp_group.rank == 0
+        return _product(x, shard, _cast(shard_of(bias), x.dtype) if is_first else None, ctx.layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        exit_, (x, weight) = ctx.exit, ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        if exit_.is_split:
-            gradient = start_all_gather(exit_.group, gradient, gradient.dim() - 2, ctx.length, is_async=False)()
         flat = gradient.reshape(-1, gradient.shape[-1])  # [T, out], replicated
         of_x = of_weight = None
         if needs_x:
-            matrix = weight if exit_.layout == "out_in" else weight.t()
-            of_x = (flat @ matrix).view(*gradient.shape[:-1], -1)
+            of_x = (flat @ (weight if ctx.layout == "out_in" else weight.t())).view(*gradient.shape[:-1], -1)
         if needs_weight:
             rows = x.reshape(-1, x.shape[-1])  # [T, in_p]
-            of_weight = ctx.finish[0](flat.t() @ rows if exit_.layout == "out_in" else rows.t() @ flat)
+            of_weight = ctx.finish[0](flat.t() @ rows if ctx.layout == "out_in" else rows.t() @ flat)
         return of_x, of_weight, ctx.finish[1](flat.sum(0)) if needs_bias else None, None
 
 

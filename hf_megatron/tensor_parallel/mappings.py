@@ -13,8 +13,8 @@ Each function is the identity on one rank. On several it is one collective, in t
     gather_from_sequence_parallel_region        all-gather               reduce-scatter         g
     reduce_scatter_to_sequence_parallel_region  reduce-scatter           all-gather             g-bar
 
-None of them modifies its input. An in-place all-reduce of an incoming gradient would also change it for other branches:
-in ``y = copy_to(x) + z``, autograd passes the same tensor to both.
+None of them modifies its input, unless it is told to. An in-place all-reduce of an incoming gradient would also change
+it for other branches: in ``y = copy_to(x) + z``, autograd passes the same tensor to both.
 
 Sources: Shoeybi et al. 2019, arXiv:1909.08053, section 3, operators f and g of figure 3; Korthikanti et al. 2022,
 arXiv:2205.05198, section 4.2, operators g and g-bar of figures 5 and 6.
@@ -48,12 +48,18 @@ def copy_to_tensor_parallel_region(group: TensorParallelGroup, *tensors: torch.T
     return outputs
 
 
-def reduce_from_tensor_parallel_region(group: TensorParallelGroup, tensor: torch.Tensor) -> torch.Tensor:
+def reduce_from_tensor_parallel_region(
+    group: TensorParallelGroup, tensor: torch.Tensor, *, in_place: bool = False
+) -> torch.Tensor:
     """Leave the parallel region (``g`` in the Megatron-LM paper): partial sums of any shape to their sum, replicated.
+
+    ``in_place`` leaves the sum in the tensor's memory, for one that is contiguous, has just been computed, and is held
+    by nobody else, nor saved for the backward pass.
 
     Collective: all-reduce over tp, forward, of the tensor.
     """
-    return _mapped(group, tensor, partial(_all_reduced, group), _same)
+    is_reused = in_place and not torch.compiler.is_compiling()  # which plans memory itself
+    return _mapped(group, tensor, partial(_all_reduced, group, in_place=is_reused), _same)
 
 
 def gather_from_tensor_parallel_region(
@@ -153,8 +159,8 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _all_reduced(group: TensorParallelGroup, tensor: torch.Tensor) -> torch.Tensor:
-    total = tensor.clone(memory_format=torch.contiguous_format)
+def _all_reduced(group: TensorParallelGroup, tensor: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
+    total = tensor.detach() if in_place else tensor.clone(memory_format=torch.contiguous_format)
     start_all_reduce(group, total, is_async=False)()
     return total
 

@@ -109,7 +109,7 @@ class CheckpointingTrainer(GuardedTrainer):
         is_first = self.is_world_process_zero()
         self._save_model_into(fresh)
         if not self.args.save_only_model:
-            save_optimizer(self.model, _inner(self.optimizer), fresh)
+            save_optimizer(self.model, inner_optimizer(self.optimizer), fresh)
             self._save_scaler(str(fresh))
             if is_first:
                 torch.save(self.lr_scheduler.state_dict(), fresh / "scheduler.pt")
@@ -169,7 +169,7 @@ class CheckpointingTrainer(GuardedTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_optimizer(self.model, _inner(self.optimizer), Path(checkpoint))
+            load_optimizer(self.model, inner_optimizer(self.optimizer), Path(checkpoint))
             may_skip = self.accelerator.scaler is not None
             load_scheduler(self.lr_scheduler, Path(checkpoint), step=self.state.global_step, may_skip=may_skip)
 
@@ -206,7 +206,7 @@ def _on_all(action: Callable[[], Any]) -> Any:
     return result
 
 
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's."""
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner

@@ -5,6 +5,7 @@ Through the dispatcher, a step of torch's fused AdamW takes several times as lon
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hf_megatron.errors import UnsupportedError
+from hf_megatron.tensor_parallel.group import shard_of, with_spec_of
 
 # Optimizers that treat each element by itself, so that a shard is stepped like a whole parameter.
 _ELEMENTWISE = (
@@ -28,9 +30,9 @@ _ELEMENTWISE = (
     torch.optim.NAdam,
     torch.optim.RAdam,
     torch.optim.RMSprop,
-    torch.optim.Rprop,
     torch.optim.SGD,
 )
+_MARK = "_steps_on_shards"
 _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 
 
@@ -38,45 +40,66 @@ def step_on_shards(optimizer: _Optimizer) -> _Optimizer:
     """Make an optimizer of DTensors step on this rank's shards, plain tensors; the numbers are the same.
 
     It has an effect on those optimizers of torch that treat each element by itself, such as AdamW and SGD; others see a
-    parameter as a whole, and are left as they are. ``MegatronTrainer`` does this itself. Before and after a step the
-    parameters in ``param_groups`` are the DTensors, as are the tensors in ``state_dict()``; ``state`` is kept by shard
-    in between.
+    parameter as a whole, and are left as they are. ``MegatronTrainer`` does this itself. Outside of a step, parameters,
+    ``state`` and ``state_dict()`` are those of the DTensors; change what is in ``state`` in place.
 
     Returns:
         The same optimizer.
     """
-    if type(optimizer) not in _ELEMENTWISE:
+    if type(optimizer) not in _ELEMENTWISE or _MARK in vars(optimizer):
         return optimizer
-    step = optimizer.step
+    step, shards = optimizer.step, _Shards(optimizer)
 
     @wraps(step.__func__)  # type: ignore[attr-defined]
     def step_locally(self: torch.optim.Optimizer, closure: Any = None) -> Any:
         if closure is not None:  # computes gradients, of DTensors
-            _key_state(self, by_shard=False)
             return step(closure)
-        with _shards_of(self):
+        with shards.in_place_of_dtensors():
             return step()
 
     # Schedulers of the learning rate wrap the method, and look for its function.
     optimizer.step = MethodType(step_locally, optimizer)  # type: ignore[method-assign]
-    optimizer.register_state_dict_pre_hook(lambda self: _key_state(self, by_shard=False))
+    setattr(optimizer, _MARK, shards)
     return optimizer
 
 
-@contextmanager
-def _shards_of(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """The optimizer with shards in the place of its DTensors."""
-    _key_state(optimizer, by_shard=True)
-    groups = [(group, group["params"]) for group in optimizer.param_groups]
-    try:
-        for group, parameters in groups:
-            group["params"] = [_with_gradient(parameter) for parameter in parameters]
-        yield
-    finally:
-        for group, parameters in groups:
-            for shard in group["params"]:
-                shard.grad = shard.grad if shard.requires_grad else None
-            group["params"] = parameters
+class _Shards:
+    """An optimizer's state by shard. It has the memory of the state by DTensor, which a step changes in place."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._by_dtensor: Any = None
+        self._by_shard: Any = None
+
+    @contextmanager
+    def in_place_of_dtensors(self) -> Iterator[None]:
+        """The optimizer has shards in ``param_groups`` and ``state``, with their gradients."""
+        optimizer = self._optimizer
+        state, groups = optimizer.state, [(group, group["params"]) for group in optimizer.param_groups]
+        if state is not self._by_dtensor or len(state) != len(self._by_shard):  # the first step, or another state
+            self._by_dtensor, self._by_shard = state, defaultdict(dict)
+            for parameter, entry in state.items():
+                self._by_shard[shard_of(parameter)] = {name: _shard(value) for name, value in entry.items()}
+        try:
+            optimizer.state = self._by_shard
+            for group, parameters in groups:
+                group["params"] = [_with_gradient(parameter) for parameter in parameters]
+            yield
+        finally:
+            optimizer.state = state
+            for group, parameters in groups:
+                if len(state) != len(self._by_shard):
+                    self._add_new(parameters)
+                for parameter, shard in zip(parameters, group["params"], strict=True):
+                    if shard is not parameter:
+                        shard.grad = None
+                group["params"] = parameters
+
+    def _add_new(self, parameters: list[torch.Tensor]) -> None:
+        for parameter in parameters:
+            entry = self._by_shard.get(shard_of(parameter))
+            if entry is not None and parameter not in self._by_dtensor:
+                self._by_dtensor[parameter] = {name: _like(parameter, value) for name, value in entry.items()}
 
 
 def _with_gradient(parameter: torch.Tensor) -> torch.Tensor:
@@ -88,27 +111,14 @@ def _with_gradient(parameter: torch.Tensor) -> torch.Tensor:
     return shard
 
 
-def _key_state(optimizer: torch.optim.Optimizer, *, by_shard: bool) -> None:
-    """Key an optimizer's state by shards, or by the DTensors, and turn what it holds of their shape into the same."""
-    state = optimizer.state
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not isinstance(parameter, DTensor):
-                continue
-            shard = parameter._local_tensor
-            if by_shard and parameter in state:
-                state[shard] = {name: _local(value) for name, value in state.pop(parameter).items()}
-            elif not by_shard and shard in state:
-                state[parameter] = {name: _like(parameter, value) for name, value in state.pop(shard).items()}
+def _shard(value: Any) -> Any:
+    return shard_of(value) if isinstance(value, torch.Tensor) else value
 
 
-def _local(value: Any) -> Any:
-    return value._local_tensor if isinstance(value, DTensor) else value
-
-
-def _like(parameter: DTensor, value: Any) -> Any:
-    is_alike = isinstance(value, torch.Tensor) and value.shape == parameter._local_tensor.shape and value.dim() > 0
-    return DTensor(value, parameter._spec, requires_grad=False) if is_alike else value
+def _like(parameter: torch.Tensor, value: Any) -> Any:
+    """A value of a shard's state as one of the parameter's: what has the shard's shape becomes a DTensor."""
+    has_shape = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == shard_of(parameter).shape
+    return with_spec_of(parameter)(value) if has_shape else value
 
 
 def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
@@ -135,7 +145,7 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torc
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         by_kind: dict[Any, list[torch.Tensor]] = {}
         for gradient in gradients:
-            shard = _local(gradient)
+            shard = shard_of(gradient)
             by_kind.setdefault((shard.device, shard.dtype), []).append(shard)
         for (device, _), shards in by_kind.items():
             torch._foreach_mul_(shards, scale.to(device))
@@ -144,9 +154,9 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torc
 
 def _sum_of_squares(mesh: DeviceMesh | None, gradients: list[torch.Tensor]) -> torch.Tensor:
     """Of gradients on one mesh, or of plain ones; each shard counts once. A scalar, replicated."""
-    shards = gradients if mesh is None else [_local(gradient) for gradient in gradients if _is_counted_here(gradient)]
+    shards = gradients if mesh is None else [shard_of(gradient) for gradient in gradients if _is_counted_here(gradient)]
     is_double = any(gradient.dtype == torch.float64 for gradient in gradients)
-    dtype, device = torch.float64 if is_double else torch.float32, _local(gradients[0]).device
+    dtype, device = torch.float64 if is_double else torch.float32, shard_of(gradients[0]).device
     squares = torch.zeros((), dtype=dtype, device=device)
     if shards:
         norms = torch._foreach_norm(shards, 2.0, dtype=dtype)

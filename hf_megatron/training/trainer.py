@@ -28,8 +28,10 @@ from transformers.utils import logging
 
 from hf_megatron.errors import CheckpointError, DivergenceError, UnsupportedError
 from hf_megatron.tensor_parallel import non_finite_names
-from hf_megatron.training.checkpoints import CheckpointingTrainer
+from hf_megatron.training.checkpoints import CheckpointingTrainer, inner_optimizer
+from hf_megatron.training.local_step import clip_grad_norm_, step_on_shards
 from hf_megatron.training.loss_scale import SharedGradScaler
+from hf_megatron.training.step_numbers import Numbers, can_skip, skip_if_not_finite
 from hf_megatron.training.streams import Stream, place_in_stream
 from hf_megatron.training.training_arguments import (
     AnyDeviceParallelismConfig,
@@ -81,6 +83,8 @@ class MegatronTrainer(CheckpointingTrainer):
             # The stock smoother needs full logits, which do not exist in training; compute_loss passes the factor on.
             self.label_smoother = None
         self._loss_of_step: torch.Tensor | float = 0.0
+        self._pending: Numbers | None = None
+        self._filters_losses = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Same as the stock method; errors include the step, the rank and the checkpoint to resume from.
@@ -99,6 +103,9 @@ class MegatronTrainer(CheckpointingTrainer):
             # If there is no checkpoint, the stock method raises an error.
             resume_from_checkpoint = get_last_checkpoint(str(output)) or True
         resumed = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
+        # The stock filter reads each loss back from the device; see `training_step`.
+        self._filters_losses = self.args.logging_nan_inf_filter and self.args.device.type != "cpu"
+        self.args.logging_nan_inf_filter &= not self._filters_losses
         try:
             if resumed is not None:
                 verify_checkpoint(resumed)
@@ -107,6 +114,9 @@ class MegatronTrainer(CheckpointingTrainer):
             is_of_resuming = isinstance(error, CheckpointError) and resumed is not None and str(resumed) in str(error)
             error.add_note(self._circumstances(error, resumed if is_of_resuming else None))
             raise
+        finally:
+            self.args.logging_nan_inf_filter |= self._filters_losses
+            self._pending, self._filters_losses = None, False
 
     def _circumstances(self, error: Exception, unusable: Path | None) -> str:
         place = f"On rank {self.args.process_index} of {self.args.world_size}, in step {self.state.global_step + 1}."
@@ -206,18 +216,66 @@ class MegatronTrainer(CheckpointingTrainer):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._loss_of_step = self._loss_of_step + loss
+        if self._filters_losses:
+            average = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+            loss = torch.where(torch.isfinite(loss), loss, average)
         return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Same as the stock method; the optimizer steps on this rank's shards, see :func:`step_on_shards`."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        return optimizer if self._own_model is None else step_on_shards(optimizer)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._own_model is None:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Called by Trainer just before the optimizer step.
+        if grad_norm is None and self._own_model is not None:
+            self.accelerator.unscale_gradients()
+            grad_norm = clip_grad_norm_(model.parameters(), float("inf"))
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._check_step(float(norm))
+        loss, self._loss_of_step = torch.as_tensor(self._loss_of_step), 0.0
+        self._check_pending()
+        numbers = Numbers(self.state.global_step + 1, norm, loss)
+        if self._defers_checks:
+            skip_if_not_finite(inner_optimizer(self.optimizer), norm)
+            self._pending = numbers
+        else:
+            self._check(numbers)
         return norm
 
-    def _check_step(self, norm: float) -> None:
+    @property
+    def _defers_checks(self) -> bool:
+        """Whether a step's numbers are read only after the next one's forward and backward pass are under way.
+
+        Meanwhile the device itself skips the step if they are not finite, which takes a fused optimizer.
+        """
+        if self.args.device.type == "cpu" or self.accelerator.scaler is not None:
+            return False
+        return can_skip(inner_optimizer(self.optimizer))
+
+    def _check_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._check(pending)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            self._check_pending()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._check_pending()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _check(self, numbers_of_step: Numbers) -> None:
         """Warn about a non-finite loss, and raise before non-finite gradients reach the weights."""
-        loss, self._loss_of_step = float(self._loss_of_step), 0.0
-        step, scaler = self.state.global_step + 1, self.accelerator.scaler
+        step, (norm, loss), scaler = numbers_of_step.step, numbers_of_step.read(), self.accelerator.scaler
         numbers = f"the norm of the gradients is {norm}, the loss {loss} on rank {self.args.process_index}"
         if math.isfinite(norm):
             if not math.isfinite(loss):

@@ -56,7 +56,7 @@ def test_examples_without_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
     plain = [tokenizer(text, return_token_type_ids=False) for text in ("the statement is executed", "an expression")]
     tensors = [{name: torch.tensor(ids) for name, ids in example.items()} for example in plain]
     batch = Collator(tokenizer, seed=1)(plain)
-    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
+    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels", "masked_positions"}
     assert not batch["token_type_ids"].any()
     assert _is_equal(batch, Collator(tokenizer, seed=1)(tensors))
 

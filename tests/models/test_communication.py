@@ -63,8 +63,8 @@ def _expected(case: ModelCase, head: str, tp_size: int, splits: bool) -> Steps:
     if splits:
         body = [*_all_reduces(tokens), *[gather, scatter] * 2 * LAYERS, gather]
         # Per half of a layer: g-bar of its second product, then of its first the input once more, and g. Then both
-        # norms' weights and biases, those of Q, K and V that are whole, and the two behind a sum over ranks.
-        layer = [*[gather, gather, scatter] * 2, *_all_reduces(4 + case.shared_bias + 2)]
+        # norms' weights and biases, and those of Q, K and V that are whole.
+        layer = [*[gather, gather, scatter] * 2, *_all_reduces(4 + case.shared_bias)]
         backward = [*([] if case.ends_with_norm else _all_reduces(2)), *layer * LAYERS, gather]
     else:
         body = _all_reduces(*[tokens] * (1 + 2 * LAYERS))
