@@ -86,15 +86,10 @@ class Run:
         return self.attention == "eager" or (self.device == "cpu" and has_dropout)
 
     def predicted(self, shape: ModelShape) -> int:
-        """Number of positions whose logits a micro-batch takes: of BERT the labelled ones, of GPT-2 all.
-
-        A CPU leaves out the last ones of GPT-2's sequences, which predict nothing; a GPU does not look for them.
-        """
+        """Number of positions whose logits a micro-batch takes: GPT-2's but the last ones, BERT's labelled ones."""
         if not shape.model_class.is_language_model:
             return 0
-        if not shape.table.is_causal:
-            return round(self.labelled * self.tokens)
-        return self.tokens - (self.micro_batch if self.device == "cpu" else 0)
+        return self.tokens - self.micro_batch if shape.table.is_causal else round(self.labelled * self.tokens)
 
     def check(self, shape: ModelShape) -> None:
         """Raise PartitionError for a size or degree that does not fit, UnsupportedError for a sequence too long."""
