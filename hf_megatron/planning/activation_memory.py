@@ -117,7 +117,7 @@ def weight_gradient_size(shape: ModelShape, run: Run) -> int:
 
 
 def has_square_matrices(shape: ModelShape) -> tuple[bool, bool]:
-    """Whether there are a pooler and the transform of a masked-LM head, each with a matrix [H, H] that is held whole."""
+    """Whether there is a pooler, and the transform of a masked-LM head, each with a matrix [H, H] held whole."""
     return any(".pooler." in f".{name}" for name in shape.tensors), shape.head_has("hidden_size", "hidden_size")
 
 

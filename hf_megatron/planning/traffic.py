@@ -75,7 +75,9 @@ def _sequence_parallel_layers(shape: ModelShape, run: Run, passes: int) -> Itera
     yield Collective("layer inputs, backward", "all-gather", "tp", 2 * layers, size, is_overlapped=run.overlap)
     gradients = "gradients of layer inputs, backward"
     yield Collective(gradients, "reduce-scatter", "tp", 2 * layers, size, is_overlapped=run.overlap)
-    partial_sums = sum(prod(tensor.shape) for name, tensor in shape.tensors.items() if ".0." in name and _is_partial(shape, name))
+    partial_sums = sum(
+        prod(tensor.shape) for name, tensor in shape.tensors.items() if ".0." in name and _is_partial(shape, name)
+    )
     yield Collective("norms and biases, backward", "all-reduce", "tp", layers, partial_sums * run.precision.gradient)
 
 

@@ -50,7 +50,7 @@ def test_a_wait(defect: _Defect, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a trace that computes with tensors of two devices."""
     _plant(monkeypatch, lambda x: x + torch.ones(x.shape[-1]))
-    with pytest.raises(RuntimeError, match="two different devices|device"):
+    with pytest.raises(RuntimeError, match="device"):
         trace(_CASE)
 
 

@@ -79,9 +79,7 @@ def _clip(directory: Path, sizes: tuple[int, int], max_norm: float) -> tuple[flo
 
 @pytest.mark.parametrize("max_norm", [1e-3, 1e6, float("inf")])
 @pytest.mark.parametrize("sizes", [(2, 1), (2, 2), (4, 1)])
-def test_clipping_equals_that_of_torch(
-    pool: Pool, gpt2: Path, sizes: tuple[int, int], max_norm: float
-) -> None:
+def test_clipping_equals_that_of_torch(pool: Pool, gpt2: Path, sizes: tuple[int, int], max_norm: float) -> None:
     """Catches replicated gradients that count on each rank, shards that count on none, and a scale per rank."""
     found = pool(sizes[0] * sizes[1]).run(_clip, gpt2, sizes, max_norm)
     for expected, norm, difference in found:
