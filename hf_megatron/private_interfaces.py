@@ -62,6 +62,8 @@ _TABLE: Mapping[str, str] = {
     "accelerate.hooks.remove_hook_from_module._hf_hook": "tied heads where accelerate offloads the embedding",
     f"{_MODEL}._no_split_modules": "FSDP2 and device maps that take a layer as one",
     f"{_MODEL}._can_record_outputs": "output_attentions and output_hidden_states",
+    "transformers.models.bert.modeling_bert.BertModel._create_attention_masks"
+    "(self, attention_mask, encoder_attention_mask, embedding_output)": "masks that an accelerator is not waited for",
     f"{_MODEL}._supports_flex_attn": "refusing flex attention for BERT",
     f"{_MODEL}._can_set_attn_implementation": "set_attn_implementation, which continuous batching calls",
     "transformers.configuration_utils.PreTrainedConfig._attn_implementation": "choosing the attention kernel",
@@ -80,6 +82,9 @@ _TABLE: Mapping[str, str] = {
         "finding the place in a stream when a run is resumed, and comparing the number of steps over ranks"
     ),
     f"{_TRAINER}._track_num_input_tokens(self, inputs)": "counting the tokens of a tensor-parallel group once",
+    f"{_TRAINER}._clip_grad_norm(self, model)": "clipping on shards",
+    f"{_TRAINER}._run_epoch._tr_loss": "leaving out losses that are not finite without waiting for an accelerator",
+    f"{_TRAINER}._run_epoch._globalstep_last_logged": "the same",
     f"{_TRAINER}._get_grad_norm(self, model, grad_norm)": "ending a run before inf or nan reaches the weights",
     f"{_TRAINER}._save_checkpoint(self, model, trial)": "checkpoints with optimizer state that resume at any layout",
     f"{_TRAINER}._get_output_dir(self, trial)": "the place of checkpoints, in a search for hyper-parameters too",
@@ -104,6 +109,13 @@ _TABLE: Mapping[str, str] = {
     f"{_METRIC}._compute(self, predictions, references)": "the metrics as modules of evaluate",
     # torch
     "torch.nn.Module.__init__._parameters": "replacing parameters by DTensors, one by one",
+    "torch.distributed.tensor.DTensor._local_tensor": "layers, steps and clipping on shards, past DTensor's dispatcher",
+    "torch.distributed.tensor.DTensor._spec": "gradients of shards as gradients of DTensors",
+    "torch.optim.adam.Adam.__init__._step_supports_amp_scaling": "skipping a step on a GPU before anybody looks",
+    "torch._foreach_norm": "clipping on shards",
+    "torch._foreach_mul_": "clipping on shards",
+    "torch._C._ForceDispatchKeyGuard": "dropout of fused attention in compiled models on several ranks",
+    "torch._C._dispatch_tls_local_include_set": "the same",
     "torch.distributed.tensor.placement_types._StridedShard": "the cut of the fused Q, K and V",
     f"{_C10D}._world": "giving up on a rank that does not come: the list of groups",
     f"{_C10D}._set_pg_timeout(timeout, group)": "giving up on a rank that does not come after ddp_timeout",

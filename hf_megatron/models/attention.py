@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_megatron.errors import PartitionError
 from hf_megatron.partition import HeadCut
 from hf_megatron.tensor_parallel import ParallelModule, TensorParallelGroup, attention_dropout, complete_heads
-from hf_megatron.tensor_parallel.random import private_cuda_stream
+from hf_megatron.tensor_parallel.random import compiled_attention, private_stream
 
 
 class ParallelAttention(ParallelModule):
@@ -110,15 +110,27 @@ class ParallelAttention(ParallelModule):
         dropout = self.dropout_p if self.training else 0.0
         is_causal = self.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         implementation = self.config._attn_implementation
-        if implementation == "eager" or (dropout and implementation == "sdpa" and query.is_cpu):
+        is_private = bool(dropout) and self.tp_group.size > 1
+        if implementation == "eager" or (dropout and implementation == "sdpa" and not _has_fused_dropout(query)):
             # sdpa draws dropout masks from the default generator, which would give every rank the same masks. CPUs
             # have no fused kernel with dropout, so drawing per head costs nothing there.
             explicit = self._explicit if recompute is None else partial(recompute, self._explicit)
             context, probabilities = explicit(query, key, value, attention_mask, dropout, is_causal)
+        elif is_private and implementation == "sdpa" and torch.compiler.is_compiling():
+            context = compiled_attention(
+                query,
+                key,
+                value,
+                attention_mask,
+                p=dropout,
+                is_causal=is_causal and attention_mask is None and query.shape[2] > 1,
+                scaling=self.scaling,
+                first_head=self.first_head,
+            ).transpose(1, 2)
+            probabilities = None
         else:
             kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
-            is_private = bool(dropout) and self.tp_group.size > 1
-            with private_cuda_stream(query.device, self.first_head) if is_private else nullcontext():
+            with private_stream(query.device, self.first_head) if is_private else nullcontext():
                 context, probabilities = kernel(
                     self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
                 )
@@ -154,3 +166,8 @@ class ParallelAttention(ParallelModule):
         probabilities = torch.softmax(scores, dim=-1).to(value.dtype)
         probabilities = attention_dropout(probabilities, dropout, self.first_head)
         return torch.matmul(probabilities, value).transpose(1, 2), probabilities
+
+
+def _has_fused_dropout(query: torch.Tensor) -> bool:
+    """Whether kernels of the device draw dropout themselves."""
+    return not query.is_cpu

@@ -43,15 +43,15 @@ def start_all_gather(
 
     The shards are split on ``dim``, not negative, as ``torch.chunk`` cuts ``size``. What waits has the full tensor.
     """
-    ranges = [chunk_range(size, group.size, rank) for rank in range(group.size)]
-    sent = _padded(shard, dim, ranges[0][1]).contiguous()
+    sent = _padded(shard, dim, chunk_range(size, group.size, 0)[1]).contiguous()
     gathered = sent.new_empty((group.size * sent.shape[0], *sent.shape[1:]))
     wait = _start(_all_gather_single, gathered, sent, group=group, is_async=is_async)
 
     def finish() -> torch.Tensor:
         wait()
-        parts = gathered.chunk(group.size)
-        return torch.cat([p.narrow(dim, 0, stop - start) for p, (start, stop) in zip(parts, ranges, strict=True)], dim)
+        # A copy, unless there is nothing before the dim, as with a batch of one; the padding is all at the end.
+        in_order = gathered.view(group.size, *sent.shape).movedim(0, dim).flatten(dim, dim + 1)
+        return in_order.narrow(dim, 0, size)
 
     return finish
 
@@ -65,9 +65,10 @@ def start_reduce_scatter(
     as ``torch.chunk`` cuts it.
     """
     largest = chunk_range(tensor.shape[dim], group.size, 0)[1]
-    sent = torch.cat(_padded(tensor, dim, group.size * largest).chunk(group.size, dim))  # all ranks' slices in a row
-    total = sent.new_empty((tensor.shape[0] if dim else largest, *sent.shape[1:]))
-    wait = _start(_reduce_scatter_single, total, sent, group=group, is_async=is_async)
+    slices = _padded(tensor, dim, group.size * largest).unflatten(dim, (group.size, largest))
+    sent = slices.movedim(dim, 0).contiguous()  # in a row; a copy, unless there is nothing before the dim
+    total = sent.new_empty(sent.shape[1:])
+    wait = _start(_reduce_scatter_single, total, sent.flatten(0, 1), group=group, is_async=is_async)
     start, stop = chunk_range(tensor.shape[dim], group.size, group.rank)
 
     def finish() -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -79,13 +78,12 @@ def shard_of(parameter: torch.Tensor) -> torch.Tensor:
     return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
 
 
-def with_spec_of(parameter: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that makes of the gradient of a parameter's shard that of the parameter."""
+def like(parameter: torch.Tensor, of_shard: torch.Tensor) -> torch.Tensor:
+    """What belongs to a parameter's shard, such as its gradient, as what belongs to the parameter."""
     if not isinstance(parameter, DTensor):
-        return lambda gradient: gradient
-    spec = parameter._spec
+        return of_shard
     # The constructor of a subclass is slow, and this one empty.
-    return lambda gradient: DTensor.__new__(DTensor, gradient, spec, requires_grad=False)
+    return DTensor.__new__(DTensor, of_shard, parameter._spec, requires_grad=False)
 
 
 class _Shards(torch.autograd.Function):
@@ -93,7 +91,7 @@ class _Shards(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.wraps = [with_spec_of(parameter) for parameter in parameters]
+        ctx.parameters = parameters
         ctx.set_materialize_grads(False)
         return tuple([shard_of(parameter).detach() for parameter in parameters])
 
@@ -101,8 +99,8 @@ class _Shards(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():  # `once_differentiable` would take longer than the rest of this
             raise UnsupportedError("create_graph=True: layers of several ranks have no second derivative.")
-        pairs = zip(ctx.wraps, gradients, strict=True)
-        return tuple([None if gradient is None else wrap(gradient) for wrap, gradient in pairs])
+        pairs = zip(ctx.parameters, gradients, strict=True)
+        return tuple([None if gradient is None else like(parameter, gradient) for parameter, gradient in pairs])
 
 
 def non_finite_names(model: nn.Module) -> list[str]:

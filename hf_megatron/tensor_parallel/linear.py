@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_megatron.partition import FusedSplit, Replicated, Spec, Split, chunk_range
 from hf_megatron.tensor_parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
-from hf_megatron.tensor_parallel.group import TensorParallelGroup, local, shard_of, with_spec_of
+from hf_megatron.tensor_parallel.group import TensorParallelGroup, like, local, shard_of
 from hf_megatron.tensor_parallel.mappings import reduce_from_tensor_parallel_region
 from hf_megatron.tensor_parallel.parallel_module import ParallelModule
 from hf_megatron.tensor_parallel.sequence_parallel import SequenceParallelRegion, in_region
@@ -173,7 +173,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, l
 
 
 def _for_function(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter as the functions below take it: as it is, or for a compiler, which does not see into DTensors, local."""
+    """A parameter as the functions below take it: as it is, or local for a compiler, which does not see into it."""
     return local(parameter) if torch.compiler.is_compiling() else parameter
 
 
@@ -213,15 +213,15 @@ class _ColumnParallelLinear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, entry: _Entry, *weights_and_biases: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.entry, ctx.shape, ctx.count = entry, x.shape, len(weights_and_biases) // 2
-        ctx.finish = [None if p is None else _Finish.of(p) for p in weights_and_biases]
+        ctx.parameters = weights_and_biases
         ctx.num_whole_bias = weights_and_biases[-1].numel() if entry.bias_blocks else 0
         shards = [None if p is None else shard_of(p) for p in weights_and_biases]
-        weights, biases = [_cast(w, x.dtype) for w in shards[: ctx.count]], shards[ctx.count :]  # type: ignore[arg-type]
+        weights, biases = [_cast(w, x.dtype) for w in shards[: ctx.count]], shards[ctx.count :]
         ctx.save_for_backward(x if any(ctx.needs_input_grad[2 : 2 + ctx.count]) else None, *weights)
         if entry.length is not None:
             x = start_all_gather(entry.group, x, x.dim() - 2, entry.length, is_async=False)()
         if entry.bias_blocks:
-            biases = [_part_of_bias(bias, entry.group, entry.bias_blocks).reshape(-1) for bias in biases]  # type: ignore[arg-type]
+            biases = [_part_of_bias(bias, entry.group, entry.bias_blocks).reshape(-1) for bias in biases]
         return tuple(_product(x, weight, bias, entry.layout) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
@@ -260,34 +260,36 @@ class _ColumnParallelLinear(torch.autograd.Function):
             pairs = zip(products, needs_weights, strict=True)
             results[: ctx.count] = [left @ right if is_needed else None for (left, right), is_needed in pairs]
         if not has_whole_bias:
-            pairs = zip(flat, needs_biases, strict=True)
-            results[ctx.count :] = [gradient.sum(0) if is_needed else None for gradient, is_needed in pairs]
+            sums = zip(flat, needs_biases, strict=True)
+            results[ctx.count :] = [gradient.sum(0) if is_needed else None for gradient, is_needed in sums]
         if wait is not None:
             total = wait()
             of_x = of_x if entry.length is None else total
         if has_whole_bias:
             results[-1] = of_whole_bias.clone()  # a view would keep the whole buffer alive as long as the gradient
-        finished = [None if g is None else finish(g) for finish, g in zip(ctx.finish, results, strict=True)]
-        return of_x if needs_x else None, None, *finished
+        of_parameters = [
+            None if g is None else like(p, g.to(p.dtype)) for p, g in zip(ctx.parameters, results, strict=True)
+        ]
+        return of_x if needs_x else None, None, *of_parameters
 
 
 class _RowParallelProduct(torch.autograd.Function):
-    """This rank's term of the sum. What follows it saves nothing, so that recomputation can leave out the collective."""
+    """This rank's term of the sum. What follows saves nothing, so that recomputation can leave out the collective."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: RowParallelLinear
     ) -> torch.Tensor:
-        ctx.layout, ctx.finish = layer.weight_layout, [None if p is None else _Finish.of(p) for p in (weight, bias)]
+        ctx.layout, ctx.parameters = layer.weight_layout, (weight, bias)
         shard = _cast(shard_of(weight), x.dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, shard)
-        is_first = bias is not None and layer.tp_group.rank == 0
-        return _product(x, shard, _cast(shard_of(bias), x.dtype) if is_first else None, ctx.layout)
+        term = _cast(shard_of(bias), x.dtype) if bias is not None and layer.tp_group.rank == 0 else None
+        return _product(x, shard, term, ctx.layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        (x, weight), parameters = ctx.saved_tensors, ctx.parameters
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         flat = gradient.reshape(-1, gradient.shape[-1])  # [T, out], replicated
         of_x = of_weight = None
@@ -295,19 +297,7 @@ class _RowParallelProduct(torch.autograd.Function):
             of_x = (flat @ (weight if ctx.layout == "out_in" else weight.t())).view(*gradient.shape[:-1], -1)
         if needs_weight:
             rows = x.reshape(-1, x.shape[-1])  # [T, in_p]
-            of_weight = ctx.finish[0](flat.t() @ rows if ctx.layout == "out_in" else rows.t() @ flat)
-        return of_x, of_weight, ctx.finish[1](flat.sum(0)) if needs_bias else None, None
-
-
-class _Finish(NamedTuple):
-    """Turns the gradient of a parameter's shard into that of the parameter, in dtype and kind."""
-
-    dtype: torch.dtype
-    wrap: Callable[[torch.Tensor], torch.Tensor]
-
-    @classmethod
-    def of(cls, parameter: torch.Tensor) -> _Finish:
-        return cls(parameter.dtype, with_spec_of(parameter))
-
-    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
-        return self.wrap(gradient.to(self.dtype))
+            product = flat.t() @ rows if ctx.layout == "out_in" else rows.t() @ flat
+            of_weight = like(parameters[0], product.to(parameters[0].dtype))
+        of_bias = like(parameters[1], flat.sum(0).to(parameters[1].dtype)) if needs_bias else None
+        return of_x, of_weight, of_bias, None

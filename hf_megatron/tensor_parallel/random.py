@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,17 +98,112 @@ def broadcast_from_first_rank(group: TensorParallelGroup, tensor: torch.Tensor, 
 
 
 @contextmanager
-def private_cuda_stream(device: torch.device, first_head: int) -> Iterator[None]:
-    """Context in which fused GPU kernels draw dropout from a per-rank random state; the shared one is restored.
+def private_stream(device: torch.device, first_head: int) -> Iterator[None]:
+    """Context in which fused kernels draw dropout from a per-rank random state; the shared one is restored.
 
     The kernel takes its random numbers from the device's default generator, which is the same on all ranks of the
     group; seeded alike, all ranks would drop the same positions in different heads. Here the masks do depend on the
     degree: a kernel draws for all of its heads at once.
     """
-    generator = torch.cuda.default_generators[device.index]
+    with _seeded(device, int(torch.randint(_MAX_SEED, ())) + first_head):
+        yield
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
     state = generator.get_state()
-    generator.manual_seed(int(torch.randint(_MAX_SEED, ())) + first_head)
+    generator.manual_seed(seed)
     try:
         yield
     finally:
         generator.set_state(state)
+
+
+def compiled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    p: float,
+    is_causal: bool,
+    scaling: float,
+    first_head: int,
+) -> torch.Tensor:
+    """Scaled dot-product attention in a private stream, as one operation of a compiled graph.
+
+    A compiler cannot trace a change of the random state. The backward pass computes the attention once more, since
+    kernels do not take the state that they have to repeat.
+
+    [B, N_p, S, D] each, split by heads, and a mask that is broadcastable to [B, N_p, S_q, S_k], to [B, N_p, S_q, D].
+    """
+    seed = torch.randint(_MAX_SEED, ())
+    output: torch.Tensor = _attention(query, key, value, mask, seed, p, is_causal, scaling, first_head)
+    return output
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    seed: torch.Tensor,
+    p: float,
+    is_causal: bool,
+    scaling: float,
+    first_head: int,
+) -> torch.Tensor:
+    with _seeded(query.device, int(seed) + first_head):
+        output = F.scaled_dot_product_attention(query, key, value, mask, p, is_causal, scale=scaling)
+    return output.contiguous()
+
+
+# A graph of a GPU's driver would repeat the random numbers, so compilers must leave the operations out of it.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+_attention = torch.library.custom_op("hf_megatron::attention", _attend, mutates_args=(), tags=_TAGS)
+
+
+@torch.library.custom_op("hf_megatron::attention_backward", mutates_args=(), tags=_TAGS)
+def _attention_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    seed: torch.Tensor,
+    p: float,
+    is_causal: bool,
+    scaling: float,
+    first_head: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    # Within an operation autograd is off; nothing is excluded from the dispatch of the inner one.
+    nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing), torch.enable_grad():
+        output = _attend(inputs[0], inputs[1], inputs[2], mask, seed, p, is_causal, scaling, first_head)
+    of_query, of_key, of_value = torch.autograd.grad(output, inputs, gradient)
+    return of_query.contiguous(), of_key.contiguous(), of_value.contiguous()
+
+
+@_attention.register_fake
+def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+@_attention_backward.register_fake
+def _(gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.p, ctx.is_causal, ctx.scaling, ctx.first_head = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    gradients = _attention_backward(gradient, *ctx.saved_tensors, ctx.p, ctx.is_causal, ctx.scaling, ctx.first_head)
+    return (*gradients, *[None] * 6)
+
+
+_attention.register_autograd(_backward, setup_context=_save)

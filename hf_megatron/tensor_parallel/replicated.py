@@ -23,8 +23,8 @@ def _local_parameters(
         return in_region(weight, region), None if bias is None else in_region(bias, region)
     if bias is None:
         return local(weight), None
-    weight, bias = local_all(weight, bias)
-    return weight, bias
+    local_weight, local_bias = local_all(weight, bias)
+    return local_weight, local_bias
 
 
 class ReplicatedLinear(ParallelModule, nn.Linear):

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from math import prod
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hf_megatron.errors import UnsupportedError
-from hf_megatron.tensor_parallel.group import shard_of, with_spec_of
+from hf_megatron.tensor_parallel.group import like, shard_of
 
 # Optimizers that treat each element by itself, so that a shard is stepped like a whole parameter.
 _ELEMENTWISE = (
@@ -118,7 +119,7 @@ def _shard(value: Any) -> Any:
 def _like(parameter: torch.Tensor, value: Any) -> Any:
     """A value of a shard's state as one of the parameter's: what has the shard's shape becomes a DTensor."""
     has_shape = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == shard_of(parameter).shape
-    return with_spec_of(parameter)(value) if has_shape else value
+    return like(parameter, value) if has_shape else value
 
 
 def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
@@ -153,25 +154,26 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torc
 
 
 def _sum_of_squares(mesh: DeviceMesh | None, gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Of gradients on one mesh, or of plain ones; each shard counts once. A scalar, replicated."""
-    shards = gradients if mesh is None else [shard_of(gradient) for gradient in gradients if _is_counted_here(gradient)]
+    """Of gradients on one mesh, or of plain ones; each element counts once. A scalar, replicated."""
     is_double = any(gradient.dtype == torch.float64 for gradient in gradients)
     dtype, device = torch.float64 if is_double else torch.float32, shard_of(gradients[0]).device
+    by_copies: dict[int, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        by_copies.setdefault(_num_copies(gradient), []).append(shard_of(gradient))
     squares = torch.zeros((), dtype=dtype, device=device)
-    if shards:
+    for copies, shards in by_copies.items():  # each rank adds its part of a copy, so that nan on any of them shows
         norms = torch._foreach_norm(shards, 2.0, dtype=dtype)
-        squares = torch.stack([norm.to(device) for norm in norms]).square().sum()
+        squares += torch.stack([norm.to(device) for norm in norms]).square().sum() / copies
     for dim in range(0 if mesh is None else mesh.ndim):
         dist.all_reduce(squares, group=mesh.get_group(dim))  # type: ignore[union-attr]
     return squares
 
 
-def _is_counted_here(gradient: torch.Tensor) -> bool:
-    """Whether this rank is the first of those that hold a DTensor's shard."""
-    assert isinstance(gradient, DTensor)
+def _num_copies(gradient: torch.Tensor) -> int:
+    """On how many ranks the same shard lies."""
+    if not isinstance(gradient, DTensor):
+        return 1
     if any(placement.is_partial() for placement in gradient.placements):
         raise UnsupportedError(f"a gradient is a partial sum ({gradient.placements}); reduce it first.")
-    coordinate = gradient.device_mesh.get_coordinate()
-    assert coordinate is not None
-    held = zip(gradient.placements, coordinate, strict=True)
-    return not any(placement.is_replicate() and place for placement, place in held)
+    sizes = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
+    return prod(size for placement, size in sizes if placement.is_replicate())

@@ -48,11 +48,12 @@ _SCRIPTS: dict[str, tuple[list[str], Callable[[Path], bool] | tuple[str, int]]] 
     "recomputation": (["--precisions", "bf16 autocast"], ("\n| bf16 autocast |", 4)),
     "loss_gradient": ([], lambda output: max(r["ratio"] for r in read(output / "loss_gradient.json")["rows"]) < 1.1),
     "conversion": (["--models", "bert-336m", "--repetitions", "1"], _converts_to_and_fro),
+    "host_time": ([], ("\n| ours, TP=", 2)),
     "rank_checks": ([], lambda output: read(output / "rank_checks.json")["seconds"]["exchange"] > 0),
 }
 
 
-@cases("name", ((name,) for name in _SCRIPTS), [("layernorm_placement",), ("wikitext103",)])
+@cases("name", ((name,) for name in _SCRIPTS), [("layernorm_placement",), ("wikitext103",), ("host_time",)])
 def test_it_measures(name: str, tmp_path: Path) -> None:
     """Catches a benchmark that no longer runs, or loses a line of its results."""
     arguments, expected = _SCRIPTS[name]

@@ -32,6 +32,9 @@ from tests.models.reference import Batch, loss_of
 _WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim")
 
 
+_ALL: Any = slice(None)  # positions
+
+
 class WaitsError(AssertionError):
     """An operation would wait for the device."""
 
@@ -57,9 +60,9 @@ class NeverWait(TorchDispatchMode):
 @contextmanager
 def _device() -> Iterator[None]:
     """The meta device as an accelerator: it has no autocast of its own, and no random state."""
-    never = mock.patch.object(torch, "is_autocast_enabled", lambda *_: False)
-    stream = mock.patch("hf_megatron.models.attention.private_cuda_stream", lambda *_: nullcontext())
-    autocast = mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext())
+    never = mock.patch.object(torch, "is_autocast_enabled", return_value=False)
+    stream = mock.patch("hf_megatron.models.attention.private_stream", return_value=nullcontext())
+    autocast = mock.patch.object(torch, "autocast", return_value=nullcontext())
     with never, autocast, stream, NeverWait():
         yield
 
@@ -100,7 +103,7 @@ def _train(model: nn.Module, batch: Batch) -> None:
     optimizer = step_on_shards(torch.optim.AdamW(model.parameters(), lr=0.1, foreach=True))
     for _ in range(2):
         outputs = model(**batch)
-        loss_of(outputs, slice(None)).backward()
+        loss_of(outputs, _ALL).backward()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -110,7 +113,7 @@ _HEADS = [(case, head) for case in ARCHITECTURES for head in case.heads]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case, head", _HEADS)
+@pytest.mark.parametrize(("case", "head"), _HEADS)
 def test_a_step_in_one_process(case: ModelCase, head: str, dtype: torch.dtype) -> None:
     """Catches losses, norms, masks and labels that are read, or counted, on the way through forward and backward."""
     with _device():
@@ -118,7 +121,7 @@ def test_a_step_in_one_process(case: ModelCase, head: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("splits", [False, True])
-@pytest.mark.parametrize("case, head", _HEADS)
+@pytest.mark.parametrize(("case", "head"), _HEADS)
 def test_a_step_on_two_ranks(two_ranks: DeviceMesh, case: ModelCase, head: str, splits: bool) -> None:
     """The same, and ids that are compared with this rank's part of the vocabulary."""
     with _device():

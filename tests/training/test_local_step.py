@@ -89,7 +89,7 @@ def test_clipping_equals_that_of_torch(pool: Pool, gpt2: Path, sizes: tuple[int,
 
 def _diverge(run: Run) -> tuple[str, bool, int]:
     trainer = make_trainer(run)
-    name, parameter = next(iter(trainer.model.named_parameters()))
+    _name, parameter = next(iter(trainer.model.named_parameters()))
     spoil_a_gradient(trainer, parameter, 3, float("nan"))
     weights: list[dict[str, torch.Tensor]] = []
     original = trainer.training_step
@@ -108,7 +108,7 @@ def _diverge(run: Run) -> tuple[str, bool, int]:
 
 
 @pytest.mark.parametrize("name", ["one", "tp2"])
-@pytest.mark.parametrize("changes, num_steps", [({"logging_steps": 50, "save_steps": 50}, 4), ({}, 3)])
+@pytest.mark.parametrize(("changes", "num_steps"), [({"logging_steps": 50, "save_steps": 50}, 4), ({}, 3)])
 def test_numbers_that_are_read_late(
     pool: Pool, gpt2: Path, tmp_path: Path, name: str, changes: dict[str, Any], num_steps: int
 ) -> None:

@@ -337,7 +337,12 @@ class MegatronBertModel(MegatronBertPreTrainedModel, BertModel):
             del self._tp_plan["pooler.dense"]
 
     def _create_attention_masks(
-        self, attention_mask: torch.Tensor | None, encoder_attention_mask: None, embedding_output: torch.Tensor, *_: Any, **__: Any
+        self,
+        attention_mask: torch.Tensor | None,
+        encoder_attention_mask: None,
+        embedding_output: torch.Tensor,
+        *_: Any,
+        **__: Any,
     ) -> tuple[Any, None]:
         return bidirectional_mask(self.config, embedding_output, attention_mask), None
 
