@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+from hf_megatron.models.forward_arguments import CACHE
 from hf_megatron.training.local_step import clip_grad_norm_, step_on_shards
 from tests.fake_gpu.tracing import DEVICE, Trace
 
@@ -64,7 +65,7 @@ def decode(trace: Trace, model: Any, batch_size: int, prompt: int) -> Phase:
     model.eval()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=torch.zeros(batch_size, prompt, dtype=torch.long, device=DEVICE), past_key_values=cache)
+        model(input_ids=torch.zeros(batch_size, prompt, dtype=torch.long, device=DEVICE), **{CACHE: cache})
         trace.reset()
-        model(input_ids=torch.zeros(batch_size, 1, dtype=torch.long, device=DEVICE), past_key_values=cache)
+        model(input_ids=torch.zeros(batch_size, 1, dtype=torch.long, device=DEVICE), **{CACHE: cache})
     return Phase(trace.kernels.copy(), trace.collectives.copy(), trace.live, trace.peak)
