@@ -6,6 +6,8 @@ import pytest
 
 from tests.fake_gpu.runs import Case, difference, plan, trace
 
+pytestmark = pytest.mark.timeout(1200)  # seconds; of 72 layers, on a machine that does other things too
+
 # Degree, precision, recomputation, attention, dropout.
 _WAYS = [
     (1, "bf16", "none", "sdpa", 0.1),
