@@ -14,11 +14,11 @@ TRIPWIRES := tests/packaging/test_private_interfaces.py tests/packaging/test_pub
 	tests/models/test_saving.py tests/models/test_fsdp.py tests/training/test_trainer.py tests/peft/test_equality.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all test-gpu test-mutants fuzz test-newest test-oldest tripwires bench cards \
+.PHONY: help install format lint typecheck test test-all test-gpu test-fake-gpu test-mutants fuzz test-newest test-oldest tripwires bench cards \
 	build check quickstart clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Set up .venv with the package, editable, and all tools
 
@@ -54,6 +54,20 @@ test-all: install ## All tests that need no GPU
 
 test-gpu: install ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+# TORCH=torch==2.14.1 chooses the build; without it, the newest that the package index has.
+FAKE_GPU := $(VENV)-fake-gpu
+test-fake-gpu: $(FAKE_GPU)/libcuda.so.1 ## A GPU's code path at the paper's sizes without a GPU, in .venv-fake-gpu (5 GB)
+	LD_PRELOAD=$(abspath $<) $(FAKE_GPU)/bin/python -m pytest $(PARALLEL) tests/fake_gpu
+
+$(FAKE_GPU)/.installed: pyproject.toml constraints.txt
+	.ci/environment pinned $(FAKE_GPU) $(PYTHON) $(TORCH)
+
+# triton, which CUDA builds of torch need, has the headers.
+$(FAKE_GPU)/libcuda.so.1: tests/fake_gpu/driver.c $(FAKE_GPU)/.installed
+	@$(FAKE_GPU)/bin/python -c 'import sys, torch; sys.exit(None if torch.version.cuda else "This torch is no CUDA build; choose one with TORCH=")'
+	cc -shared -fPIC -o $@ -Wl,-soname,libcuda.so.1 \
+		-I$$(echo $(FAKE_GPU)/lib/python*/site-packages/triton/backends/nvidia/include) $<
 
 test-mutants: install ## Plant defects in a copy, one at a time, and see that the tests catch them
 	$(BIN)/python -m tests.mutants $(MUTANTS)

@@ -27,11 +27,17 @@ from benchmarks.records import RESULTS, environment, read, write
 
 OURS, PEER = "gpt2 ours-tp2-1t", "llama transformers-tp-tp2-1t"
 LABELS = (OURS, PEER, "gpt2 ours-tp1-2t", "gpt2 stock-sdpa-tp1-2t", "llama stock-sdpa-tp1-2t")
+HEAD = ("configuration", "tokens/s", "quartiles", "clean samples")
 TARGET = 1.3  # times the peer's tokens per second
 
 
 def measure(
-    workloads: Mapping[str, Workload], new_tokens: int, rounds: int, max_foreign_cores: float
+    workloads: Mapping[str, Workload],
+    new_tokens: int,
+    rounds: int,
+    max_foreign_cores: float,
+    labels: Sequence[str] = LABELS,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Decode with every configuration in turns.
 
@@ -40,14 +46,16 @@ def measure(
         new_tokens: How many to decode for each sequence of the batch.
         rounds: Samples of each configuration.
         max_foreign_cores: Processor time of others at which a sample is dropped.
+        labels: Models and configurations.
+        device: ``cpu`` or ``cuda``.
     """
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         scratch = Path(name)
         checkpoints = {model: generate(workload, scratch / model) for model, workload in workloads.items()}
         fleet: list[Workers] = []
-        for label in LABELS:
+        for label in labels:
             model, _, configuration = label.partition(" ")
-            job = Job(Configuration.parse(configuration), workloads[model], str(checkpoints[model]))
+            job = Job(Configuration.parse(configuration), workloads[model], str(checkpoints[model]), device)
             fleet.append(stack.enter_context(Workers(job, scratch, name=label)))
         command = f"generate {new_tokens}"
         first: dict[str, list[Any]] = {}
@@ -92,7 +100,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             f"{workload.vocab}; {result['new_tokens']} tokens after {workload.sequence - result['new_tokens']}, batch "
             f"{workload.batch}. {machine(result['environment'])}"
         )
-        parts.append(table(("configuration", "tokens/s", "quartiles", "clean samples"), _rows(result)))
+        parts.append(table(HEAD, rows(result)))
         allowed = result["max_foreign_cores"]
         ratio = Spread.of(
             [1 / r for r in paired_ratios(result["samples"][OURS], result["samples"][PEER], "seconds", allowed)]
@@ -106,7 +114,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _rows(result: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+def rows(result: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    """Of each configuration the tokens per second, quartiles, and how many samples nobody disturbed."""
     batch = result["workloads"]["gpt2"]["batch"]
     for label, samples in result["samples"].items():
         undisturbed = clean(samples, result["max_foreign_cores"])

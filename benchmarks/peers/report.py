@@ -5,15 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers.derived import CARD, Result, pairs, peak_of, ratio_of, spread_of
 from benchmarks.peers.tables import MEGA, machine, milliseconds, quartiles, table
 from benchmarks.peers.targets import reached
 from benchmarks.peers.workload import Workload
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["draw", "markdown"]
 
@@ -108,6 +108,8 @@ def _ratio_table(result: Result) -> str:
 
 def draw(results: Mapping[str, Result], file: Path) -> None:
     """A row for each workload: on the left step times, on the right peak memory."""
+    from matplotlib.figure import Figure  # here: the tables do without it
+
     figure = Figure(figsize=(12, 0.6 + 2.3 * len(results)), dpi=110, layout="constrained")
     for axes, (name, result) in zip(figure.subplots(len(results), 2, squeeze=False), results.items(), strict=True):
         _draw_workload(axes, name, result)

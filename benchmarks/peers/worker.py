@@ -23,6 +23,7 @@ from typing import Any, Self, TextIO
 
 import torch
 import torch.distributed as dist
+from torch.autograd import DeviceType
 from torch.distributed.tensor import DTensor
 
 from benchmarks.peers.competitors import COMPETITORS, Built, Configuration, Setup, build
@@ -80,12 +81,14 @@ class Worker:
         self._job, self._rank, self._ranks = job, rank, job.configuration.ranks
         self._device = torch.device(job.device)
         self._built: Built | None = None
+        has_card_each = job.device == "cuda" and torch.cuda.device_count() >= self._ranks
+        if has_card_each:
+            torch.cuda.set_device(rank)
         self._batch = batch_of(job.workload, self._device)
         torch.set_num_threads(job.configuration.threads)
         competitor = COMPETITORS[job.configuration.competitor]
         needs_group = self._ranks > 1 or competitor.module == "megatron_core"
         if needs_group and not dist.is_initialized():
-            has_card_each = job.device == "cuda" and torch.cuda.device_count() >= self._ranks
             dist.init_process_group(
                 "nccl" if has_card_each else "gloo",
                 init_method=f"file://{rendezvous}",
@@ -93,8 +96,6 @@ class Worker:
                 world_size=self._ranks,
                 timeout=timedelta(minutes=10),
             )
-            if has_card_each:
-                torch.cuda.set_device(rank)
         import_module(f"benchmarks.peers.{competitor.module}")
 
     # ------------------------------------------------------------------ commands
@@ -207,6 +208,7 @@ class Worker:
                 "seconds": (event.self_device_time_total if on_card else event.self_cpu_time_total) / 1e6,
             }
             for event in profiler.key_averages()
+            if event.device_type == DeviceType.CPU  # which has the time of the kernels that it launched
         ]
         return {"operators": sorted(rows, key=lambda row: -row["seconds"])[: int(most)]}
 

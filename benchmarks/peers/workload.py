@@ -41,6 +41,7 @@ class Workload:
         dtype: Of weights and arithmetic.
         autocast: Dtype of the matrix products, if it is another.
         labelled: Share of the positions that a BERT has to predict.
+        dropout: Probability, everywhere. With it no two competitors compute the same.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Workload:
     dtype: str = "float32"
     autocast: str | None = None
     labelled: float = 0.15
+    dropout: float = 0.0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -76,7 +78,7 @@ class Workload:
         return -(-8 * self.hidden // 3 // 16) * 16 if self.model == "llama" else 4 * self.hidden
 
     def stock_config(self) -> Any:
-        """The stock configuration, without dropout."""
+        """The stock configuration."""
         from transformers import GPT2Config, LlamaConfig, MegatronBertConfig
 
         common = {"vocab_size": self.vocab, "dtype": self.dtype}
@@ -86,9 +88,9 @@ class Workload:
                 n_embd=self.hidden,
                 n_layer=self.layers,
                 n_head=self.heads,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
+                resid_pdrop=self.dropout,
+                embd_pdrop=self.dropout,
+                attn_pdrop=self.dropout,
                 bos_token_id=None,
                 eos_token_id=None,  # so that generation goes on to the length asked for
                 **common,
@@ -102,7 +104,8 @@ class Workload:
         }
         if self.model == "llama":
             return LlamaConfig(tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, **common)
-        return MegatronBertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **common)
+        dropout = {"hidden_dropout_prob": self.dropout, "attention_probs_dropout_prob": self.dropout}
+        return MegatronBertConfig(**dropout, **common)
 
     def stock_class(self) -> Any:
         """The stock class with the language-modeling head."""

@@ -78,12 +78,15 @@ def kept_by_head(shape: ModelShape, run: Run) -> Iterator[Kept]:
     hidden, compute = shape.hidden_size, run.precision.compute
     if shape.table.norms == "pre":
         yield from _norm("final norm", shape, run)
-    if any(".pooler." in f".{name}" for name in shape.tensors):
-        yield Kept("input of the pooler [B, S, H]", run.tokens * hidden * compute)
+    has_pooler, has_transform = has_square_matrices(shape)
+    if run.precision.casts_weights:
+        yield Kept("16-bit copies of the matrices", (has_pooler + has_transform) * hidden**2 * compute)
+    if has_pooler:
+        yield Kept("input of the pooler [B, S, H]", run.tokens * hidden * run.precision.residual)
         yield Kept("pooled [B, H]", run.micro_batch * hidden * compute)
     if shape.model_class.is_language_model and not shape.table.is_causal:
         yield Kept("which positions are labelled", run.tokens * _MASK)
-    if shape.head_has("hidden_size", "hidden_size"):
+    if has_transform:
         predicted = run.predicted(shape)
         # What goes into its linear layer, into its activation and into its norm.
         yield Kept("transform [T, H] x 3", predicted * hidden * (2 * compute + run.precision.residual))
@@ -92,7 +95,7 @@ def kept_by_head(shape: ModelShape, run: Run) -> Iterator[Kept]:
 
 def kept_by_loss(shape: ModelShape, run: Run) -> Iterator[Kept]:
     """Head and loss are one operation, which computes gradients on the way and keeps them, and no logits."""
-    predicted, weight_size = run.predicted(shape), run.precision.parameter
+    predicted, weight_size = run.predicted(shape), weight_gradient_size(shape, run)
     if predicted:
         rows = vocabulary(shape, run)
         yield Kept("which positions are predicted [T]", predicted * _INDEX)
@@ -105,6 +108,17 @@ def kept_by_loss(shape: ModelShape, run: Run) -> Iterator[Kept]:
 def chunk_tokens(shape: ModelShape, run: Run) -> int:
     """Positions whose logits there are at a time."""
     return min(run.predicted(shape), max(1, LOGITS_PER_CHUNK[run.device] // vocabulary(shape, run)))
+
+
+def weight_gradient_size(shape: ModelShape, run: Run) -> int:
+    """Bytes of an element of the head's gradient while it is summed up over chunks: float32, or of one the weight's."""
+    is_summed = chunk_tokens(shape, run) < run.predicted(shape)
+    return max(run.precision.parameter, 4 if is_summed else 0)
+
+
+def has_square_matrices(shape: ModelShape) -> tuple[bool, bool]:
+    """Whether there is a pooler, and the transform of a masked-LM head, each with a matrix [H, H] held whole."""
+    return any(".pooler." in f".{name}" for name in shape.tensors), shape.head_has("hidden_size", "hidden_size")
 
 
 def vocabulary(shape: ModelShape, run: Run) -> int:

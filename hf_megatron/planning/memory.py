@@ -1,8 +1,9 @@
 """Bytes on the rank that needs most of them, by kind.
 
 Parameters, gradients and optimizer follow from the table, to the byte; activations are summed up from
-``activation_memory``. The peak is the larger of two moments: the loss, when all activations are there and no gradient
-is, and the end of the backward pass, when it is the other way around. In between, each layer trades one for the other.
+``activation_memory``. The peak is the largest of three moments: the loss and the start of the backward pass, when all
+activations are there and hardly a gradient is, and the end of the backward pass, when it is the other way around. In
+between, each layer trades one for the other.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from math import ceil, prod
 from hf_megatron.planning.activation_memory import (
     Kept,
     chunk_tokens,
+    has_square_matrices,
     kept_by_embedding,
     kept_by_head,
     kept_by_layer,
     kept_by_loss,
     kept_for_recomputation,
     vocabulary,
+    weight_gradient_size,
 )
 from hf_megatron.planning.run import Run
 from hf_megatron.planning.shape import ModelShape
@@ -36,8 +39,7 @@ class MemoryPlan:
     optimizer: int  # Adam's state
     # What autograd holds at the end of the forward pass, without the loss; and what is recomputed, of one layer.
     activations: int
-    # The logits of a chunk of positions with what is computed from them, and the gradients that the loss computes.
-    logits_and_loss: int
+    logits_and_loss: int  # the most there is while the loss computes the logits of its chunks, and gradients with them
     communication: int  # buffers of collectives; with FSDP also the parameters that are gathered
     peak: int  # the most there is at any moment; less than the sum, since activations go as gradients come
 
@@ -58,20 +60,27 @@ def plan_memory(shape: ModelShape, run: Run) -> MemoryPlan:
     if recomputed and run.attention == "eager" and shape.table.is_causal:
         ends += run.micro_batch * run.sequence_length**2 * precision.residual  # the mask, an input of every layer
     activations = ends + shape.num_layers * per_layer
-    logits, loss = _loss_bytes(shape, run)
-    communication = _communication_bytes(shape, run)
+    logits_and_loss, kept = _loss_bytes(shape, run)
+    # Gradients of hidden states on their way, and of what stands between the layers and the loss.
+    on_the_way = 2 * run.local_tokens * shape.hidden_size * precision.residual
+    of_head = sum(has_square_matrices(shape)) * shape.hidden_size**2 * precision.gradient
+    of_layer = gathered_parts(shape, run.tp_size)[1] // shards * precision.gradient
 
     # Micro-batches after the first find the gradients of those before.
-    at_loss = activations + logits + loss + (gradients if run.accumulation > 1 else 0)
-    at_end = gradients + per_layer + recomputed + _second_embedding_gradient(shape, run)
+    earlier = gradients if run.accumulation > 1 else 0
+    at_loss = activations + logits_and_loss + earlier
+    at_start = activations + kept + of_head + on_the_way + earlier
+    last_layer = per_layer + recomputed + on_the_way - (0 if earlier else of_layer)
+    at_end = gradients + max(_second_embedding_gradient(shape, run), last_layer)
+    communication = _communication_bytes(shape, run)
     return MemoryPlan(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
         activations=activations + recomputed,
-        logits_and_loss=logits + loss,
+        logits_and_loss=logits_and_loss,
         communication=communication,
-        peak=parameters + optimizer + communication + max(at_loss, at_end),
+        peak=parameters + optimizer + communication + max(at_loss, at_start, at_end),
     )
 
 
@@ -89,19 +98,26 @@ def _total(kept: Iterable[Kept]) -> int:
 
 
 def _loss_bytes(shape: ModelShape, run: Run) -> tuple[int, int]:
-    """What there is while the head and the loss of one chunk are computed, and what they keep."""
-    precision, predicted, rows = run.precision, run.predicted(shape), vocabulary(shape, run)
+    """The most there is while head and loss are computed, chunk by chunk, and what they keep."""
+    compute, predicted, rows = run.precision.compute, run.predicted(shape), vocabulary(shape, run)
     kept = _total(kept_by_loss(shape, run))
     if not predicted:
         return 0, kept
-    chunk, weight = chunk_tokens(shape, run), rows * shape.hidden_size
-    # The logits become their exponentials in place; of 16 bits by way of float32, which a CPU does row by row.
-    logits = chunk * rows * (precision.compute + (4 if precision.compute < 4 and run.device == "cuda" else 0))
-    copies = weight * precision.compute if precision.casts_weights else 0
-    if chunk < predicted and precision.compute < 4:
-        copies += weight * precision.compute  # a chunk's part of the weight's gradient, beside the sum
-        copies += weight * 4 if precision.parameter < 4 else 0  # which is in float32
-    return logits + copies, kept
+    first, weight = chunk_tokens(shape, run), rows * shape.hidden_size
+    second = min(first, predicted - first)
+    summed = weight * weight_gradient_size(shape, run)
+    # A product in 16 bits is cast before it is added to a sum in 32, which is made of the first one.
+    product = weight * compute if weight_gradient_size(shape, run) > compute else 0
+    # A GPU makes the exponentials apart from the logits, of 16 bits by way of float32; a CPU does so row by row.
+    exponentials = {"cpu": 0, "cuda": 8 if compute < 4 else 4}[run.device]
+    moments = [
+        first * rows * (compute + exponentials),
+        first * rows * compute + product + summed,
+        summed + second * rows * (compute + exponentials),
+        summed + second * rows * compute + product,
+    ]
+    copies = weight * compute if run.precision.casts_weights else 0
+    return copies + max(moments) + kept - summed, kept
 
 
 def _communication_bytes(shape: ModelShape, run: Run) -> int:
@@ -124,7 +140,11 @@ def gathered_parts(shape: ModelShape, tp_size: int) -> tuple[int, int]:
 
 
 def _second_embedding_gradient(shape: ModelShape, run: Run) -> int:
-    """On a GPU a tied embedding's gradient comes from the head and from the lookup, and is added up at the end."""
+    """On a GPU a tied embedding's gradient comes from the head and from the lookup, and is added up at the end.
+
+    In place, but for a DTensor's: autograd makes a third one of these.
+    """
     is_tied = shape.model_class.is_language_model and bool(shape.config.get("tie_word_embeddings", True))
     comes_twice = is_tied and run.device == "cuda"
-    return vocabulary(shape, run) * shape.hidden_size * run.precision.gradient if comes_twice else 0
+    one = vocabulary(shape, run) * shape.hidden_size * run.precision.gradient
+    return one * (2 if run.tp_size > 1 else 1) if comes_twice else 0

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast, GPT2TokenizerFast
 
-from benchmarks import bench_finetune_squad, bench_model_sizes, bench_pretrain_gpt2, bench_training_step
+from benchmarks import bench_finetune_squad, bench_model_sizes, bench_pretrain_gpt2, bench_training_step, gpu
 from benchmarks.articles import hold_out, read_articles
 from benchmarks.command_line import make_parser, parse
 from benchmarks.records import RESULTS, read
@@ -97,6 +98,39 @@ def test_the_run_for_a_card_works_on_a_processor(model: str, tmp_path: Path) -> 
     result = read(tmp_path / "training_step.json")[f"{model}-tiny"]
     assert result["failed"] == {}
     assert list(result["configurations"]) == names
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_all_that_a_gpu_shows(tmp_path: Path) -> None:
+    """Catches what would only show on a rented GPU: a part of the script that fails, or says nothing."""
+    gpu.main(["--device", "cpu", "--quick", "--output", str(tmp_path)])
+    results = read(tmp_path / "gpu-cpu.json")
+    assert list(results) == ["environment", *gpu.PARTS]
+    assert results["tests"]["counts"]["passed"] > 0
+    assert all(0 < row["products"] < 1 for row in results["profile"])
+    assert all(results[model]["failed"] == {} for model in ("gpt2", "bert", "tensor parallel"))
+    assert (tmp_path / "gpu-cpu.md").read_text() == gpu.markdown(results)
+
+
+def test_a_run_on_a_gpu_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a part that is measured twice, one that is lost when another fails, and a failure that goes unnoticed."""
+    measured = []
+
+    def measure(name: str, scale: gpu.Scale) -> dict[str, str]:
+        measured.append(name)
+        if name == "second" and len(measured) == 2:
+            raise RuntimeError("no memory")
+        return {"device": scale.device}
+
+    monkeypatch.setattr(gpu, "PARTS", {name: partial(measure, name) for name in ("first", "second", "third")})
+    arguments = ["--device", "cpu", "--quick", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit, match="failed: second"):
+        gpu.main(arguments)
+    gpu.main(arguments)
+    gpu.main([*arguments, "--again", "first"])
+    assert measured == ["first", "second", "third", "second", "first"]
+    assert read(tmp_path / "gpu-cpu.json")["second"] == {"device": "cpu"}
 
 
 def _write_articles(file: Path, count: int, length: int | None = None) -> Path:
