@@ -5,6 +5,7 @@ work as they are; what is different in a site is changed here.
 """
 
 import ast
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -17,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("*.md", "docs/*.md", "benchmarks/README.md", "benchmarks/results/*.md", "benchmarks/results/*.png")
 # Modules that users import from, beside what the packages export.
 MODULES = ("hf_megatron.errors", "hf_megatron.paper.recipe")
+# What is defined under another name, and what models have in common, which is told once.
+DEFINED_AS = {"hf_megatron.MegatronBertConfig": "hf_megatron.models.bert.configuration_bert.ParallelBertConfig"}
+MODEL_BASE = "hf_megatron.models.pretrained.MegatronModelMixin"
 
 _MARK = re.compile(r"^ *<!-- (?:run|not run: .*|python -m .*|end|file: (?P<name>\S+)) -->\n(?P<fence> *```\w+)?", re.M)
 _LINK = re.compile(r"(?<!!)\[(?P<text>[^]]*)\]\((?!\w+:|#)(?P<path>[^)#\s]+)[^)]*\)")
@@ -49,11 +53,27 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in (path for pattern in PAGES for path in sorted(ROOT.glob(pattern))):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     for package, names in {**exported(), **dict.fromkeys(MODULES, [])}.items():
-        text = f"# {package}\n\n" + "".join(f"::: {package}.{name}\n\n" for name in names)
-        if not names:
-            text += f"::: {package}\n    options: {{show_root_heading: false, show_root_toc_entry: false}}\n"
-        files.append(File.generated(config, f"api/{package}.md", content=text))
+        files.append(File.generated(config, f"api/{package}.md", content=reference(package, names)))
     return files
+
+
+def reference(package: str, names: list[str]) -> str:
+    """The page of a package: its docstring, and what it exports; of a module, all that it defines."""
+
+    def entry(name: str, **options: object) -> str:
+        return f"::: {name}\n    options: {json.dumps(options)}\n\n"
+
+    hidden = {"show_root_heading": False, "show_root_toc_entry": False}
+    text = f"# {package}\n\n" + entry(package, **hidden, **({"members": False} if names else {}))
+    for name in names:
+        is_model = package == "hf_megatron" and re.match("Megatron(GPT2|Bert)(?!Config)", name)
+        options: dict[str, object] = {"heading": name, "toc_label": name}
+        if is_model:
+            options["inherited_members"] = ["forward"]
+        if name.endswith("Config"):  # its base class, which is not installed here, makes fields into arguments
+            options["docstring_options"] = {"warnings": False}
+        text += entry(DEFINED_AS.get(f"{package}.{name}", f"{package}.{name}"), **options)
+    return text + (entry(MODEL_BASE) if package == "hf_megatron" else "")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
