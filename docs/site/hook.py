@@ -52,7 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the documents, under their paths in the repository, and the API's pages."""
     for path in (path for pattern in PAGES for path in sorted(ROOT.glob(pattern))):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
-    for package, names in {**exported(), **dict.fromkeys(MODULES, [])}.items():
+    for package, names in {**exported(), **{module: [] for module in MODULES}}.items():
         files.append(File.generated(config, f"api/{package}.md", content=reference(package, names)))
     return files
 
