@@ -14,8 +14,8 @@ TRIPWIRES := tests/packaging/test_private_interfaces.py tests/packaging/test_pub
 	tests/models/test_saving.py tests/models/test_fsdp.py tests/training/test_trainer.py tests/peft/test_equality.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint typecheck test test-all test-gpu test-fake-gpu test-mutants fuzz test-newest test-oldest tripwires bench cards \
-	build check quickstart clean
+.PHONY: help install format lint typecheck test test-all test-gpu test-fake-gpu test-mutants fuzz test-newest test-oldest \
+	tripwires bench cards docs build check quickstart clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -96,6 +96,15 @@ bench: install ## Every benchmark; figures go to benchmarks/results
 
 cards: install ## Rewrite the model cards from presets and planner
 	$(BIN)/python model_cards/generate.py
+
+$(VENV)-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt pip
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt --group docs
+	@touch $@
+
+docs: $(VENV)-docs/.installed ## The documentation as a site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build
 
 build: install ## Source distribution and wheel, checked and tried in a fresh environment
 	rm -rf build dist

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.command_line import add_fields, fields_of, make_parser, parse
 from benchmarks.records import environment, read, write
-from benchmarks.runs import flags, run_example
+from benchmarks.runs import flags, ranks, run_example
 from hf_megatron.paper.data import Question, read_squad
 from hf_megatron.paper.metrics.answer_match import best_over_references, token_f1
 
@@ -137,12 +137,12 @@ def draw(results: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for run, style in zip(results["runs"], ("-", "--"), strict=True):
-        left.plot(run["steps"], run["loss"], style, label=f"TP={run['tp_size']}")
+        left.plot(run["steps"], run["loss"], style, label=ranks(run["tp_size"]))
     left.set_xlabel("training step")
     left.set_ylabel("training loss, nats")
     left.grid(alpha=0.3)
     left.legend()
-    names = ["chance", *(f"TP={run['tp_size']}" for run in results["runs"])]
+    names = ["chance", *(ranks(run["tp_size"]) for run in results["runs"])]
     bars = right.bar(names, [results["chance_f1"], *(run["f1"] for run in results["runs"])], color="tab:blue")
     right.bar_label(bars, fmt="%.1f")
     right.set_ylabel("F1 on articles not trained on, percent")

@@ -30,7 +30,7 @@ from benchmarks.runs import run_all
 from hf_megatron import MegatronBertConfig, MegatronBertForPreTraining
 from hf_megatron.paper.data import DataCollatorForMegatronBertPretraining, sentence_order_pairs, tokenize_sentences
 
-TITLES = {"post": "post: original BERT", "pre": "pre: the paper's BERT"}
+TITLES = {"post": "LayerNorm after each block (original BERT)", "pre": "LayerNorm before each block (the paper's BERT)"}
 COLOURS = {"post": "tab:red", "pre": "tab:blue"}
 
 

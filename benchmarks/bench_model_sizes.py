@@ -127,7 +127,7 @@ def train(run: Run, setting: Setting, tokens: Tokens) -> dict[str, Any]:
         resid_pdrop=0.0,
     )
     model = MegatronGPT2LMHeadModel.from_config(config, seed=run.seed)
-    packing = {"length": setting.length, "end_of_document": tokens.end_of_document}
+    packing: dict[str, Any] = {"length": setting.length, "end_of_document": tokens.end_of_document}
     sequences = PackedDocuments(tokens.train, **packing)
     every = len(sequences) // setting.batch // setting.points
     collator = Collator()

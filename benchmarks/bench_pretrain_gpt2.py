@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.articles import hold_out, read_articles
 from benchmarks.command_line import add_fields, fields_of, make_parser, parse
 from benchmarks.records import environment, read, write
-from benchmarks.runs import flags, run_example
+from benchmarks.runs import flags, ranks, run_example
 
 DEGREES = (1, 2)
 
@@ -89,11 +90,13 @@ def draw(results: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     for run, style in zip(results["runs"], ("-", "--"), strict=True):
-        left.plot(run["steps"], run["loss"], style, label=f"TP={run['tp_size']}")
-        right.plot(run["tested_steps"], run["perplexity"], style, label=f"TP={run['tp_size']}")
+        left.plot(run["steps"], run["loss"], style, label=ranks(run["tp_size"]))
+        right.plot(run["tested_steps"], run["perplexity"], style, label=ranks(run["tp_size"]))
     left.set_ylabel("training loss, nats")
     right.set_ylabel("perplexity of a token of held-out text")
     right.set_yscale("log")
+    right.yaxis.set_major_formatter(ScalarFormatter())
+    right.yaxis.set_minor_formatter(ScalarFormatter())
     for axes in (left, right):
         axes.set_xlabel("training step")
         axes.grid(alpha=0.3, which="both")

@@ -12,7 +12,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["flags", "run_all", "run_example"]
+__all__ = ["flags", "ranks", "run_all", "run_example"]
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 Run = TypeVar("Run")
@@ -21,6 +21,11 @@ Run = TypeVar("Run")
 def flags(options: Mapping[str, Any]) -> list[str]:
     """``{"learning_rate": 1}`` as ``["--learning-rate=1"]``."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+def ranks(number: int) -> str:
+    """How many, for a figure."""
+    return f"{number} ranks" if number > 1 else "one process"
 
 
 def run_example(name: str, tp_size: int, output: Path, arguments: Sequence[str]) -> list[dict[str, Any]]:

@@ -27,28 +27,42 @@ class Competitor:
         module: Module of this package with a function ``build(setup) -> Built``.
         models: The models it can compute.
         options: What distinguishes it from others of the same module.
+        title: What a figure calls it.
     """
 
     module: str
     models: tuple[str, ...] = ("gpt2", "bert")
     options: Mapping[str, str] = field(default_factory=dict)
+    title: str = field(kw_only=True)
 
 
 COMPETITORS = {
-    "ours": Competitor("ours"),
-    "ours-compiled": Competitor("ours", options={"compile": "yes"}),
-    "ours-recomputed": Competitor("ours", options={"recompute": "full"}),
-    "ours-eager": Competitor("ours", options={"attention": "eager"}),
-    "ours-eager-selective": Competitor("ours", options={"attention": "eager", "recompute": "selective"}),
-    "ours-eager-recomputed": Competitor("ours", options={"attention": "eager", "recompute": "full"}),
-    "stock-sdpa": Competitor("stock", ("gpt2", "llama"), {"attention": "sdpa"}),
-    "stock-copied": Competitor("stock", ("gpt2",), {"attention": "sdpa", "copy": "yes"}),
-    "stock-compiled": Competitor("stock", ("gpt2",), {"attention": "sdpa", "compile": "yes"}),
-    "stock-eager": Competitor("stock", ("gpt2", "bert"), {"attention": "eager"}),  # all that MegatronBert has
-    "stock-eager-compiled": Competitor("stock", ("gpt2", "bert"), {"attention": "eager", "compile": "yes"}),
-    "dtensor": Competitor("dtensor", ("gpt2",)),
-    "megatron-core": Competitor("megatron_core"),
-    "transformers-tp": Competitor("transformers_tp", ("bert", "llama")),
+    "ours": Competitor("ours", title="ours"),
+    "ours-compiled": Competitor("ours", options={"compile": "yes"}, title="ours, compiled"),
+    "ours-recomputed": Competitor("ours", options={"recompute": "full"}, title="ours, recomputed"),
+    "ours-eager": Competitor("ours", options={"attention": "eager"}, title="ours, unfused attention"),
+    "ours-eager-selective": Competitor(
+        "ours", options={"attention": "eager", "recompute": "selective"}, title="ours, attention recomputed"
+    ),
+    "ours-eager-recomputed": Competitor(
+        "ours", options={"attention": "eager", "recompute": "full"}, title="ours, unfused, recomputed"
+    ),
+    "stock-sdpa": Competitor("stock", ("gpt2", "llama"), {"attention": "sdpa"}, title="stock transformers"),
+    "stock-copied": Competitor(
+        "stock", ("gpt2",), {"attention": "sdpa", "copy": "yes"}, title="stock transformers, copied"
+    ),
+    "stock-compiled": Competitor(
+        "stock", ("gpt2",), {"attention": "sdpa", "compile": "yes"}, title="stock transformers, compiled"
+    ),
+    "stock-eager": Competitor(
+        "stock", ("gpt2", "bert"), {"attention": "eager"}, title="stock transformers"
+    ),  # all that MegatronBert has
+    "stock-eager-compiled": Competitor(
+        "stock", ("gpt2", "bert"), {"attention": "eager", "compile": "yes"}, title="stock transformers, compiled"
+    ),
+    "dtensor": Competitor("dtensor", ("gpt2",), title="PyTorch's DTensor"),
+    "megatron-core": Competitor("megatron_core", title="Megatron-core"),
+    "transformers-tp": Competitor("transformers_tp", ("bert", "llama"), title="transformers' TP"),
 }
 
 
@@ -64,6 +78,12 @@ class Configuration:
     def name(self) -> str:
         """How it is written."""
         return f"{self.competitor}-tp{self.ranks}-{self.threads}t"
+
+    @property
+    def title(self) -> str:
+        """The same in words: ``ours, 2 ranks``."""
+        threads = f"one process, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{COMPETITORS[self.competitor].title}, {f'{self.ranks} ranks' if self.ranks > 1 else threads}"
 
     @classmethod
     def parse(cls, name: str) -> Self:

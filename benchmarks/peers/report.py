@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.peers.competitors import Configuration
 from benchmarks.peers.derived import CARD, Result, pairs, peak_of, ratio_of, spread_of
 from benchmarks.peers.tables import MEGA, machine, milliseconds, quartiles, table
 from benchmarks.peers.targets import reached
@@ -110,14 +111,21 @@ def draw(results: Mapping[str, Result], file: Path) -> None:
     """A row for each workload: on the left step times, on the right peak memory."""
     from matplotlib.figure import Figure  # here: the tables do without it
 
-    figure = Figure(figsize=(12, 0.6 + 2.3 * len(results)), dpi=110, layout="constrained")
-    for axes, (name, result) in zip(figure.subplots(len(results), 2, squeeze=False), results.items(), strict=True):
-        _draw_workload(axes, name, result)
+    figure = Figure(figsize=(12, 0.9 + 2.5 * len(results)), dpi=110, layout="constrained")
+    figure.supxlabel(
+        "Dark: forward, light: backward, line: the middle half of the samples. Compare whole bars: ours computes the "
+        "gradients of the output layer in its forward pass,\nthe others in their backward pass. "
+        "Each rank has one thread; shorter is better.",
+        fontsize=9,
+    )
+    for axes, result in zip(figure.subplots(len(results), 2, squeeze=False), results.values(), strict=True):
+        _draw_workload(axes, result)
     figure.savefig(file)
 
 
-def _draw_workload(axes: Sequence[Axes], name: str, result: Result) -> None:
+def _draw_workload(axes: Sequence[Axes], result: Result) -> None:
     times, memory = axes
+    workload = Workload(**result["workload"])
     labels = list(result["configurations"])[::-1]
     colours = ["tab:blue" if label.startswith("ours") else "tab:gray" for label in labels]
     style: dict[str, Any] = {"height": 0.7}
@@ -130,7 +138,13 @@ def _draw_workload(axes: Sequence[Axes], name: str, result: Result) -> None:
             times.plot([step.low * 1e3, step.high * 1e3], [position] * 2, color="black", linewidth=1.5)
     kind = "allocated" if _has_card(result) else "resident"
     memory.barh(range(len(labels)), [peak_of(result, label, kind) / MEGA for label in labels], color=colours, **style)
-    times.set_yticks(range(len(labels)), labels, fontsize=8)
+    times.set_yticks(range(len(labels)), [Configuration.parse(label).title for label in labels], fontsize=9)
     memory.set_yticks([])
-    times.set_title(f"{name}: ms forward (dark) and backward; line: quartiles", fontsize=9)
-    memory.set_title(f"peak {kind} memory per rank, MB", fontsize=9)
+    name = {"gpt2": "GPT-2", "bert": "BERT"}[workload.model]
+    times.set_title(f"{name}, {workload.product_dtype}, vocabulary {workload.vocab}: ms per training step", fontsize=10)
+    memory.set_title(f"peak {kind} memory per rank, MB", fontsize=10)
+    if workload.model == "bert":
+        share = f"the {workload.labelled:.0%} of positions that have a label"
+        times.set_xlabel(
+            f"Not like for like: ours computes the output layer for {share}, the others for all", fontsize=9
+        )
