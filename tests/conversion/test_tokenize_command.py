@@ -118,7 +118,7 @@ def test_interrupted_work_goes_on(tmp_path: Path, tokenizer: Path, lines: Path, 
                 file.write(b"what a killed process had begun")
     assert interrupted >= 2
     assert _contents(output) == _contents(expected)
-    assert done.tokens_per_second * done.seconds < done.tokens / 2  # the rest was there
+    assert done.tokens_per_second * done.seconds < 0.95 * done.tokens  # the rest was there
     assert [path.name for path in tmp_path.glob(".out*")] == []
 
 
