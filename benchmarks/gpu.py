@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--again", nargs="+", default=[], metavar="PART", help=f"of {', '.join(PARTS)}")
     given = parser.parse_args(arguments)
     check(parser, given)
+    given.output.mkdir(parents=True, exist_ok=True)
     file = given.output / f"gpu-{device_name(given.device).replace(' ', '-')}.json"
     results, scale, failed = read(file), make_scale(given), []
     results["environment"] = {**environment("torch", "transformers"), "device": device_name(given.device)}
