@@ -143,4 +143,6 @@ def _draw_workload(axes: Sequence[Axes], result: Result) -> None:
     memory.set_title(f"peak {kind} memory per rank, MB", fontsize=10)
     if workload.model == "bert":
         share = f"the {workload.labelled:.0%} of positions that have a label"
-        times.set_xlabel(f"Not like for like: ours computes the output layer for {share}, the others for all", fontsize=9)
+        times.set_xlabel(
+            f"Not like for like: ours computes the output layer for {share}, the others for all", fontsize=9
+        )
