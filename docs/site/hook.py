@@ -97,13 +97,26 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return indented(markdown)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Docstrings name what they refer to as Sphinx has it, ``:class:`Name` ``: the name is enough."""
+    return re.sub(r":(?:attr|class|func|meth|mod):(?=<code>)", "", html)
+
+
 def indented(markdown: str) -> str:
-    """What belongs to an item of a list, indented by four columns, as Python-Markdown needs it and GitHub does not."""
-    lines, is_in_item = [], False
+    """What belongs to an item of a list, indented by four columns, as Python-Markdown needs it and GitHub does not.
+
+    An item after one of several paragraphs gets an empty line before it, for the same reason.
+    """
+    lines: list[str] = []
+    is_in_item = has_paragraphs = False
     for line in markdown.split("\n"):
         if re.match(r"- |\d\. ", line):
-            is_in_item = True
+            lines += [""] if has_paragraphs else []
+            is_in_item, has_paragraphs = True, False
         elif line and not line.startswith("  "):
-            is_in_item = False
-        lines.append(re.sub(r"^ {2,3}(?=\S)|^ {2}", " " * 4, line) if is_in_item else line)
+            is_in_item = has_paragraphs = False
+        elif is_in_item:
+            has_paragraphs |= not line
+            line = re.sub(r"^ {2,3}(?=\S)|^ {2}", " " * 4, line)
+        lines.append(line)
     return "\n".join(lines)
