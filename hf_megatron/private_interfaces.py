@@ -130,6 +130,7 @@ _TABLE: Mapping[str, str] = {
     "torch._utils": "writing Megatron-LM's files",
     "torch._utils._rebuild_tensor_v2": "writing Megatron-LM's files",
     # Python, numpy
+    "os._exit": "ending a tokenizer's worker whose parent is gone",
     "pickle._compat_pickle": "reading protocol 2's names, which are those of Python 2",
     "numpy._core": "resuming the random stream: in the allow list of its pickle",
     "numpy._core.multiarray._reconstruct": "resuming the random stream: in the allow list of its pickle",

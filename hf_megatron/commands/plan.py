@@ -59,9 +59,7 @@ def command(
     Exits with 1 if it does not fit.
     """
     if compare is not None:
-        if model is not None:
-            raise UnsupportedError(f"--compare {compare} says itself which model it was; leave {model} out.")
-        return _compare(compare, device, as_json)
+        return _compare(compare, model, device, as_json)
     if model is None:
         raise UnsupportedError("Name a MODEL to plan for, or a finished run by --compare.")
     if pp != 1:
@@ -85,12 +83,14 @@ def command(
     return report(model, result, as_json, shown=shown, ok=best.fits)
 
 
-def _compare(directory: Path, device: str, as_json: bool) -> int:
+def _compare(directory: Path, model: str | None, device: str, as_json: bool) -> int:
     """What a finished run has measured beside its plan, for the machine that it ran on if the planner knows it."""
     from hf_megatron.checkpoint import read_json
     from hf_megatron.planning import PRECISIONS, ModelShape, Run, machine_named, machine_of_device, plan
     from hf_megatron.planning.run import RUN_FILE
 
+    if model is not None:
+        raise UnsupportedError(f"--compare {directory} says itself which model it was; leave {model} out.")
     path = directory / RUN_FILE
     if not path.is_file():
         raise UnsupportedError(f"{directory} has no {RUN_FILE}, which MegatronTrainer writes at the end of a run.")

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 from transformers import Trainer
+from transformers.utils import logging
 
 from hf_megatron.errors import HfMegatronError
 from hf_megatron.planning import PRECISIONS, ModelShape, Run, machine_of_device
 from hf_megatron.planning.planner import model_flops
 from hf_megatron.planning.run import RUN_FILE
+
+logger = logging.get_logger(__name__)
 
 
 class WatchedTrainer(Trainer):
@@ -108,8 +111,12 @@ class Progress:
             "measured": {**measured, "peak_memory_bytes": peak_memory(self._trainer.args.device)},
         }
         partial = directory / f".{RUN_FILE}.incomplete"
-        partial.write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-        partial.replace(directory / RUN_FILE)
+        try:
+            partial.write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+            partial.replace(directory / RUN_FILE)
+        except OSError as error:  # the run itself is complete
+            logger.warning(f"{directory / RUN_FILE} could not be written ({error.strerror}).")
+            partial.unlink(missing_ok=True)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -15,6 +15,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_megatron
 from hf_megatron import MegatronTrainer
+from hf_megatron.planning.run import RUN_FILE
 from tests.models.reference import Pool, Tensors, full, full_weights, rank
 
 _T = TypeVar("_T")
@@ -150,6 +151,11 @@ def predict(run: Run) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float
     trainer = make_trainer(run)
     output = trainer.predict(examples(11, seed=1))
     return output.predictions, output.label_ids, output.metrics["test_loss"]
+
+
+def names_in(directory: Path) -> list[str]:
+    """What lies in a run's output directory, but for the record of the run."""
+    return sorted(path.name for path in directory.iterdir() if path.name != RUN_FILE)
 
 
 def spoil_a_gradient(trainer: Any, parameter: torch.Tensor, step: int, value: float) -> None:

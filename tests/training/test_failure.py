@@ -19,7 +19,7 @@ from hf_megatron.errors import DivergenceError
 from hf_megatron.training.training_state import remove_old_checkpoints, tidy_checkpoints
 from tests.distributed import RankFailedError
 from tests.models.reference import Pool, assert_all_equal, full_weights, rank
-from tests.training.runs import LAYOUTS, Run, layouts, make_trainer, on_ranks, spoil_a_gradient, train
+from tests.training.runs import LAYOUTS, Run, layouts, make_trainer, names_in, on_ranks, spoil_a_gradient, train
 
 
 class AtStep(TrainerCallback):
@@ -130,7 +130,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> N
     _checkpoint(tmp_path / "final", "mine")
     assert Path(str(get_last_checkpoint(str(tmp_path)))).name == "checkpoint-3"
     tidy_checkpoints(tmp_path, is_first=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    assert names_in(tmp_path) == [
         ".checkpoint-3.old",
         ".checkpoint-4.incomplete",
         ".git",
@@ -160,7 +160,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, limit: int | None, bes
         _checkpoint(tmp_path / f"checkpoint-{step}", "")
         os.utime(tmp_path / f"checkpoint-{step}", (step * 10, step * 10))
     remove_old_checkpoints(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in kept]
+    assert names_in(tmp_path) == [f"checkpoint-{step}" for step in kept]
 
 
 def test_a_checkpoint_being_deleted_has_no_checkpoints_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,4 +185,4 @@ def test_a_run_starts_by_tidying(gpt2: Path, tmp_path: Path) -> None:
     trainer = make_trainer(replace(run, arguments={"max_steps": 9}))
     trainer.train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry][-3:] == [7, 8, 9]
-    assert sorted(path.name for path in run.output.iterdir()) == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
+    assert names_in(run.output) == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]

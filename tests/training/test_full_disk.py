@@ -19,7 +19,7 @@ from hf_megatron.training.training_state import verify_checkpoint
 from tests.distributed import RankFailedError
 from tests.models.reference import Pool, assert_all_equal, full_weights, rank
 from tests.tiers import cases
-from tests.training.runs import LAYOUTS, Run, make_trainer, on_ranks, train
+from tests.training.runs import LAYOUTS, Run, make_trainer, names_in, on_ranks, train
 
 
 class _Full(TrainerCallback):
@@ -92,12 +92,12 @@ def test_a_run_goes_on_when_there_is_space(
     error = RankFailedError if run.layout else DestinationError
     with pytest.raises(error, match=f"checkpoint-6 could not be written, and {state}"):
         on_ranks(pool, _train_until_full, run, full_rank, num_bytes)
-    assert sorted(path.name for path in run.output.iterdir()) == names
+    assert names_in(run.output) == names
     if has_old:
         assert _content(run.output) == before
     else:
         verify_checkpoint(run.output / "checkpoint-3")
     assert_all_equal(on_ranks(pool, _go_on, run), expected)
-    assert sorted(path.name for path in run.output.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert names_in(run.output) == ["checkpoint-3", "checkpoint-6"]
     assert not (run.output / "checkpoint-6/mine").exists()
     verify_checkpoint(run.output / "checkpoint-6")

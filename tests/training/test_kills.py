@@ -24,7 +24,7 @@ from hf_megatron.checkpoint import open_checkpoint
 from tests.distributed import RankFailedError
 from tests.models.architectures import GPT2
 from tests.models.reference import Pool, assert_all_equal, full_weights, rank
-from tests.training.runs import DROPOUT, LAYOUTS, Run, make_trainer
+from tests.training.runs import DROPOUT, LAYOUTS, Run, make_trainer, names_in
 
 _NUM_KILLS = int(os.environ.get("HF_MEGATRON_KILLS", "3"))
 STEPS_PER_LIFE = 8  # at most, on which the next life's count begins
@@ -144,7 +144,7 @@ def test_killed_runs_end_and_go_on_to_the_same_weights(
     # Most lives are short, and all the steps that there could have been would take hours.
     stop = 4 + max(int(path.name.removeprefix("checkpoint-")) for path in run.output.glob("checkpoint-*"))
     weights = pool(2).run(_live, run, None, stop, background=background, timeout=240)[0]
-    assert sorted(path.name[:11] for path in run.output.iterdir()) == ["checkpoint-"] * 2
+    assert [name[:11] for name in names_in(run.output)] == ["checkpoint-"] * 2
     undisturbed = replace(run, output=tmp_path / "undisturbed", arguments={**arguments, "save_strategy": "no"})
     expected = pool(2).run(_live, undisturbed, None, stop, timeout=240 + stop)[0]
     assert_all_equal(weights, expected)

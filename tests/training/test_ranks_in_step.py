@@ -32,6 +32,7 @@ from tests.training.runs import (
     examples,
     layouts,
     make_trainer,
+    names_in,
     on_ranks,
 )
 
@@ -221,7 +222,7 @@ def test_what_a_callback_of_one_rank_asks_for_all_do(
     results = pool(2).run(_steps, Run(gpt2, tmp_path, layout=LAYOUTS["tp2"]), action)
     assert results[0] == results[1]
     assert (results[0][0], len(results[0][1])) == (steps, evaluations)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in checkpoints]
+    assert names_in(tmp_path) == [f"checkpoint-{step}" for step in checkpoints]
 
 
 def _train_own(run: Run) -> list[Step]:

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.models.reference import Pool, assert_all_equal, rank
-from tests.training.runs import DROPOUT, LAYOUTS, Run, layouts, make_trainer, on_ranks, train
+from tests.training.runs import DROPOUT, LAYOUTS, Run, layouts, make_trainer, names_in, on_ranks, train
 
 
 class _Signal(TrainerCallback):
@@ -58,7 +58,7 @@ def test_all_ranks_save_and_exit(
         torch.set_num_threads(1)
         results = [_stopped(run, number, last, background=background)]
     assert results == [(0, 2, True)] * len(results)
-    assert [path.name for path in run.output.iterdir()] == ["checkpoint-2"]
+    assert names_in(run.output) == ["checkpoint-2"]
     _, resumed = on_ranks(pool, train, replace(run, resume=run.output / "checkpoint-2"))
     _, expected = on_ranks(pool, train, replace(run, output=tmp_path / "undisturbed"))
     assert_all_equal(resumed, expected)
