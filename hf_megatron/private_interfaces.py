@@ -129,7 +129,8 @@ _TABLE: Mapping[str, str] = {
     "torch._C": "telling whether a graph is kept for another backward pass",
     "torch._utils": "writing Megatron-LM's files",
     "torch._utils._rebuild_tensor_v2": "writing Megatron-LM's files",
-    # Python, numpy
+    # datasets, Python, numpy
+    "datasets.arrow_dataset.Dataset.__init__._fingerprint": "going on with tokenizing the same data set",
     "os._exit": "ending a tokenizer's worker whose parent is gone",
     "pickle._compat_pickle": "reading protocol 2's names, which are those of Python 2",
     "numpy._core": "resuming the random stream: in the allow list of its pickle",
