@@ -91,6 +91,14 @@ def _check_rank_checks(results: dict[str, Any]) -> None:
     assert results["share_of_a_step"] < 0.001
 
 
+def _check_host_time(results: dict[str, Any]) -> None:
+    """DTensors cost little host time, and one rank launches no more kernels than stock."""
+    ratios = {what: seconds["dtensor"] / seconds["plain"] for what, seconds in results["times"].items()}
+    assert list(ratios.values()) < [1.4, 1.5, 2.0], ratios
+    ours, stock = (results["kernels"][who] for who in ("ours, TP=1", "transformers"))
+    assert all(sum(ours[name].values()) <= sum(stock[name].values()) for name in ("forward", "backward"))
+
+
 def _check_data(results: dict[str, Any]) -> None:
     """Of 2 billion tokens the first batch comes within a second and 50 MB, and more 20 times as fast as is trained."""
     assert (results["tokens"], len(results["ranks"])) == (2_000_000_000, 2)
