@@ -62,8 +62,8 @@ def test_tp_equals_what_ranks_save(stock: Path, tmp_path: Path, pool: Callable[[
 
 def test_a_rank_s_weights_can_stay_in_its_file(stock: Path, tmp_path: Path) -> None:
     """Catches tensors at addresses where a loaded model has to copy them."""
-    convert(stock, tmp_path, to="tp", tp_size=2)
-    for file in tmp_path.glob("shard-*.safetensors"):
+    convert(stock, tmp_path / "tp", to="tp", tp_size=2)
+    for file in (tmp_path / "tp").glob("shard-*.safetensors"):
         assert min(start for _, _, start, _ in read_header(file).tensors.values()) % 64 == 0
 
 
