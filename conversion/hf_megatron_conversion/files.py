@@ -176,6 +176,7 @@ class SafetensorsFile:
     path: str
     parts: Sequence[Part]
     metadata: Mapping[str, str]
+    alignment: int = 8  # bytes, of the first tensor; the reference implementation's
     mode: None = None
 
     @cached_property
@@ -194,7 +195,7 @@ class SafetensorsFile:
             }
             position += part.nbytes
         header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        header += b" " * (-len(header) % 8)  # so that the tensors can be mapped
+        header += b" " * (-(8 + len(header)) % self.alignment)  # so that the tensors can be mapped
         return len(header).to_bytes(8, "little") + header
 
     @property

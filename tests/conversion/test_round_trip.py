@@ -20,6 +20,7 @@ from transformers.distributed import DistributedConfig
 
 from hf_megatron import MegatronGPT2LMHeadModel
 from hf_megatron.architectures import TABLES, Architecture
+from hf_megatron.checkpoint import read_header
 from hf_megatron_conversion import convert, inspect, verify
 from tests.conversion.checkpoints import (
     directory_bytes,
@@ -57,6 +58,13 @@ def test_tp_equals_what_ranks_save(stock: Path, tmp_path: Path, pool: Callable[[
     convert(stock, tmp_path / "converted", to="tp", tp_size=2)
     assert tp_entries(tmp_path / "converted") == tp_entries(tmp_path / "ranks")
     assert read_config(tmp_path / "converted") == read_config(tmp_path / "ranks")
+
+
+def test_a_rank_s_weights_can_stay_in_its_file(stock: Path, tmp_path: Path) -> None:
+    """Catches tensors at addresses where a loaded model has to copy them."""
+    convert(stock, tmp_path / "tp", to="tp", tp_size=2)
+    for file in (tmp_path / "tp").glob("shard-*.safetensors"):
+        assert min(start for _, _, start, _ in read_header(file).tensors.values()) % 64 == 0
 
 
 def test_tp_with_fsdp_converts(tied: Path, tmp_path: Path, pool: Callable[[int], RankPool]) -> None:

@@ -66,4 +66,5 @@ def _shard(number: int, parts: Sequence[Part]) -> SafetensorsFile:
         f"shard-{number:05d}-model-00001-of-00001.safetensors",
         parts,
         {"format": "pt", "DCP_VERSION": "1.0", SHARDING_INFO: json.dumps(offsets)},
+        alignment=64,  # a rank's weights can stay in its file then; see hf_megatron.checkpoint.mapping
     )
