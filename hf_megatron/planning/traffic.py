@@ -61,15 +61,25 @@ def _replicated_layers(shape: ModelShape, run: Run, passes: int) -> Iterator[Col
     fused_bias = sum(prod(t.shape) for t in shape.layer if isinstance(t.spec, Replicated) and t.spec.used)
     size = activation * precision.compute
     with_bias = size + fused_bias * precision.compute  # whose gradient travels along
-    yield Collective("layer outputs, forward", "all-reduce", "tp", 2 * layers * passes, size)
+    yield Collective("layer outputs, forward", "all-reduce", "tp", _sums(shape, run, passes), size)
     yield Collective("attention input, backward", "all-reduce", "tp", layers, with_bias, is_overlapped=run.overlap)
     yield Collective("MLP input, backward", "all-reduce", "tp", layers, size, is_overlapped=run.overlap)
+
+
+def _sums(shape: ModelShape, run: Run, passes: int) -> int:
+    """How often the ranks' terms of attention and MLP are summed up.
+
+    Recomputation ends with the last thing that is kept. If neither dropout nor a norm follows the MLP, its sum is not
+    computed again.
+    """
+    is_left_out = passes > 1 and shape.table.norms == "pre" and not (run.dropout and shape.residual_dropout)
+    return shape.num_layers * (2 * passes - is_left_out)
 
 
 def _sequence_parallel_layers(shape: ModelShape, run: Run, passes: int) -> Iterator[Collective]:
     layers, size = shape.num_layers, _padded(shape, run) * run.precision.compute
     yield Collective("layer inputs, forward", "all-gather", "tp", 2 * layers * passes, size)
-    yield Collective("layer outputs, forward", "reduce-scatter", "tp", 2 * layers * passes, size)
+    yield Collective("layer outputs, forward", "reduce-scatter", "tp", _sums(shape, run, passes), size)
     yield Collective("gradients of layer outputs, backward", "all-gather", "tp", 2 * layers, size)
     # The input once more, for the weight's gradient, while that of the input is computed; and the other way around.
     yield Collective("layer inputs, backward", "all-gather", "tp", 2 * layers, size, is_overlapped=run.overlap)
