@@ -9,7 +9,8 @@
 Whole-word n-gram masking and sentence order, Adam, weight decay, clipping, the shape of the learning rate and the
 initial weights are the paper's; sizes and steps are small ones unless given. The model is cut over all processes, or
 with --tp N over groups of N, which then share the batch. Its degree changes nothing but rounding; the number of groups
-changes which tokens are masked, as each masks its own part of the batch. Without --text or --dataset it learns from the help topics of Python.
+changes which tokens are masked, as each masks its own part of the batch. Without --text or --dataset it learns from the
+help topics of Python.
 """
 
 from __future__ import annotations
