@@ -126,7 +126,7 @@ class MegatronTrainer(CheckpointingTrainer):
             resume_from_checkpoint = get_last_checkpoint(str(output)) or True
         resumed = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
         # The stock filter reads each loss back from the device; see `training_step`.
-        self._filters_losses = self.args.logging_nan_inf_filter and self.args.device.type != "cpu"
+        self._filters_losses = self.args.logging_nan_inf_filter and self._is_ahead
         self.args.logging_nan_inf_filter &= not self._filters_losses
         try:
             if resumed is not None and not is_verified:
@@ -271,14 +271,17 @@ class MegatronTrainer(CheckpointingTrainer):
         return norm
 
     @property
+    def _is_ahead(self) -> bool:
+        """Whether the host launches what the device computes later, and would wait to read anything back."""
+        return bool(self.args.device.type != "cpu")
+
+    @property
     def _defers_checks(self) -> bool:
         """Whether a step's numbers are read only after the next one's forward and backward pass are under way.
 
         Meanwhile the device itself skips the step if they are not finite, which takes a fused optimizer.
         """
-        if self.args.device.type == "cpu" or self.accelerator.scaler is not None:
-            return False
-        return can_skip(inner_optimizer(self.optimizer))
+        return self._is_ahead and self.accelerator.scaler is None and can_skip(inner_optimizer(self.optimizer))
 
     def _check_pending(self) -> None:
         pending, self._pending = self._pending, None

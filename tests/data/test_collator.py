@@ -51,6 +51,17 @@ def test_the_batch(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, 
         assert 1 <= len(chosen) <= max(0.15 * (length - 3), min(map(len, words.words(ids))))
 
 
+def test_positions_of_the_labels(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]) -> None:
+    """Catches a label whose position is not given, or twice, and more fillers than the row with most labels needs."""
+    batch = Collator(tokenizer, seed=1)(examples)
+    labels, positions = batch["labels"], batch["masked_positions"]
+    is_labelled = labels != -100
+    assert positions.shape == (len(examples), is_labelled.sum(1).max())
+    for row, given in enumerate(positions):
+        assert len(set(given.tolist())) == len(given)
+        assert set(is_labelled[row].nonzero()[:, 0].tolist()) <= set(given.tolist())
+
+
 def test_examples_without_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
     """Catches a collator that needs pairs, where MegatronBertForMaskedLM has none; tensors are taken as well."""
     plain = [tokenizer(text, return_token_type_ids=False) for text in ("the statement is executed", "an expression")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ from hf_megatron.errors import DivergenceError
 from hf_megatron.training.local_step import clip_grad_norm_, step_on_shards
 from tests.models.architectures import GPT2
 from tests.models.reference import Pool, full, full_weights
-from tests.training.runs import LAYOUTS, Run, make_trainer, on_ranks, spoil_a_gradient
+from tests.training.runs import LAYOUTS, Log, Run, make_trainer, on_ranks, spoil_a_gradient
 
 OPTIMIZERS: dict[str, Any] = {
     "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
@@ -99,7 +100,7 @@ def _diverge(run: Run) -> tuple[str, bool, int]:
         return original(*args, **kwargs)
 
     trainer.training_step = training_step  # type: ignore[method-assign]
-    late = mock.patch.object(MegatronTrainer, "_defers_checks", True)  # as on a GPU
+    late = mock.patch.object(MegatronTrainer, "_is_ahead", True)  # as on a GPU
     with late, pytest.raises(DivergenceError) as caught:
         trainer.train()
     after = full_weights(trainer.model)
@@ -124,3 +125,31 @@ def test_numbers_that_are_read_late(
     assert is_kept
     assert steps == num_steps
     assert not (tmp_path / "checkpoint-3").exists()
+
+
+def _logged(run: Run, is_ahead: bool) -> tuple[list[float], bool]:
+    """The losses that are logged, where that of the second step is nan; and whether the filter is on afterwards."""
+    log = Log()
+    trainer = make_trainer(run, log)
+    original, calls = trainer.compute_loss, itertools.count(1)
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        loss = original(*args, **kwargs)
+        # nan without a gradient, so that the step itself is an ordinary one.
+        return loss + torch.tensor(float("nan")) if next(calls) == 2 else loss
+
+    trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    with mock.patch.object(MegatronTrainer, "_is_ahead", is_ahead):
+        trainer.train()
+    return [step.loss for step in log.steps], trainer.args.logging_nan_inf_filter
+
+
+def test_losses_that_are_not_finite_are_left_out_of_the_log(gpt2: Path, tmp_path: Path) -> None:
+    """Catches a filter that works on one kind of device only, and one that stays off for the next run."""
+    arguments = {"optim": "adamw_torch_fused", "logging_nan_inf_filter": True, "max_steps": 4, "logging_steps": 2}
+    ahead, stock = (
+        _logged(Run(gpt2, tmp_path / str(is_ahead), arguments=arguments), is_ahead) for is_ahead in (True, False)
+    )
+    assert ahead == stock
+    assert ahead[1] is True
+    assert all(loss == loss for loss in ahead[0])

@@ -60,3 +60,37 @@ def test_the_two_names_of_the_sentence_order(stock_dir: StockDir) -> None:
         torch.testing.assert_close(model(**inputs, **labels, **{name: order}).loss, masked_alone + order_alone)
     with pytest.raises(UnsupportedError, match=r"sentence_order_label and next_sentence_label are the same"):
         model(**inputs, sentence_order_label=order, next_sentence_label=order)
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining"])
+@pytest.mark.parametrize("tp_size", [1, 2])
+@on_live_ranks()
+def test_positions_that_are_given_change_nothing(stock_dir: StockDir, head: str, tp_size: int) -> None:
+    """Catches labels of other positions, fillers that count, and gradients of other hidden states."""
+    model = PRE.load(stock_dir(PRE, head), tp_size, head, dtype=torch.float64).train()
+    inputs, labels = PRE.inputs(head), PRE.labels(head)["labels"]
+    labels[0, 5:8], labels[2] = labels[0, 1], -100  # rows with more labels than others, and with none
+    most = int((labels != -100).sum(1).max())
+    positions = (labels == -100).int().argsort(dim=1, stable=True)[:, :most]
+    found = []
+    for given in ({}, {"masked_positions": positions}):
+        model.zero_grad()
+        loss = model(**inputs, labels=labels, **given).loss
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    (loss, expected), (given_loss, given_gradients) = found
+    assert_agrees("loss", given_loss, loss)
+    for name, gradient in expected.items():
+        assert_agrees(f"gradient of {name}", given_gradients[name], gradient)
+
+
+def test_positions_without_their_label_are_refused(stock_dir: StockDir) -> None:
+    """Catches a label that is silently left out of the loss, or counts twice."""
+    model = PRE.load(stock_dir(PRE, "ForMaskedLM"), head="ForMaskedLM").train()
+    inputs, labels = PRE.inputs("ForMaskedLM"), PRE.labels("ForMaskedLM")["labels"]
+    positions = (labels == -100).int().argsort(dim=1, stable=True)[:, :3]
+    twice = positions.clone()
+    twice[0, 2] = twice[0, 0]
+    for wrong, message in ((positions[:, :1], "are missing"), (twice, "given twice")):
+        with pytest.raises(UnsupportedError, match=message):
+            model(**inputs, labels=labels, masked_positions=wrong)
