@@ -40,6 +40,8 @@ _FORBIDDEN = {
 _CHANGES = {"os.remove": 1, "os.rename": 2, "os.rmdir": 1, "os.mkdir": 1, "os.chmod": 1, "os.symlink": 2, "os.link": 2}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _BLOCKED_SECONDS = 4
+# Stays handled until the process ends, for it may arrive late: no signal that what is tested handles itself.
+_WAKE = signal.SIGRTMIN
 _MAX_FILE_BYTES = 2**29
 
 
@@ -101,7 +103,7 @@ def _install() -> None:
     _is_installed = True
     sys.addaudithook(_audit)
     signal.signal(signal.SIGPROF, lambda *_: _late("takes too much CPU time"))
-    signal.signal(signal.SIGUSR1, lambda *_: _late("waits for ever"))
+    signal.signal(_WAKE, lambda *_: _late("waits for ever"))
     threading.Thread(target=_look_for_blocked_cases, daemon=True).start()
 
 
@@ -120,7 +122,7 @@ def _look_for_blocked_cases() -> None:
         if watch is None or not state.startswith("S") or last != (watch, state):
             last, since = (watch, state), time.monotonic()
         elif time.monotonic() - since > _BLOCKED_SECONDS:
-            signal.pthread_kill(watch.thread, signal.SIGUSR1)
+            signal.pthread_kill(watch.thread, _WAKE)
             if time.monotonic() - since > 3 * _BLOCKED_SECONDS:  # code that tries again when interrupted
                 os.kill(os.getpid(), signal.SIGKILL)
 
