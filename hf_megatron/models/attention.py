@@ -13,13 +13,20 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_megatron.errors import PartitionError
 from hf_megatron.partition import HeadCut
-from hf_megatron.tensor_parallel import ParallelModule, TensorParallelGroup, attention_dropout, complete_heads
+from hf_megatron.tensor_parallel import (
+    ParallelModule,
+    SequenceParallelRegion,
+    TensorParallelGroup,
+    attention_dropout,
+    complete_heads,
+)
 from hf_megatron.tensor_parallel.random import compiled_attention, private_stream
 
 
@@ -84,10 +91,13 @@ class ParallelAttention(ParallelModule):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
         *,
+        region: SequenceParallelRegion | None = None,
         recompute: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend with this rank's heads: queries [B, S_q, H_p], keys and values [B, S, H_p], split on the last dim.
+
+        With a region all of them, and the context, have the sequence first.
 
         The mask is broadcastable to [B, N_p, S_q, S_k], boolean (True: attend) or additive, replicated. The cache holds
         and receives this rank's heads of this layer. ``recompute`` is a function like
@@ -102,6 +112,8 @@ class ParallelAttention(ParallelModule):
         Collective: those of :func:`complete_heads`, if some head lies on two ranks.
         """
         cut = self.head_cut
+        if region is not None:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         if cut.is_shared:
             query, key, value = complete_heads(self.tp_group, cut, query, key, value)
         query, key, value = (self.split_heads(x) for x in (query, key, value))
@@ -129,7 +141,9 @@ class ParallelAttention(ParallelModule):
             ).transpose(1, 2)
             probabilities = None
         else:
+            # Within a region directly: transformers' function copies a context that has the sequence first in memory.
             kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
+            kernel = _attend_directly if implementation == "sdpa" and region is not None else kernel
             with private_stream(query.device, self.first_head) if is_private else nullcontext():
                 context, probabilities = kernel(
                     self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -139,7 +153,8 @@ class ParallelAttention(ParallelModule):
             context = context[..., cut.columns]
             if probabilities is not None:
                 probabilities = probabilities[:, cut.first_here.start - cut.heads.start :]
-        return context.contiguous(), probabilities
+        # Not made contiguous with a region: the copy would be kept for the backward pass, beside that of the kernel.
+        return context.contiguous() if region is None else context.transpose(0, 1), probabilities
 
     def _explicit(
         self,
@@ -166,6 +181,25 @@ class ParallelAttention(ParallelModule):
         probabilities = torch.softmax(scores, dim=-1).to(value.dtype)
         probabilities = attention_dropout(probabilities, dropout, self.first_head)
         return torch.matmul(probabilities, value).transpose(1, 2), probabilities
+
+
+def _attend_directly(
+    module: ParallelAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    dropout: float,
+    scaling: float,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers' function for sdpa, but that the context [B, S_q, N_p, D] stays as the kernel has laid it out."""
+    is_causal = module.is_causal if is_causal is None else is_causal
+    is_causal = is_causal and mask is None and query.shape[2] > 1
+    context = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scaling)
+    return context.transpose(1, 2), None
 
 
 def _has_fused_dropout(query: torch.Tensor) -> bool:

@@ -64,10 +64,14 @@ def base_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
         if self.tp_group.size > 1 and outputs.attentions is not None:
             outputs.attentions = tuple(_of_all_heads(self, part) for part in outputs.attentions)
         if region is not None:
+            last, is_split = outputs.last_hidden_state, self.splits_last_hidden_state
             if outputs.hidden_states is not None:
-                outputs.hidden_states = tuple(_whole(region, state) for state in outputs.hidden_states)
-            if not is_for_head:
-                outputs.last_hidden_state = _whole(region, outputs.last_hidden_state)
+                outputs.hidden_states = tuple(
+                    state if state is None or (state is last and not is_split) else region.gather(state)
+                    for state in outputs.hidden_states
+                )
+            if is_split and not is_for_head:
+                outputs.last_hidden_state = region.gather(last)
         return outputs if return_dict else outputs.to_tuple()
 
     return forward_and_gather
@@ -80,8 +84,3 @@ def _of_all_heads(model: Any, part: torch.Tensor) -> torch.Tensor:
         return gather_from_tensor_parallel_region(group, part, dim=1, size=num_heads)
     here = HeadCut(num_heads, model.config.hidden_size // num_heads, group.size, group.rank).first_here
     return reduce_from_tensor_parallel_region(group, F.pad(part, (0, 0, 0, 0, here.start, num_heads - here.stop)))
-
-
-def _whole(region: SequenceParallelRegion, state: torch.Tensor | None) -> torch.Tensor | None:
-    """Gather hidden states [..., S_p, H] to [..., S, H], replicated; None and full tensors pass through."""
-    return state if state is None or state.shape[-2] == region.length else region.gather(state)

@@ -59,7 +59,7 @@ class VocabParallelHead(ParallelModule):
     ) -> torch.Tensor:
         """Return this rank's logits or, with labels, the loss, in less memory and time than through the logits.
 
-        Hidden states [..., H], replicated, or with a region [..., S_p, H], split on the sequence, to logits [..., V_p],
+        Hidden states [..., H], replicated, or with a region [S_p, ..., H], split on the sequence, to logits [..., V_p],
         split on the last dim. With labels [...], replicated, to the loss of
         :func:`vocab_parallel_linear_cross_entropy`, whose arguments the others are.
 
@@ -77,7 +77,7 @@ class VocabParallelHead(ParallelModule):
         bias = None if bias is None else local(bias)
         hidden_states = hidden_states.to(weight.device)  # a tied head runs on the device of the embedding
         if region is not None:
-            hidden_states = region.enter(hidden_states)
+            hidden_states = region.enter(hidden_states).movedim(0, -2)
         if labels is None:
             if region is None:
                 (hidden_states,) = copy_to_tensor_parallel_region(self.tp_group, hidden_states)

@@ -49,7 +49,7 @@ def start_all_gather(
 
     def finish() -> torch.Tensor:
         wait()
-        # A copy, unless there is nothing before the dim, as with a batch of one; the padding is all at the end.
+        # A copy, unless the dim is the first; the padding is all at the end.
         in_order = gathered.view(group.size, *sent.shape).movedim(0, dim).flatten(dim, dim + 1)
         return in_order.narrow(dim, 0, size)
 
@@ -66,7 +66,7 @@ def start_reduce_scatter(
     """
     largest = chunk_range(tensor.shape[dim], group.size, 0)[1]
     slices: torch.Tensor = _padded(tensor, dim, group.size * largest).unflatten(dim, (group.size, largest))
-    sent = slices.movedim(dim, 0).contiguous()  # in a row; a copy, unless there is nothing before the dim
+    sent = slices.movedim(dim, 0).contiguous()  # in a row; a copy, unless the dim is the first
     total = sent.new_empty(sent.shape[1:])
     wait = _start(_reduce_scatter_single, total, sent.flatten(0, 1), group=group, is_async=is_async)
     start, stop = chunk_range(tensor.shape[dim], group.size, group.rank)

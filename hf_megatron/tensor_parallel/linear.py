@@ -89,7 +89,7 @@ class ColumnParallelLinear(_ParallelLinear):
         return used.num_blocks if isinstance(used, FusedSplit) else 0
 
     def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
-        """[..., in] to [..., out_p]: replicated, or with a region split on the sequence, to split on the last dim.
+        """[..., in] to [..., out_p]: replicated, or with a region [S_p, ..., in], split on dim 0, to split on the last.
 
         Collective: that of :func:`column_parallel_linear`.
         """
@@ -102,7 +102,7 @@ def column_parallel_linear(
     """Apply column-parallel layers to one input behind a single *f*: ``Y_i = f(X) A_i + b_i`` for each layer.
 
     Args:
-        x: [..., in], replicated; with a region [..., S_p, in], split on the sequence.
+        x: [..., in], replicated; with a region [S_p, ..., in], split on dim 0, the sequence.
         region: Where x comes from, if it is split on the sequence.
         layers: Layers of one weight layout; one whose bias is held whole comes alone.
 
@@ -150,7 +150,7 @@ class RowParallelLinear(_ParallelLinear):
     }
 
     def forward(self, x: torch.Tensor, region: SequenceParallelRegion | None = None) -> torch.Tensor:
-        """[..., in_p] to [..., out]: split on the last dim, to replicated or with a region split on the sequence.
+        """[..., in_p], split on the last dim, to [..., out], replicated; with a region to [S_p, ..., out], split on 0.
 
         Collective: all-reduce over tp, forward, of the output. With a region reduce-scatter over tp, forward, and
         all-gather over tp, backward.
@@ -220,7 +220,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         weights, biases = [_cast(w, x.dtype) for w in shards[: ctx.count]], shards[ctx.count :]
         ctx.save_for_backward(x if any(ctx.needs_input_grad[2 : 2 + ctx.count]) else None, *weights)
         if entry.length is not None:
-            x = start_all_gather(entry.group, x, x.dim() - 2, entry.length, is_async=False)()
+            x = start_all_gather(entry.group, x, 0, entry.length, is_async=False)()
         if entry.bias_blocks:
             biases = [_part_of_bias(bias, entry.group, entry.bias_blocks).reshape(-1) for bias in biases]
         return tuple(_product(x, weight, bias, entry.layout) for weight, bias in zip(weights, biases, strict=True))
@@ -234,7 +234,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]  # [T, out_p]
         again = None  # the full input; only this rank's positions were saved
         if entry.length is not None and any(needs_weights):
-            again = start_all_gather(entry.group, x, x.dim() - 2, entry.length)
+            again = start_all_gather(entry.group, x, 0, entry.length)
         has_whole_bias = bool(entry.bias_blocks) and needs_biases[0]
         shape = (*gradients[0].shape[:-1], ctx.shape[-1] if needs_x else 0)
         # A new buffer for the in-place all-reduce: the partial sum of the gradient of x, followed by that of a
@@ -252,7 +252,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         if entry.length is None and buffer.numel():
             wait = start_all_reduce(entry.group, buffer)
         elif needs_x and entry.length is not None:
-            wait = start_reduce_scatter(entry.group, of_x, of_x.dim() - 2)
+            wait = start_reduce_scatter(entry.group, of_x, 0)
         # Overlaps with the all-reduce.
         results: list[Any] = [None] * len(needs)
         if any(needs_weights):

@@ -2,7 +2,9 @@
 
 With tensor parallelism alone, norms, dropout and residuals are computed redundantly for all positions on every rank.
 With sequence parallelism, each rank stores and computes only its own positions. Parallel regions begin with an
-all-gather and end with a reduce-scatter, which together transfer as much data as the all-reduces they replace.
+all-gather and end with a reduce-scatter, which together transfer as much data as the all-reduces they replace. Within a
+region the sequence is the first dimension: what a collective sends to or takes from one rank is then in one piece, and
+needs no copy.
 
 A :class:`SequenceParallelRegion` belongs to one call of a model and is passed down to the layers. Layers without a
 region run without sequence parallelism, as for short sequences.
@@ -29,12 +31,13 @@ from hf_megatron.tensor_parallel.mappings import (
 )
 from hf_megatron.tensor_parallel.random import sliced_dropout
 
-_SEQUENCE_DIM = -2
-
 
 @dataclass(frozen=True)
 class SequenceParallelRegion:
-    """Hidden states [B, S_p, H], split on the sequence like ``torch.chunk``; parts may be uneven or empty."""
+    """Hidden states [S_p, B, H], split on the sequence like ``torch.chunk``; parts may be uneven or empty.
+
+    In the place of B there may be several dimensions.
+    """
 
     group: TensorParallelGroup
     length: int  # S
@@ -53,36 +56,36 @@ class SequenceParallelRegion:
         return replace(self, shared={id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)})
 
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
-        """Begin: [B, S, H], replicated, to [B, S_p, H].
+        """Begin: [B, S, H], replicated, to [S_p, B, H].
 
         Collective: all-gather over tp, backward.
         """
-        return scatter_to_tensor_parallel_region(self.group, x, dim=_SEQUENCE_DIM)
+        return scatter_to_tensor_parallel_region(self.group, x.movedim(-2, 0), dim=0)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """End: [B, S_p, H] to [B, S, H], replicated, with a gradient that is the same on all ranks.
+        """End: [S_p, B, H] to [B, S, H], replicated, with a gradient that is the same on all ranks.
 
         Collective: all-gather over tp, forward.
         """
-        return gather_from_tensor_parallel_region(self.group, x, dim=_SEQUENCE_DIM, size=self.length)
+        return gather_from_tensor_parallel_region(self.group, x, dim=0, size=self.length).movedim(0, -2)
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """Enter a parallel region: [B, S_p, H] to [B, S, H], replicated, with a gradient that is a partial sum.
+        """Enter a parallel region: [S_p, B, H] to [S, B, H], replicated, with a gradient that is a partial sum.
 
         Collective: all-gather over tp, forward; reduce-scatter over tp, backward.
         """
-        return gather_from_sequence_parallel_region(self.group, x, dim=_SEQUENCE_DIM, size=self.length)
+        return gather_from_sequence_parallel_region(self.group, x, dim=0, size=self.length)
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:
-        """Leave a parallel region: partial sums [B, S, H] to [B, S_p, H].
+        """Leave a parallel region: partial sums [S, B, H] to [S_p, B, H].
 
         Collective: reduce-scatter over tp, forward; all-gather over tp, backward.
         """
-        return reduce_scatter_to_sequence_parallel_region(self.group, x, dim=_SEQUENCE_DIM)
+        return reduce_scatter_to_sequence_parallel_region(self.group, x, dim=0)
 
     def dropout(self, x: torch.Tensor, p: float) -> torch.Tensor:
-        """Dropout on [B, S_p, H] with the mask that the whole sequence would get on one rank."""
-        return sliced_dropout(self.group, x, p, dim=_SEQUENCE_DIM, size=self.length)
+        """Dropout on [S_p, B, H] with the mask that the whole sequence would get on one rank."""
+        return sliced_dropout(self.group, x.movedim(0, -2), p, dim=-2, size=self.length).movedim(-2, 0)
 
 
 def in_region(parameter: torch.Tensor, region: SequenceParallelRegion | None) -> torch.Tensor:

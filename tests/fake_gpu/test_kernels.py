@@ -19,10 +19,10 @@ _LAYERS = [
     (_GPT2, (12, 21), ({}, {})),
     (replace(_GPT2, precision="amp"), (22, 33), ({}, {})),
     (replace(_GPT2, tp_size=8), (13, 24), (_SUMS, _SUMS)),
-    (replace(_GPT2, tp_size=8, sequence_parallel=True), (25, 35), (_SPLIT, _SPLIT_BACK)),
+    (replace(_GPT2, tp_size=8, sequence_parallel=True), (21, 29), (_SPLIT, _SPLIT_BACK)),
     (_BERT, (14, 28), ({}, {})),
     (replace(_BERT, tp_size=8), (14, 26), (_SUMS, _SUMS)),
-    (replace(_BERT, tp_size=8, sequence_parallel=True), (26, 35), (_SPLIT, _SPLIT_BACK)),
+    (replace(_BERT, tp_size=8, sequence_parallel=True), (22, 29), (_SPLIT, _SPLIT_BACK)),
 ]
 
 

@@ -79,9 +79,10 @@ def _kept_elements(directory: Path, splits: bool, length: int) -> int:
         return tensor
 
     seen: list[int] = []
+    dim = 0 if splits else 1
     for module in model.modules():
         if isinstance(module, (ReplicatedLayerNorm, HiddenDropout)):
-            module.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].shape[1]))
+            module.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].shape[dim]))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model.transformer(token_ids(B, length))
     start, stop = chunk_range(length, 2, torch.distributed.get_rank()) if splits else (0, length)

@@ -121,7 +121,7 @@ class MegatronBertSelfAttention(ParallelAttention):
         region: SequenceParallelRegion | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend with hidden states [B, S, H], replicated, or with a region [B, S_p, H], split on the sequence.
+        """Attend with hidden states [B, S, H], replicated, or with a region [S_p, B, H], split on the sequence.
 
         Returns the context [B, S, H_p], split by heads, and the probabilities [B, N_p, S, S] where they are kept.
 
@@ -132,7 +132,7 @@ class MegatronBertSelfAttention(ParallelAttention):
             query, key, value = column_parallel_linear(hidden_states, region, *layers)
         else:  # separately: no f to share, or an adapter or accelerate wraps the calls of a layer
             query, key, value = (layer(hidden_states, region) for layer in layers)
-        return self.attend(query, key, value, attention_mask, **kwargs)
+        return self.attend(query, key, value, attention_mask, region=region, **kwargs)
 
 
 class MegatronBertOutput(nn.Module):

@@ -77,7 +77,7 @@ class MegatronGPT2Attention(ParallelAttention):
         region: SequenceParallelRegion | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states [B, S, H], replicated, or with a region [B, S_p, H], split on the sequence, to the same.
+        """Hidden states [B, S, H], replicated, or with a region [S_p, B, H], split on the sequence, to the same.
 
         Also returns the probabilities [B, N_p, S, S_k], split by heads, where they are kept. The other arguments are
         those of :meth:`ParallelAttention.attend`.
@@ -86,7 +86,9 @@ class MegatronGPT2Attention(ParallelAttention):
         region those of the layers.
         """
         query, key, value = self.c_attn(hidden_states, region).chunk(3, dim=-1)
-        context, probabilities = self.attend(query, key, value, attention_mask, past_key_values, **kwargs)
+        context, probabilities = self.attend(
+            query, key, value, attention_mask, past_key_values, region=region, **kwargs
+        )
         return self.resid_dropout(self.c_proj(context, region), region), probabilities
 
 
@@ -121,7 +123,7 @@ class MegatronGPT2Block(GPT2Block):
     """One layer.
 
     Its input and output [B, S, H] are replicated, and so are norms, residuals and their dropout. With a region they are
-    split on the sequence, [B, S_p, H].
+    split on the sequence, [S_p, B, H].
     """
 
     def __init__(self, config: MegatronGPT2Config, layer_idx: int) -> None:
@@ -175,6 +177,8 @@ class MegatronGPT2PreTrainedModel(MegatronModelMixin, GPT2PreTrainedModel):
 
 class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
     """The transformer without a head; returns hidden states."""
+
+    splits_last_hidden_state = True
 
     def __init__(self, config: MegatronGPT2Config) -> None:
         self._init_pretrained(config)
@@ -241,8 +245,10 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
         hidden_states = self._transform(
             hidden_states, cache, attention_mask, region, position_ids=position_ids, use_cache=use_cache, **kwargs
         )
+        first, second, width = hidden_states.shape
+        shape = (*batch_shape, second, width) if region is None else (first, *batch_shape, width)
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states.view(*batch_shape, *hidden_states.shape[-2:]),
+            last_hidden_state=hidden_states.view(*shape),
             **{CACHE: past_key_values if use_cache else None},
         )
 
@@ -256,7 +262,7 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
     ) -> torch.Tensor:
         """Run everything from the embedding dropout to the final norm.
 
-        The sum of the embeddings [B, S, H], replicated, to [B, S, H], replicated, or with a region to [B, S_p, H],
+        The sum of the embeddings [B, S, H], replicated, to [B, S, H], replicated, or with a region to [S_p, B, H],
         split on the sequence. The other arguments are those of the attention.
         """
         if region is not None:
