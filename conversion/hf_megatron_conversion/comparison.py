@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_megatron.architectures.table import TANH_GELUS
-from hf_megatron.checkpoint import DTYPES
+from hf_megatron.checkpoint import DTYPES, itemsize, torch_dtype
 from hf_megatron.errors import UnsupportedError
 from hf_megatron.partition import Box
 from hf_megatron_conversion.files import Progress, Silent
@@ -23,6 +23,7 @@ from hf_megatron_conversion.tensors import Readable, bounded, num_bytes, raw_byt
 if TYPE_CHECKING:
     import torch
 
+_CHUNK = 2**18  # values compared at a time
 _logger = logging.getLogger(__name__)
 
 
@@ -159,14 +160,21 @@ def _compare_values(a: Readable, b: Readable, progress: Progress) -> tuple[int, 
     import torch
 
     count, largest, strange = 0, 0.0, 0
-    for box in bounded(Box.whole(a.shape), a.dtype):
-        parts = a.read(box), b.read(box)
-        progress.advance(parts[0].nbytes)
-        if parts[0].is_floating_point():
-            strange += int((~torch.isfinite(parts[0].float())).sum())
-        if a.dtype != b.dtype or not torch.equal(*map(raw_bytes, parts)):
-            differing, difference = _difference(*parts)
-            count, largest = count + differing, max(largest, difference)
+    boxes = list(bounded(Box.whole(a.shape), a.dtype))
+    # New memory for each part, or as large for each intermediate result, would leave the allocator with several times
+    # as much.
+    most = max(box.numel for box in boxes)
+    memory = [torch.empty(most, dtype=torch_dtype(tensor.dtype)) for tensor in (a, b)]
+    for box in boxes:
+        for tensor, part in zip((a, b), memory, strict=True):
+            tensor.read_into(raw_bytes(part[: box.numel]).numpy().data, box)
+        progress.advance(box.numel * itemsize(a.dtype))
+        for parts in zip(*(part[: box.numel].split(_CHUNK) for part in memory), strict=True):
+            if parts[0].is_floating_point():
+                strange += int((~torch.isfinite(parts[0].float())).sum())
+            if a.dtype != b.dtype or not torch.equal(*map(raw_bytes, parts)):
+                differing, difference = _difference(*parts)
+                count, largest = count + differing, max(largest, difference)
     return count, largest, strange
 
 

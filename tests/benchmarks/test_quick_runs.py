@@ -43,7 +43,7 @@ _SCRIPTS: dict[str, tuple[list[str], Callable[[Path], bool] | tuple[str, int]]] 
     "layernorm_placement": (["--workers", "1"], _trains_each_placement),
     "wikitext103": ([], _is_the_right_way_round),
     "decoding": ([], lambda output: "times the tokens per second" in (output / "decoding.md").read_text()),
-    "loading": ([], ("| ours-tp", 3)),
+    "loading": ([], ("| ours-tp", 5)),
     "shared_heads": ([], ("| seconds of a step |", 1)),
     "recomputation": (["--precisions", "bf16 autocast"], ("\n| bf16 autocast |", 4)),
     "loss_gradient": ([], lambda output: max(r["ratio"] for r in read(output / "loss_gradient.json")["rows"]) < 1.1),
