@@ -178,11 +178,11 @@ def _one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:
-        names = _get_current_dispatch_mode().names
-        before = Counter(names)
+        mode = _get_current_dispatch_mode()
+        assert isinstance(mode, _Kernels)
+        before = Counter(mode.names)
         result = function(*args, **kwargs)
-        names.clear()
-        names.update(before + Counter([function.__name__]))
+        mode.names = before + Counter([function.__name__])
         return result
 
     return counted
@@ -190,8 +190,8 @@ def _one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fused_attention(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> torch.Tensor:
     """In place of megatron-core's own: [S, B, heads, head size] each to [S, B, H]."""
-    by_head = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-    context = torch.nn.functional.scaled_dot_product_attention(*by_head, dropout_p=0.1, is_causal=True)
+    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    context = torch.nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=0.1, is_causal=True)
     return context.permute(2, 0, 1, 3).flatten(2)
 
 
