@@ -1,6 +1,7 @@
 """What the host does for a training step on two ranks, next to the same step of plain tensors; kernels of a layer.
 
     python -m benchmarks.bench_host_time            # writes results/host_time.{json,md}
+    python -m benchmarks.bench_host_time --kernels  # count again, and keep the times
     python -m benchmarks.bench_host_time --quick    # two layers, to see that it runs
 
 **Time.** GPT-2 with 48 layers, narrow enough that products cost next to nothing, in a process group that does nothing.
@@ -10,16 +11,23 @@ clipping is ours, and on the plain tensors torch's own.
 
 **Kernels.** Operations of one GPT-2 layer, forward and backward, in bfloat16 with dropout and fused attention, on the
 meta device; those that only change a tensor's shape, or allocate, are no kernels. The input needs a gradient, as that
-of every layer but the first does.
+of every layer but the first does. With ``--megatron-core`` its layers are counted too; what it has ``torch.compile``
+fuse is one kernel each, as far as it is forward or has a backward function of its own.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,18 +38,22 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from transformers import GPT2LMHeadModel
 from transformers.distributed import DistributedConfig
 
-from benchmarks import records
 from benchmarks.command_line import make_parser, parse
+from benchmarks.peers.workload import Workload
+from benchmarks.records import environment, read, write
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
 from hf_megatron.training.local_step import clip_grad_norm_, step_on_shards
 
 NAME = "host_time"
 SIZES = {"n_embd": 64, "n_head": 4, "vocab_size": 512, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
 NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+NOTE = """megatron-core {} has its local modules, without Transformer Engine or Apex. Their attention is separate
+operations; with fused attention, as Transformer Engine has it, it is one. What megatron-core has `torch.compile` fuse
+(bias and GELU; bias, dropout and residual) counts as one kernel. The other layers are not compiled."""
 NO_KERNEL = {
     *("_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "narrow"),
     *("new_empty", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind"),
@@ -142,13 +154,12 @@ def _as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def kernels(model: Any) -> dict[str, dict[str, int]]:
-    """The kernels of a model's second layer, by name."""
-    block = model.to(torch.bfloat16).train().transformer.h[1]
-    _map_parameters(block, _on_meta)
-    hidden = torch.empty(2, 16, SIZES["n_embd"], device="meta", dtype=torch.bfloat16, requires_grad=True)
+def kernels(block: nn.Module, shape: Sequence[int] = (2, 16), **inputs: Any) -> dict[str, dict[str, int]]:
+    """The kernels of a layer, by name; ``shape`` is that of its tokens."""
+    _map_parameters(block.to(torch.bfloat16).train(), _on_meta)
+    hidden = torch.empty(*shape, SIZES["n_embd"], device="meta", dtype=torch.bfloat16, requires_grad=True)
     with _as_on_a_gpu(), _Kernels() as forward:
-        output = block(hidden)
+        output = block(hidden, **inputs)
     output = output if isinstance(output, torch.Tensor) else output[0]
     gradient = torch.empty_like(output)
     with _as_on_a_gpu(), _Kernels() as backward:
@@ -162,31 +173,95 @@ def _on_meta(parameter: torch.Tensor) -> torch.Tensor:
     return DTensor(parameter._local_tensor.to("meta"), parameter._spec, requires_grad=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    given, file = parse(make_parser(__doc__, "quick"), arguments, NAME)
-    torch.set_num_threads(1)
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        times = host_time(*(2, 2) if given.quick else (48, 40))
-        activation = {"activation_function": "gelu_pytorch_tanh"}
-        stock = GPT2LMHeadModel(MegatronGPT2Config(**SIZES, **activation, n_layer=2))
-        counts = {"transformers": kernels(stock)}
-        counts |= {f"ours, TP={size}": kernels(_model(2, size, **activation)) for size in (1, 2)}
-    finally:
-        dist.destroy_process_group()
-    record = {"times": times, "kernels": counts, "environment": records.environment("torch", "transformers")}
-    records.write(file, record)
+def _one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of ``torch.compile``: whatever the function does counts as one kernel."""
+
+    @wraps(function)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        mode = _get_current_dispatch_mode()
+        assert isinstance(mode, _Kernels)
+        before = Counter(mode.names)
+        result = function(*args, **kwargs)
+        mode.names = before + Counter([function.__name__])
+        return result
+
+    return counted
+
+
+def _fused_attention(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> torch.Tensor:
+    """In place of megatron-core's own: [S, B, heads, head size] each to [S, B, H]."""
+    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    context = torch.nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=0.1, is_causal=True)
+    return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def kernels_of_megatron_core() -> dict[str, dict[str, dict[str, int]]]:
+    """The kernels of a GPT layer of megatron-core's own modules, by degree; with its attention and with a fused one."""
+    with mock.patch.object(torch, "compile", _one_kernel):
+        peer = importlib.import_module("benchmarks.peers.megatron_core")
+    attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
+    workload = Workload("gpt2", 2, SIZES["n_embd"], SIZES["n_head"], SIZES["vocab_size"], SIZES["n_positions"])
+    workload = replace(workload, dtype="bfloat16", dropout=0.1)
+    mask = torch.empty(1, 1, 16, 16, device="meta", dtype=torch.bool)
+    counts = {}
+    for kind, forward in (("", attention.forward), (" with fused attention", _fused_attention)):
+        for tp_size in (1, 2):
+            peer.over_ranks(tp_size)
+            block = peer.make_model(workload, tp_size, fused=True).decoder.layers[1]
+            with (
+                mock.patch.object(torch.cuda, "current_device", return_value="meta"),  # where it allocates
+                mock.patch.object(attention, "forward", forward),
+            ):
+                counts[f"megatron-core{kind}, TP={tp_size}"] = kernels(block, (16, 2), attention_mask=mask)
+    return counts
+
+
+def count_kernels() -> dict[str, dict[str, dict[str, int]]]:
+    """The kernels of a layer of stock transformers, of ours, and of megatron-core where that is installed."""
+    activation = {"activation_function": "gelu_pytorch_tanh"}
+    stock = GPT2LMHeadModel(MegatronGPT2Config(**SIZES, **activation, n_layer=2))
+    counts = {"transformers": kernels(stock.transformer.h[1])}
+    counts |= {f"ours, TP={size}": kernels(_model(2, size, **activation).transformer.h[1]) for size in (1, 2)}
+    return counts | (kernels_of_megatron_core() if importlib.util.find_spec("megatron") else {})
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Both tables."""
     lines = ["| host time on two ranks, ms | plain tensors | ours | ratio |", "| --- | ---: | ---: | ---: |"]
-    for what, seconds in times.items():
+    for what, seconds in record["times"].items():
         plain, ours = 1e3 * seconds["plain"], 1e3 * seconds["dtensor"]
         lines.append(f"| {what} | {plain:.2f} | {ours:.2f} | {ours / plain:.2f} |")
     lines += ["", "| kernels of a layer | forward | backward |", "| --- | ---: | ---: |"]
-    for who, of_passes in counts.items():
+    for who, of_passes in record["kernels"].items():
         forward, backward = (sum(of_passes[name].values()) for name in ("forward", "backward"))
         lines.append(f"| {who} | {forward} | {backward} |")
-    text = "\n".join(lines)
-    file.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
+    if version := record["environment"]["versions"].get("megatron-core"):
+        lines += ["", NOTE.format(version)]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = make_parser(__doc__, "quick")
+    parser.add_argument("--kernels", action="store_true", help="count kernels only; times that are there stay")
+    parser.add_argument("--megatron-core", type=Path, metavar="DIR", help="unpacked wheels of megatron-core and triton")
+    given, file = parse(parser, arguments, NAME)
+    sys.path += [str(given.megatron_core)] if given.megatron_core else []
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        record = read(file) if given.kernels else {}
+        if not record:
+            record["times"] = host_time(*(2, 2) if given.quick else (48, 40))
+            record["environment"] = environment("torch", "transformers")
+        record["kernels"] = count_kernels()
+    finally:
+        dist.destroy_process_group()
+    if importlib.util.find_spec("megatron"):
+        record["environment"]["versions"] |= environment("megatron-core")["versions"]
+    write(file, record)
+    text = markdown(record)
+    file.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 

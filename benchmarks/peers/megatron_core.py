@@ -3,6 +3,7 @@
 It is written for CUDA. On a CPU it needs what is patched here, each found by its error, and these settings: parameters
 initialised on the CPU, and the fusions off that are CUDA kernels. Its attention is the unfused one, which is what it
 has without Transformer Engine. ``triton`` is imported by it and has to be there, though nothing of it is called.
+``bench_host_time`` counts the kernels of its layers.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from safetensors import safe_open
 from benchmarks.peers.competitors import Built, Setup
 from benchmarks.peers.workload import Batch, Workload
 
-__all__ = ["build"]
+__all__ = ["build", "make_model", "over_ranks"]
 
 
 class _NoTracker:
-    """Takes the place of megatron-core's tracker of CUDA random states; there is no dropout to need one."""
+    """Takes the place of megatron-core's tracker of CUDA random states; of no tensor here does dropout draw values."""
 
     def is_initialized(self) -> bool:
         return True
@@ -46,8 +47,14 @@ for _name, _module in list(sys.modules.items()):  # wherever it was imported to
         _module.__dict__["get_cuda_rng_tracker"] = lambda *_, **__: _NoTracker()
 
 
-def _model(workload: Workload, ranks: int) -> Any:
-    """The model, with weights of its own."""
+def over_ranks(ranks: int) -> None:
+    """Set its process groups up for this degree, in place of those of another."""
+    _parallel_state.destroy_model_parallel()
+    _parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)
+
+
+def make_model(workload: Workload, ranks: int, fused: bool = False) -> Any:
+    """The model, with weights of its own; ``fused`` for what it has ``torch.compile`` fuse."""
     is_gpt = workload.model == "gpt2"
     config = _config.TransformerConfig(
         num_layers=workload.layers,
@@ -58,15 +65,15 @@ def _model(workload: Workload, ranks: int) -> Any:
         params_dtype=workload.torch_dtype,
         pipeline_dtype=workload.torch_dtype,
         bf16=workload.torch_dtype == torch.bfloat16,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        hidden_dropout=workload.dropout,
+        attention_dropout=workload.dropout,
         layernorm_epsilon=1e-5 if is_gpt else 1e-12,
-        activation_func=_tanh_gelu if is_gpt else F.gelu,
+        activation_func=_tanh_gelu if is_gpt and not fused else F.gelu,  # fused, it is of tanh
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
         persist_layer_norm=False,
     )
     common = {
@@ -161,9 +168,9 @@ def build(setup: Setup) -> Built:
     """Build the model and copy the checkpoint's weights into it."""
     if setup.device.type != "cpu":
         raise ValueError("megatron-core is set up for the CPU here; on a GPU it would need Transformer Engine")
-    _parallel_state.initialize_model_parallel(setup.ranks, create_gloo_process_groups=False)
+    over_ranks(setup.ranks)
     workload = setup.workload
-    model = _model(workload, setup.ranks).to(workload.torch_dtype).train()
+    model = make_model(workload, setup.ranks).to(workload.torch_dtype).train()
     _load(model, setup)
     sequence = workload.sequence
     causal_mask = torch.triu(torch.ones(sequence, sequence, dtype=torch.bool), 1)[None, None]

@@ -84,9 +84,9 @@ class Worker:
         has_card_each = job.device == "cuda" and torch.cuda.device_count() >= self._ranks
         if has_card_each:
             torch.cuda.set_device(rank)
-        self._batch = batch_of(job.workload, self._device)
-        torch.set_num_threads(job.configuration.threads)
         competitor = COMPETITORS[job.configuration.competitor]
+        self._batch = batch_of(job.workload, self._device, positions=competitor.module == "ours")
+        torch.set_num_threads(job.configuration.threads)
         needs_group = self._ranks > 1 or competitor.module == "megatron_core"
         if needs_group and not dist.is_initialized():
             dist.init_process_group(

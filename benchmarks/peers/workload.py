@@ -153,18 +153,26 @@ def generate(workload: Workload, directory: Path, seed: int = 0) -> Path:
     return directory
 
 
-def batch_of(workload: Workload, device: torch.device, seed: int = 7) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``labels`` [B, S]; a GPT-2 predicts every next token, a BERT a share of its positions."""
+def batch_of(
+    workload: Workload, device: torch.device, seed: int = 7, positions: bool = False
+) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``labels`` [B, S]; a GPT-2 predicts every next token, a BERT a share of its positions.
+
+    With ``positions`` a BERT gets them as our data collator gives them: ``masked_positions`` [B, M].
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, workload.vocab, (workload.batch, workload.sequence), generator=generator)
-    labels = ids.clone()
+    labels, given = ids.clone(), {}
     if workload.model == "bert":
         chosen = torch.randperm(workload.tokens, generator=generator)[
             : max(1, round(workload.labelled * workload.tokens))
         ]
         labels = torch.full_like(ids, -100)
         labels.view(-1)[chosen] = ids.view(-1)[chosen]
-    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+        if positions:  # found here, since reading labels from a GPU would be a wait
+            most = int((labels != -100).sum(1).max())
+            given["masked_positions"] = (labels == -100).int().argsort(dim=1, stable=True)[:, :most]
+    return {name: tensor.to(device) for name, tensor in {"input_ids": ids, "labels": labels, **given}.items()}
 
 
 def training_flops(workload: Workload) -> float:
