@@ -299,11 +299,11 @@ def test_stock_transformers_loads_hub_directories(tied: Path, untied: Path, tmp_
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
-    # From 26 words on, each of six ranks has rows.
+    # From 26 words on, each of six ranks has rows; so it is with 11 and 12 columns, at any of the degrees.
     sizes=st.fixed_dictionaries(
         {
             "vocab_size": st.integers(26, 45),
-            "n_head": st.sampled_from([6, 7, 12]),
+            "n_head": st.sampled_from([11, 12]),
             "n_inner": st.none() | st.integers(26, 40),
             "n_layer": st.integers(1, 2),
             "tie_word_embeddings": st.booleans(),
