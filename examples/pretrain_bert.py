@@ -8,9 +8,8 @@
 
 Whole-word n-gram masking and sentence order, Adam, weight decay, clipping, the shape of the learning rate and the
 initial weights are the paper's; sizes and steps are small ones unless given. The model is cut over all processes, or
-with --tp N over groups of N, which then share the batch. Its degree changes nothing but rounding; the number of groups
-changes which tokens are masked, as each masks its own part of the batch. Without --text or --dataset it learns from the
-help topics of Python.
+with --tp N over groups of N, which then share the batch. Neither changes which tokens are masked. Without --text or
+--dataset it learns from the help topics of Python.
 """
 
 from __future__ import annotations
@@ -100,7 +99,8 @@ def make_pairs(
 ) -> list[dict[str, Any]]:
     """As many sentence-order pairs as there are steps for; the texts are cut and swapped anew each time around.
 
-    The seed makes them the same on all ranks, as tensor parallelism needs them.
+    The seed makes them the same on all ranks, as tensor parallelism needs them. Each is masked by its own number, at
+    any layout and after a restart.
     """
     documents = [tokenize_sentences(tokenizer, text) for text in texts]
     generator = torch.Generator().manual_seed(args.seed)
@@ -110,7 +110,7 @@ def make_pairs(
         if not cut:
             raise SystemExit("There are no two sentences in the text; give more with --text.")
         pairs += cut
-    return pairs
+    return [{**pair, "masking_seed": args.seed + number} for number, pair in enumerate(pairs)]
 
 
 def main() -> None:
@@ -132,6 +132,7 @@ def main() -> None:
         save_steps=args.save_steps,
         logging_steps=gcd(20, args.save_steps),  # so that a restart, from a checkpoint, logs the same means
         save_total_limit=2,
+        remove_unused_columns=False,  # the collator needs the seeds of masks
         report_to=[],
     )
     texts = read_texts(args)

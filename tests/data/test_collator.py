@@ -90,6 +90,22 @@ def test_a_seed_makes_a_stream_of_its_own(tokenizer: PreTrainedTokenizerBase, ex
     assert not _is_equal(Collator(tokenizer, seed=9)(examples[:8]), batches[0])
 
 
+def test_seeds_of_examples(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]) -> None:
+    """Catches masks that depend on the batch an example is in, on its place there, or on what was drawn before."""
+    seeded = [{**example, "masking_seed": number} for number, example in enumerate(examples[:8])]
+    collate = Collator(tokenizer)
+    state = torch.get_rng_state()
+    whole = collate(seeded)
+    assert torch.equal(torch.get_rng_state(), state)
+    for part in (slice(4, 8), slice(7, None), slice(0, 1)):
+        batch = collate(seeded[part])
+        for name in ("input_ids", "labels"):
+            here = batch[name].shape[1]
+            assert torch.equal(batch[name], whole[name][part, :here]), name
+    other = [{**example, "masking_seed": example["masking_seed"] + 100} for example in seeded]
+    assert not _is_equal(collate(other), whole)
+
+
 def test_no_seed_means_the_default_generator(
     tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, Any]]
 ) -> None:

@@ -28,6 +28,7 @@ from hf_megatron.paper.data.tokens import special_token_id
 _MASKED_SHARE = 0.8
 _RANDOM_SHARE = 0.1
 _ORDER = "sentence_order_label"
+_SEED = "masking_seed"
 _IGNORED = -100
 
 
@@ -104,7 +105,7 @@ class NgramMasking:
     def replace(
         self, input_ids: torch.Tensor, is_chosen: torch.Tensor, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """What the model sees of the tokens [B, S], of which some are chosen [B, S, bool]; [B, S].
+        """What the model sees of the tokens [...], of which some are chosen [..., bool]; [...].
 
         Of the chosen tokens 80% become ``[MASK]``, 10% a random token that is not special, 10% stay.
         """
@@ -132,8 +133,12 @@ class DataCollatorForMegatronBertPretraining:
 
     All ranks of a tensor-parallel group must make the same batch. They do if they have the same examples and draw the
     same numbers: from ``seed``, or from torch's default generator, which building or loading a model with
-    ``distributed_config`` makes equal within a group, and which Trainer saves and restores. DataLoader workers are
-    seeded by their number, so that this holds with workers too.
+    ``distributed_config`` makes equal within a group. DataLoader workers are seeded by their number, so that this holds
+    with workers too.
+
+    An example with a ``masking_seed``, an integer from 0 on, is masked by that alone: alike at every layout and after
+    a resume. Without, a resumed run masks differently, since the batch that comes next was drawn before the random
+    state was saved. Give each example a seed of its own, and ``remove_unused_columns=False`` to the arguments.
 
     The first three arguments, and their errors, are those of :class:`NgramMasking`.
     """
@@ -153,25 +158,31 @@ class DataCollatorForMegatronBertPretraining:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch of B examples as :func:`sentence_order_pairs` or the tokenizer gives them.
 
-        They have ``input_ids`` with special tokens, ``token_type_ids`` (zeros if absent), and all or none of them
-        ``sentence_order_label``; DataError if only some do, or one has nothing but special tokens.
+        They have ``input_ids`` with special tokens, ``token_type_ids`` (zeros if absent), ``masking_seed`` if masks are
+        to depend on it alone, and all or none of them ``sentence_order_label``; DataError if only some do, or one has
+        nothing but special tokens.
 
         Returns:
             On the CPU: ``input_ids``, ``attention_mask``, ``token_type_ids`` and ``labels``, [B, S], with labels of
             -100 where nothing is predicted; ``masked_positions`` [B, M], where there are labels, filled up with other
             positions; and ``sentence_order_label`` [B], if the examples have it.
         """
-        generator = self._random_stream()
         sequences = [torch.as_tensor(example["input_ids"], dtype=torch.long) for example in examples]
         types = [
             torch.as_tensor(example.get("token_type_ids", [0] * len(ids)), dtype=torch.long)
             for example, ids in zip(examples, sequences, strict=True)
         ]
-        chosen = self._pad([self._choose(ids, generator) for ids in sequences], 0)
-        input_ids = self._pad(sequences, special_token_id(self.tokenizer, "pad"))
+        pad_id = special_token_id(self.tokenizer, "pad")
+        are_chosen, seen = [], []
+        for example, ids in zip(examples, sequences, strict=True):
+            seed = example.get(_SEED)
+            generator = self._random_stream() if seed is None else torch.Generator().manual_seed(int(seed))
+            are_chosen.append(self._choose(ids, generator))
+            seen.append(self._masking.replace(ids, are_chosen[-1], generator))
+        chosen, input_ids = self._pad(are_chosen, 0), self._pad(sequences, pad_id)
         most = int(chosen.sum(1).max())
         batch = {
-            "input_ids": self._masking.replace(input_ids, chosen, generator),
+            "input_ids": self._pad(seen, pad_id),
             "attention_mask": self._pad([torch.ones_like(ids) for ids in sequences], 0),
             "token_type_ids": self._pad(types, 0),
             "labels": input_ids.masked_fill(~chosen, _IGNORED),
