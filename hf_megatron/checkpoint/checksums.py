@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_megatron.checkpoint.directory import read_json
-from hf_megatron.errors import CheckpointFormatError
+from hf_megatron.errors import CheckpointFormatError, shown
 
 CHECKSUMS = "checksums.json"
 Checksums = Mapping[str, Mapping[str, Any]]
@@ -55,10 +55,15 @@ def damages(
     found = []
     for name in sorted(checksums)[part::num_parts]:
         path, expected = directory / name, checksums[name]
-        if not path.is_file():
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError as error:  # as of a name that is too long
+            found.append(f"{shown(name)} cannot be read: {error.strerror}")
+            continue
+        if size is None:
             found.append(f"{name} is missing")
-        elif path.stat().st_size != expected["size"]:
-            found.append(f"{name} has {path.stat().st_size} bytes, not the {expected['size']} that were written")
+        elif size != expected["size"]:
+            found.append(f"{name} has {size} bytes, not the {expected['size']} that were written")
         elif not sizes_only and _of(path)["sha256"] != expected["sha256"]:
             found.append(f"{name} has other bytes than were written")
     return found

@@ -135,12 +135,15 @@ def read_header(path: Path) -> Header:
 
 
 def _parsed(raw: bytes, start: int) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Tensors and metadata of a header, as the reference implementation takes them; ValueError if it does not."""
+    """Tensors and metadata of a header, as the reference implementation takes them; ValueError if it does not.
+
+    Names that occur twice, and what is beyond a limit, are refused, though the reference implementation takes them.
+    """
     entries = parse_json(raw, strict=True)
     if not isinstance(entries, dict):
         raise ValueError("its header is not an object")
-    if isinstance(entries, ObjectWithDuplicates) and _METADATA in entries.duplicates:
-        raise ValueError(f"it has {_METADATA} twice")
+    if isinstance(entries, ObjectWithDuplicates):  # of which the reference implementation takes the last
+        raise ValueError(f"it has {shown(min(entries.duplicates))} twice")
     metadata = entries.pop(_METADATA, None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

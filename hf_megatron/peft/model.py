@@ -50,9 +50,9 @@ def adapter_errors(directory: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what peft raises for values that no adapter has into a CheckpointFormatError."""
     try:
         yield
-    except HfMegatronError:
+    except (HfMegatronError, dist.DistError, torch.OutOfMemoryError):
         raise
-    except (TypeError, KeyError, AttributeError, ValueError, re.error) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, RuntimeError, re.error) as error:
         raise CheckpointFormatError(f"{directory} holds no adapter for this model: {shown(str(error))}.") from error
 
 

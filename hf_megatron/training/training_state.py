@@ -156,7 +156,13 @@ def load_scheduler(scheduler: Any, directory: Path, *, step: int, may_skip: bool
             f"{directory / 'scheduler.pt'} is of step {place}, and {TRAINER_STATE_NAME} of step {step}: they are of "
             "two checkpoints. Resume from another one."
         )
-    scheduler.load_state_dict(state)
+    try:
+        scheduler.load_state_dict(state)
+    except Exception as error:  # whatever torch makes of it
+        raise CheckpointFormatError(
+            f"{directory / 'scheduler.pt'} holds no state of a {type(scheduler).__name__}: {type(error).__name__}: "
+            f"{shown(str(error))}. Resume from another checkpoint."
+        ) from error
 
 
 def read_state(path: Path) -> Any:

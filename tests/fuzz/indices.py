@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import product
 from typing import Any
 
@@ -32,8 +33,10 @@ _FIELDS_OF_INDEX = ["state_dict_metadata", "planner_data", "storage_data", "stor
 
 def edit_index(draw: Draw, metadata: dcp.Metadata) -> None:
     """Change one thing in it."""
-    if isinstance(metadata.storage_data, dict) and isinstance(metadata.state_dict_metadata, dict):
-        pick(draw, _EDITS)(draw, metadata)
+    fields = (getattr(metadata, name, None) for name in ("storage_data", "state_dict_metadata"))
+    if all(isinstance(field, dict) for field in fields):
+        with suppress(TypeError):  # of what an earlier edit has made unhashable
+            pick(draw, _EDITS)(draw, metadata)
 
 
 def _number(draw: Draw, old: Any) -> Any:

@@ -80,7 +80,7 @@ def wrong_tensor(draw: Draw, tensor: torch.Tensor) -> Any:
             shapes = [tensor.shape[:-1], (*tensor.shape, 1), (0, *tensor.shape[1:]), (), tensor.shape[::-1]]
             return torch.zeros(pick(draw, shapes))
         case "expand":
-            return torch.zeros(1).expand(tensor.shape)
+            return torch.zeros(()).expand(tensor.shape)
         case "view":
             return torch.cat([tensor, tensor])[::2] if tensor.dim() else tensor.clone()
         case "huge":

@@ -40,6 +40,9 @@ _CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "is not valid JSON"),
     "no header": (lambda d: (d / "adapter_model.safetensors").write_bytes(bytes(9)), "is not a safetensors file"),
     "no rank": (_config(r=None), r"LoraConfig\(r=None\)"),
+    "other rank": (_config(r=2, rank_pattern={}), "holds no adapter for this model: .*size mismatch"),
+    "huge rank": (_config(r=2**61), "holds no adapter for this model"),
+    "no bias": (_config(bias=""), "holds no adapter for this model: .*bias"),
     "other type": (_config(velora_config=3), "holds no adapter for this model"),
 }
 

@@ -201,6 +201,7 @@ def test_checksums_are_of_every_file(tmp_path: Path) -> None:
     found = [damages(tmp_path, checksums, part=part, num_parts=2) for part in range(2)]
     assert found == [[], ["optimizer/3 has other bytes than were written"]]
     assert damages(tmp_path, checksums, sizes_only=True) == []
+    assert "cannot be read: File name too long" in damages(tmp_path, {"x" * 999: checksums["optimizer/3"]})[0]
 
 
 # ---------------------------------------------------------------------- disks that are full, weights that are none

@@ -124,6 +124,7 @@ _CHANGES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "long integer": (_trainer_state('{"global_step": %s}' % ("9" * 5000)), "trainer_state.json cannot be read"),
     "other step": (_trainer_state('{"global_step": [[[[[[[[6]]]]]]]]}'), "is of step a list"),
     "random state of another shape": (_state("random_state_0.pt", {"python": (1, 2, 3)}), "no state of random streams"),
+    "schedule without functions": (_state("scheduler.pt", {"last_epoch": 6}), "holds no state of a LambdaLR: KeyError"),
     "schedule of another shape": (_state("scheduler.pt", [1]), "scheduler.pt holds no state of a schedule"),
     "random state": (_saved("random_state_0.pt"), "random_state_0.pt cannot be read"),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hf_megatron.checkpoint import DTYPES
 from hf_megatron.errors import UnsupportedError
 from hf_megatron_conversion.files import OutputFile, TextFile
 from hf_megatron_conversion.formats.base import Target
@@ -74,6 +75,7 @@ def _records(target: Target, layout: Layout) -> Iterator[Record]:
     """
     table, body = target.model.table, body_of(target.model.table)
     num_layers = table.sizes(target.model.config)["num_hidden_layers"]
+    dtypes: dict[str, str] = {}
     for name, tensor in layout.tensors(0):
         layer, rest = split_layer(name)
         if layer is None:
@@ -81,6 +83,12 @@ def _records(target: Target, layout: Layout) -> Iterator[Record]:
             yield Chunk(key=key, tensor=tensor, size=size, offset=offset)
         else:
             key = f"{body}.layers.{name_in_layer(rest, 'transformer_engine')}"
+            if dtypes.setdefault(key, tensor.dtype) != tensor.dtype:
+                raise UnsupportedError(
+                    f"{name} is {DTYPES[tensor.dtype][1]} and that of another layer {DTYPES[dtypes[key]][1]}: in the "
+                    "container torch_dist the layers are one tensor. Convert to one dtype, with --dtype, or into the "
+                    "container torch."
+                )
             size, offset = (num_layers, *tensor.shape), (layer, *[0] * len(tensor.shape))
             yield Chunk(key=key, tensor=_of_stack(tensor), size=size, offset=offset)
     states = {f"{body}.layers.{module}": num_layers for module in states_in_layer("transformer_engine")}
