@@ -374,7 +374,7 @@ def test_layers_of_several_dtypes(tmp_path: Path) -> None:
         convert(source, tmp_path / "core", to="megatron-core")
     for options in ({"dtype": "float32"}, {"container": "torch", "tp_size": 1}):
         target = tmp_path / next(iter(options))
-        convert(source, target, to="megatron-core", **options)  # type: ignore[arg-type]
+        convert(source, target, to="megatron-core", **options)
         convert(target, tmp_path / f"{target.name}-hub", to="hub")
     assert load_file(tmp_path / "container-hub" / "model.safetensors")[name].dtype == torch.bfloat16
 
