@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from hf_megatron.errors import CheckpointError
+from hf_megatron.errors import CheckpointError, UnsupportedError
 from hf_megatron_conversion import convert, inspect
+from tests.conversion.checkpoints import save_stock
 from tests.conversion.megatron_core.generator import Content, Distributed, content_of, saved, write, write_content
 from tests.conversion.megatron_lm.generator import VOCAB, make_weights
 
@@ -270,3 +272,18 @@ def test_links_that_lead_elsewhere(tmp_path: Path) -> None:
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="is a link"):
         convert(source, tmp_path / "hub", to="hub", vocab_size=VOCAB)
+
+
+def test_layers_of_several_dtypes(tmp_path: Path) -> None:
+    """Catches an index that says of all layers the dtype of the first, so that nobody can read the others."""
+    source = save_stock(tmp_path / "hub", n_layer=2)
+    stored = load_file(source / "model.safetensors")
+    name = "transformer.h.1.ln_1.bias"
+    save_file({**stored, name: stored[name].bfloat16()}, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedError, match="is bfloat16 and that of another layer float32"):
+        convert(source, tmp_path / "core", to="megatron-core")
+    for options in ({"dtype": "float32"}, {"container": "torch", "tp_size": 1}):
+        target = tmp_path / next(iter(options))
+        convert(source, target, to="megatron-core", **options)
+        convert(target, tmp_path / f"{target.name}-hub", to="hub")
+    assert load_file(tmp_path / "container-hub" / "model.safetensors")[name].dtype == torch.bfloat16

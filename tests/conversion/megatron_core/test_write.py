@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from hf_megatron.errors import DestinationError, PartitionError, UnsupportedError
@@ -362,21 +361,6 @@ def test_what_is_refused(tmp_path: Path, kind: str, change: dict[str, Any], opti
     with pytest.raises((PartitionError, UnsupportedError), match=f"(?s){told}"):
         convert(source, tmp_path / "core", **options)
     assert not (tmp_path / "core").exists()
-
-
-def test_layers_of_several_dtypes(tmp_path: Path) -> None:
-    """Catches an index that says of all layers the dtype of the first, so that nobody can read the others."""
-    source = _stock(tmp_path / "hub", "gpt2")
-    stored = load_file(source / "model.safetensors")
-    name = "transformer.h.1.ln_1.bias"
-    save_file({**stored, name: stored[name].bfloat16()}, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UnsupportedError, match="is bfloat16 and that of another layer float32"):
-        convert(source, tmp_path / "core", to="megatron-core")
-    for options in ({"dtype": "float32"}, {"container": "torch", "tp_size": 1}):
-        target = tmp_path / next(iter(options))
-        convert(source, target, to="megatron-core", **options)
-        convert(target, tmp_path / f"{target.name}-hub", to="hub")
-    assert load_file(tmp_path / "container-hub" / "model.safetensors")[name].dtype == torch.bfloat16
 
 
 def test_replaced_and_told(tmp_path: Path, command: Commands) -> None:
