@@ -25,6 +25,7 @@ _DISTRIBUTED = "transformers.distributed.mixin.DistributedMixin"
 _TRAINER = "transformers.trainer.Trainer"
 _LORA = "peft.tuners.lora.layer.LoraLayer"
 _C10D = "torch.distributed.distributed_c10d"
+_SYMMETRIC = "torch.distributed._symmetric_memory"
 _METRIC = "evaluate.module.EvaluationModule"
 
 # owner.name(parameters): what breaks
@@ -118,6 +119,8 @@ _TABLE: Mapping[str, str] = {
     "torch._foreach_mul_": "clipping on shards",
     "torch._C._ForceDispatchKeyGuard": "dropout of fused attention in compiled models on several ranks",
     "torch._C._dispatch_tls_local_include_set": "the same",
+    f"{_SYMMETRIC}._fused_all_gather_matmul.fused_all_gather_matmul": "products over symmetric memory",
+    f"{_SYMMETRIC}._fused_matmul_reduce_scatter.fused_matmul_reduce_scatter": "products over symmetric memory",
     "torch.distributed.tensor.placement_types._StridedShard": "the cut of the fused Q, K and V",
     f"{_C10D}._world": "giving up on a rank that does not come: the list of groups",
     f"{_C10D}._set_pg_timeout(timeout, group)": "giving up on a rank that does not come after ddp_timeout",

@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from hf_megatron.partition import FusedSplit, Replicated, Spec, Split, chunk_range
+from hf_megatron.tensor_parallel import symmetric_memory
 from hf_megatron.tensor_parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
 from hf_megatron.tensor_parallel.group import TensorParallelGroup, like, local, shard_of
 from hf_megatron.tensor_parallel.mappings import reduce_from_tensor_parallel_region
@@ -118,13 +119,20 @@ def column_parallel_linear(
     if group.size == 1 or not torch.is_grad_enabled():
         x = x if region is None else region.enter(x)
         return tuple(_product(x, local(layer.weight), _used_bias(layer, where), layout) for layer in layers)
+    x = _cast(x, _autocast_dtype(x))
+    if region is not None and symmetric_memory.is_used(group, x, region.length):
+        matrices = [_matrix(layer, x.dtype) for layer in layers]
+        matrix = matrices[0] if len(layers) == 1 else torch.cat(matrices, dim=1)
+        product = symmetric_memory.gather_and_multiply(group, x, matrix)
+        parts = [product] if len(layers) == 1 else product.split([m.shape[1] for m in matrices], dim=-1)
+        biases = [_used_bias(layer, where) for layer in layers]
+        return tuple(part if b is None else part + b.to(x.dtype) for part, b in zip(parts, biases, strict=True))
     weights = [_for_function(layer.weight) for layer in layers]
     if blocks and region is not None:  # see `SequenceParallelRegion.sharing`
         biases, blocks = [_used_bias(layer, where) for layer in layers], 0
     else:
         biases = [None if layer.bias is None else _for_function(layer.bias) for layer in layers]
     entry = _Entry(group, layout, None if region is None else region.length, blocks)
-    x = _cast(x, _autocast_dtype(x))
     products: tuple[torch.Tensor, ...] = _ColumnParallelLinear.apply(x, entry, *weights, *biases)
     return products
 
@@ -157,8 +165,12 @@ class RowParallelLinear(_ParallelLinear):
         """
         if self.tp_group.size == 1:
             return _product(x, local(self.weight), None if self.bias is None else local(self.bias), self.weight_layout)
+        x = _cast(x, _autocast_dtype(x))
+        if region is not None and symmetric_memory.is_used(self.tp_group, x, region.length):
+            bias = None if self.bias is None else local(self.bias).to(x.dtype)
+            return symmetric_memory.multiply_and_reduce_scatter(self.tp_group, x, _matrix(self, x.dtype), bias)
         weight, bias = _for_function(self.weight), None if self.bias is None else _for_function(self.bias)
-        term = _RowParallelProduct.apply(_cast(x, _autocast_dtype(x)), weight, bias, self)
+        term = _RowParallelProduct.apply(x, weight, bias, self)
         if region is not None:
             return region.leave(term)
         return reduce_from_tensor_parallel_region(self.tp_group, term, in_place=True)
@@ -171,6 +183,12 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, l
     flat = x.reshape(-1, x.shape[-1])
     product = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
     return product.view(*x.shape[:-1], weight.shape[1])
+
+
+def _matrix(layer: _ParallelLinear, dtype: torch.dtype) -> torch.Tensor:
+    """This rank's part of ``A`` [in, out], whichever way it is stored; a plain tensor."""
+    weight = local(layer.weight).to(dtype)
+    return weight if layer.weight_layout == "in_out" else weight.t()
 
 
 def _for_function(parameter: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,15 @@
 """What one layer launches on a GPU, and a decoded token: no more kernels than counted, and the same collectives."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed._symmetric_memory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_megatron import MegatronGPT2LMHeadModel
+from hf_megatron.tensor_parallel import symmetric_memory
 from tests.fake_gpu.runs import Case, trace
 from tests.fake_gpu.steps import decode
 from tests.fake_gpu.tracing import build, fake_gpu
@@ -44,6 +47,22 @@ def test_an_attention_kernel(case: Case, backend: str, kernel: str) -> None:
         phases = trace(case)[1]
     for phase, suffix in (("forward", ""), ("backward", "_backward")):
         assert phases[phase].kernels[f"_scaled_dot_product_{kernel}_attention{suffix}"] == 2
+
+
+@pytest.mark.parametrize(("case", "kernels"), [(_GPT2, (25, 29)), (_BERT, (27, 27))], ids=str)
+def test_a_layer_over_symmetric_memory(case: Case, kernels: tuple[int, int]) -> None:
+    """Catches a collective beside a product that could be one operation with it, and a copy of what it takes."""
+    case = replace(case, tp_size=8, sequence_parallel=True)
+    with mock.patch.object(symmetric_memory, "_IS_ASKED_FOR", True):
+        two, three = (trace(replace(case, layers=layers))[1] for layers in (2, 3))
+    gathers, scatters = "fused_all_gather_matmul", "fused_matmul_reduce_scatter"
+    for phase, most, collectives in zip(
+        ("forward", "backward"), kernels, ({}, {"all-gather": 2, "all-reduce": 1}), strict=True
+    ):
+        launched = three[phase].kernels - two[phase].kernels
+        assert (launched[gathers], launched[scatters]) == (2, 2), launched
+        assert launched.total() <= most, launched
+        assert three[phase].collectives - two[phase].collectives == collectives
 
 
 @pytest.mark.parametrize(("tp_size", "expected"), [(1, {}), (8, {"all-reduce": 2})])
