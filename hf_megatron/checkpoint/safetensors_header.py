@@ -142,9 +142,10 @@ def _parsed(raw: bytes, start: int) -> tuple[dict[str, StoredTensor], dict[str, 
     entries = parse_json(raw, strict=True)
     if not isinstance(entries, dict):
         raise ValueError("its header is not an object")
-    if isinstance(entries, ObjectWithDuplicates):  # of which the reference implementation takes the last
-        raise ValueError(f"it has {shown(min(entries.duplicates))} twice")
     metadata = entries.pop(_METADATA, None)
+    for part in (entries, metadata):
+        if isinstance(part, ObjectWithDuplicates):  # of which the reference implementation takes the last
+            raise ValueError(f"it has {shown(min(part.duplicates))} twice")
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"its {_METADATA} is not an object of texts")
