@@ -96,7 +96,7 @@ def trace(case: Case) -> tuple[Found, dict[str, Phase]]:
         loaded = device.live
         batch = case.batch()
         inputs = device.live - loaded
-        phases = train(device, model, batch, autocast=case.precision == "amp")
+        phases = train(device, model, batch, autocast=torch.bfloat16 if case.precision == "amp" else None)
     before = phases["before"].live  # weights, buffers, inputs and the optimizer's state
     of_kinds = {
         "parameters": loaded - buffers,

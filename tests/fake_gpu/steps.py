@@ -23,12 +23,16 @@ class Phase:
     peak: int
 
 
-def train(trace: Trace, model: Any, batch: dict[str, torch.Tensor], *, autocast: bool = False) -> dict[str, Phase]:
+def train(
+    trace: Trace, model: Any, batch: dict[str, torch.Tensor], *, autocast: torch.dtype | None = None
+) -> dict[str, Phase]:
     """The phases of the second step: "before" it, "forward", "backward", "clipping" and "optimizer".
 
-    The first step makes the optimizer's state. Clipping and the optimizer are those of MegatronTrainer.
+    The first step makes the optimizer's state. Clipping and the optimizer are those of MegatronTrainer; in float16 there
+    is a loss scale.
     """
     optimizer = step_on_shards(torch.optim.AdamW(model.parameters(), fused=True))
+    scaler = torch.amp.GradScaler("cuda", enabled=autocast is torch.float16)
     phases: dict[str, Phase] = {}
 
     def end(name: str) -> None:
@@ -37,15 +41,17 @@ def train(trace: Trace, model: Any, batch: dict[str, torch.Tensor], *, autocast:
 
     for _ in range(2):
         end("before")
-        with torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext():
+        with nullcontext() if autocast is None else torch.autocast("cuda", autocast):
             loss = loss_of(model(**batch))
         end("forward")
-        loss.backward()
+        scaler.scale(loss).backward()
         del loss
         end("backward")
+        scaler.unscale_(optimizer)
         clip_grad_norm_(model.parameters(), 1.0)
         end("clipping")
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         end("optimizer")
         optimizer.zero_grad()
     return phases
