@@ -62,6 +62,7 @@ DIRECTIONS = (
     Direction("megatron-core", "hub", ("--to", "hub")),
     Direction("megatron-core", "tp 4", ("--to", "tp", "--tp", "4")),
 )
+LIMITS = ("60MB", "80MB", "100MB", "250MB")  # for --max-memory
 DRY_RUNS = (("--to", "megatron-lm", "--tp", "8"), ("--to", "megatron-core"))
 
 
@@ -201,6 +202,16 @@ def dry_runs(directory: Path, model: Preset) -> dict[str, Any]:
     return results
 
 
+def limited(directory: Path, model: Preset) -> dict[str, dict[str, float]]:
+    """What a conversion to ``tp`` takes under each limit of its memory."""
+    source, results = generate(directory / "hub", model), {}
+    for limit in LIMITS:
+        options = ("--to", "tp", "--tp", "4", "--max-memory", limit, "--overwrite")
+        cost, result = convert(source, directory / "tp", options)
+        results[limit] = {"cpu_seconds": cost.cpu_seconds, "peak_rss_bytes": result["peak_rss_bytes"]}
+    return results
+
+
 COLUMNS = (
     *("from", "to", "GB", "s", "CPU s", "cp + sync + sha256sum: CPU s", "ratio", "with hashlib: CPU s", "ratio"),
     *("MB per CPU s, no checksums", "peak MB"),
@@ -245,6 +256,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{name}\n")
         model = tiny(PRESETS[name]) if given.quick else PRESETS[name]
         results[name] = report_on(model, given.directory, given.repetitions)
+    name = given.models[0]
+    with tempfile.TemporaryDirectory(dir=given.directory) as directory:
+        limits = limited(Path(directory), tiny(PRESETS[name]) if given.quick else PRESETS[name])
+    for limit, cost in limits.items():
+        print(f"\n--max-memory {limit}: {cost['cpu_seconds']:.1f} CPU s, {cost['peak_rss_bytes'] / MEGA:.0f} MB")
+    results[f"{name}, --max-memory"] = limits
     with tempfile.TemporaryDirectory(dir=given.directory) as directory:
         planned = dry_runs(Path(directory), PRESETS[LARGEST])
     for name, dry in planned.items():

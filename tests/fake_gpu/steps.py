@@ -28,8 +28,8 @@ def train(
 ) -> dict[str, Phase]:
     """The phases of the second step: "before" it, "forward", "backward", "clipping" and "optimizer".
 
-    The first step makes the optimizer's state. Clipping and the optimizer are those of MegatronTrainer; in float16 there
-    is a loss scale.
+    The first step makes the optimizer's state. Clipping and the optimizer are those of MegatronTrainer; float16 has its
+    loss scale.
     """
     optimizer = step_on_shards(torch.optim.AdamW(model.parameters(), fused=True))
     scaler = torch.amp.GradScaler("cuda", enabled=autocast is torch.float16)

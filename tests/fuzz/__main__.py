@@ -86,6 +86,7 @@ class _Session:
         try:
             while True:
                 self.result["round"] += 1
+                self.store()  # so that a round in which the process dies is not run again
                 _round(one, self._reader, self._seed * 10**6 + self.result["round"])
         except _TimeUp:
             self.store()

@@ -138,7 +138,10 @@ def _wrong_index(draw: Draw, files: Files) -> None:
     """Names of files in the index that lead elsewhere, or are too long or odd to be one."""
     for name in [name for name in files if name.endswith(".index.json")]:
         index = _object(files[name])
-        weight_map = dict(index.get("weight_map") or {"wte.weight": "x"})
+        known = index.get("weight_map")
+        weight_map = (
+            known if known and isinstance(known, dict) else {"wte.weight": "x"}
+        )  # it may have been changed before
         suffix = pick(draw, [".safetensors", ".bin", ""])
         odd = [
             "../secret",

@@ -90,6 +90,13 @@ def _grid_of_chunks() -> Files:
     return distributed.written("stacked", replace(old, change_metadata=change))
 
 
+def _embedding_without_rows() -> Files:
+    """The word embeddings are a single number."""
+    old, name = distributed.content("stacked"), "embedding.word_embeddings.weight"
+    changed = replace(old, shapes={**old.shapes, name: ()}, chunks={**old.chunks, name: [((), torch.zeros(()))]})
+    return distributed.written("stacked", changed)
+
+
 _DOTTED = b"\x80\x04X\x1a\0\0\0megatron.core._rank_utils\0X\x09\0\0\0os.system\x93."
 _BROKEN_TOKENIZER = b'{"model": {"vocab": {"a": 0}, "vocab": {}}}'
 
@@ -145,6 +152,7 @@ FOUND: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "layers beyond a limit": ("convert-core", lambda: _converted(_layers_of_nothing(1, 10**6))),
     "grid of chunks": ("inspect", _grid_of_chunks),
+    "embedding without rows": ("inspect", _embedding_without_rows),
     "layers of nothing": ("inspect", lambda: _layers_of_nothing(200, 10**5)),
     "code in a checkpoint's metadata": ("training", lambda: _training(metadata=_EVIL)),
     "random state of nothing": ("training", lambda: _training(random=torch_bytes([]))),

@@ -76,7 +76,7 @@ def open_torch_dist(directory: Path, given: ExternalFacts) -> Model:
     stored = Stored(
         place=place,
         shards=shards,
-        tp_size=1 if words is None else len({piece.box.offset[0] for piece in words[0].pieces}),
+        tp_size=1 if words is None else len({piece.box.offset[:1] for piece in words[0].pieces}),
         is_core=True,
         files=[*sorted(archives), place / METADATA, place / MARK, *([common_file] if common_file.is_file() else [])],
         archives=archives,
