@@ -56,6 +56,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-activations", action="store_true", help="for the backward pass: more memory, less time")
     parser.add_argument("--tp", type=int, help="tensor-parallel degree; all processes if not given")
     parser.add_argument("--seed", type=int, default=1909)
+    parser.add_argument("--report-to", nargs="+", default=[], help="where to log, too: tensorboard or wandb, say")
+    parser.add_argument("--ddp-timeout", type=int, default=1800, help="seconds to wait for a rank that hangs")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
     args = parser.parse_args()
     for path in args.text or []:
@@ -132,8 +134,9 @@ def main() -> None:
         save_steps=args.save_steps,
         logging_steps=gcd(20, args.save_steps),  # so that a restart, from a checkpoint, logs the same means
         save_total_limit=2,
+        ddp_timeout=args.ddp_timeout,
         remove_unused_columns=False,  # the collator needs the seeds of masks
-        report_to=[],
+        report_to=args.report_to,
     )
     texts = read_texts(args)
     start = where_to_start(args.output, resume=args.resume)

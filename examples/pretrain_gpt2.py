@@ -63,6 +63,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-activations", action="store_true", help="for the backward pass: more memory, less time")
     parser.add_argument("--tp", type=int, help="tensor-parallel degree; all processes if not given")
     parser.add_argument("--seed", type=int, default=1909)
+    parser.add_argument("--report-to", nargs="+", default=[], help="where to log, too: tensorboard or wandb, say")
+    parser.add_argument("--ddp-timeout", type=int, default=1800, help="seconds to wait for a rank that hangs")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
     args = parser.parse_args()
     for path in [*(args.text or []), *(args.validation or [])]:
@@ -133,7 +135,8 @@ def main() -> None:
         save_steps=args.save_steps,
         logging_steps=gcd(20, args.save_steps),  # so that a restart, from a checkpoint, logs the same means
         save_total_limit=2,
-        report_to=[],
+        ddp_timeout=args.ddp_timeout,
+        report_to=args.report_to,
     )
     texts = read_texts(args) if args.data is None else []
     start = where_to_start(args.output, resume=args.resume)

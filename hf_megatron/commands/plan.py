@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hf_megatron.planning import Run, TrainingPlan
 
 _NUM_SHOWN = 12  # layouts, on a screen
+_DEVICE = "a100-80gb"
 
 
 def command(
@@ -34,8 +35,12 @@ def command(
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's longest by default.")] = None,
     accumulation: Annotated[int, typer.Option(help="Micro-batches per optimizer step.")] = 1,
     device: Annotated[
-        str, typer.Option(help="v100-32gb, a100-80gb, h100, h200, or a JSON file that describes one.")
-    ] = "a100-80gb",
+        str | None,
+        typer.Option(
+            help="v100-32gb, a100-80gb, h100, h200, or a JSON file that describes one; with --compare that of the run.",
+            show_default="a100-80gb",
+        ),
+    ] = None,
     precision: Annotated[
         Literal["fp32", "amp", "bf16", "master"],
         typer.Option(help="amp: float32 weights, 16-bit autocast; master: 16-bit, float32 copies."),
@@ -67,7 +72,7 @@ def command(
     asked = {"tp_size": tp, "dp_size": dp, "fsdp": fsdp, "sequence_parallel": sequence_parallel, "recompute": recompute}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     given |= {"micro_batch": micro_batch, "accumulation": accumulation, "attention": attention, "dropout": dropout}
-    ways = _plans(model, device, precision, given, seq=seq, gpus=gpus, global_batch=global_batch)
+    ways = _plans(model, device or _DEVICE, precision, given, seq=seq, gpus=gpus, global_batch=global_batch)
     best = ways[0]
     if plot is not None:
         from hf_megatron.planning.chart import draw_memory
@@ -83,8 +88,8 @@ def command(
     return report(model, result, as_json, shown=shown, ok=best.fits)
 
 
-def _compare(directory: Path, model: str | None, device: str, as_json: bool) -> int:
-    """What a finished run has measured beside its plan, for the machine that it ran on if the planner knows it."""
+def _compare(directory: Path, model: str | None, device: str | None, as_json: bool) -> int:
+    """What a finished run has measured beside its plan, for the machine given or the one that it ran on, if known."""
     from hf_megatron.checkpoint import read_json
     from hf_megatron.planning import PRECISIONS, ModelShape, Run, machine_named, machine_of_device, plan
     from hf_megatron.planning.run import RUN_FILE
@@ -99,8 +104,8 @@ def _compare(directory: Path, model: str | None, device: str, as_json: bool) -> 
         run = Run(**{**record["run"], "precision": PRECISIONS[record["run"]["precision"]]})
         ran_on, names = str(record["device"]), ("peak_memory_bytes", "step_seconds", "tokens_per_second")
         measured = {name: float(record["measured"][name]) for name in names}
-        known = machine_of_device(ran_on)
-        planned = plan(ModelShape.from_config(record["config"]), run, known or machine_named(device))
+        known = machine_of_device(ran_on) if device is None else machine_named(device)
+        planned = plan(ModelShape.from_config(record["config"]), run, known or machine_named(_DEVICE))
     except (KeyError, TypeError) as error:
         raise UnsupportedError(f"{path} is not the record of a run ({error}).") from error
     figures: dict[str, float] = {"peak_memory_bytes": planned.memory.peak}
@@ -111,13 +116,22 @@ def _compare(directory: Path, model: str | None, device: str, as_json: bool) -> 
         for name, figure in figures.items()
     }
     shown: dict[str, Any] = {"layout": f"{_name(run)} on {ran_on}"}
+    units = {"peak_memory_bytes": ("GB per rank", 1e9), "step_seconds": ("seconds per step", 1.0)}
     for name, row in rows.items():
-        shown[name] = f"measured {row['measured']:,.4g}, planned {row['planned']:,.4g}: {row['ratio']:.2f} of it"
+        unit, size = units.get(name, ("tokens per second", 1.0))
+        ours, planned_figure = (_short(row[key] / size) for key in ("measured", "planned"))
+        shown[unit] = f"measured {ours}, planned {planned_figure}: {_short(row['ratio'])} times the plan"
+    if run.device == "cpu":
+        shown["GB per rank"] += "; measured is the whole process, with interpreter and libraries, which are not planned"
     if known is None:
-        speed = f"{measured['tokens_per_second']:,.0f} tokens per second"
-        shown["time"] = f"{speed}; the figures of {ran_on} are not known, so there is no plan of the time"
+        speed = f"measured {_short(measured['tokens_per_second'])}"
+        shown["tokens per second"] = f"{speed}; for a plan, describe the machine by --device FILE.json"
     result = {"device": ran_on, "run": record["run"], "compared": rows, "measured": measured}
     return report(str(directory), result, as_json, shown=shown)
+
+
+def _short(figure: float) -> str:
+    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
 
 
 def _plans(

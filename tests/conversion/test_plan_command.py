@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hf_megatron.architectures.presets import PRESETS
+from hf_megatron.planning import MACHINES
 from hf_megatron_conversion import convert
 from tests.conversion.commands import Commands
 
@@ -164,7 +165,7 @@ def _record(directory: Path, **changes: Any) -> None:
 
 
 def test_a_run_is_held_against_its_plan(command: Commands, tmp_path: Path) -> None:
-    """Catches ratios that are upside down, and the figures of another machine than the run's."""
+    """Catches ratios that are upside down, figures of another machine than the run's, and a file that is ignored."""
     _record(tmp_path)
     code, found, _ = command.run("plan", "--compare", str(tmp_path))
     assert code == 0
@@ -174,6 +175,23 @@ def test_a_run_is_held_against_its_plan(command: Commands, tmp_path: Path) -> No
     _record(tmp_path, device="cpu")
     code, found, _ = command.run("plan", "--compare", str(tmp_path))
     assert (code, found["compared"].keys()) == (0, {"peak_memory_bytes"})
+    machine = tmp_path / "mine.json"
+    machine.write_text(json.dumps(vars(MACHINES["h200"]) | {"name": "mine"}))
+    code, found, _ = command.run("plan", "--compare", str(tmp_path), "--device", str(machine))
+    assert (code, found["compared"].keys()) == (0, {"peak_memory_bytes", "step_seconds", "tokens_per_second"})
+
+
+@pytest.mark.parametrize(("device", "note"), [("cpu", True), ("cuda", False)])
+def test_a_comparison_for_people(command: Commands, tmp_path: Path, device: str, note: bool) -> None:
+    """Catches a ratio of twenty that nobody explains, and memory that has to be counted by its digits."""
+    run = {"micro_batch": 2, "sequence_length": 32, "tp_size": 2, "precision": "bf16", "device": device}
+    _record(tmp_path, device="GPU of mine" if device == "cuda" else "cpu", run=run)
+    code, out, _ = command.show("plan", "--compare", str(tmp_path))
+    out = " ".join(out.replace("\u2502", " ").split())
+    assert code == 0
+    assert "GB per rank measured 1, planned 0.0" in out
+    assert ("with interpreter and libraries" in out) == note
+    assert "measured 640; for a plan, describe the machine by --device FILE.json" in out
 
 
 @pytest.mark.parametrize(

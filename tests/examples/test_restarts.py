@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -38,19 +39,26 @@ def _agent(launcher: list[str], name: str, arguments: list[str], log: Path) -> s
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *launcher]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'conversion'}", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    if "--nnodes=2" not in launcher:
+    if not any(option.startswith("--nnodes") for option in launcher):
         del environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"]  # one node works without
     with log.open("ab") as file:
         example = str(ROOT / "examples" / f"{name}.py")
         return subprocess.Popen([*command, example, *arguments], env=environment, stdout=file, stderr=file)
 
 
-def _nodes_launcher() -> list[str]:
+def _nodes_launcher(nodes: str = "2") -> list[str]:
     """Options of each of two agents that are to find each other."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    return ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test"]
+    return [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test"]
+
+
+def _has_rendezvous(launcher: list[str]) -> bool:
+    """Whether an agent keeps the rendezvous."""
+    [endpoint] = [option for option in launcher if option.startswith("--rdzv-endpoint")]
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", int(endpoint.rpartition(":")[2]))) == 0
 
 
 def _ranks(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -74,17 +82,20 @@ def _wait(condition: Any, seconds: float = 240.0) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_torchrun_restarts_a_killed_run(pool: Pool, tmp_path: Path, text_files: list[str]) -> None:
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+def test_torchrun_restarts_a_run(pool: Pool, tmp_path: Path, text_files: list[str], blow: signal.Signals) -> None:
     """Catches a restart that hangs, begins anew, is refused or takes another tokenizer, and a save by the survivors."""
     output = tmp_path / "run"
-    arguments = [*_TINY, "--steps=60", "--text", *text_files]
-    agent = _agent(["--max-restarts=3"], "pretrain_gpt2", [*arguments, f"--output={output}"], tmp_path / "log")
+    arguments = [*_TINY, "--steps=60", "--ddp-timeout=20", "--text", *text_files]
+    options = ["--max-restarts=3", "--shutdown-timeout=5"]
+    agent = _agent(options, "pretrain_gpt2", [*arguments, f"--output={output}"], tmp_path / "log")
     try:
         for rank, step in ((1, 10), (0, 30)):
             _wait(lambda step=step: _steps(output) >= step or agent.poll() is not None)
             assert agent.poll() is None, (tmp_path / "log").read_text()
-            _ranks(agent)[rank].kill()
-            _wait(lambda: not _ranks(agent) or agent.poll() is not None)
+            ranks = _ranks(agent)
+            ranks[rank].send_signal(blow)
+            _wait(lambda ranks=ranks: not set(ranks) & set(_ranks(agent)))
             assert _steps(output) % 10 == 0, "a rank whose peer was killed has saved"
         assert agent.wait(400) == 0, (tmp_path / "log").read_text()
     finally:
@@ -160,13 +171,61 @@ def test_nodes_that_share_no_directory_are_told(tmp_path: Path, text_files: list
     assert not list(tmp_path.rglob("checkpoint-*"))
 
 
+@pytest.mark.timeout(900)
+def test_a_run_goes_on_without_a_node_and_with_it_again(pool: Pool, tmp_path: Path, text_files: list[str]) -> None:
+    """Catches a node that waits for the lost one, or is refused when it comes back, and losses that depend on both."""
+    output, logs = tmp_path / "run", [tmp_path / "log 0", tmp_path / "log 1"]
+    launcher = [*_nodes_launcher("1:2"), "--rdzv-conf=last_call_timeout=5", "--max-restarts=3"]
+    # The degree is the number of ranks: dropout does not depend on it, but on the number of data-parallel ranks.
+    arguments = [*_TINY, "--heads=4", "--steps=400", "--text", *text_files]
+
+    def start(node: int) -> subprocess.Popen[bytes]:
+        return _agent(launcher, "pretrain_gpt2", [*arguments, "--resume", f"--output={output}"], logs[node])
+
+    agents = [start(0)]
+    try:
+        _wait(lambda: _has_rendezvous(launcher))  # the first node keeps the rendezvous, and the second one is lost
+        agents.append(start(1))
+        _wait(lambda: _steps(output) >= 20 or any(agent.poll() is not None for agent in agents))
+        ranks = _ranks(agents[1])
+        agents[1].kill()
+        for rank in ranks:
+            rank.kill()
+        _wait(lambda: "going on from" in logs[0].read_text() or agents[0].poll() is not None)
+        agents[1].wait()
+        agents[1] = start(1)
+        assert [agent.wait(400) for agent in agents] == [0, 0]
+    except AssertionError as error:
+        raise AssertionError("".join(log.read_text()[-10_000:] for log in logs)) from error
+    finally:
+        _end(agents)
+    # The ranks of the one node have saved when the other came back, between two logs.
+    stopped = set(re.findall(r"A signal has stopped the run after step (\d+)", logs[0].read_text()))
+    assert len(stopped) == 1, "the node has not come back in time"
+    between = int(stopped.pop()) // 10
+    undisturbed = [*arguments, f"--tokenizer={output}", f"--output={tmp_path / 'undisturbed'}"]
+    pool(4).run(run_here, "pretrain_gpt2", *undisturbed, timeout=240)
+    ours, expected = losses(output), losses(tmp_path / "undisturbed")
+    assert len(ours) == len(expected) == 40
+    ours[between] = expected[between]
+    assert ours == pytest.approx(expected, rel=1e-6)
+
+
 class _Scheduler:
     """Keeps two agents running until both have succeeded, as Kubernetes and Slurm's --requeue do."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
-        launcher = [*_nodes_launcher(), "--max-restarts=100"]
+        launcher = [*_nodes_launcher(), "--max-restarts=100", "--shutdown-timeout=5"]
         self._start = lambda: _agent(launcher, "pretrain_gpt2", arguments, log)
         self.agents = [self._start() for _ in range(2)]
+        self._hanging: list[psutil.Process] = []
+
+    def end(self) -> None:
+        """Kill what is left; a rank that hangs may have outlived its agent."""
+        _end(self.agents)
+        for rank in self._hanging:
+            if rank.is_running():
+                rank.kill()
 
     def tend(self) -> bool:
         """Restart what failed; whether both have ended well."""
@@ -176,23 +235,25 @@ class _Scheduler:
         return [agent.poll() for agent in self.agents] == [0, 0]
 
     def kill(self, chance: random.Random) -> None:
-        """Kill a rank, an agent whose ranks live on, or a node."""
+        """Kill a rank, an agent whose ranks live on, or a node, or let a rank hang."""
         agent = chance.choice(self.agents)
         ranks = _ranks(agent)
-        kind = chance.choice(["rank", "rank", "agent", "node"])
-        if kind == "rank" and ranks:
+        kind = chance.choice(["rank", "rank", "hang", "agent", "node"])
+        if kind in ("rank", "hang") and ranks:
             ranks = [chance.choice(ranks)]
-        if kind != "rank":
+        if kind in ("agent", "node"):
             agent.kill()
+        if kind == "hang":
+            self._hanging += ranks[:1]
         for rank in ranks if kind != "agent" else []:
-            rank.kill()
+            rank.send_signal(signal.SIGSTOP if kind == "hang" else signal.SIGKILL)
 
 
 @pytest.mark.timeout(300 + 120 * _NUM_KILLS)
 def test_nodes_killed_at_random_moments(pool: Pool, tmp_path: Path, text_files: list[str]) -> None:
     """Catches nodes that wait for each other forever, steps done twice or never, and checkpoints of two lives mixed."""
     output, steps = tmp_path / "run", 40 * _NUM_KILLS
-    arguments = [*_TINY, f"--steps={steps}", "--tp=2", "--text", *text_files]
+    arguments = [*_TINY, f"--steps={steps}", "--tp=2", "--ddp-timeout=20", "--text", *text_files]
     scheduler = _Scheduler([*arguments, "--resume", f"--output={output}"], tmp_path / "log")
     chance = random.Random(0)
     try:
@@ -208,7 +269,7 @@ def test_nodes_killed_at_random_moments(pool: Pool, tmp_path: Path, text_files: 
     except AssertionError as error:
         raise AssertionError((tmp_path / "log").read_text()[-20_000:]) from error
     finally:
-        _end(scheduler.agents)
+        scheduler.end()
     undisturbed = [*arguments, f"--tokenizer={output}", f"--output={tmp_path / 'undisturbed'}"]
     pool(4).run(run_here, "pretrain_gpt2", *undisturbed, timeout=600)
     # Not the logged losses: a node that was told to stop may have saved between two of them.

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers.trainer_callback import ExportableState
 
 from hf_megatron import MegatronTrainer
 from hf_megatron.errors import UnsupportedError
+from hf_megatron.planning import MACHINES
+from hf_megatron.training import progress
 from tests.live import on_live_ranks
 from tests.models.reference import Pool, rank
 from tests.training.runs import LAYOUTS, Run, assert_same_steps, examples, layouts, make_trainer, on_ranks, train
@@ -75,19 +78,20 @@ class _Seen(TrainerCallback):
 
 @on_live_ranks(2, timeout=240)
 def test_the_first_rank_alone_draws_progress_and_writes_tensorboard(gpt2: Path, tmp_path: Path) -> None:
-    """Catches bars that overwrite one another on the terminal, and curves that are written twice."""
+    """Catches bars that overwrite one another on the terminal, curves that are written twice, and those left out."""
     arguments = {"save_strategy": "no", "disable_tqdm": False, "report_to": ["tensorboard"]}
     trainer = make_trainer(Run(gpt2, tmp_path, layout=LAYOUTS["tp2"], arguments=arguments))
     seen = _Seen(next(c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)))
     trainer.add_callback(seen)
-    trainer.train()
+    with patch.object(progress, "machine_of_device", return_value=MACHINES["a100-80gb"]):
+        trainer.train()
     assert seen.has_bar == {rank() == 0}
     assert seen.bar.training_bar is None
     torch.distributed.barrier()
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     content = events.read_bytes()
-    for tag in (b"train/loss", b"train/grad_norm", b"train/learning_rate"):
-        assert content.count(tag) == 6, tag
+    for tag in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "seconds_left", "peak_memory_gb"):
+        assert content.count(f"train/{tag}".encode()) == 6, tag
 
 
 @on_live_ranks(2)
