@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -77,3 +78,23 @@ def test_autocast_and_uneven_sequences(stock_dir: StockDir) -> None:
     assert len(operations) == 4 * model.config.num_hidden_layers, operations
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[3] == losses[2]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler uses parts of torch that torch deprecates
+@on_live_ranks(2, timeout=280)
+def test_one_graph(stock_dir: StockDir) -> None:
+    """Catches an operation that a compiler does not trace, forward or backward."""
+    model = GPT2.load(stock_dir(), 2, sequence_parallel=True, dtype=torch.float64).train()
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    operations: list[str] = []
+    found = []
+    for forward in (model, compiled):
+        model.zero_grad()
+        with _used_on_a_cpu(operations):
+            loss = forward(**GPT2.batch(None, "none", 8)).loss
+            loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    assert operations.count("scatter") == 8 * model.config.num_hidden_layers
+    assert_agrees("loss", found[1][0], found[0][0])
+    assert_all_agree("gradient", found[1][1], found[0][1])
