@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _NUM_SHOWN = 12  # layouts, on a screen
 _DEVICE = "a100-80gb"
+_DEVICES = f"v100-32gb, a100-80gb, h100, h200 or a JSON file; by default {_DEVICE}, or with --compare that of the run."
 
 
 def command(
@@ -34,13 +35,7 @@ def command(
     micro_batch: Annotated[int, typer.Option(help="Sequences a rank computes at a time.")] = 1,
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's longest by default.")] = None,
     accumulation: Annotated[int, typer.Option(help="Micro-batches per optimizer step.")] = 1,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="v100-32gb, a100-80gb, h100, h200, or a JSON file that describes one; with --compare that of the run.",
-            show_default="a100-80gb",
-        ),
-    ] = None,
+    device: Annotated[str | None, typer.Option(help=_DEVICES)] = None,
     precision: Annotated[
         Literal["fp32", "amp", "bf16", "master"],
         typer.Option(help="amp: float32 weights, 16-bit autocast; master: 16-bit, float32 copies."),
