@@ -162,15 +162,17 @@ def read_index(directory: Path, allowed: Collection[Global] = METADATA_GLOBALS) 
         stored = state["state_dict_metadata"]
         require_within(MAX_TENSORS, len(stored), "tensors and objects")
         places = _places(path, state["storage_data"])
-        tensors = {name: _tensor(name, value, places) for name, value in stored.items() if value.function == _TENSOR}
-        objects = {name: places[name, ()] for name, value in stored.items() if value.function == _OBJECT}
+        tensors = {
+            _text(name): _tensor(name, value, places) for name, value in stored.items() if value.function == _TENSOR
+        }
+        objects = {_text(name): places[name, ()] for name, value in stored.items() if value.function == _OBJECT}
     except BudgetError as error:
         raise CheckpointFormatError(f"{path} is refused: {error}.") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, (CheckpointFormatError, CheckpointIncompleteError)):
             raise type(error)(f"{path}: {error}") from None
         raise CheckpointFormatError(f"{path} is not the index of a distributed checkpoint, or damaged.") from error
-    return Index(tensors, objects, frozenset(map(str, state)), read.names)
+    return Index(tensors, objects, frozenset(map(_text, state)), read.names)
 
 
 def open_tensor(stored: StoredTensor, allowed: Collection[Global]) -> LazyTensor:
@@ -204,7 +206,7 @@ def _places(path: Path, storage_data: Mapping[Any, Call]) -> dict[tuple[str, tup
     sizes: dict[Path, int] = {}
     for key, place in storage_data.items():
         index, where = _state(key.value if isinstance(key, Key) else None, _INDEX), _state(place, _PLACE)
-        name = str(index["fqn"])
+        name = _text(index["fqn"])
         offset = index.get("offset")
         wanted = name, () if offset is None else _numbers(offset)
         record = Record(path.parent / _file_name(path, place), *_numbers((where["offset"], where["length"])))
@@ -249,6 +251,13 @@ def _state(value: Any, function: Global | None = None) -> dict[str, Any]:
     if not isinstance(value, Call) or not isinstance(value.state, dict) or function not in (None, value.function):
         raise TypeError("no instance of a class of the index")
     return value.state
+
+
+def _text(value: Any) -> str:
+    """A name; the text of anything else may be endless, of lists that hold each other."""
+    if not isinstance(value, str):
+        raise TypeError("no name")
+    return value
 
 
 def _numbers(value: Any) -> tuple[int, ...]:

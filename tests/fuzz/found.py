@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -97,6 +98,15 @@ def _embedding_without_rows() -> Files:
     return distributed.written("stacked", changed)
 
 
+def _name_that_is_a_knot() -> Files:
+    """The index has tuples that share their halves where a chunk has the name of its tensor."""
+    files, name = distributed.written("stacked", distributed.content("stacked")), "iter_0001000/.metadata"
+    content = files[name]
+    assert isinstance(content, bytes)
+    pickled = re.sub(rb"(?s)fqn\x94h.", b"fqn\x94" + _knot(0)[:-1], content[11:], count=1)
+    return {**files, name: content[:3] + struct.pack("<Q", len(pickled)) + pickled}  # as long as the frame says
+
+
 _DOTTED = b"\x80\x04X\x1a\0\0\0megatron.core._rank_utils\0X\x09\0\0\0os.system\x93."
 _BROKEN_TOKENIZER = b'{"model": {"vocab": {"a": 0}, "vocab": {}}}'
 
@@ -153,6 +163,7 @@ FOUND: dict[str, tuple[str, Callable[[], Any]]] = {
     "layers beyond a limit": ("convert-core", lambda: _converted(_layers_of_nothing(1, 10**6))),
     "grid of chunks": ("inspect", _grid_of_chunks),
     "embedding without rows": ("inspect", _embedding_without_rows),
+    "name that is a knot": ("inspect", _name_that_is_a_knot),
     "layers of nothing": ("inspect", lambda: _layers_of_nothing(200, 10**5)),
     "code in a checkpoint's metadata": ("training", lambda: _training(metadata=_EVIL)),
     "random state of nothing": ("training", lambda: _training(random=torch_bytes([]))),
