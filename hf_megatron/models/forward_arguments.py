@@ -32,14 +32,15 @@ _ALWAYS = {
     "debug_io_dir": "callers, with debug_io",
     "prune_layers": "callers, with debug_io",
 }
-_FLASH_ATTENTION = {
-    "cu_seq_lens_q": "DataCollatorWithFlattening; where packed sequences begin",
-    "cu_seq_lens_k": "DataCollatorWithFlattening; where packed sequences begin",
-    "max_length_q": "DataCollatorWithFlattening; the longest packed sequence",
-    "max_length_k": "DataCollatorWithFlattening; the longest packed sequence",
+_PACKED = {
+    "cu_seq_lens_q": "DataCollatorWithFlattening and TRL; where packed sequences begin",
+    "cu_seq_lens_k": "DataCollatorWithFlattening and TRL; where packed sequences begin",
+    "max_length_q": "DataCollatorWithFlattening and TRL; the longest packed sequence",
+    "max_length_k": "DataCollatorWithFlattening and TRL; the longest packed sequence",
+    "seq_idx": "DataCollatorWithFlattening and TRL; for layers that are no attention, which no model here has",
 }
 _CONTINUOUS_BATCHING = {
-    **_FLASH_ATTENTION,
+    **_PACKED,
     "read_index": "generate_batch; where to read the paged cache",
     "write_index": "generate_batch; where to write the paged cache",
     "block_table": "generate_batch; the blocks of the paged cache, for kernels that follow them",
@@ -86,24 +87,37 @@ def check_arguments(model: Any, named: Collection[str], arguments: Mapping[str, 
     """
     unknown = [name for name in arguments if name not in named and name not in _ALWAYS]
     if unknown:
-        used_by_kernel = _used_by_attention_kernel(model.config._attn_implementation, arguments)
-        unknown = [name for name in unknown if name not in used_by_kernel]
+        used = _used_by_attention(model, arguments)
+        unknown = [name for name in unknown if name not in used]
     if unknown:
         hint = ""
-        if any(name in _FLASH_ATTENTION for name in unknown):
-            hint = " Packed sequences need flash attention, or position_ids without an attention_mask."
+        if any(name in _PACKED for name in unknown):
+            hint = " Packed sequences need flash attention, or a causal model's position_ids without an attention_mask."
         raise UnexpectedArgumentError(
             f"{type(model).__name__} got {', '.join(unknown)}, which neither it nor its attention kernel "
             f"({model.config._attn_implementation}) uses. Check the spelling, or leave it out.{hint}"
         )
 
 
-def _used_by_attention_kernel(implementation: str, arguments: Mapping[str, Any]) -> Collection[str]:
+def _used_by_attention(model: Any, arguments: Mapping[str, Any]) -> Collection[str]:
+    implementation = model.config._attn_implementation
     if "write_index" in arguments:
         return _CONTINUOUS_BATCHING
     if is_flash_attention_requested(requested_attention_implementation=implementation):
-        return _FLASH_ATTENTION
+        return _PACKED
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
     if kernel is not None and not kernel.__module__.startswith("transformers."):
         return inspect.signature(kernel).parameters  # a custom kernel: assume that it uses all its parameters
-    return [name for name in _FLASH_ATTENTION if arguments.get(name) is None]
+    if model.mask_follows_position_ids and _are_packed_by_position_ids(arguments):
+        return _PACKED
+    return [name for name in _PACKED if arguments.get(name) is None]
+
+
+def _are_packed_by_position_ids(arguments: Mapping[str, Any]) -> bool:
+    """Whether the mask alone keeps packed sequences apart, as :func:`hf_megatron.models.masks.causal_mask` makes it."""
+    return (
+        arguments.get("position_ids") is not None
+        and arguments.get("attention_mask") is None
+        and arguments.get("past_key_values") is None
+        and arguments.get("is_causal") is not False
+    )

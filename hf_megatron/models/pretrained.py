@@ -33,6 +33,7 @@ class MegatronModelMixin(RecomputationMixin, ResizingMixin, LoadingMixin, Saving
     tp_group: TensorParallelGroup = SINGLE  # one rank unless the model was loaded or built on several
     sequence_parallel: bool = False  # whether activations outside of attention and MLP are split along the sequence
     splits_last_hidden_state: ClassVar[bool] = False  # whether forward, given a region, leaves it split
+    mask_follows_position_ids: ClassVar[bool] = False  # whether sequences packed in one row are kept apart by them
     # Whether the loss takes num_items_in_batch and label_smoothing, as the vocabulary-parallel ones do. The losses of
     # the other heads are the stock ones, means over their own batch, and Trainer has to know.
     has_vocab_parallel_loss: ClassVar[bool] = False

@@ -19,12 +19,14 @@ def stock_dir(tmp_path_factory: pytest.TempPathFactory) -> StockDir:
 
 
 @pytest.mark.slow
-def test_collator_of_trl(stock_dir: StockDir, tmp_path: Path) -> None:
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_collator_of_trl(stock_dir: StockDir, tmp_path: Path, padding_free: bool) -> None:
     """Catches a field of TRL's batches that our forward refuses, and labels or padding that it reads differently."""
     trl = pytest.importorskip("trl.trainer.sft_trainer", reason=f"TRL {_SKIP} trl")
     examples: list[Any] = [{"input_ids": ids[: 4 + i % 5].tolist()} for i, ids in enumerate(token_ids(8, 9))]
-    collator = trl.DataCollatorForLanguageModeling(pad_token_id=0)
-    _, expected = GPT2.stock_step(GPT2.load_stock(stock_dir(), dtype=torch.float64), collator(examples))
+    collator = trl.DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)
+    stock = GPT2.load_stock(stock_dir(), dtype=torch.float64)
+    _, expected = GPT2.stock_step(stock, collator(examples), use_cache=False)
     options: dict[str, Any] = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
     arguments = TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=8, logging_steps=1, **options)
     model = GPT2.load(stock_dir(), dtype=torch.float64)

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_megatron.errors import UnexpectedArgumentError
 from hf_megatron.models.forward_arguments import CACHE
-from tests.models.architectures import ARCHITECTURES, BERTS, GPT2, LAYERS, ModelCase, StockDir, token_ids
+from tests.models.architectures import BERTS, GPT2, LAYERS, ModelCase, StockDir, token_ids
 from tests.models.reference import assert_agrees
 
 IDS = token_ids(2, 5)
@@ -70,12 +70,19 @@ def test_the_older_name_is_deprecated() -> None:
         model(IDS[:, 4:], cache=_cache(IDS[:, :4]), use_cache=True)
 
 
-def test_the_bounds_of_packed_sequences_need_flash_attention() -> None:
+def test_the_bounds_of_packed_sequences_need_a_mask_that_follows_them() -> None:
     """Catches sequences packed into one that attend to each other: only flash attention reads these bounds."""
     bounds = torch.tensor([0, 3, 5], dtype=torch.int32)
-    for model in map(_model, ARCHITECTURES):
-        with pytest.raises(UnexpectedArgumentError, match=r"got cu_seq_lens_q, max_length_q, .* need flash attention"):
-            model(IDS, cu_seq_lens_q=bounds, max_length_q=3)
+    packed = {"cu_seq_lens_q": bounds, "max_length_q": 3, "seq_idx": torch.tensor([[0, 0, 0, 1, 1]])}
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    refused = r"got cu_seq_lens_q, max_length_q, seq_idx, .* need flash attention"
+    bidirectional = [(case, {"position_ids": positions}) for case in BERTS]
+    others = ({"attention_mask": torch.ones_like(IDS)}, {"is_causal": False}, {"past_key_values": _cache()})
+    causal = [(GPT2, {"position_ids": positions, **other}) for other in others]
+    for case, given in [(GPT2, {}), *bidirectional, *causal]:
+        model = _model(case)
+        with pytest.raises(UnexpectedArgumentError, match=refused):
+            model(IDS, **packed, **given)
         assert model(IDS, cu_seq_lens_q=None)[0].isfinite().all()
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 
 from hf_megatron import MegatronGPT2Config, MegatronGPT2LMHeadModel
 from hf_megatron.paper.data import PackedDocuments
+from tests.models.architectures import GPT2, StockDir
 from tests.models.reference import Pool, assert_agrees, layout, run_at
 
 _END = 130
@@ -46,3 +48,24 @@ def test_a_document_is_as_it_is_alone(
 ) -> None:
     """Catches attention or positions that cross the end of a document; with a cache, which is the default, too."""
     run_at(pool, tp_size, _compare, tp_size, kernel, use_cache, sequence_parallel)
+
+
+@pytest.fixture(scope="module")
+def stock_dir(tmp_path_factory: pytest.TempPathFactory) -> StockDir:
+    return StockDir(tmp_path_factory.mktemp("stock"))
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_batches_flattened_by_transformers(stock_dir: StockDir, kernel: str) -> None:
+    """Catches a field of such batches that our forward refuses, or sequences that see each other."""
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = collator([{"input_ids": document} for document in _DOCUMENTS if len(document) > 1])
+    stock = GPT2.load_stock(stock_dir(), attention=kernel, dtype=torch.float64)
+    model = GPT2.load(stock_dir(), attn_implementation=kernel, dtype=torch.float64).train()
+    GPT2.stock_step(stock, batch, use_cache=False)[1].backward()
+    model(**batch).loss.backward()
+    expected = dict(stock.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert_agrees(name, parameter.grad, expected[name].grad)
+    joined = {name: batch[name] for name in ("input_ids", "labels")}
+    assert (model(**batch).loss - model(**joined).loss).abs() > 1e-3

@@ -179,6 +179,7 @@ class MegatronGPT2Model(MegatronGPT2PreTrainedModel, GPT2Model):
     """The transformer without a head; returns hidden states."""
 
     splits_last_hidden_state = True
+    mask_follows_position_ids = True
 
     def __init__(self, config: MegatronGPT2Config) -> None:
         self._init_pretrained(config)
