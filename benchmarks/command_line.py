@@ -30,13 +30,14 @@ def make_parser(docstring: str | None, *switches: str) -> argparse.ArgumentParse
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, name: str) -> tuple[Any, Path]:
-    """The arguments, and the file for the record: ``NAME.json`` in ``--output``."""
+    """The arguments, and the file for the record: ``NAME.json`` in ``--output``, which is made."""
     given = parser.parse_args(arguments)
     if getattr(given, "quick", False) and given.output == RESULTS:
         given.output = Path(tempfile.mkdtemp())  # the figures that are kept are those of a whole run
     file = given.output / f"{name}.json"
     if getattr(given, "redraw", False) and not file.exists():
         parser.error(f"there is no {file} to draw; measure first, without --redraw.")
+    given.output.mkdir(parents=True, exist_ok=True)
     return given, file
 
 
