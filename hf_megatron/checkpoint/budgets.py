@@ -37,6 +37,10 @@ MAX_PIECES = 500_000  # of a distributed checkpoint's tensors, in which many lay
 MAX_DIMENSIONS = 64  # of a tensor, which is torch's limit too
 MAX_FILES = 10_000  # with weights, in a checkpoint
 
+# Texts to tokenize.
+MAX_DOCUMENT_BYTES = 128 * 2**20  # a text file, a line of JSON, or the text of a row
+MAX_DOCUMENT_VALUES = 2_000_000  # texts, and what separates values, in a line of JSON
+
 
 class BudgetError(ValueError):
     """A file asks for more than a limit allows. Readers turn it into a CheckpointFormatError that names the file."""
