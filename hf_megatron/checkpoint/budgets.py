@@ -6,6 +6,9 @@ time or hundreds of megabytes of memory, whoever wrote it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 # Pickles. A tensor takes about 200 bytes, 25 objects and 40 instructions.
 MAX_PICKLE_BYTES = 32 * 2**20
 MAX_PICKLE_OBJECTS = 1_000_000  # that are pushed onto the stack
@@ -50,6 +53,13 @@ def require_within(limit: int, number: int, what: str) -> None:
     """Raise a BudgetError if ``number`` of ``what`` (a plural) is more than ``limit``."""
     if number > limit:
         raise BudgetError(f"it has {number:,} {what}, and the limit is {limit:,}")
+
+
+def require_files_within(limit: int, paths: Iterable[Path]) -> None:
+    """Raise a BudgetError if one of these files has more bytes than ``limit``."""
+    for path in paths:
+        if path.is_file():
+            require_within(limit, path.stat().st_size, f"bytes in {path.name}")
 
 
 def is_64_bit(number: int) -> bool:

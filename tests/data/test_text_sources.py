@@ -29,12 +29,10 @@ def test_a_document_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(budgets, "MAX_DOCUMENT_BYTES", limit)
     assert _texts(path)[-1] == text
     monkeypatch.setattr(budgets, "MAX_DOCUMENT_BYTES", limit - 1)
-    with pytest.raises(DataError, match=f" bytes, and the limit for a text is {limit - 1}. Cut") as raised:
+    with pytest.raises(DataError, match=f"the limit for a text is {limit - 1}. Cut it into several") as raised:
         _texts(path)
-    assert str(path) in str(raised.value)
-    assert {"file.txt": "has 40 bytes", "lines.jsonl": "line at byte 0", "rows": "in row 1, has 40 bytes"}[kind] in str(
-        raised.value
-    )
+    place = {"file.txt": "", "lines.jsonl": ", in the line at byte 0", "rows": ", in row 1"}[kind]
+    assert str(raised.value).startswith(f"{path}{place}, has at least {limit} bytes")
 
 
 def test_a_line_of_many_values_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,8 +45,7 @@ class TextFile(_File):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        if self.size > budgets.MAX_DOCUMENT_BYTES:
-            raise DataError(_too_large(f"{self.size:,}", self.name, "Cut it into several files."))
+        _require_small(self.size, self.name, "files")
 
     def texts(self, start: int) -> Iterator[tuple[str, int]]:
         if start < self.size:
@@ -67,8 +66,7 @@ class JsonLines(_File):
             file.seek(start)
             while line := file.readline(budgets.MAX_DOCUMENT_BYTES + 1):
                 place, start = f"{self.name}, in the line at byte {start:,}", start + len(line)
-                if len(line) > budgets.MAX_DOCUMENT_BYTES:
-                    raise DataError(_too_large(f"more than {budgets.MAX_DOCUMENT_BYTES:,}", place, "Cut its text into several lines."))
+                _require_small(len(line), place, "lines")
                 if line.strip():
                     yield self._text_of(line, place), start
 
@@ -90,7 +88,9 @@ class Rows:
         import datasets
 
         try:
+            _require_files(Path(name))
             if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+                budgets.require_files_within(budgets.MAX_JSON_BYTES, Path(name).rglob("*.json"))
                 data = datasets.load_from_disk(name)
                 data = data[split] if isinstance(data, datasets.DatasetDict) else data
             else:
@@ -120,9 +120,8 @@ class Rows:
         return rows.column(self._column)
 
     def _text_of(self, value: Any, place: str) -> str:
-        buffer = value.as_buffer() if hasattr(value, "as_buffer") else None
-        if buffer is not None and buffer.size > budgets.MAX_DOCUMENT_BYTES:
-            raise DataError(_too_large(f"{buffer.size:,}", place, "Cut its text into several rows."))
+        if value.is_valid and hasattr(value, "as_buffer"):
+            _require_small(value.as_buffer().size, place, "rows")
         return _text(value.as_py(), place)
 
 
@@ -143,8 +142,20 @@ def open_sources(
     return sources
 
 
-def _too_large(size: str, place: str, remedy: str) -> str:
-    return f"{place}, has {size} bytes, and the limit for a text is {budgets.MAX_DOCUMENT_BYTES:,}. {remedy}"
+def _require_files(directory: Path) -> None:
+    """CheckpointFormatError for a pipe or a device in it, which would be waited for."""
+    for path in directory.rglob("*"):
+        if path.exists() and not path.is_dir():
+            open_regular(path).close()
+
+
+def _require_small(num_bytes: int, place: str, parts: str) -> None:
+    """DataError for a text of more bytes than the limit; of a line, no more than that have been read."""
+    if num_bytes > (limit := budgets.MAX_DOCUMENT_BYTES):
+        raise DataError(
+            f"{place}, has at least {num_bytes:,} bytes, and the limit for a text is {limit:,}. Cut it into several "
+            f"{parts}."
+        )
 
 
 def _require_few_values(line: bytes, place: str) -> None:
