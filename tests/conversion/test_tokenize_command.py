@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -138,6 +138,43 @@ def test_other_work_does_not_go_on(tmp_path: Path, tokenizer: Path, lines: Path)
     with pytest.raises(KeyboardInterrupt):
         tokenize_to(tmp_path / "other", open_sources([str(lines)]), str(tokenizer), progress=interrupt)
     assert list(tmp_path.glob(".other*")) == []  # without resume nothing is kept
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("journal", lambda journal: b""),
+        ("journal", lambda journal: journal[:-1]),
+        ("journal", lambda journal: journal[64:]),
+        ("journal", lambda journal: b"\xff" * len(journal)),
+        ("journal", lambda journal: b"[" * 100_000),
+        ("journal", lambda journal: journal.replace(b"[0, ", b"[1, ")),
+        ("lengths", lambda lengths: lengths[:-1]),
+        ("lengths", lambda lengths: b"\7" + lengths[1:]),
+        ("out/tokens.bin", lambda tokens: tokens[:-1]),
+        ("out/tokens.bin", lambda tokens: b"\xff" + tokens[1:]),
+    ],
+)
+def test_damaged_leftovers_are_begun_anew(
+    tmp_path: Path, tokenizer: Path, lines: Path, name: str, damage: Callable[[bytes], bytes]
+) -> None:
+    """Catches foreign errors and wrong tokens where a journal, or what it knows of, is not what was written."""
+    expected, output, text = tmp_path / "expected", tmp_path / "out", tmp_path / "more.txt"
+    text.write_text(_TEXTS[0] * 2, encoding="utf-8")
+    sources = open_sources([str(text), str(lines)])
+    tokenize_to(expected, sources, str(tokenizer))
+
+    def interrupt(done: int, total: int, tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_to(output, sources, str(tokenizer), resume=True, progress=interrupt)
+    file = tmp_path / ".out.incomplete" / name
+    file.write_bytes(damage(file.read_bytes()))
+    made: list[int] = []
+    tokenize_to(output, sources, str(tokenizer), resume=True, progress=lambda done, total, tokens: made.append(tokens))
+    assert _contents(output) == _contents(expected)
+    assert made[-1] == len(_contents(expected)[0]) // 2  # all of it was made again
 
 
 def _children(process: int) -> Iterator[int]:
