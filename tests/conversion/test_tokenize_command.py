@@ -23,6 +23,7 @@ from hf_megatron.paper.data import PackedDocuments, TokenFile
 from hf_megatron.paper.data.text_sources import open_sources
 from hf_megatron.paper.data.tokenizing import tokenize_to
 from tests.conversion.commands import Commands
+from tests.conversion.fake_hub import serving
 from tests.data.indexed import write_pair
 from tests.repository import environment
 
@@ -243,6 +244,28 @@ def test_refusals(
     arguments = ["tokenize", *names, tmp_path / "out", "--tokenizer", tokenizer, *options]
     assert told in command.refusal(*arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(n for n, c in sources.items() if c is not None)
+
+
+@pytest.mark.slow
+def test_a_data_set_on_the_hub(tmp_path: Path, tokenizer: Path) -> None:
+    """Catches a data set's configuration, split or column that does not reach ``datasets``, and tokens of another."""
+    files, card = {}, "---\nconfigs:\n"
+    for number, name in enumerate(("de", "en")):
+        card += f"- config_name: {name}\n  data_files:\n"
+        for split in ("train", "test"):
+            lines = [json.dumps({"text": "", "body": text}) for text in _TEXTS[number + len(split) :]]
+            files[f"{name}/{split}.jsonl"] = "\n".join(lines).encode()
+            card += f"  - split: {split}\n    path: {name}/{split}.jsonl\n"
+    (tmp_path / "same.jsonl").write_bytes(files["en/test.jsonl"])
+    tokenize_to(tmp_path / "same", open_sources([str(tmp_path / "same.jsonl")], column="body"), str(tokenizer))
+    command = [sys.executable, "-m", "hf_megatron", "tokenize", "owner/name", "out", "--tokenizer", str(tokenizer)]
+    command += ["--config", "en", "--split", "test", "--column", "body"]
+    online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with serving("owner/name", {"README.md": (card + "---\n").encode(), **files}) as (address, asked):
+        changes = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), **online}
+        subprocess.run(command, env=environment(**changes), cwd=tmp_path, check=True)
+    assert any(path.endswith("/en/test.jsonl") for path in asked)
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "same")
 
 
 def test_a_worker_that_is_ended_is_named(tmp_path: Path, tokenizer: Path, lines: Path) -> None:
