@@ -73,7 +73,7 @@ test-mutants: install ## Plant defects in a copy, one at a time, and see that th
 	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 SECONDS := 60
-fuzz: install ## Change checkpoints at random for SECONDS of CPU time, and see that the readers stay safe
+fuzz: install ## Change checkpoints, token files and texts at random for SECONDS of CPU time, and see that the readers stay safe
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 # TORCH=torch==2.13.0 keeps to a build of torch that is at hand: others may be downloads of gigabytes.

@@ -156,7 +156,7 @@ class AtomicDirectory:
         self.is_to_remove = True
         renaming.undo_or_finish(self.path, self.destination)
         self._check_destination()
-        if not self.resumes:
+        if not self.resumes or self.path.is_symlink():  # which would lead out of the directory
             clear(self.container)
         self.path.mkdir(exist_ok=True)
 

@@ -6,6 +6,9 @@ time or hundreds of megabytes of memory, whoever wrote it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 # Pickles. A tensor takes about 200 bytes, 25 objects and 40 instructions.
 MAX_PICKLE_BYTES = 32 * 2**20
 MAX_PICKLE_OBJECTS = 1_000_000  # that are pushed onto the stack
@@ -37,6 +40,10 @@ MAX_PIECES = 500_000  # of a distributed checkpoint's tensors, in which many lay
 MAX_DIMENSIONS = 64  # of a tensor, which is torch's limit too
 MAX_FILES = 10_000  # with weights, in a checkpoint
 
+# Texts to tokenize.
+MAX_DOCUMENT_BYTES = 128 * 2**20  # a text file, a line of JSON, or the text of a row
+MAX_DOCUMENT_VALUES = 2_000_000  # texts, and what separates values, in a line of JSON
+
 
 class BudgetError(ValueError):
     """A file asks for more than a limit allows. Readers turn it into a CheckpointFormatError that names the file."""
@@ -46,6 +53,13 @@ def require_within(limit: int, number: int, what: str) -> None:
     """Raise a BudgetError if ``number`` of ``what`` (a plural) is more than ``limit``."""
     if number > limit:
         raise BudgetError(f"it has {number:,} {what}, and the limit is {limit:,}")
+
+
+def require_files_within(limit: int, paths: Iterable[Path]) -> None:
+    """Raise a BudgetError if one of these files has more bytes than ``limit``."""
+    for path in paths:
+        if path.is_file():
+            require_within(limit, path.stat().st_size, f"bytes in {path.name}")
 
 
 def is_64_bit(number: int) -> bool:

@@ -80,7 +80,7 @@ def lock_directory(directory: Path) -> WriteLock:
                 "version. Move it elsewhere, or remove it if nothing in it is needed."
             )
         try:
-            descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # whose writer has just finished
             continue
         except OSError:
@@ -113,12 +113,12 @@ def _remove_empty(directory: Path) -> None:
         directory.rmdir()
 
 
-def clear(directory: Path) -> None:
-    """Delete what is in a marked directory, except for the mark."""
+def clear(directory: Path, *, kept: str = MARK) -> None:
+    """Delete what is in a directory, except for one file: the mark, unless another is named."""
     for entry in directory.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        elif entry.name != MARK:
+        elif entry.name != kept:
             entry.unlink()
 
 
@@ -146,7 +146,7 @@ def _require_abandoned(descriptor: int, directory: Path, *, is_locked: bool) -> 
 
 
 def _owner(descriptor: int) -> dict[str, Any]:
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         owner = json.loads(os.pread(descriptor, 4096, 0))
         return owner if isinstance(owner, dict) else {}
     return {}

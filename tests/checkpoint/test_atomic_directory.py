@@ -234,6 +234,19 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert len(list((tmp_path / "disk").iterdir())) == 1
 
 
+def test_a_link_in_what_was_left_is_not_followed(tmp_path: Path) -> None:
+    """Catches work that goes on in a directory of somebody else's, where it deletes what it does not know."""
+    outside, container = tmp_path / "outside", tmp_path / ".new.incomplete"
+    for path in (outside, container):
+        path.mkdir()
+    (container / MARK).touch()
+    (container / "new").symlink_to(outside)
+    with AtomicDirectory(tmp_path / "new", resume=True) as directory:
+        (directory.path / "file").touch()
+        directory.publish()
+    assert (list(outside.iterdir()), (tmp_path / "new").is_symlink()) == ([], False)
+
+
 def test_a_failure_of_the_first_rank_is_handed_to_all(tmp_path: Path) -> None:
     """Catches ranks that wait for ever for a first one that could not begin, and another process's files removed."""
     errors: list[Exception | None] = []

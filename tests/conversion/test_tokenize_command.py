@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -23,6 +23,7 @@ from hf_megatron.paper.data import PackedDocuments, TokenFile
 from hf_megatron.paper.data.text_sources import open_sources
 from hf_megatron.paper.data.tokenizing import tokenize_to
 from tests.conversion.commands import Commands
+from tests.conversion.fake_hub import serving
 from tests.data.indexed import write_pair
 from tests.repository import environment
 
@@ -140,6 +141,43 @@ def test_other_work_does_not_go_on(tmp_path: Path, tokenizer: Path, lines: Path)
     assert list(tmp_path.glob(".other*")) == []  # without resume nothing is kept
 
 
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("journal", lambda journal: b""),
+        ("journal", lambda journal: journal[:-1]),
+        ("journal", lambda journal: journal[64:]),
+        ("journal", lambda journal: b"\xff" * len(journal)),
+        ("journal", lambda journal: b"[" * 100_000),
+        ("journal", lambda journal: journal.replace(b"[0, ", b"[1, ")),
+        ("lengths", lambda lengths: lengths[:-1]),
+        ("lengths", lambda lengths: b"\7" + lengths[1:]),
+        ("out/tokens.bin", lambda tokens: tokens[:-1]),
+        ("out/tokens.bin", lambda tokens: b"\xff" + tokens[1:]),
+    ],
+)
+def test_damaged_leftovers_are_begun_anew(
+    tmp_path: Path, tokenizer: Path, lines: Path, name: str, damage: Callable[[bytes], bytes]
+) -> None:
+    """Catches foreign errors and wrong tokens where a journal, or what it knows of, is not what was written."""
+    expected, output, text = tmp_path / "expected", tmp_path / "out", tmp_path / "more.txt"
+    text.write_text(_TEXTS[0] * 2, encoding="utf-8")
+    sources = open_sources([str(text), str(lines)])
+    tokenize_to(expected, sources, str(tokenizer))
+
+    def interrupt(done: int, total: int, tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_to(output, sources, str(tokenizer), resume=True, progress=interrupt)
+    file = tmp_path / ".out.incomplete" / name
+    file.write_bytes(damage(file.read_bytes()))
+    made: list[int] = []
+    tokenize_to(output, sources, str(tokenizer), resume=True, progress=lambda done, total, tokens: made.append(tokens))
+    assert _contents(output) == _contents(expected)
+    assert made[-1] == len(_contents(expected)[0]) // 2  # all of it was made again
+
+
 def _children(process: int) -> Iterator[int]:
     for line in Path(f"/proc/{process}/task/{process}/children").read_text().split():
         yield int(line)
@@ -206,6 +244,28 @@ def test_refusals(
     arguments = ["tokenize", *names, tmp_path / "out", "--tokenizer", tokenizer, *options]
     assert told in command.refusal(*arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(n for n, c in sources.items() if c is not None)
+
+
+@pytest.mark.slow
+def test_a_data_set_on_the_hub(tmp_path: Path, tokenizer: Path) -> None:
+    """Catches a data set's configuration, split or column that does not reach ``datasets``, and tokens of another."""
+    files, card = {}, "---\nconfigs:\n"
+    for number, name in enumerate(("de", "en")):
+        card += f"- config_name: {name}\n  data_files:\n"
+        for split in ("train", "test"):
+            lines = [json.dumps({"text": "", "body": text}) for text in _TEXTS[number + len(split) :]]
+            files[f"{name}/{split}.jsonl"] = "\n".join(lines).encode()
+            card += f"  - split: {split}\n    path: {name}/{split}.jsonl\n"
+    (tmp_path / "same.jsonl").write_bytes(files["en/test.jsonl"])
+    tokenize_to(tmp_path / "same", open_sources([str(tmp_path / "same.jsonl")], column="body"), str(tokenizer))
+    command = [sys.executable, "-m", "hf_megatron", "tokenize", "owner/name", "out", "--tokenizer", str(tokenizer)]
+    command += ["--config", "en", "--split", "test", "--column", "body"]
+    online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with serving("owner/name", {"README.md": (card + "---\n").encode(), **files}) as (address, asked):
+        changes = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), **online}
+        subprocess.run(command, env=environment(**changes), cwd=tmp_path, check=True)
+    assert any(path.endswith("/en/test.jsonl") for path in asked)
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "same")
 
 
 def test_a_worker_that_is_ended_is_named(tmp_path: Path, tokenizer: Path, lines: Path) -> None:

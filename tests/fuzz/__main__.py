@@ -1,4 +1,4 @@
-"""Fuzz the readers of checkpoints: ``python -m tests.fuzz --seconds 60``.
+"""Fuzz the readers of checkpoints, token files and texts: ``python -m tests.fuzz --seconds 60``.
 
 Each reader runs in a process of its own. What is found is saved, with the seed, under ``--finds``; ``--replay`` runs a
 saved case again. The exit code is 1 if anything was found.

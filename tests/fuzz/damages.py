@@ -114,7 +114,7 @@ def wrong(draw: Draw, files: Files, least: int) -> Files:
     return result
 
 
-def _flipped(draw: Draw, content: bytes) -> bytes:
+def flipped(draw: Draw, content: bytes) -> bytes:
     """A file of the same length with some of its bytes changed."""
     result = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
@@ -174,7 +174,7 @@ def _wrong_content(draw: Draw, name: str, content: bytes) -> bytes:
         if name.endswith(".metadata"):
             return edited(draw, content) if not rarely(draw, 6) else whole(draw)
         if name.endswith(".distcp"):
-            return _flipped(draw, content)
+            return flipped(draw, content)
         if name.endswith((".bin", ".pt")):
             return archives.archive(draw, content) if content.startswith(b"PK") else archives.legacy(draw, content)
     except Exception:

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 
 from tests.checkpoint.directories import CONFIG, model_tensors
-from tests.fuzz import distributed
+from tests.fuzz import distributed, token_files, tokenizing
 from tests.fuzz.archives import _EVIL, Archive, Record, _in_a_tar, records_of
 from tests.fuzz.conversions import ConvertCase
 from tests.fuzz.directories import Files, Special, hub_seeds, megatron_seed, torch_bytes
@@ -107,6 +107,42 @@ def _name_that_is_a_knot() -> Files:
     return {**files, name: content[:3] + struct.pack("<Q", len(pickled)) + pickled}  # as long as the frame says
 
 
+def _complete(**files: bytes | Special) -> Files:
+    """A directory of tokens whose tokenizer has other files."""
+    return {**tokenizing.complete_directory(), **{f"out/{name}.json": content for name, content in files.items()}}
+
+
+def _tokenizer(**changes: Any) -> bytes:
+    """A tokenizer for which the tokenizers library has an error of its own."""
+    content = tokenizing.complete_directory()["out/tokenizer.json"]
+    assert isinstance(content, bytes)
+    return json.dumps({**json.loads(content), **changes}).encode()
+
+
+_TWO_SEQUENCES = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+_PANIC = {"type": "TemplateProcessing", "single": _TWO_SEQUENCES, "pair": _TWO_SEQUENCES, "special_tokens": {}}
+
+
+def _interrupted(name: str, change: Callable[[bytes], bytes | Special]) -> Files:
+    """Interrupted work of which one file was changed."""
+    files, path = tokenizing.interrupted_directory(), f".out.incomplete/{name}"
+    content = files.get(path, b"")
+    assert isinstance(content, bytes)
+    return {**files, path: change(content)}
+
+
+def _fewer_tokens(journal: bytes) -> bytes:
+    """The journal knows of one token less."""
+    return re.sub(rb"(\[\d+, \d+, )(\d+)", lambda found: found[1] + b"%d" % (int(found[2]) - 1), journal)
+
+
+def _row_of_no_text() -> Files:
+    files, name = tokenizing.data_sets()[0], "saved/data-00000-of-00001.arrow"
+    content = files[name]
+    assert isinstance(content, bytes)
+    return {**files, name: content.replace(b"One text", b"One \xffext")}
+
+
 _DOTTED = b"\x80\x04X\x1a\0\0\0megatron.core._rank_utils\0X\x09\0\0\0os.system\x93."
 _BROKEN_TOKENIZER = b'{"model": {"vocab": {"a": 0}, "vocab": {}}}'
 
@@ -168,6 +204,54 @@ FOUND: dict[str, tuple[str, Callable[[], Any]]] = {
     "code in a checkpoint's metadata": ("training", lambda: _training(metadata=_EVIL)),
     "random state of nothing": ("training", lambda: _training(random=torch_bytes([]))),
     "random state of another shape": ("training", lambda: _training(random=torch_bytes({"python": (3, (1,), None)}))),
+}
+FOUND |= {
+    "documents beyond 64 bits": ("token-files", lambda: token_files.pair(token_files.documents_around())),
+    "sequences beyond 64 bits": ("token-files", lambda: token_files.pair(token_files.sequences_around("TNTIDX"))),
+    "tokenizer of no kind": ("token-directory", lambda: {"out/tokenizer.json": _tokenizer(model=1)}),
+    "tokenizer that panics": ("token-directory", lambda: _complete(tokenizer=_tokenizer(post_processor=_PANIC))),
+    "nested tokenizer": ("token-directory", lambda: _complete(tokenizer_config=b"[" * 3000)),
+    "length that is no number": (
+        "token-directory",
+        lambda: _complete(tokenizer_config=b'{"tokenizer_class": "GPT2Tokenizer", "model_max_length": "x"}'),
+    ),
+    "half a character in a tokenizer": (
+        "token-directory",
+        lambda: _complete(tokenizer_config=b'{"tokenizer_class": "GPT2Tokenizer", "x": "\\ud800"}'),
+    ),
+    "large tokenizer": ("token-directory", lambda: _complete(tokenizer_config=Special("zeros", size=2**30))),
+    "journal that was cut": ("token-directory", lambda: _interrupted("journal", lambda content: content[:60])),
+    "journal of nothing": ("token-directory", lambda: _interrupted("journal", lambda content: b"{}")),
+    "journal that is no text": ("token-directory", lambda: _interrupted("journal", lambda content: b"\xff" * 99)),
+    "journal of fewer tokens": ("token-directory", lambda: _interrupted("journal", _fewer_tokens)),
+    "journal that is a pipe": ("token-directory", lambda: _interrupted("journal", lambda content: Special("fifo"))),
+    "other tokens": (
+        "token-directory",
+        lambda: _interrupted("out/tokens.bin", lambda content: b"\7" + content[1:]),
+    ),
+    "other lengths": ("token-directory", lambda: _interrupted("lengths", lambda content: b"\7" + content[1:])),
+    "tokens that are a link": (
+        "token-directory",
+        lambda: _interrupted("out/tokens.bin", lambda content: Special("link", "../../../secret")),
+    ),
+    "file of other work": ("token-directory", lambda: _interrupted("out/merges.txt", lambda content: b"a b")),
+    "nested mark": ("token-directory", lambda: _interrupted("hf_megatron_writer.json", lambda content: b"[" * 3000)),
+    "mark that is a link": (
+        "token-directory",
+        lambda: _interrupted("hf_megatron_writer.json", lambda content: Special("link", "../../secret")),
+    ),
+    "line without an end": ("tokenize", lambda: {"0.jsonl": Special("zeros", size=2**30)}),
+    "large text": ("tokenize", lambda: {"0.txt": Special("zeros", size=2**30)}),
+    "line of many values": ("tokenize", lambda: {"0.jsonl": b'{"a": [' + b"[]," * 12 * 10**6 + b'[]], "text": "a"}'}),
+    "row of no text": ("tokenize", _row_of_no_text),
+    "data set that is a pipe": (
+        "tokenize",
+        lambda: {**tokenizing.data_sets()[0], "saved/data-00000-of-00001.arrow": Special("fifo")},
+    ),
+    "large description of a data set": (
+        "tokenize",
+        lambda: {**tokenizing.data_sets()[0], "saved/dataset_info.json": Special("zeros", size=2**30)},
+    ),
 }
 
 

@@ -60,7 +60,7 @@ class _Watch:
 
 largest_growth = 0  # bytes, over all cases of this process
 _watch: _Watch | None = None
-_is_installed = False
+_installed_in = 0  # the process, of which one that was forked has not all
 
 
 def _report(message: str) -> None:
@@ -97,11 +97,12 @@ def _check_place(event: str, path: Any) -> None:
 
 
 def _install() -> None:
-    global _is_installed
-    if _is_installed:
+    global _installed_in
+    if _installed_in == os.getpid():
         return
-    _is_installed = True
-    sys.addaudithook(_audit)
+    if not _installed_in:
+        sys.addaudithook(_audit)
+    _installed_in = os.getpid()
     signal.signal(signal.SIGPROF, lambda *_: _late("takes too much CPU time"))
     signal.signal(_WAKE, lambda *_: _late("waits for ever"))
     threading.Thread(target=_look_for_blocked_cases, daemon=True).start()

@@ -26,7 +26,7 @@ from hf_megatron.checkpoint.unpickle import UnpickleError, read_pickle
 from hf_megatron.errors import HfMegatronError
 from hf_megatron_conversion.formats.megatron_lm.pickled import MEGATRON_GLOBALS
 from hf_megatron_conversion.tensors import raw_bytes
-from tests.fuzz import directories, distributed, models
+from tests.fuzz import directories, distributed, models, token_files, tokenizing
 from tests.fuzz.archives import split_legacy, torch_files
 from tests.fuzz.checks import FindError, Reader, require_harmless
 from tests.fuzz.conversions import (
@@ -261,5 +261,18 @@ READERS = {
         Reader("verify", any_directory, check_verify, lambda: directories.hub_seeds()["tp"]),
         Reader("training", _training_cases, _check_training, lambda: _healthy_training("checkpoint")),
         Reader("adapter", _adapter_cases, _check_adapter, lambda: _healthy_training("adapter")),
+        Reader(
+            "token-files",
+            token_files.pairs,
+            token_files.check_token_files,
+            lambda: token_files.pair(token_files.Index()),
+        ),
+        Reader(
+            "token-directory",
+            tokenizing.token_directories,
+            tokenizing.check_token_directory,
+            tokenizing.interrupted_directory,
+        ),
+        Reader("tokenize", tokenizing.texts, tokenizing.check_texts, tokenizing.healthy_texts),
     )
 }

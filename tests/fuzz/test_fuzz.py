@@ -23,7 +23,7 @@ from tests.fuzz.guard import CANARY, watched
 from tests.fuzz.readers import READERS
 
 # Cases that take a few seconds of CPU time.
-_CASES = {"pickle": 200, "torch-file": 120, "safetensors": 200, "training": 20, "adapter": 20}
+_CASES = {"pickle": 200, "torch-file": 120, "safetensors": 200, "training": 20, "adapter": 20, "tokenize": 20}
 
 
 @pytest.mark.parametrize("name", READERS)

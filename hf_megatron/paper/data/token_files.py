@@ -65,6 +65,8 @@ class _Column:
     def read(self, start: int, stop: int) -> Array:
         size = np.dtype(self.dtype).itemsize
         raw = os.pread(self.file.fileno(), (stop - start) * size, self.offset + start * size)
+        if len(raw) != (stop - start) * size:
+            raise ValueError("it became shorter while it was read")
         return np.frombuffer(raw, self.dtype).astype(np.int64)
 
 
@@ -228,19 +230,22 @@ def _blocks(count: int) -> Iterator[tuple[int, int]]:
 def _check_sequences(index: _Index, num_bytes: int, itemsize: int) -> None:
     """ValueError unless the sequences follow one another, from the first byte to the last."""
     count, unit, dims = index.lengths.count, 1 if index.token_bytes is None else itemsize, index.dimensions
+    last = num_bytes // unit
     for begin, end in _blocks(count):
         lengths, starts = index.lengths.read(begin, end), index.starts.read(begin, end)
         following = index.starts.read(begin + 1, min(end + 1, count))
         if end == count:
-            following = np.append(following, num_bytes // unit)
-        wrong = (lengths < 0) | (starts + lengths * (itemsize // unit) != following)
+            following = np.append(following, last)
+        # Numbers beyond the file could come back to one in it, as sums of 64 bits do.
+        wrong = (lengths < 0) | (starts < 0) | (starts > last) | (lengths > last)
+        wrong |= starts + lengths * (itemsize // unit) != following
         if begin == 0:
             wrong[0] |= starts[0] != 0
         if dims is not None:
             wrong |= dims.read(begin, end) != np.arange(begin, end)
         if dims is not None and end == count:
             wrong[-1] |= dims.read(count, count + 1)[0] != count
-            wrong[-1] |= index.starts.read(count, count + 1)[0] != num_bytes // unit
+            wrong[-1] |= index.starts.read(count, count + 1)[0] != last
         if wrong.any():
             place = begin + int(wrong.argmax())
             raise ValueError(f"sequence {place:,} does not end where the next one begins: the index is damaged")
@@ -252,7 +257,8 @@ def _check_documents(index: _Index) -> None:
     for begin, end in _blocks(count):
         numbers = firsts.read(begin, min(end + 1, count))
         bounds = (begin == 0 and numbers[0] != 0) or (end == count and numbers[-1] != index.lengths.count)
-        if bounds or (np.diff(numbers) < 0).any():
+        outside = (numbers < 0) | (numbers > index.lengths.count)
+        if bounds or outside.any() or (np.diff(numbers) < 0).any():
             raise ValueError(f"its documents {begin:,} to {end:,} do not follow one another: the index is damaged")
 
 
@@ -266,9 +272,9 @@ def _sampled_ends(index: _Index, num_tokens: int, itemsize: int) -> list[int]:
             sequence = int(firsts.read(place, place + 1)[0])
         else:
             sequence = 1 + i * index.lengths.count // _SAMPLED_ENDS
-        if sequence >= index.lengths.count:
+        if sequence == index.lengths.count:
             ends.add(num_tokens - 1)
-        else:
+        elif 0 < sequence < index.lengths.count:
             start = int(index.starts.read(sequence, sequence + 1)[0])
             ends.add((start if index.token_bytes else start // itemsize) - 1)
     return sorted(end for end in ends if 0 <= end < num_tokens)

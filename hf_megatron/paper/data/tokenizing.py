@@ -14,10 +14,12 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing.process import BaseProcess
@@ -28,13 +30,19 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from hf_megatron.checkpoint import AtomicDirectory
-from hf_megatron.errors import DataError
+from hf_megatron.checkpoint.budgets import MAX_TOKENIZER_JSON_BYTES, require_files_within
+from hf_megatron.checkpoint.regular_file import open_regular
+from hf_megatron.checkpoint.write_lock import clear
+from hf_megatron.errors import CheckpointError, DataError
 from hf_megatron.paper.data.text_sources import Source
 from hf_megatron.paper.data.token_files import smallest_dtype, write_index
 
 _logger = logging.getLogger(__name__)
 
 _BATCH_CHARACTERS = 1 << 20
+_JOURNAL_BYTES = 1024  # more than it has
+_BLOCK_BYTES = 1 << 20  # that are read at a time
+_TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _PROCESS_BYTES = 32 << 20  # of text that are worth another process, which takes seconds to start
 Progress = Callable[[int, int, int], None]
 """Told how much of how much is done, in units of the sources, and how many tokens were made."""
@@ -61,11 +69,12 @@ class _Encoder:
     """Tokens of texts, with a token after each; one in each process."""
 
     def __init__(self, tokenizer: str, end_of_document: str | None) -> None:
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(f"{tokenizer} is no tokenizer that transformers loads: {error}") from error
-        ids = self.tokenizer.get_vocab()
+        self._name = tokenizer
+        with _errors_of(tokenizer):
+            files = (path for path in Path(tokenizer).glob("*") if path.suffix in _TOKENIZER_SUFFIXES)
+            require_files_within(MAX_TOKENIZER_JSON_BYTES, files)
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+            ids = self.tokenizer.get_vocab()
         token = self.tokenizer.eos_token if end_of_document is None else end_of_document
         if token not in ids:
             raise DataError(
@@ -77,9 +86,10 @@ class _Encoder:
 
     def __call__(self, texts: list[str]) -> tuple[bytes, bytes]:
         """The tokens of all texts that have any, and how many each has, as int32."""
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        documents = [[*ids, self.end_of_document] for ids in encoded["input_ids"] if len(ids)]
-        tokens = np.array(list(chain.from_iterable(documents)), self.dtype)
+        with _errors_of(self._name):
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            documents = [[*ids, self.end_of_document] for ids in encoded["input_ids"] if len(ids)]
+            tokens = np.array(list(chain.from_iterable(documents)), self.dtype)
         return tokens.tobytes(), np.array([len(ids) for ids in documents], "<i4").tobytes()
 
     def digest(self) -> str:
@@ -87,6 +97,23 @@ class _Encoder:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         rules = repr(self.tokenizer.get_vocab()) if backend is None else backend.to_str()
         return hashlib.sha256(f"{self.end_of_document} {rules}".encode()).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer's files."""
+        with _errors_of(self._name, OSError):
+            self.tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _errors_of(tokenizer: str, *passed: type[Exception]) -> Iterator[None]:
+    """Errors of other libraries, which are of all kinds, as a DataError that names the tokenizer."""
+    try:
+        yield
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # of Rust's, which is no Exception
+        if isinstance(error, passed) or not (isinstance(error, Exception) or is_panic):
+            raise
+        raise DataError(f"{tokenizer} is no tokenizer that transformers can use: {error}") from error
 
 
 _encoder: _Encoder | None = None  # of a worker process
@@ -120,6 +147,10 @@ class _Place(NamedTuple):
     position: int
     tokens: int
     documents: int
+    checksums: tuple[int, int]  # CRC-32 of the tokens and of the lengths
+
+
+_BEGINNING = _Place(0, 0, 0, 0, (0, 0))
 
 
 def tokenize_to(
@@ -174,7 +205,7 @@ def tokenize_to(
             if not place.tokens:
                 raise DataError("there is no token in " + ", ".join(source.name for source in sources) + ".")
             write_index(target.path / "tokens.idx", target.container / "lengths", encoder.dtype)
-            encoder.tokenizer.save_pretrained(target.path)
+            encoder.save(target.path)
             target.publish()
         except OSError as error:
             raise target.failure(error) from error
@@ -201,7 +232,7 @@ def _write(
     """Write the tokens and the lengths; the number of tokens that were there already, and what is there now."""
     journal, total = target.container / "journal", sum(source.size for source in sources)
     paths = (target.path / "tokens.bin", target.container / "lengths")
-    place = _resumed(journal, job, paths, encoder.dtype.itemsize)
+    place = _resumed(target, job, paths, encoder.dtype.itemsize)
     before = place.tokens
     if before:
         _logger.info("Going on after %s tokens of %s documents.", f"{before:,}", f"{place.documents:,}")
@@ -212,29 +243,59 @@ def _write(
             data.flush()
             lengths.flush()
             made = place.tokens + len(tokens) // encoder.dtype.itemsize, place.documents + len(sizes) // 4
-            place = _Place(source, position, *made)
+            checksums = zlib.crc32(tokens, place.checksums[0]), zlib.crc32(sizes, place.checksums[1])
+            place = _Place(source, position, *made, checksums)
             fresh = journal.with_name("journal.new")
-            fresh.write_text(json.dumps({"job": job, "place": place}), encoding="utf-8")
+            fresh.write_bytes(_entry(job, json.dumps(place).encode()))
             fresh.replace(journal)
             progress(sum(s.size for s in sources[:source]) + position, total, place.tokens - before)
     return before, place
 
 
-def _resumed(journal: Path, job: str, paths: tuple[Path, Path], itemsize: int) -> _Place:
-    """Where to go on; files that an interrupted batch has made longer are cut to what the journal says."""
-    place = _Place(0, 0, 0, 0)
-    if journal.exists():
-        noted = json.loads(journal.read_text(encoding="utf-8"))
-        if noted["job"] == job:
-            place = _Place(*noted["place"])
-    for path in paths:
-        path.touch()
+def _entry(job: str, place: bytes) -> bytes:
+    """What the journal says, behind a digest that neither other work nor a damaged journal has."""
+    return hashlib.sha256(job.encode() + place).hexdigest().encode() + b" " + place
+
+
+def _noted(journal: Path, job: str) -> _Place:
+    """What the journal says; the beginning if there is none, or it is damaged or of other work."""
+    try:
+        with open_regular(journal) as file:
+            entry = file.read(_JOURNAL_BYTES)
+    except (OSError, CheckpointError):
+        return _BEGINNING
+    place = entry.partition(b" ")[2]
+    return _Place(*json.loads(place)) if entry == _entry(job, place) else _BEGINNING
+
+
+def _resumed(target: AtomicDirectory, job: str, paths: tuple[Path, Path], itemsize: int) -> _Place:
+    """Where to go on: where the journal says if the files begin with what it knows of, or else at the beginning.
+
+    What an interrupted batch has written is cut off, and what is of other work deleted.
+    """
+    place = _noted(target.container / "journal", job)
     sizes = (place.tokens * itemsize, place.documents * 4)
-    if any(path.stat().st_size < size for path, size in zip(paths, sizes, strict=True)):
-        place, sizes = _Place(0, 0, 0, 0), (0, 0)  # after a power cut, which the journal outlived
+    if not place.tokens or not all(map(_begins_with, paths, sizes, place.checksums)):
+        if target.resumes:
+            clear(target.container)
+            target.path.mkdir()
+        return _BEGINNING
+    clear(target.path, kept=paths[0].name)
     for path, size in zip(paths, sizes, strict=True):
         os.truncate(path, size)
     return place
+
+
+def _begins_with(path: Path, size: int, checksum: int) -> bool:
+    """Whether a file has so many bytes of this checksum, and perhaps more."""
+    found = 0
+    try:
+        with open_regular(path) as file:
+            while size and (block := file.read(min(size, _BLOCK_BYTES))):
+                found, size = zlib.crc32(block, found), size - len(block)
+    except (OSError, CheckpointError):
+        return False
+    return not path.is_symlink() and not size and found == checksum
 
 
 def _batches(sources: Sequence[Source], place: _Place) -> Iterator[tuple[int, int, list[str]]]:
@@ -281,12 +342,12 @@ def _encoded(
 
 def _estimate(encoder: _Encoder, sources: Sequence[Source]) -> tuple[_Place, float]:
     """What there will be if all texts are like those of the first batch, and the seconds it takes this process."""
-    for number, position, texts in _batches(sources, _Place(0, 0, 0, 0)):
+    for number, position, texts in _batches(sources, _BEGINNING):
         began = time.monotonic()
         tokens, sizes = encoder(texts)
         seconds = time.monotonic() - began
         done = sum(source.size for source in sources[:number]) + position
         share = sum(source.size for source in sources) / done
         made = round(len(tokens) // encoder.dtype.itemsize * share), round(len(sizes) // 4 * share)
-        return _Place(0, 0, *made), seconds * share
-    return _Place(0, 0, 0, 0), 0.0
+        return _Place(0, 0, *made, (0, 0)), seconds * share
+    return _BEGINNING, 0.0
