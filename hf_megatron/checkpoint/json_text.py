@@ -12,7 +12,14 @@ import re
 from collections import Counter
 from typing import Any
 
-from hf_megatron.checkpoint.budgets import MAX_INTEGER_BITS, MAX_JSON_NESTING, BudgetError, is_64_bit, require_within
+from hf_megatron.checkpoint.budgets import (
+    MAX_INTEGER_BITS,
+    MAX_JSON_NESTING,
+    MAX_JSON_VALUES,
+    BudgetError,
+    is_64_bit,
+    require_within,
+)
 from hf_megatron.errors import shown
 
 _MAX_DIGITS = 20  # of 64 bits, without the sign
@@ -30,8 +37,9 @@ def parse_json(raw: bytes, *, strict: bool = False) -> Any:
     """The value of a JSON text in UTF-8.
 
     ValueError if it is no such text, or not strict and a name occurs twice in an object; BudgetError if it is nested
-    too deeply, or an integer is beyond 64 bits.
+    too deeply, has too many values, or an integer is beyond 64 bits.
     """
+    require_within(MAX_JSON_VALUES, sum(map(raw.count, (b",", b"[", b"{"))), "commas and opening brackets")
     text = raw.decode()  # no other encoding; json refuses a mark of byte order
     try:
         value = json.loads(

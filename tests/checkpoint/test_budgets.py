@@ -105,6 +105,7 @@ _LIMITS: dict[str, tuple[int | None, Callable[[Path, int], object]]] = {
     "MAX_ZIP_ENTRIES": (_SMALL, _archive),
     "MAX_JSON_BYTES": (None, lambda path, n: _json(json.dumps({"x": "y" * (n - 9)}))(path)),
     "MAX_JSON_NESTING": (None, lambda path, n: _json('{"x":' + "[" * (n - 1) + "]" * (n - 1) + "}")(path)),
+    "MAX_JSON_VALUES": (_SMALL, lambda path, n: _json('{"x":[1' + ",1" * (n - 2) + "]}")(path)),
     "MAX_TENSORS": (_SMALL, lambda path, n: _header(path, **{str(number): [0] for number in range(n)})),
     "MAX_FILES": (_SMALL, _index),
 }
