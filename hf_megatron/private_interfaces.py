@@ -111,7 +111,7 @@ _TABLE: Mapping[str, str] = {
     f"{_METRIC}._info(self)": "the metrics as modules of evaluate",
     f"{_METRIC}._compute(self, predictions, references)": "the metrics as modules of evaluate",
     # torch
-    "torch.nn.Module.__init__._parameters": "replacing parameters by DTensors, one by one",
+    "torch.nn.Module.register_parameter._parameters": "replacing parameters by DTensors, one by one",
     "torch.distributed.tensor.DTensor._local_tensor": "layers, steps and clipping on shards, past DTensor's dispatcher",
     "torch.distributed.tensor.DTensor._spec": "gradients of shards as gradients of DTensors",
     "torch.optim.adam.Adam.__init__._step_supports_amp_scaling": "skipping a step on a GPU before anybody looks",
