@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
@@ -174,7 +175,7 @@ def convert(
     target = AtomicDirectory(destination, replace=overwrite, resume=resume)
     _check_content(target.destination)
     directory = _directory(source, revision, target.destination, options, given)
-    name = directory.resolve().name if Path(source).is_dir() else str(source)
+    name = os.fsencode(directory.resolve().name if Path(source).is_dir() else source).decode(errors="replace")
     model, plan, sources = _planned(directory, name, options, given)
     written = _Written()
     if not dry_run:
@@ -219,7 +220,8 @@ def _directory(source: str | Path, revision: str | None, target: Path, options: 
     """The source's directory, after refusing what can be refused without its weights."""
     directory = source_directory(source, revision=revision, config_only=True)
     resolved = directory.resolve()
-    if target == resolved or target in resolved.parents or resolved in target.parents:
+    places = (target, *leftovers(target))
+    if resolved in target.parents or any(place == resolved or place in resolved.parents for place in places):
         raise DestinationError(
             f"The destination {target} and the source {resolved} overlap, which could destroy the source; choose a "
             "destination outside of it."
@@ -316,6 +318,7 @@ def _write(
                     _logger.warning("What is complete is left in %s for --resume.", target.container)
                 raise
             if written.is_verified is not False:
+                _check_content(target.destination)  # which may have got more than a checkpoint since
                 target.publish()
     except OSError as error:
         raise target.failure(error) from error

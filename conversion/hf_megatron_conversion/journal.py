@@ -21,19 +21,21 @@ class Journal:
 
     def __init__(self, path: Path, conversion: str) -> None:
         self._path, self._conversion = path, conversion
-        self._is_resumed = path.is_file() and path.read_text(encoding="utf-8").split("\n", 1)[0] == conversion
-        if not self._is_resumed:
+        if self._lines()[:1] != [conversion]:
             path.write_text(conversion + "\n", encoding="utf-8")
 
     def kept(self, directory: Path) -> dict[str, str]:
         """SHA-256 of the complete files that have it still; everything else in the directory is deleted."""
+        complete = {name: digest for digest, _, name in (line.partition("  ") for line in self._lines()[1:])}
         digests: dict[str, str] = {}
-        for line in self._path.read_text(encoding="utf-8").splitlines()[1:]:
-            digest, _, name = line.partition("  ")
-            if (directory / name).is_file() and sha256_of(directory / name) == digest:
-                digests[name] = digest
-        for path in directory.rglob("*"):
-            if not path.is_dir() and path.relative_to(directory).as_posix() not in digests:
+        for path in sorted(directory.rglob("*"), reverse=True):  # a directory comes after what is in it
+            name = path.relative_to(directory).as_posix()
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.is_file() and not path.is_symlink() and complete.get(name) == sha256_of(path):
+                digests[name] = complete[name]
+            else:
                 path.unlink()
         return digests
 
@@ -44,7 +46,11 @@ class Journal:
 
     def has_files(self) -> bool:
         """Whether anything is complete."""
-        return self._path.is_file() and self._path.read_text(encoding="utf-8").count("\n") > 1
+        return len(self._lines()) > 1
+
+    def _lines(self) -> list[str]:
+        """Its lines; damaged ones are those of no conversion and of no file."""
+        return self._path.read_text(encoding="utf-8", errors="replace").splitlines() if self._path.is_file() else []
 
 
 def fingerprint(options: object, files: Sequence[OutputFile], source: Mapping[Path, tuple[int, ...]]) -> str:

@@ -15,7 +15,7 @@ from hf_megatron_conversion import tensors as bounds
 from hf_megatron_conversion.files import Writing
 from hf_megatron_conversion.tensors import CAST_BYTES, Cast, Readable, bounded
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _MAX_THREADS = 4
 # What a thread has besides its slice, and the smallest slice that is worth a system call.
 _FIXED_BYTES, _MIN_SLICE_BYTES = 4 * 2**20, 2**18

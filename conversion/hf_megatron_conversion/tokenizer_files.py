@@ -7,11 +7,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hf_megatron.checkpoint import read_json
-from hf_megatron.checkpoint.budgets import MAX_JSON_BYTES, MAX_TOKENIZER_JSON_BYTES, require_within
+from hf_megatron.checkpoint.budgets import MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_TOKENIZER_JSON_BYTES, require_within
 from hf_megatron.checkpoint.regular_file import open_regular
 from hf_megatron.errors import CheckpointFormatError
 
@@ -69,7 +70,11 @@ def tokenizer_facts(directory: Path) -> TokenizerFacts | None:
                     f"{file.name} is larger than any vocabulary; the limit is {MAX_TOKENIZER_JSON_BYTES:,} bytes."
                 )
             lines = io.TextIOWrapper(file, encoding="utf-8", errors="replace")
-            ids |= {line.rstrip("\n"): index for index, line in enumerate(lines)}
+            ids |= {line.rstrip("\n"): index for index, line in enumerate(islice(lines, MAX_JSON_VALUES + 1))}
+            if len(ids) > MAX_JSON_VALUES:
+                raise CheckpointFormatError(
+                    f"{file.name} has more than {MAX_JSON_VALUES:,} tokens, which is the limit."
+                )
     else:
         return None
     if (directory / "added_tokens.json").is_file():

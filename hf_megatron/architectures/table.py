@@ -177,6 +177,11 @@ class Architecture:
         sizes: dict[str, int] = {}
         for name, where in self.size_fields.items():
             value = where.read(config)
+            if (other := config.get(where.alias, value)) != value:
+                raise UnsupportedError(
+                    f"The configuration has both {where.name}={shown(value)} and {where.alias}={shown(other)}, which "
+                    "are the same; remove the one that is wrong."
+                )
             if value is None and where.default is None:
                 value = 4 * sizes["hidden_size"]
             if type(value) is not int or value < 1:
@@ -220,6 +225,8 @@ class Architecture:
             problems.append(f"initializer_range={shown(scale)} (a number of 0 or more)")
         if config.get("quantization_config") is not None:
             problems.append("quantization_config (only weights that are not quantized)")
+        if (elsewhere := config.get("transformers_weights")) is not None:
+            problems.append(f"transformers_weights={shown(elsewhere)} (weights under the usual names)")
         if problems:
             raise UnsupportedError(f"The configuration is not that of a model that runs: {'; '.join(problems)}.")
 

@@ -54,7 +54,7 @@ class AtomicDirectory:
         is_first: bool = True,
         meet: Callable[[Exception | None], None] | None = None,
     ) -> None:
-        self.destination = Path(destination).resolve()
+        self.destination = _resolved(Path(destination))
         self._replace, self._keep, self.resumes = replace, keep, resume
         self._is_first, self._meet = is_first, meet
         around = self.destination.parent
@@ -233,6 +233,17 @@ def leftovers(destination: Path) -> list[Path]:
     """What killed processes left for the next write to clean up, or are writing now."""
     places = (_hidden(destination), _inside(destination))
     return [place for place in places if (place / MARK).exists()]
+
+
+def _resolved(destination: Path) -> Path:
+    """Its path without links; DestinationError for a loop of links, and for a root, which has no place beside it."""
+    try:
+        resolved = destination.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError until Python 3.13
+        raise DestinationError(f"The destination {destination} is a link that leads back to itself.") from error
+    if not resolved.name:
+        raise DestinationError(f"The destination {resolved} is a whole file system; choose a directory in it.")
+    return resolved
 
 
 def _hidden(destination: Path) -> Path:

@@ -32,7 +32,7 @@ MAX_YAML_VALUES = 100_000  # of which aliases may make any number of a few
 MAX_TOKENIZER_JSON_BYTES = 256 * 2**20
 MAX_TRAINER_STATE_BYTES = 256 * 2**20  # which hold what was logged in each step
 MAX_CARD_BYTES = 16 * 2**20
-MAX_JSON_VALUES = 12_000_000  # by its commas and brackets; a vocabulary of 256,000 with its merges has 2 million
+MAX_JSON_VALUES = 4_000_000  # by its commas and brackets; a vocabulary of 256,000 with its merges has 2 million
 MAX_JSON_NESTING = 127  # which is serde_json's limit too
 
 MAX_SAFETENSORS_HEADER_BYTES = 16 * 2**20

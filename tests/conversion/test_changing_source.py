@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hf_megatron.errors import CheckpointError, CheckpointIncompleteError
+from hf_megatron.errors import CheckpointError, CheckpointIncompleteError, DestinationError
 from hf_megatron_conversion import convert, converter
 from tests.conversion.checkpoints import directory_bytes, flipped
 
@@ -109,6 +109,23 @@ def test_a_file_that_changes_at_the_end_is_noticed_before_publishing(
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         convert(source, tmp_path / "tp", to="tp", tp_size=2)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_directory_that_appears_in_the_destination(
+    untied: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a look at the destination before the work alone: hours later a training run may have written there."""
+    destination = tmp_path / "tp"
+    convert(untied, destination, to="tp", tp_size=3)
+
+    def write_sums(directory: Path, digests: object) -> None:
+        (destination / "checkpoint-500").mkdir()
+
+    monkeypatch.setattr(converter, "write_sums", write_sums)
+    with pytest.raises(DestinationError, match=r"holds directories \(checkpoint-500\)"):
+        convert(source, destination, to="tp", tp_size=2, overwrite=True)
+    assert (destination / "checkpoint-500").is_dir()
+    assert len(list(destination.glob("shard-*"))) == 3
 
 
 @pytest.mark.parametrize("change", _CHANGES)

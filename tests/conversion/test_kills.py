@@ -219,6 +219,32 @@ def test_resume_keeps_what_is_complete(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "source", "tp"]
 
 
+@pytest.mark.parametrize("damage", ["bytes", "a link"])
+def test_resume_after_another_format(tied: Path, tmp_path: Path, damage: str) -> None:
+    """Catches directories of the earlier format in the result, and a damaged list of what is complete."""
+    stage = _files_of_killed(tied, tmp_path / "out")
+    (stage / "release/mp_rank_00").mkdir(parents=True)
+    (stage / "release/mp_rank_00/model_optim_rng.pt").write_bytes(b"x")
+    if damage == "bytes":
+        with (stage.parent / "journal").open("ab") as file:
+            file.write(b"\xff\xfe\n")
+    else:
+        (tmp_path / "elsewhere").write_bytes(b"mine")
+        (stage / "link").symlink_to(tmp_path / "elsewhere")
+    convert(tied, tmp_path / "out", to="hub", resume=True)
+    convert(tied, tmp_path / "expected", to="hub")
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "expected")
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+
+
+def test_what_a_killed_conversion_left_is_no_source(tied: Path, tmp_path: Path) -> None:
+    """Catches a source that is cleaned up while it is read."""
+    stage = _files_of_killed(tied, tmp_path / "tp")
+    with pytest.raises(DestinationError, match="overlap"):
+        convert(stage, tmp_path / "tp", to="hub")
+    assert stage.is_dir()
+
+
 def test_without_resume_nothing_is_kept(tied: Path, tmp_path: Path) -> None:
     """Catches files of an earlier conversion in a result that was not to have any."""
     directory = _files_of_killed(tied, tmp_path / "tp")

@@ -124,7 +124,7 @@ def _large_json(directory: Path) -> Path:
 
 
 def _header(directory: Path) -> Path:
-    raw = b'{"a":[' + b"[]," * (5 * 2**20) + b"[]]}"
+    raw = b'{"a":[' + b"[]," * 1_999_998 + b"[]]}"
     return _source(directory, "model.safetensors", struct.pack("<Q", len(raw)) + raw)
 
 
@@ -248,8 +248,9 @@ _HEAVY: dict[str, tuple[Callable[[Path], Path], str]] = {
     "entries": (_entries, "entries in its directory|bytes in its directory"),
     "large header": (_large_header, "99000000 bytes long, and the limit is 16777216"),
     "large JSON": (_large_json, "bytes, and the limit is 16,777,216"),
-    "16 MB of JSON": (_json(b'{"a":[' + b"{}," * (5 * 2**20) + b"{}]}"), "holds no weights"),
-    "16 MB of header": (_header, "'a' does not have one dtype"),
+    "values of JSON": (_json(b'{"a":[' + b"{}," * 1_999_998 + b"{}]}"), "holds no weights"),
+    "16 MB of JSON": (_json(b'{"a":[' + b"{}," * (5 * 2**20) + b"{}]}"), "brackets, and the limit is 4,000,000"),
+    "values of a header": (_header, "'a' does not have one dtype"),
     "objects of an index": (_distributed(b"N0" * (2 * 2**20) + b"N."), "more than 2,000,000 objects"),
     "memo of an index": (_distributed(b"N" + b"\x94" * (8 * 2**20) + b"."), "more than 8,000,000 instructions"),
     "bytes of an index": (_distributed(b"X" + struct.pack("<I", 2**27) + b"x" * 2**27 + b"."), "limit is 67,108,864"),
@@ -267,8 +268,8 @@ _HEAVY: dict[str, tuple[Callable[[Path], Path], str]] = {
 _SLOW = (
     "marks",
     "memo",
-    "16 MB of JSON",
-    "16 MB of header",
+    "values of JSON",
+    "values of a header",
     "objects of an index",
     "memo of an index",
     "brackets in YAML",

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
 from hf_megatron.architectures import GPT2
 from hf_megatron.architectures.table import ACTIVATIONS
 from hf_megatron.checkpoint import DTYPES, itemsize
-from hf_megatron.errors import CheckpointError, HfMegatronError, PartitionError, UnsupportedError
+from hf_megatron.errors import CheckpointError, DestinationError, HfMegatronError, PartitionError, UnsupportedError
 from hf_megatron_conversion import convert, inspect
 from tests.conversion.checkpoints import save_stock
 from tests.conversion.megatron_lm.generator import Variant, make_weights, write
@@ -261,3 +262,57 @@ def test_a_tracker_that_is_no_file(tmp_path: Path) -> None:
     tracker.unlink(missing_ok=True)
     os.mkfifo(tracker)
     inspect(tmp_path / "source")
+
+
+def test_two_names_for_one_size(tmp_path: Path) -> None:
+    """Catches a size read under one of its names where stock transformers goes by the other."""
+    aliases: dict[str, Any] = {"num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 2}
+    for name, value in aliases.items():
+        with pytest.raises(UnsupportedError, match=rf"has both n_\w+=\d and {name}={value}"):
+            convert(_hub(tmp_path / name, **{name: value}), tmp_path / "out", to="tp", tp_size=2)
+    with pytest.raises(UnsupportedError, match=r"transformers_weights='other\.safetensors'"):
+        convert(_hub(tmp_path / "w", transformers_weights="other.safetensors"), tmp_path / "out", to="tp", tp_size=2)
+    assert not (tmp_path / "out").exists()
+    convert(_hub(tmp_path / "same", num_attention_heads=4), tmp_path / "out", to="tp", tp_size=2)
+
+
+@pytest.mark.parametrize("index", ["pytorch_model.bin.index.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("metadata", [{}, {"metadata": 5}, {"metadata": {}}])
+def test_an_index_that_stock_could_not_load(tmp_path: Path, index: str, metadata: dict[str, Any]) -> None:
+    """Catches weights that are taken over with an index that stock transformers fails on, or with none."""
+    source = _hub(tmp_path / "source")
+    (source / "model.safetensors").rename(source / "weights.safetensors")
+    names = GPT2.tensors({**_CONFIG}, GPT2.classes[0])
+    weight_map = dict.fromkeys(names, "weights.safetensors")
+    (source / index).write_text(json.dumps({**metadata, "weight_map": weight_map}))
+    convert(source, tmp_path / "out", to="hub")
+    GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    is_kept = index.startswith("model") and metadata == {"metadata": {}}
+    assert (tmp_path / "out" / ("weights.safetensors" if is_kept else "model.safetensors")).is_file()
+
+
+def test_destinations_and_sizes_that_cannot_be(tied: Path, tmp_path: Path) -> None:
+    """Catches errors of pathlib, of float and of a codec."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for destination, message in ((Path("/"), "whole file system"), (loop, "leads back to itself")):
+        with pytest.raises(DestinationError, match=message):
+            convert(tied, destination, to="hub", overwrite=True)
+    with pytest.raises(UnsupportedError, match="not a size"):
+        convert(tied, tmp_path / "out", to="hub", max_memory="9" * 400)
+    name = Path(os.fsdecode(os.fsencode(tmp_path) + b"/source-\xff"))
+    shutil.copytree(tied, name)
+    convert(name, tmp_path / "out", to="hub")
+    assert "source-\ufffd" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "vocab.txt"])
+def test_vocabularies_beyond_any_tokenizer(tied: Path, tmp_path: Path, name: str) -> None:
+    """Catches gigabytes for a vocabulary that is below the limit of its file's bytes."""
+    convert(tied, tmp_path / "m", to="megatron-lm", tp_size=2)
+    (tmp_path / "m/config.json").unlink()
+    count = 4_000_001
+    text = "{" + '"":0,' * count + '"":0}' if name == "vocab.json" else "".join(f"{n:x}\n" for n in range(count))
+    (tmp_path / "m" / name).write_text(text)
+    with pytest.raises(CheckpointError, match="4,000,000"):
+        convert(tmp_path / "m", tmp_path / "out", to="hub")

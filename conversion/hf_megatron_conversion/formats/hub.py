@@ -8,7 +8,7 @@ from itertools import groupby
 from math import prod
 from pathlib import Path
 
-from hf_megatron.checkpoint import itemsize
+from hf_megatron.checkpoint import itemsize, read_json
 from hf_megatron.partition import Box
 from hf_megatron_conversion.files import CopiedFile, OutputFile, Part, SafetensorsFile, TextFile
 from hf_megatron_conversion.formats import FormatName
@@ -39,8 +39,9 @@ class HubFormat:
         """One file, or several and their index, cut where ``save_pretrained`` would cut them."""
         model = target.model
         if model.format == self.name and model.is_canonical and not target.is_cast and target.max_shard_size is None:
-            index = model.directory / _INDEX
-            return [CopiedFile.of(path) for path in (*model.files, index) if path.exists()]
+            kept = _loadable(model)
+            if kept:
+                return [CopiedFile.of(path) for path in kept]
         weight_map, total_size = _split(target.tensors, target.max_shard_size or _MAX_SHARD_SIZE)
         names = sorted(set(weight_map.values()))
         files: list[OutputFile] = [
@@ -60,6 +61,15 @@ class HubFormat:
             metadata = {"total_parameters": parameters, "total_size": total_size}
             files.append(TextFile.json(_INDEX, {"metadata": metadata, "weight_map": weight_map}))
         return files
+
+
+def _loadable(model: Model) -> list[Path]:
+    """The source's weight files and their index, if stock transformers loads them as they are; else none."""
+    if [path.name for path in model.files] == ["model.safetensors"]:
+        return list(model.files)
+    index = model.directory / _INDEX
+    is_whole = index.is_file() and isinstance(read_json(index).get("metadata"), dict)
+    return [*model.files, index] if is_whole else []
 
 
 def _split(tensors: Mapping[str, Readable], max_shard_size: str | int) -> tuple[dict[str, str], int]:
