@@ -36,6 +36,8 @@ MAX_JSON_VALUES = 4_000_000  # by its commas and brackets; a vocabulary of 256,0
 MAX_JSON_NESTING = 127  # which is serde_json's limit too
 
 MAX_SAFETENSORS_HEADER_BYTES = 16 * 2**20
+MAX_SAFETENSORS_HEADERS_BYTES = 64 * 2**20  # of all files of a checkpoint
+MAX_SHARD_PIECES = 250_000  # of a tp directory's tensors; 8.3 billion parameters on 256 ranks have 230,000
 MAX_TENSORS = 100_000  # in a checkpoint
 MAX_PIECES = 500_000  # of a distributed checkpoint's tensors, in which many layers may be one
 MAX_DIMENSIONS = 64  # of a tensor, which is torch's limit too

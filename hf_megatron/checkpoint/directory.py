@@ -20,7 +20,7 @@ from hf_megatron.checkpoint.budgets import (
 from hf_megatron.checkpoint.json_text import parse_json
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
 from hf_megatron.checkpoint.regular_file import open_regular
-from hf_megatron.checkpoint.safetensors_header import read_header
+from hf_megatron.checkpoint.safetensors_header import read_header, require_headers_within_limit
 from hf_megatron.checkpoint.sharded import SHARDING_INFO, is_shard, open_shards
 from hf_megatron.checkpoint.spelling import listed, respelled
 from hf_megatron.checkpoint.torch_file import open_state_dict
@@ -91,8 +91,10 @@ def open_files(files: Sequence[Path]) -> dict[str, LazyTensor]:
     CheckpointFormatError if a file is of no known kind or a rank's shard, a pickle is unsafe, or two files hold a
     tensor of the same name; CheckpointIncompleteError if one is truncated.
     """
+    files = list(map(Path, files))
+    require_headers_within_limit(file for file in files if file.suffix == ".safetensors")
     tensors: dict[str, LazyTensor] = {}
-    for file in map(Path, files):
+    for file in files:
         for name, tensor in _open_file(file).items():
             if name in tensors:
                 raise CheckpointFormatError(

@@ -8,6 +8,8 @@ Source: the format section of https://github.com/huggingface/safetensors.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +18,7 @@ from hf_megatron.checkpoint.budgets import (
     MAX_DIMENSIONS,
     MAX_KEY_LENGTH,
     MAX_SAFETENSORS_HEADER_BYTES,
+    MAX_SAFETENSORS_HEADERS_BYTES,
     MAX_TENSORS,
     require_within,
 )
@@ -86,6 +89,24 @@ def torch_dtype(dtype: str) -> torch.dtype:
     result = getattr(torch, DTYPES[dtype][1])
     assert isinstance(result, torch.dtype)
     return result
+
+
+def require_headers_within_limit(paths: Iterable[Path]) -> None:
+    """Raise CheckpointFormatError if the headers of all these files together are beyond the limit.
+
+    Only what each file says of its header is read; :func:`read_header` looks at it.
+    """
+    total = 0
+    for path in paths:
+        length = 0
+        with suppress(OSError), open_regular(path) as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        total += length if length <= MAX_SAFETENSORS_HEADER_BYTES else 0
+        if total > MAX_SAFETENSORS_HEADERS_BYTES:
+            raise CheckpointFormatError(
+                f"{path} is refused: with it the files have headers of {total:,} bytes, and the limit is "
+                f"{MAX_SAFETENSORS_HEADERS_BYTES:,}."
+            )
 
 
 def read_header(path: Path) -> Header:

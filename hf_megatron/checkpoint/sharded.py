@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_megatron.architectures import Architecture, table_for
+from hf_megatron.checkpoint.budgets import MAX_SHARD_PIECES
 from hf_megatron.checkpoint.json_text import parse_json
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
-from hf_megatron.checkpoint.safetensors_header import Header, read_header
+from hf_megatron.checkpoint.safetensors_header import Header, read_header, require_headers_within_limit
 from hf_megatron.checkpoint.spelling import listed, model_class_of, respelled
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, shown
 from hf_megatron.partition import Box, tiling_error
@@ -37,8 +38,16 @@ def open_shards(files: Sequence[Path], config: Mapping[str, Any]) -> dict[str, L
     concerned if the pieces do not tile every tensor of the model exactly once.
     """
     stored: dict[str, list[tuple[str, Piece]]] = {}
+    require_headers_within_limit(files)
+    count = 0
     for path in files:
         header = read_header(path)
+        count += len(header.tensors)
+        if count > MAX_SHARD_PIECES:
+            raise CheckpointFormatError(
+                f"{path} is refused: with it there are {count:,} pieces of tensors, and the limit is "
+                f"{MAX_SHARD_PIECES:,}."
+            )
         for name, offset in _offsets(header).items():
             tensor = header.tensors[name]
             piece = Piece(path, Box(offset, tensor.shape), tensor.data_start, tensor.data_stop)

@@ -7,6 +7,7 @@ import json
 import pickle
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import pytest
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from hf_megatron.checkpoint import budgets, open_checkpoint, read_header, read_json
+from hf_megatron.checkpoint import budgets, open_checkpoint, open_files, read_header, read_json
 from hf_megatron.checkpoint.budgets import BudgetError
 from hf_megatron.checkpoint.distributed import read_index
 from hf_megatron.checkpoint.torch_file import open_torch_file
 from hf_megatron.checkpoint.unpickle import read_pickle
-from hf_megatron.errors import CheckpointFormatError, shown
+from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, shown
 from tests.checkpoint.hostile import entries, named, saved, storage_id, tensor, with_pickle, zipped
 
 _SMALL = 50
@@ -47,6 +48,25 @@ def _header(path: Path, **tensors: list[int]) -> None:
 def _archive(path: Path, count: int) -> None:
     content = entries(saved(path / "x.bin"))
     open_torch_file(zipped(path / "y.bin", [*content, *((f"x/more{n}", b"") for n in range(count - len(content)))]))
+
+
+def _headers(path: Path, size: int) -> None:
+    """Two files whose headers have so many bytes together."""
+    files = [path / "0.safetensors", path / "1.safetensors"]
+    for file, length in zip(files, (size // 2, size - size // 2), strict=True):
+        file.write_bytes(struct.pack("<Q", length) + b"{}".ljust(length))
+    open_files(files)
+
+
+def _shards(path: Path, count: int) -> None:
+    """A tp directory of so many pieces, none of which is of the model."""
+    (path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    entries: dict[str, Any] = {str(n): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(count)}
+    sharding = json.dumps({name: {"saved_offsets": [0]} for name in entries})
+    raw = json.dumps({"__metadata__": {"DCP_SHARDING_INFO": sharding}, **entries}).encode()
+    (path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    with suppress(CheckpointIncompleteError):
+        open_checkpoint(path)
 
 
 def _nested(path: Path, depth: int) -> None:
@@ -108,6 +128,8 @@ _LIMITS: dict[str, tuple[int | None, Callable[[Path, int], object]]] = {
     "MAX_JSON_VALUES": (_SMALL, lambda path, n: _json('{"x":[1' + ",1" * (n - 2) + "]}")(path)),
     "MAX_TENSORS": (_SMALL, lambda path, n: _header(path, **{str(number): [0] for number in range(n)})),
     "MAX_FILES": (_SMALL, _index),
+    "MAX_SAFETENSORS_HEADERS_BYTES": (_SMALL, _headers),
+    "MAX_SHARD_PIECES": (_SMALL, _shards),
 }
 _ELSEWHERE = {
     "MAX_INTEGER_BITS": lambda path, n: _json(f'{{"x": {2**n - 1}}}')(path),
@@ -140,6 +162,7 @@ def test_at_the_limit_and_one_beyond(
         "safetensors_header",
         "json_text",
         "distributed",
+        "sharded",
     ):
         monkeypatch.setattr(f"hf_megatron.checkpoint.{module}.{name}", limit, raising=False)
     (tmp_path / "at").mkdir()
