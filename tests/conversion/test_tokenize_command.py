@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,6 +245,21 @@ def test_refusals(
     arguments = ["tokenize", *names, tmp_path / "out", "--tokenizer", tokenizer, *options]
     assert told in command.refusal(*arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(n for n, c in sources.items() if c is not None)
+
+
+def test_only_tokens_are_overwritten(tmp_path: Path, tokenizer: Path, lines: Path, command: Commands) -> None:
+    """Catches a corpus that is replaced by its tokens, and a training run beside them that is deleted."""
+    corpus, tokens = tmp_path / "corpus", tmp_path / "tokens"
+    corpus.mkdir()
+    source = Path(shutil.copy(lines, corpus))
+    options = ("--tokenizer", tokenizer, "--overwrite")
+    assert "holds the source" in command.refusal("tokenize", source, corpus, *options)
+    assert "holds no tokens" in command.refusal("tokenize", lines, corpus, *options)
+    assert source.is_file()
+    assert command.run("tokenize", source, tokens, *options)[0] == 0
+    assert command.run("tokenize", source, tokens, *options)[0] == 0
+    (tokens / "run").mkdir()
+    assert "holds directories (run)" in command.refusal("tokenize", source, tokens, *options)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from hf_megatron.checkpoint import AtomicDirectory
 from hf_megatron.checkpoint.budgets import MAX_TOKENIZER_JSON_BYTES, require_files_within
 from hf_megatron.checkpoint.regular_file import open_regular
 from hf_megatron.checkpoint.write_lock import clear
-from hf_megatron.errors import CheckpointError, DataError
+from hf_megatron.errors import CheckpointError, DataError, DestinationError
 from hf_megatron.paper.data.text_sources import Source
 from hf_megatron.paper.data.token_files import smallest_dtype, write_index
 
@@ -181,10 +181,11 @@ def tokenize_to(
 
     Raises:
         DataError: A source or the tokenizer cannot be read, or there is no token in the sources.
-        DestinationError: The destination exists, or cannot be written.
+        DestinationError: The destination exists, holds a source or more than tokens, or cannot be written.
     """
     began = time.monotonic()
     target = AtomicDirectory(destination, replace=overwrite, resume=resume)
+    _require_replaceable(target.destination, sources)
     encoder = _Encoder(tokenizer, end_of_document)
     if processes is None:
         processes = max(1, min(os.cpu_count() or 1, sum(source.num_bytes for source in sources) // _PROCESS_BYTES))
@@ -218,6 +219,21 @@ def tokenize_to(
                 target.is_to_remove = False
                 _logger.warning("What is complete is left in %s for --resume.", target.container)
     return result(place, place.tokens - before, time.monotonic() - began)
+
+
+def _require_replaceable(destination: Path, sources: Sequence[Source]) -> None:
+    """DestinationError if replacing the directory would delete a source, or what was not written here."""
+    for source in sources:
+        path = Path(source.name).resolve()
+        if path.exists() and (path == destination or destination in path.parents):
+            raise DestinationError(f"The destination {destination} holds the source {path}; choose another.")
+    entries = list(destination.iterdir()) if destination.exists() else []
+    if entries and not (destination / "tokens.idx").is_file():
+        raise DestinationError(f"The destination {destination} holds no tokens, and will not be overwritten.")
+    if kept := sorted(path.name for path in entries if path.is_dir() and not path.name.startswith(".")):
+        raise DestinationError(
+            f"The destination {destination} holds directories ({', '.join(kept[:5])}), and will not be overwritten."
+        )
 
 
 def _write(
