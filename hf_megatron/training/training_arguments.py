@@ -6,6 +6,9 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from hf_megatron.errors import ParallelStateError, UnsupportedError
 
@@ -39,8 +42,20 @@ _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
 def check_layout(args: Any, model: Any, *, has_model_init: bool, has_optimizer: bool) -> None:
-    """Refuse (UnsupportedError) what Trainer does per process where the ranks of a tensor-parallel group act as one."""
+    """Refuse (UnsupportedError) what Trainer does per process where ranks act as one, or does not do on parts."""
     tp_size = tp_size_of(model)
+    is_cut = isinstance(model, nn.Module) and any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if is_cut and not has_optimizer and args.optim not in _OPTIMIZERS:
+        raise UnsupportedError(
+            f"optim={str(getattr(args.optim, 'value', args.optim))!r} with parameters that are cut over ranks: this "
+            f"optimizer is not known to step right on them. Known are {', '.join(_OPTIMIZERS)}; one of your own can be "
+            "passed by optimizers=."
+        )
+    if isinstance(model, FSDPModule) and (args.bf16_full_eval or args.fp16_full_eval):
+        raise UnsupportedError(
+            "bf16_full_eval and fp16_full_eval cast the model before an evaluation, which FSDP cannot follow. Load the "
+            "model with that dtype, or use bf16=True or fp16=True."
+        )
     if tp_size == 1:
         return
     if has_model_init:
@@ -52,10 +67,4 @@ def check_layout(args: Any, model: Any, *, has_model_init: bool, has_optimizer: 
         raise UnsupportedError(
             f"average_tokens_across_devices=False with tp_size={tp_size}: the ranks of a group hold the same tokens, "
             f"and the loss would be {tp_size} times too large. Leave it True."
-        )
-    if not has_optimizer and args.optim not in _OPTIMIZERS:
-        raise UnsupportedError(
-            f"optim={str(getattr(args.optim, 'value', args.optim))!r} with tp_size={tp_size}: this optimizer is not "
-            f"known to step right on parameters that are cut over ranks. Known are {', '.join(_OPTIMIZERS)}; one of "
-            "your own can be passed by optimizers=."
         )

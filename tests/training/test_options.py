@@ -104,10 +104,19 @@ def test_what_trainer_counts_per_process_is_refused(gpt2: Path, tmp_path: Path) 
         MegatronTrainer(trainer.model, replace(trainer.args, average_tokens_across_devices=False), **data)
     with pytest.raises(UnsupportedError, match="model_init= with tp_size=2"):
         MegatronTrainer(args=trainer.args, model_init=lambda: trainer.model, **data)
-    with pytest.raises(UnsupportedError, match="optim='adafactor' with tp_size=2"):
+    with pytest.raises(UnsupportedError, match="optim='adafactor' with parameters that are cut"):
         MegatronTrainer(trainer.model, factored, **data)
     own = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
     MegatronTrainer(trainer.model, factored, **data, optimizers=(own, None))
+
+
+@on_live_ranks(2)
+def test_what_trainer_does_to_whole_parameters_is_refused(gpt2: Path, tmp_path: Path) -> None:
+    """Catches errors of DTensor's and of FSDP's in the first step and in the first evaluation."""
+    trainer = make_trainer(Run(gpt2, tmp_path, layout={"tp_size": 1, "fsdp_size": 2}))
+    for changes, message in (({"optim": "adafactor"}, "optim='adafactor'"), ({"bf16_full_eval": True}, "Load the")):
+        with pytest.raises(UnsupportedError, match=message):
+            MegatronTrainer(trainer.model, replace(trainer.args, **changes), train_dataset=examples())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "sgd", "adagrad", "rmsprop"])
