@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_megatron.architectures import table_for
 from hf_megatron.checkpoint import AtomicDirectory, read_json
-from hf_megatron.checkpoint.atomic_directory import leftovers
+from hf_megatron.checkpoint.atomic_directory import directories_in, leftovers
 from hf_megatron.errors import DestinationError
 from hf_megatron_conversion.card import source_card
 from hf_megatron_conversion.comparison import compare, finite
@@ -263,9 +263,7 @@ def _weights_mode(model: Model) -> int:
 
 def _check_content(destination: Path) -> None:
     """Raise DestinationError if replacing a directory would delete more than a checkpoint."""
-    unfinished = leftovers(destination)
-    found = [path for path in destination.iterdir() if path not in unfinished] if destination.exists() else ()
-    if kept := sorted(path.name for path in found if path.is_dir() and not _is_release(path)):
+    if kept := [path.name for path in directories_in(destination) if not _is_release(path)]:
         raise DestinationError(
             f"The destination {destination} holds directories ({', '.join(kept[:5])}), which no checkpoint written "
             "here does, and will not be overwritten. Remove it yourself if nothing in it is needed."

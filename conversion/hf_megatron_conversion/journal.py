@@ -20,8 +20,9 @@ class Journal:
     """
 
     def __init__(self, path: Path, conversion: str) -> None:
-        self._path, self._conversion = path, conversion
+        self._path = path
         if self._lines()[:1] != [conversion]:
+            path.unlink(missing_ok=True)  # it may be a link, or a pipe
             path.write_text(conversion + "\n", encoding="utf-8")
 
     def kept(self, directory: Path) -> dict[str, str]:
@@ -33,7 +34,7 @@ class Journal:
             if path.is_dir() and not path.is_symlink():
                 if not any(path.iterdir()):
                     path.rmdir()
-            elif path.is_file() and not path.is_symlink() and complete.get(name) == sha256_of(path):
+            elif _is_file(path) and complete.get(name) == sha256_of(path):
                 digests[name] = complete[name]
             else:
                 path.unlink()
@@ -50,7 +51,12 @@ class Journal:
 
     def _lines(self) -> list[str]:
         """Its lines; damaged ones are those of no conversion and of no file."""
-        return self._path.read_text(encoding="utf-8", errors="replace").splitlines() if self._path.is_file() else []
+        return self._path.read_text(encoding="utf-8", errors="replace").splitlines() if _is_file(self._path) else []
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file itself, and no link to one."""
+    return path.is_file() and not path.is_symlink()
 
 
 def fingerprint(options: object, files: Sequence[OutputFile], source: Mapping[Path, tuple[int, ...]]) -> str:

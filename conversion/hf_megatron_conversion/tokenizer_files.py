@@ -64,17 +64,15 @@ def tokenizer_facts(directory: Path) -> TokenizerFacts | None:
         ids |= _read(directory / "vocab.json")
     elif (directory / "vocab.txt").is_file():
         # Not splitlines, which also splits at characters that vocabularies of many languages have as tokens.
-        with open_regular(directory / "vocab.txt") as file:
+        with open_regular(path := directory / "vocab.txt") as file:
             if os.fstat(file.fileno()).st_size > MAX_TOKENIZER_JSON_BYTES:
                 raise CheckpointFormatError(
-                    f"{file.name} is larger than any vocabulary; the limit is {MAX_TOKENIZER_JSON_BYTES:,} bytes."
+                    f"{path} is larger than any vocabulary; the limit is {MAX_TOKENIZER_JSON_BYTES:,} bytes."
                 )
             lines = io.TextIOWrapper(file, encoding="utf-8", errors="replace")
             ids |= {line.rstrip("\n"): index for index, line in enumerate(islice(lines, MAX_JSON_VALUES + 1))}
             if len(ids) > MAX_JSON_VALUES:
-                raise CheckpointFormatError(
-                    f"{file.name} has more than {MAX_JSON_VALUES:,} tokens, which is the limit."
-                )
+                raise CheckpointFormatError(f"{path} has more than {MAX_JSON_VALUES:,} tokens, which is the limit.")
     else:
         return None
     if (directory / "added_tokens.json").is_file():

@@ -235,6 +235,13 @@ def leftovers(destination: Path) -> list[Path]:
     return [place for place in places if (place / MARK).exists()]
 
 
+def directories_in(destination: Path) -> list[Path]:
+    """The directories in a destination, but for what :func:`leftovers` finds; replacing it would delete them."""
+    left = leftovers(destination)
+    entries = sorted(destination.iterdir()) if destination.exists() else []
+    return [path for path in entries if path.is_dir() and path not in left]
+
+
 def _resolved(destination: Path) -> Path:
     """Its path without links; DestinationError for a loop of links, and for a root, which has no place beside it."""
     try:

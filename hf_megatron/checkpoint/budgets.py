@@ -32,14 +32,13 @@ MAX_YAML_VALUES = 100_000  # of which aliases may make any number of a few
 MAX_TOKENIZER_JSON_BYTES = 256 * 2**20
 MAX_TRAINER_STATE_BYTES = 256 * 2**20  # which hold what was logged in each step
 MAX_CARD_BYTES = 16 * 2**20
-MAX_JSON_VALUES = 4_000_000  # by its commas and brackets; a vocabulary of 256,000 with its merges has 2 million
+MAX_JSON_VALUES = 4_000_000  # by its commas and opening brackets
 MAX_JSON_NESTING = 127  # which is serde_json's limit too
 
 MAX_SAFETENSORS_HEADER_BYTES = 16 * 2**20
-MAX_SAFETENSORS_HEADERS_BYTES = 64 * 2**20  # of all files of a checkpoint
-MAX_SHARD_PIECES = 250_000  # of a tp directory's tensors; 8.3 billion parameters on 256 ranks have 230,000
+MAX_SAFETENSORS_HEADERS_BYTES = 96 * 2**20  # of all files of a checkpoint
 MAX_TENSORS = 100_000  # in a checkpoint
-MAX_PIECES = 500_000  # of a distributed checkpoint's tensors, in which many layers may be one
+MAX_PIECES = 500_000  # of tensors that are cut, or of which many layers are one
 MAX_DIMENSIONS = 64  # of a tensor, which is torch's limit too
 MAX_FILES = 10_000  # with weights, in a checkpoint
 

@@ -139,7 +139,7 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
             f"{path} is one rank's part of a distributed checkpoint; open the directory with all of them instead."
         )
     return {
-        name: LazyTensor(name, dtype, shape, (Piece(path, Box.whole(shape), start, stop),))
+        name: LazyTensor(name, dtype, shape, (Piece(path, Box.whole(shape), start, stop, identity=header.identity),))
         for name, (dtype, shape, start, stop) in header.tensors.items()
     }
 

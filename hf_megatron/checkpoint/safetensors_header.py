@@ -7,7 +7,6 @@ Source: the format section of https://github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from hf_megatron.checkpoint.budgets import (
     MAX_TENSORS,
     require_within,
 )
+from hf_megatron.checkpoint.file_identity import FileIdentity
 from hf_megatron.checkpoint.json_text import ObjectWithDuplicates, parse_json
 from hf_megatron.checkpoint.regular_file import open_regular
 from hf_megatron.errors import CheckpointFormatError, CheckpointIncompleteError, shown
@@ -70,9 +70,13 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Header of one file: its tensors by name, in the order of the header, and its free-form metadata."""
+    """Header of one file: its tensors by name, in the order of the header, and its free-form metadata.
+
+    ``identity`` is that of the file it was read from.
+    """
 
     path: Path
+    identity: FileIdentity
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
 
@@ -117,7 +121,8 @@ def read_header(path: Path) -> Header:
     """
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            identity = FileIdentity.of(file.fileno())
+            size = identity.size
             prefix = file.read(_LENGTH_BYTES)
             if len(prefix) < _LENGTH_BYTES:
                 raise CheckpointIncompleteError(f"{path} is truncated: it holds {size} bytes, not even a header.")
@@ -152,7 +157,7 @@ def read_header(path: Path) -> Header:
         raise CheckpointIncompleteError(
             f"{path} is {word}: its header describes {stop} bytes, the file has {size}. Fetch it again."
         )
-    return Header(path, tensors, metadata)
+    return Header(path, identity, tensors, metadata)
 
 
 def _parsed(raw: bytes, start: int) -> tuple[dict[str, StoredTensor], dict[str, str]]:

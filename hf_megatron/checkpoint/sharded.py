@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_megatron.architectures import Architecture, table_for
-from hf_megatron.checkpoint.budgets import MAX_SHARD_PIECES
+from hf_megatron.checkpoint.budgets import MAX_FILES, MAX_PIECES, MAX_TENSORS
 from hf_megatron.checkpoint.json_text import parse_json
 from hf_megatron.checkpoint.lazy import LazyTensor, Piece
 from hf_megatron.checkpoint.safetensors_header import Header, read_header, require_headers_within_limit
@@ -38,20 +38,19 @@ def open_shards(files: Sequence[Path], config: Mapping[str, Any]) -> dict[str, L
     concerned if the pieces do not tile every tensor of the model exactly once.
     """
     stored: dict[str, list[tuple[str, Piece]]] = {}
-    require_headers_within_limit(files)
     count = 0
+    _require_within(MAX_FILES, len(files), files[-1], "files")
+    require_headers_within_limit(files)
     for path in files:
         header = read_header(path)
         count += len(header.tensors)
-        if count > MAX_SHARD_PIECES:
-            raise CheckpointFormatError(
-                f"{path} is refused: with it there are {count:,} pieces of tensors, and the limit is "
-                f"{MAX_SHARD_PIECES:,}."
-            )
+        _require_within(MAX_PIECES, count, path, "pieces of tensors")
         for name, offset in _offsets(header).items():
             tensor = header.tensors[name]
-            piece = Piece(path, Box(offset, tensor.shape), tensor.data_start, tensor.data_stop)
+            box = Box(offset, tensor.shape)
+            piece = Piece(path, box, tensor.data_start, tensor.data_stop, identity=header.identity)
             stored.setdefault(name, []).append((tensor.dtype, piece))
+        _require_within(MAX_TENSORS, len(stored), path, "tensors")
     table = table_for(config)
     shapes = _known_shapes(table, config)
     required = table.tensors(config, model_class_of(table, config))
@@ -79,6 +78,13 @@ def open_shards(files: Sequence[Path], config: Mapping[str, Any]) -> dict[str, L
             f"empty directory. Tensors concerned:\n  {lines}"
         )
     return tensors
+
+
+def _require_within(limit: int, number: int, path: Path, what: str) -> None:
+    if number > limit:
+        raise CheckpointFormatError(
+            f"{path} is refused: with it there are {number:,} {what}, and the limit is {limit:,}."
+        )
 
 
 def _offsets(header: Header) -> dict[str, Shape]:

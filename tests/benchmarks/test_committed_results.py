@@ -99,8 +99,8 @@ def _check_host_time(results: dict[str, Any]) -> None:
         ours, theirs = (results["kernels"][who] for who in (f"ours, TP={size}", peer))
         assert all(sum(ours[name].values()) <= sum(theirs[name].values()) for name in ("forward", "backward"))
         compiled = results["kernels"][f"ours, TP={size}, compiled"]
-        assert sum(compiled["forward"].values()) < sum(ours["forward"].values())
-        assert sum(compiled["backward"].values()) < sum(ours["backward"].values())
+        counts = [sum(compiled[name].values()) for name in ("forward", "backward")]
+        assert all(count <= most for count, most in zip(counts, {1: (15, 19), 2: (19, 21)}[size], strict=True))
 
 
 def _check_data(results: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ def test_committed_results(tmp_path: Path, name: str) -> None:
 
 def test_the_documents_have_what_was_measured() -> None:
     """Catches a README, a docs/performance.md or a table of results with other figures than the committed ones."""
-    training = read(RESULTS / "training_step.json")
+    training, conversions = read(RESULTS / "training_step.json"), read(RESULTS / "conversion.json")
     assert (RESULTS / "training_step.md").read_text() == markdown(training)
     table = readme_table.block(training, read(RESULTS / "decoding.json"))
     assert table in readme_table.README.read_text(encoding="utf-8")
@@ -143,7 +143,19 @@ def test_the_documents_have_what_was_measured() -> None:
     assert profile in performance
     host = (RESULTS / "host_time.md").read_text()
     assert host in performance
-    assert host in (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert host in readme
+    names = {"gpt2-355m": "GPT-2", "gpt2-2.5b": "GPT-2 2.5B", "bert-336m": "BERT"}
+    rows = [(name, row) for model, name in names.items() for row in conversions[model]["directions"]]
+    assert len(rows) == 23
+    for name, row in rows:
+        tools = row["copy_cpu_seconds"] + row["sha256sum_cpu_seconds"]
+        speed = row["bytes_per_cpu_second_without_checksums"]
+        to = row["to"].removesuffix(" in files of 2 GB")
+        assert (
+            f"| {name} | {row['from']} | {to} | {row['cpu_seconds']:.1f} | {tools:.1f} | {row['cpu_ratio']:.2f} | "
+            f"{speed / 1e6:.0f} | {row['peak_rss_bytes'] / 1e6:.0f} |\n"
+        ) in readme
 
 
 def test_targets_name_what_is_measured() -> None:

@@ -15,6 +15,8 @@ import pytest
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from hf_megatron import MegatronGPT2Config
+from hf_megatron.architectures import GPT2
 from hf_megatron.checkpoint import budgets, open_checkpoint, open_files, read_header, read_json
 from hf_megatron.checkpoint.budgets import BudgetError
 from hf_megatron.checkpoint.distributed import read_index
@@ -58,13 +60,16 @@ def _headers(path: Path, size: int) -> None:
     open_files(files)
 
 
-def _shards(path: Path, count: int) -> None:
-    """A tp directory of so many pieces, none of which is of the model."""
+def _shards(path: Path, count: int, num_files: int = 2) -> None:
+    """A tp directory of so many tensors, a piece each, none of which is of the model."""
     (path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
-    entries: dict[str, Any] = {str(n): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(count)}
-    sharding = json.dumps({name: {"saved_offsets": [0]} for name in entries})
-    raw = json.dumps({"__metadata__": {"DCP_SHARDING_INFO": sharding}, **entries}).encode()
-    (path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    for number in range(num_files):
+        names = [str(n) for n in range(count) if n % num_files == number]
+        sharding = json.dumps({name: {"saved_offsets": [0]} for name in names})
+        entries: dict[str, Any] = {name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}
+        raw = json.dumps({"__metadata__": {"DCP_SHARDING_INFO": sharding}, **entries}).encode()
+        file = path / f"shard-{number + 1:05d}-model-00001-of-00001.safetensors"
+        file.write_bytes(struct.pack("<Q", len(raw)) + raw)
     with suppress(CheckpointIncompleteError):
         open_checkpoint(path)
 
@@ -129,7 +134,7 @@ _LIMITS: dict[str, tuple[int | None, Callable[[Path, int], object]]] = {
     "MAX_TENSORS": (_SMALL, lambda path, n: _header(path, **{str(number): [0] for number in range(n)})),
     "MAX_FILES": (_SMALL, _index),
     "MAX_SAFETENSORS_HEADERS_BYTES": (_SMALL, _headers),
-    "MAX_SHARD_PIECES": (_SMALL, _shards),
+    "MAX_PIECES": (_SMALL, _shards),
 }
 _ELSEWHERE = {
     "MAX_INTEGER_BITS": lambda path, n: _json(f'{{"x": {2**n - 1}}}')(path),
@@ -140,6 +145,8 @@ _ELSEWHERE = {
 _CASES = [
     *((name, *case) for name, case in _LIMITS.items()),
     *((name, _LIMITS[name][0], read) for name, read in _ELSEWHERE.items()),
+    ("MAX_TENSORS", _SMALL, _shards),
+    ("MAX_FILES", _SMALL, lambda path, n: _shards(path, n, num_files=n)),
 ]
 
 
@@ -184,6 +191,20 @@ def test_the_smallest_integer(tmp_path: Path, number: int) -> None:
         _pickle(pickle.dumps(number, 2))
     with pytest.raises(CheckpointFormatError, match="the limit is 64 bits"):
         _json(f'{{"x": {number}}}')(tmp_path)
+
+
+def test_the_papers_largest_model_on_its_512_ranks_is_within_the_limits() -> None:
+    """Catches limits that refuse real checkpoints: each rank has a piece of every tensor if all of them are cut."""
+    config = MegatronGPT2Config.from_preset("gpt2-8.3b").to_dict()
+    tensors = GPT2.tensors(config, GPT2.classes[0])
+    end = 2**40  # more digits than any offset has
+    entries: dict[str, Any] = {
+        name: {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [end, end]} for name, tensor in tensors.items()
+    }
+    sharding = json.dumps({name: {"saved_offsets": tensor.shape} for name, tensor in tensors.items()})
+    header = json.dumps({"__metadata__": {"DCP_SHARDING_INFO": sharding}, **entries})
+    assert 512 * len(tensors) <= budgets.MAX_PIECES
+    assert 512 * len(header) <= budgets.MAX_SAFETENSORS_HEADERS_BYTES
 
 
 def test_a_header_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,22 +219,26 @@ def test_resume_keeps_what_is_complete(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "source", "tp"]
 
 
-@pytest.mark.parametrize("damage", ["bytes", "a link"])
+@pytest.mark.parametrize("damage", ["bytes", "a link", "a list that is a link", "a list that is a pipe"])
 def test_resume_after_another_format(tied: Path, tmp_path: Path, damage: str) -> None:
     """Catches directories of the earlier format in the result, and a damaged list of what is complete."""
     stage = _files_of_killed(tied, tmp_path / "out")
     (stage / "release/mp_rank_00").mkdir(parents=True)
     (stage / "release/mp_rank_00/model_optim_rng.pt").write_bytes(b"x")
+    journal, elsewhere = stage.parent / "journal", tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"mine")
     if damage == "bytes":
-        with (stage.parent / "journal").open("ab") as file:
-            file.write(b"\xff\xfe\n")
+        journal.write_bytes(journal.read_bytes() + b"\xff\xfe\n")
+    elif damage == "a link":
+        (stage / "link").symlink_to(elsewhere)
     else:
-        (tmp_path / "elsewhere").write_bytes(b"mine")
-        (stage / "link").symlink_to(tmp_path / "elsewhere")
+        journal.unlink()
+        journal.symlink_to(elsewhere) if damage.endswith("link") else os.mkfifo(journal)
     convert(tied, tmp_path / "out", to="hub", resume=True)
     convert(tied, tmp_path / "expected", to="hub")
     assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "expected")
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert elsewhere.read_bytes() == b"mine"
 
 
 def test_what_a_killed_conversion_left_is_no_source(tied: Path, tmp_path: Path) -> None:

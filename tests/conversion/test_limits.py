@@ -123,9 +123,13 @@ def _large_json(directory: Path) -> Path:
     return directory
 
 
-def _header(directory: Path) -> Path:
-    raw = b'{"a":[' + b"[]," * 1_999_998 + b"[]]}"
+def _header(directory: Path, count: int = 1_999_998) -> Path:
+    raw = b'{"a":[' + b"[]," * count + b"[]]}"
     return _source(directory, "model.safetensors", struct.pack("<Q", len(raw)) + raw)
+
+
+def _full_header(directory: Path) -> Path:
+    return _header(directory, 5 * 2**20)
 
 
 def _large_header(directory: Path) -> Path:
@@ -250,6 +254,7 @@ _HEAVY: dict[str, tuple[Callable[[Path], Path], str]] = {
     "large JSON": (_large_json, "bytes, and the limit is 16,777,216"),
     "values of JSON": (_json(b'{"a":[' + b"{}," * 1_999_998 + b"{}]}"), "holds no weights"),
     "16 MB of JSON": (_json(b'{"a":[' + b"{}," * (5 * 2**20) + b"{}]}"), "brackets, and the limit is 4,000,000"),
+    "16 MB of header": (_full_header, "brackets, and the limit is 4,000,000"),
     "values of a header": (_header, "'a' does not have one dtype"),
     "objects of an index": (_distributed(b"N0" * (2 * 2**20) + b"N."), "more than 2,000,000 objects"),
     "memo of an index": (_distributed(b"N" + b"\x94" * (8 * 2**20) + b"."), "more than 8,000,000 instructions"),

@@ -19,7 +19,7 @@ import datasets
 import pytest
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
-from hf_megatron.errors import DataError
+from hf_megatron.errors import DataError, DestinationError
 from hf_megatron.paper.data import PackedDocuments, TokenFile
 from hf_megatron.paper.data.text_sources import open_sources
 from hf_megatron.paper.data.tokenizing import tokenize_to
@@ -258,8 +258,21 @@ def test_only_tokens_are_overwritten(tmp_path: Path, tokenizer: Path, lines: Pat
     assert source.is_file()
     assert command.run("tokenize", source, tokens, *options)[0] == 0
     assert command.run("tokenize", source, tokens, *options)[0] == 0
-    (tokens / "run").mkdir()
-    assert "holds directories (run)" in command.refusal("tokenize", source, tokens, *options)
+    (tokens / ".git").mkdir()
+    assert "holds directories (.git)" in command.refusal("tokenize", source, tokens, *options)
+
+
+def test_a_directory_that_appears_meanwhile_stays(tmp_path: Path, tokenizer: Path, lines: Path) -> None:
+    """Catches a look at the destination before the work alone."""
+    tokens, sources = tmp_path / "tokens", open_sources([str(lines)])
+    tokenize_to(tokens, sources, str(tokenizer))
+
+    def appear(*_: int) -> None:
+        (tokens / "run").mkdir(exist_ok=True)
+
+    with pytest.raises(DestinationError, match=r"holds directories \(run\)"):
+        tokenize_to(tokens, sources, str(tokenizer), overwrite=True, progress=appear)
+    assert (tokens / "run").is_dir()
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from hf_megatron.checkpoint import AtomicDirectory
+from hf_megatron.checkpoint.atomic_directory import directories_in
 from hf_megatron.checkpoint.budgets import MAX_TOKENIZER_JSON_BYTES, require_files_within
 from hf_megatron.checkpoint.regular_file import open_regular
 from hf_megatron.checkpoint.write_lock import clear
@@ -207,6 +208,7 @@ def tokenize_to(
                 raise DataError("there is no token in " + ", ".join(source.name for source in sources) + ".")
             write_index(target.path / "tokens.idx", target.container / "lengths", encoder.dtype)
             encoder.save(target.path)
+            _require_replaceable(target.destination, sources)  # which may have got more than tokens since
             target.publish()
         except OSError as error:
             raise target.failure(error) from error
@@ -227,12 +229,12 @@ def _require_replaceable(destination: Path, sources: Sequence[Source]) -> None:
         path = Path(source.name).resolve()
         if path.exists() and (path == destination or destination in path.parents):
             raise DestinationError(f"The destination {destination} holds the source {path}; choose another.")
-    entries = list(destination.iterdir()) if destination.exists() else []
-    if entries and not (destination / "tokens.idx").is_file():
+    if destination.exists() and any(destination.iterdir()) and not (destination / "tokens.idx").is_file():
         raise DestinationError(f"The destination {destination} holds no tokens, and will not be overwritten.")
-    if kept := sorted(path.name for path in entries if path.is_dir() and not path.name.startswith(".")):
+    if kept := [path.name for path in directories_in(destination)]:
         raise DestinationError(
-            f"The destination {destination} holds directories ({', '.join(kept[:5])}), and will not be overwritten."
+            f"The destination {destination} holds directories ({', '.join(kept[:5])}), and will not be overwritten. "
+            "Remove it yourself if nothing in it is needed."
         )
 
 
